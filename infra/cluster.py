@@ -1,0 +1,84 @@
+"""Ray: one started here when no address is given, or the cluster at an address. And progress from its workers."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+# Read by Ray when it is imported or starts processes, so they are set before.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a local start would otherwise leave a token that breaks later ones
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import ray
+
+
+@contextlib.contextmanager
+def cluster(address: str | None = None, verbose: bool = False) -> Iterator[None]:
+    """A connection to Ray for as long as the block runs; nested use keeps the outer one.
+
+    Without ``address`` and RAY_ADDRESS a cluster of this machine's cores is started and ended with the block.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    if not verbose:
+        for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+    ray.init(
+        # "local", not None: after a crash a stale file would send us to a cluster that is gone.
+        address=address or os.environ.get("RAY_ADDRESS") or "local",
+        log_to_driver=verbose,
+        logging_level=logging.INFO if verbose else logging.ERROR,
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "RAY_TRAIN_V2_ENABLED": "1"}},
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@ray.remote(num_cpus=0)
+class Meter:
+    """Sums and latest values that workers send and the driver's progress line reads."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, float] = {}
+
+    def add(self, **amounts: float) -> None:
+        for name, amount in amounts.items():
+            self._values[name] = self._values.get(name, 0.0) + amount
+
+    def put(self, **values: float) -> None:
+        self._values.update(values)
+
+    def read(self) -> dict[str, float]:
+        return self._values
+
+
+@contextlib.contextmanager
+def watch(meter: Any, show: Callable[[dict[str, float]], None], every: float = 0.5) -> Iterator[None]:
+    """Call ``show`` with the meter's values every half second while the block blocks."""
+    done = threading.Event()
+
+    def loop() -> None:
+        while not done.wait(every):
+            with contextlib.suppress(Exception):  # a progress line is never worth a failed run
+                show(ray.get(meter.read.remote(), timeout=10))
+
+    thread = threading.Thread(target=loop, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        with contextlib.suppress(Exception):
+            show(ray.get(meter.read.remote(), timeout=10))

@@ -1,0 +1,172 @@
+"""Meta-World behind a Gymnasium-like face: a Sawyer arm, two cameras, and what a real robot would know.
+
+An observation holds images and proprioception only, never the state of an object: a policy that works here
+has looked. The scripted expert is the exception; it sees everything, and is there to make demonstrations.
+
+Notable:
+- One step is ``ACTION_REPEAT`` of Meta-World's 80 Hz steps, in recording and in evaluation alike, so that a
+  policy meets the rate that it was trained on.
+- Every initial state is a function of (seed, episode), whatever was simulated before.
+- Rendering costs ten times the physics. Shadows, reflections and multisampling are therefore off, and ``step``
+  renders only when asked to.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+import weakref
+from typing import Any, TypedDict
+
+import numpy as np
+
+# Both are read once, when mujoco and Mesa are loaded. Mesa's software renderer starts a thread per core, which
+# is slower than one for pictures this small.
+os.environ.setdefault("MUJOCO_GL", "egl")
+os.environ.setdefault("LP_NUM_THREADS", "1")
+
+try:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import mujoco
+        from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
+        from metaworld.policies import ENV_POLICY_MAP
+except ModuleNotFoundError as missing:
+    raise ModuleNotFoundError(
+        f"Meta-World needs the package {missing.name}: pip install 'unified-world-models[sim]'", name=missing.name
+    ) from None
+
+CAMERAS = ("agentview", "eye_in_hand")
+ACTION_REPEAT = 2
+FPS = 80 // ACTION_REPEAT
+HORIZON = 400 // ACTION_REPEAT  # steps that an episode may take; 400 at 80 Hz is what lerobot-eval allows
+
+INSTRUCTIONS = {
+    "assembly": "put the ring on the peg",
+    "basketball": "put the basketball through the hoop",
+    "bin-picking": "move the cube from one bin to the other",
+    "box-close": "put the lid on the box",
+    "button-press": "press the button",
+    "button-press-topdown": "press the button from above",
+    "button-press-topdown-wall": "press the button from above, over the wall",
+    "button-press-wall": "press the button behind the wall",
+    "coffee-button": "press the button of the coffee machine",
+    "coffee-pull": "pull the mug away from the coffee machine",
+    "coffee-push": "push the mug under the coffee machine",
+    "dial-turn": "turn the dial",
+    "disassemble": "take the ring off the peg",
+    "door-close": "close the door",
+    "door-lock": "lock the door",
+    "door-open": "open the door",
+    "door-unlock": "unlock the door",
+    "drawer-close": "close the drawer",
+    "drawer-open": "open the drawer",
+    "faucet-close": "close the faucet",
+    "faucet-open": "open the faucet",
+    "hammer": "hammer the nail into the box",
+    "hand-insert": "put the gripper into the hole",
+    "handle-press": "press the handle down",
+    "handle-press-side": "press the handle down from the side",
+    "handle-pull": "pull the handle up",
+    "handle-pull-side": "pull the handle up from the side",
+    "lever-pull": "pull the lever up",
+    "peg-insert-side": "insert the peg into the hole at the side",
+    "peg-unplug-side": "unplug the peg from the side",
+    "pick-out-of-hole": "pick the puck out of the hole",
+    "pick-place": "pick up the puck and bring it to the goal",
+    "pick-place-wall": "bring the puck over the wall to the goal",
+    "plate-slide": "slide the plate into the cabinet",
+    "plate-slide-back": "slide the plate back out of the cabinet",
+    "plate-slide-back-side": "slide the plate back out of the cabinet sideways",
+    "plate-slide-side": "slide the plate into the cabinet sideways",
+    "push": "push the puck to the goal",
+    "push-back": "pull the puck back to the goal",
+    "push-wall": "push the puck around the wall to the goal",
+    "reach": "reach the goal",
+    "reach-wall": "reach the goal over the wall",
+    "shelf-place": "put the puck on the shelf",
+    "soccer": "kick the ball into the goal",
+    "stick-pull": "pull the box with the stick",
+    "stick-push": "push the box with the stick",
+    "sweep": "sweep the puck off the table",
+    "sweep-into": "sweep the puck into the hole",
+    "window-close": "close the window",
+    "window-open": "open the window",
+}
+
+
+class Observation(TypedDict):
+    """``images`` by camera, uint8 ``[H, W, 3]`` upright, empty where none was asked for; ``proprio`` by name."""
+
+    images: dict[str, np.ndarray]
+    proprio: dict[str, np.ndarray]
+
+
+class MetaWorld:
+    """One task. Actions are float32 ``[4]`` in [-1, 1]: dx, dy, dz of the hand, and the gripper (> 0 closes).
+
+    >>> env = MetaWorld("drawer-close", seed=0)
+    >>> observation = env.reset(episode=0)
+    >>> for _ in range(HORIZON):
+    ...     observation, success = env.step(policy(observation))
+    """
+
+    def __init__(self, task: str, image_size: int = 128, seed: int = 0):
+        self.task = task.removesuffix("-v3")
+        if self.task not in INSTRUCTIONS:
+            raise ValueError(f"{task}: no such Meta-World task; one of {', '.join(INSTRUCTIONS)}")
+        self.instruction = INSTRUCTIONS[self.task]
+        self.seed = seed
+        self._env: Any = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{self.task}-v3-goal-observable"](seed=seed)
+        self._env._freeze_rand_vec = False  # else every episode repeats the first one's object positions
+        self._env.seeded_rand_vec = True
+        self._env.max_path_length = 2**31  # its own limit raises; HORIZON is the caller's to hold
+        self._expert = ENV_POLICY_MAP[f"{self.task}-v3"]()
+        self._env.model.vis.quality.offsamples = 0  # read when the renderer is made
+        self._renderer = mujoco.Renderer(self._env.model, image_size, image_size)
+        # At exit mujoco ends EGL itself, and a renderer still open then prints a traceback.
+        self._close_renderer = weakref.finalize(self, self._renderer.close)
+
+    def reset(self, episode: int, render: bool = True) -> Observation:
+        """The initial state number ``episode`` of this seed."""
+        self._env.seed(int(np.random.SeedSequence([self.seed, episode]).generate_state(1)[0]))
+        self._full_state, _ = self._env.reset()
+        return self._observe(render)
+
+    def step(self, action: np.ndarray, render: bool = True) -> tuple[Observation, bool]:
+        """The observation after the action, and whether the task is done at this very moment."""
+        success = False
+        for _ in range(ACTION_REPEAT):
+            self._full_state, _, _, _, info = self._env.step(np.clip(action, -1, 1))
+            success = success or bool(info["success"])
+        return self._observe(render), success
+
+    def expert_action(self) -> np.ndarray:
+        """What the scripted expert, who knows where everything is, would do now."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns of gains that the clipping below makes harmless
+            action = self._expert.get_action(self._full_state)
+        return np.clip(action, -1, 1).astype(np.float32)
+
+    def render(self) -> dict[str, np.ndarray]:
+        """Both cameras, uint8 ``[H, W, 3]``, upright."""
+        # Meta-World mounts corner4 upside down.
+        return {"agentview": self._picture("corner4")[::-1, ::-1].copy(), "eye_in_hand": self._picture("gripperPOV")}
+
+    def close(self) -> None:
+        self._close_renderer()
+        self._env.close()
+
+    def _picture(self, camera: str) -> np.ndarray:
+        self._renderer.update_scene(self._env.data, camera=camera)
+        flags = self._renderer.scene.flags  # update_scene sets them anew
+        flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
+        flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
+        return self._renderer.render()
+
+    def _observe(self, render: bool) -> Observation:
+        ee_pos, gripper = self._full_state[:3], self._full_state[3:4]
+        return {
+            "images": self.render() if render else {},
+            "proprio": {"ee_pos": ee_pos.astype(np.float32), "gripper": gripper.astype(np.float32)},
+        }

@@ -1,0 +1,81 @@
+"""MLflow tracking: where runs go, and one run's metrics, settings and files."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+logging.getLogger("alembic").setLevel(logging.ERROR)  # a fresh database is created in a hundred log lines
+logging.getLogger("mlflow").setLevel(logging.ERROR)
+
+import mlflow
+from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+
+def connect() -> str:
+    """Use MLFLOW_TRACKING_URI, or an SQLite file ``mlflow.db`` in the current folder; returns the URI."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    mlflow.set_tracking_uri(uri)
+    return uri
+
+
+def start_run(experiment: str, name: str, tags: dict[str, str]) -> str:
+    """A new run's id. With SQLite, files go to ``mlartifacts`` beside the database."""
+    uri = connect()
+    client = MlflowClient()
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        root = None
+        if uri.startswith("sqlite:///"):
+            root = (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri()
+        experiment_id = client.create_experiment(experiment, artifact_location=root)
+    else:
+        experiment_id = found.experiment_id
+    return client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
+
+
+def end_run(run_id: str, status: str = "FINISHED") -> None:
+    MlflowClient().set_terminated(run_id, status)
+
+
+def log_settings(run_id: str, settings: dict[str, Any]) -> None:
+    """Nested settings as flat parameters, ``model.width`` and the like."""
+    client = MlflowClient()
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else str(key), inner)
+        else:
+            client.log_param(run_id, prefix, str(value)[:500])
+
+    walk("", settings)
+
+
+def log_metrics(run_id: str, metrics: dict[str, float], step: int) -> None:
+    now = int(time.time() * 1000)
+    MlflowClient().log_batch(run_id, metrics=[Metric(name, float(value), now, step) for name, value in metrics.items()])
+
+
+def log_folder(run_id: str, folder: Path, name: str) -> None:
+    MlflowClient().log_artifacts(run_id, str(folder), name)
+
+
+def history(run_id: str, metric: str) -> list[tuple[int, float]]:
+    """(step, value) of every logging of a metric."""
+    return [(point.step, point.value) for point in MlflowClient().get_metric_history(run_id, metric)]
+
+
+def download(run_id: str, name: str) -> Path | None:
+    """A run's folder of files, or None where there is no such run or folder."""
+    connect()
+    try:
+        return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=name))
+    except (MlflowException, OSError):
+        return None

@@ -1,0 +1,87 @@
+"""A checkpoint: a folder of ``model.safetensors`` and ``settings.json``, readable without anything of this project."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from uwm_model.config import DiffusionConfig, ModelConfig
+from uwm_model.world_model import UnifiedWorldModel
+
+from infra import registry, tracking
+from preprocessing.episode import UserError
+from preprocessing.windows import Embodiment
+
+
+class Settings(BaseModel):
+    """All that is needed to use the weights, and where they come from."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: ModelConfig
+    diffusion: DiffusionConfig
+    encoder: str
+    encoder_digest: str
+    embodiments: dict[str, Embodiment]
+    store: str
+    snapshot: str
+    recipe: dict[str, Any]
+    parent: str | None = None  # the checkpoint this was finetuned from
+    run_id: str | None = None
+    step: int = 0
+
+    def build(self) -> UnifiedWorldModel:
+        return UnifiedWorldModel(self.model, self.diffusion)
+
+
+def save(folder: Path, weights: dict[str, torch.Tensor], settings: Settings) -> None:
+    """Write the checkpoint beside ``folder`` and move it there: complete or absent."""
+    building = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, building / "model.safetensors")
+    (building / "settings.json").write_text(settings.model_dump_json(indent=1))
+    shutil.rmtree(folder, ignore_errors=True)
+    building.rename(folder)
+
+
+def load_settings(folder: Path) -> Settings:
+    try:
+        return Settings.model_validate_json((folder / "settings.json").read_text())
+    except (OSError, ValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder}: not a checkpoint of this project ({reason})") from None
+
+
+def load(folder: Path) -> tuple[UnifiedWorldModel, Settings]:
+    """The model with its weights, in evaluation mode, and its settings."""
+    settings = load_settings(folder)
+    model = settings.build()
+    try:
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"{folder}: weights do not load ({str(error).splitlines()[0]})") from None
+    return model.eval(), settings
+
+
+def resolve(model: str) -> Path:
+    """The checkpoint folder of MODEL: a folder, ``models:/NAME@ALIAS``, ``models:/NAME/VERSION`` or a run id."""
+    folder = Path(model)
+    if folder.is_dir():
+        return folder if (folder / "settings.json").exists() else folder / "checkpoint"
+    if model.startswith("models:/"):
+        tracking.connect()
+        found = registry.download(model)
+        hint = "list versions in the MLflow page, or check MLFLOW_TRACKING_URI"
+    else:
+        found = tracking.download(model, "checkpoint")
+        hint = "give a checkpoint folder, a run id or models:/NAME@ALIAS"
+    if found is None:
+        raise UserError(f"{model}: no such model; {hint}")
+    return found

@@ -1,0 +1,109 @@
+"""A trained model as a policy: camera images and proprioception in, a chunk of actions out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from preprocessing.encoders import load_encoder
+
+from pipelines import checkpoint
+from pipelines.training import to_batch
+from preprocessing.episode import UserError
+from preprocessing.windows import Embodiment
+
+
+class Policy:
+    """Loads a checkpoint folder and the encoder it was trained on; UserError where their digests differ."""
+
+    def __init__(self, folder: Path, embodiment: str | None = None):
+        self.model, self.settings = checkpoint.load(folder)
+        self.encoder = load_encoder(self.settings.encoder)
+        if self.encoder.digest != self.settings.encoder_digest:
+            raise UserError(
+                f"{folder}: trained on latents of encoder {self.settings.encoder} ({self.settings.encoder_digest}); "
+                f"the one found here is {self.encoder.digest}"
+            )
+        acting = [name for name, spec in self.settings.embodiments.items() if spec.action_dim]
+        chosen = embodiment or (acting[0] if len(acting) == 1 else None)
+        if chosen not in acting:
+            raise UserError(
+                f"{folder}: choose an embodiment of {', '.join(acting) or 'none with actions'}; got {chosen}"
+            )
+        self.embodiment = chosen
+
+    @property
+    def spec(self) -> Embodiment:
+        return self.settings.embodiments[self.embodiment]
+
+    @property
+    def image_size(self) -> int:
+        return self.settings.model.latent_size[0] * self.encoder.stride
+
+    def act(
+        self,
+        images: dict[str, np.ndarray],
+        proprio: dict[str, np.ndarray],
+        generator: torch.Generator | None = None,
+        steps: int | None = None,
+    ) -> np.ndarray:
+        """The next actions in the robot's units, float32 ``[B, L, action_dim]``.
+
+        ``images`` uint8 ``[B, To, S, S, 3]`` by camera (one may be missing), ``proprio`` float32 ``[B, To, D]`` by name;
+        To is the number of observed frames, the newest last. Raises UserError where shapes or names do not fit.
+        """
+        batch = to_batch(self._observation(images, proprio), torch.device("cpu"), torch.float32)
+        with torch.inference_mode():
+            action, _ = self.model.sample("policy", batch, steps=steps, generator=generator)
+        assert action is not None
+        return self.spec.action_normalizer.invert(action[:, :, : self.spec.action_dim].numpy())
+
+    def _observation(self, images: dict[str, np.ndarray], proprio: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        model, spec = self.settings.model, self.spec
+        if unknown := sorted(set(images) - set(spec.cameras)):
+            raise UserError(f"camera {unknown[0]}: this policy sees {', '.join(spec.cameras)}")
+        if missing := [name for name, _ in spec.proprio if name not in proprio]:
+            raise UserError(f"proprio {missing[0]}: missing; this policy reads {dict(spec.proprio)}")
+        count = len(next(iter(images.values())))
+        expected = (count, model.observed_frames, self.image_size, self.image_size, 3)
+        size = (model.latent_channels, *model.latent_size)
+        latents = np.zeros((count, model.cameras, model.observed_frames, *size), np.float16)
+        mask = np.zeros((count, model.cameras), bool)
+        for name, frames in images.items():
+            if frames.shape != expected or frames.dtype != np.uint8:
+                raise UserError(f"camera {name}: expected uint8 {expected}, got {frames.dtype} {frames.shape}")
+            slot = spec.cameras.index(name)
+            flat = self.encoder.encode(frames.reshape(-1, *expected[2:]))
+            latents[:, slot] = flat.reshape(latents[:, slot].shape)
+            mask[:, slot] = True
+        columns = np.concatenate([proprio[name] for name, _ in spec.proprio] or [np.zeros((*expected[:2], 0))], axis=2)
+        if columns.shape != (*expected[:2], spec.proprio_dim):
+            raise UserError(f"proprio: expected {dict(spec.proprio)} over {model.observed_frames} frames")
+        padded = np.zeros((*expected[:2], model.proprio_dim), np.float32)
+        padded[:, :, : spec.proprio_dim] = spec.proprio_normalizer.apply(columns)
+        action_mask = np.zeros((count, model.action_chunk, model.action_dim), bool)
+        action_mask[:, :, : spec.action_dim] = True
+        return {
+            "current_latents": latents,
+            "camera_mask": mask,
+            "proprio": padded,
+            "proprio_mask": np.tile(np.arange(model.proprio_dim) < spec.proprio_dim, (count, 1)),
+            "action_mask": action_mask,
+            "embodiment": np.full(count, spec.index, np.int64),
+        }
+
+
+def history(observations: list[dict[str, Any]], length: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The newest ``length`` observations of one episode as a batch of one; the first stands in before the start.
+
+    An observation is {"images": {camera: uint8 [S, S, 3]}, "proprio": {name: float32 [D]}}.
+    """
+    newest = observations[-length:]
+    chosen = [newest[0]] * (length - len(newest)) + newest
+
+    def stack(part: str) -> dict[str, np.ndarray]:
+        return {name: np.stack([item[part][name] for item in chosen])[None] for name in chosen[-1][part]}
+
+    return stack("images"), stack("proprio")

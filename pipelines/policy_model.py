@@ -1,0 +1,30 @@
+"""The registered model: what MLflow loads from a model version, and serves.
+
+Input, by name: ``image.CAMERA`` uint8 [B, To, S, S, 3] and ``proprio.NAME`` float32 [B, To, D]. Output: float32
+actions [B, L, A] in the robot's units.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+
+from pipelines.policy import Policy
+
+
+class PolicyModel(mlflow.pyfunc.PythonModel):
+    def load_context(self, context: Any) -> None:
+        embodiment = context.model_config["embodiment"]
+        self._policy = Policy(Path(context.artifacts["checkpoint"]), embodiment)
+
+    def predict(self, context: Any, model_input: dict[str, np.ndarray], params: Any = None) -> np.ndarray:
+        def part(prefix: str) -> dict[str, np.ndarray]:
+            return {k.removeprefix(prefix): v for k, v in model_input.items() if k.startswith(prefix)}
+
+        return self._policy.act(part("image."), part("proprio."))
+
+
+mlflow.models.set_model(PolicyModel())

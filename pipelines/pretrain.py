@@ -1,0 +1,127 @@
+"""``uwm pretrain``: one joint diffusion model of actions and video from everything in a store."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from uwm_model.config import DiffusionConfig, ModelConfig
+
+from infra import tracking
+from pipelines.checkpoint import Settings
+from pipelines.recipe import Recipe
+from pipelines.training import train
+from preprocessing.episode import UserError
+from preprocessing.store import LatentStore, Snapshot
+from preprocessing.windows import describe, split
+
+SPARE_EMBODIMENTS = 4  # free slots, so that finetuning can bring robots that pretraining has not seen
+
+
+def plan(store_uri: str, recipe: Recipe, snapshot_id: str | None = None) -> Settings:
+    """The settings of a new model that fits a store's snapshot; raises UserError where recipe and data disagree."""
+    snapshot = LatentStore.open(store_uri).snapshot(snapshot_id)
+    rows = training_rows(snapshot.rows(choose_encoder(snapshot, recipe.encoder)), recipe, store_uri)
+    slots = recipe.model.get("cameras") or max(len(row["cameras"]) for row in rows)
+    embodiments = {
+        name: describe(name, members, index, slots) for index, (name, members) in enumerate(by_embodiment(rows).items())
+    }
+    if unknown := sorted(set(recipe.mixture) - set(embodiments)):
+        raise UserError(f"mixture: no embodiment {unknown[0]} in the store; it holds {', '.join(embodiments)}")
+    shape = snapshot.read([{**rows[0]["cameras"][0]["segments"][0], "count": 1}]).shape
+    derived: dict[str, Any] = {
+        "cameras": slots,
+        "latent_channels": shape[1],
+        "latent_size": shape[2:],
+        "action_dim": max(1, *(spec.action_dim for spec in embodiments.values()), 1),
+        "proprio_dim": max(1, *(spec.proprio_dim for spec in embodiments.values()), 1),
+        "embodiments": len(embodiments) + SPARE_EMBODIMENTS,
+    }
+    try:
+        model = ModelConfig(**derived | recipe.model)
+        diffusion = DiffusionConfig(**recipe.diffusion)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"recipe: {error}") from None
+    return Settings(
+        model=model,
+        diffusion=diffusion,
+        encoder=rows[0]["encoder"],
+        encoder_digest=rows[0]["encoder_digest"],
+        embodiments=embodiments,
+        store=snapshot.uri,
+        snapshot=snapshot.id,
+        recipe=recipe.model_dump(),
+    )
+
+
+def choose_encoder(snapshot: Snapshot, name: str | None) -> str:
+    """The digest of the one encoder of that name in the store; UserError where there is none, or several."""
+    table = snapshot.episodes().select(["encoder", "encoder_digest"]).to_pylist()
+    digests = {row["encoder_digest"]: row["encoder"] for row in table if name in (None, row["encoder"])}
+    if not digests:
+        held = ", ".join(sorted({row["encoder"] for row in table}))
+        raise UserError(
+            f"{snapshot.uri}: " + (f"no latents of {name}; it holds {held}" if held else "no episode in it")
+        )
+    if len(digests) > 1:
+        names = ", ".join(f"{named} ({digest})" for digest, named in digests.items())
+        raise UserError(f"{snapshot.uri}: holds latents of several encoders: {names}; choose with encoder=NAME")
+    return next(iter(digests))
+
+
+def training_rows(rows: list[dict[str, Any]], recipe: Recipe, store_uri: str) -> list[dict[str, Any]]:
+    """The rows the recipe trains on; UserError where none is left."""
+    chosen = split(rows, recipe.instructions, recipe.validation_share, validation=False)
+    if not chosen:
+        held = sorted({row["instruction"] for row in rows if row["instruction"]})
+        raise UserError(f"{store_uri}: no episode with instructions {recipe.instructions}; it holds {held}")
+    return chosen
+
+
+def by_embodiment(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["embodiment"], []).append(row)
+    return groups
+
+
+def pretrain(
+    store_uri: str,
+    recipe: Recipe,
+    output: Path,
+    snapshot_id: str | None = None,
+    address: str | None = None,
+    verbose: bool = False,
+) -> tuple[str, Path]:
+    """Train from nothing; returns (MLflow run id, checkpoint folder)."""
+    return tracked("pretrain", plan(store_uri, recipe, snapshot_id), recipe, None, output, address, verbose)
+
+
+def tracked(
+    kind: str,
+    settings: Settings,
+    recipe: Recipe,
+    initial: Path | None,
+    output: Path,
+    address: str | None,
+    verbose: bool,
+) -> tuple[str, Path]:
+    """One training as one MLflow run: settings, curves, the checkpoint, and which snapshot it read."""
+    tags = {"kind": kind, "store": settings.store, "snapshot": settings.snapshot, "parent": settings.parent or ""}
+    run_id = tracking.start_run("unified-world-models", recipe.name, tags)
+    settings.run_id = run_id
+    folder = output / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{run_id[:6]}"
+    folder.mkdir(parents=True)
+    resolved = recipe.model_dump() | {"model": settings.model_dump()["model"]}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
+    tracking.log_settings(run_id, resolved)
+    try:
+        checkpoint = train(settings, recipe, initial, folder, address, verbose)
+        tracking.log_folder(run_id, checkpoint, "checkpoint")
+    except BaseException as error:
+        tracking.end_run(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    tracking.end_run(run_id)
+    return run_id, checkpoint

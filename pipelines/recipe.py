@@ -1,0 +1,87 @@
+"""Recipes: everything a training run is set by, typed, from YAML and ``KEY=VALUE``, unknown keys refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from uwm_model.config import DiffusionConfig, ModelConfig
+
+from preprocessing.episode import UserError
+
+
+class Recipe(BaseModel):
+    """One training run. ``model`` and ``diffusion`` override the defaults of uwm_model/config.py.
+
+    What the data decides (cameras, latent size, action and proprio width) is filled in from the store unless the
+    recipe says otherwise.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = "pretrain"
+    seed: int = 0
+    steps: int = Field(gt=0)
+    batch_size: int = Field(gt=0, description="over all workers together")
+    learning_rate: float = Field(gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    warmup_steps: int = Field(default=100, ge=0)
+    gradient_clip: float = Field(default=1.0, gt=0)
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    workers: int = Field(default=2, gt=0)
+    zero_stage: Literal[0, 1, 2] = 1
+    precision: Literal["float32", "bfloat16"] = "float32"
+    validation_share: float = Field(default=0.05, ge=0, lt=1)
+    log_every: int = Field(default=20, gt=0)
+    encoder: str | None = Field(default=None, description="which latents, where a store holds several encoders'")
+    instructions: list[str] | None = Field(default=None, description="train on episodes with these alone")
+    mixture: dict[str, float] = Field(default_factory=dict, description="weight by embodiment, else its windows")
+    model: dict[str, Any] = Field(default_factory=dict)
+    diffusion: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("model", "diffusion")
+    @classmethod
+    def _known(cls, value: dict[str, Any], info: Any) -> dict[str, Any]:
+        known = {
+            field.name for field in dataclasses.fields(ModelConfig if info.field_name == "model" else DiffusionConfig)
+        }
+        if unknown := sorted(set(value) - known):
+            raise ValueError(f"unknown key {unknown[0]}; known: {', '.join(sorted(known))}")
+        return value
+
+
+def load_recipe(recipe: str | Path, overrides: list[str]) -> Recipe:
+    """A shipped recipe's name or a YAML file, with ``KEY=VALUE`` on top (dots go into sections)."""
+    shipped = resources.files("pipelines") / "recipes" / f"{recipe}.yaml"
+    path = Path(str(shipped)) if shipped.is_file() else Path(recipe)
+    if not path.is_file():
+        names = sorted(
+            entry.name.removesuffix(".yaml") for entry in (resources.files("pipelines") / "recipes").iterdir()
+        )
+        raise UserError(f"{recipe}: no such recipe file, and not one of the shipped: {', '.join(names)}")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{recipe}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{recipe}: a recipe is a mapping of keys to values")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"{override}: write an override as KEY=VALUE, e.g. steps=1000 or model.depth=4")
+        section = values
+        *parents, last = key.split(".")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[last] = yaml.safe_load(text)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        known = f"; known keys: {', '.join(Recipe.model_fields)}" if first["type"] == "extra_forbidden" else ""
+        raise UserError(f"{recipe}: {where}: {first['msg']}{known}") from None

@@ -1,0 +1,208 @@
+"""The training loop that every Ray Train worker runs, and the call that starts it.
+
+One process a worker; DeepSpeed shards the optimizer, the loader needs no processes of its own. Batches, noise and
+timesteps are functions of (seed, step), so a run is repeatable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.train import Checkpoint, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+from uwm_model.batch import Batch
+
+from infra import engine, tracking
+from infra.cluster import Meter, cluster, watch
+from pipelines import checkpoint
+from pipelines.checkpoint import Settings
+from pipelines.recipe import Recipe
+from preprocessing.loader import LatentDataset, WindowShape
+from preprocessing.store import Snapshot
+from preprocessing.windows import split
+
+VALIDATION_BATCHES = 4
+
+
+def train(
+    settings: Settings,
+    recipe: Recipe,
+    initial: Path | None,
+    output: Path,
+    address: str | None = None,
+    verbose: bool = False,
+) -> Path:
+    """Train on Ray and return the folder of the final checkpoint, ``output/checkpoint``.
+
+    ``initial`` is a checkpoint whose weights (not optimizer) the run starts from.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    tracking_uri = tracking.connect()
+    config = {
+        "settings": settings.model_dump_json(),
+        "recipe": recipe.model_dump_json(),
+        "initial": str(initial) if initial else None,
+        "tracking_uri": tracking_uri,
+    }
+    with cluster(address, verbose):
+        gpus = ray.cluster_resources().get("GPU", 0) >= recipe.workers
+        meter = Meter.remote()  # type: ignore[attr-defined]
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={**config, "meter": meter},
+            torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+            scaling_config=ScalingConfig(num_workers=recipe.workers, use_gpu=gpus),
+            run_config=RunConfig(name="ray", storage_path=str(output)),
+        )
+        with (
+            tqdm(total=recipe.steps, desc=recipe.name, unit="step", mininterval=0.5) as bar,
+            watch(meter, lambda values: _show(bar, values)),
+            _quiet(verbose),
+        ):
+            result = trainer.fit()
+    assert result.checkpoint is not None
+    folder = output / "checkpoint"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(result.checkpoint.path, folder)
+    shutil.rmtree(output / "ray")
+    return folder
+
+
+def _show(bar: tqdm, values: dict[str, float]) -> None:
+    bar.n = int(values.get("step", 0))
+    if "loss" in values:
+        bar.set_postfix_str(
+            f"loss {values['loss']:.3f}, {values['rate']:.0f} samples/s, data wait {100 * values['wait']:.1f} %"
+        )
+
+
+@contextlib.contextmanager
+def _quiet(verbose: bool) -> Iterator[None]:
+    """Ray Train prints its state to stdout through loggers it configures late; keep stdout for results."""
+    if verbose:
+        yield
+        return
+    with Path(os.devnull).open("w") as sink, contextlib.redirect_stdout(sink):
+        yield
+
+
+def dataset(settings: Settings, validation: bool, recipe: Recipe) -> LatentDataset:
+    """The training or the held-out episodes of the settings' snapshot that the recipe selects."""
+    snapshot = Snapshot(settings.store, settings.snapshot)
+    rows = [
+        row
+        for row in split(
+            snapshot.rows(settings.encoder_digest), recipe.instructions, recipe.validation_share, validation
+        )
+        if row["embodiment"] in settings.embodiments
+    ]
+    model = settings.model
+    shape = WindowShape(
+        model.cameras,
+        model.observed_frames,
+        model.future_frames,
+        model.action_chunk,
+        model.action_dim,
+        model.proprio_dim,
+    )
+    return LatentDataset(snapshot, rows, settings.embodiments, shape)
+
+
+def to_batch(arrays: dict[str, np.ndarray], device: torch.device, dtype: torch.dtype) -> Batch:
+    """Arrays of LatentDataset.gather as the model's batch."""
+    return Batch(**{name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}).to(
+        device, dtype
+    )
+
+
+def _worker(config: dict[str, Any]) -> None:
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    settings = Settings.model_validate_json(config["settings"])
+    recipe = Recipe.model_validate_json(config["recipe"])
+    tracking.mlflow.set_tracking_uri(config["tracking_uri"])
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)  # a worker is a core; more threads only fight
+    torch.manual_seed(recipe.seed)
+
+    model = checkpoint.load(Path(config["initial"]))[0].train() if config["initial"] else settings.build()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
+    schedule = engine.OptimizerSettings(
+        recipe.learning_rate, recipe.weight_decay, recipe.warmup_steps, recipe.steps, recipe.gradient_clip
+    )
+    deepspeed = engine.initialize(model, schedule, recipe.zero_stage, recipe.precision, recipe.batch_size // world)
+    dtype = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
+    device = deepspeed.device
+
+    data = dataset(settings, validation=False, recipe=recipe)
+    weights = {settings.embodiments[name].index: weight for name, weight in recipe.mixture.items()}
+    batches = data.batches(recipe.seed, weights, recipe.batch_size, 0, rank, world)
+    began = marked = time.monotonic()
+    waited = 0.0
+    for step in range(1, recipe.steps + 1):
+        fetching = time.monotonic()
+        batch = to_batch(next(batches), device, dtype)
+        waited += time.monotonic() - fetching
+        generator = torch.Generator(device).manual_seed(hash((recipe.seed, step, rank)) % 2**63)
+        losses = deepspeed(batch, generator=generator)
+        deepspeed.backward(losses.total)
+        deepspeed.step()
+        average.update_parameters(model)
+        if rank == 0 and (step % recipe.log_every == 0 or step == recipe.steps):
+            now = time.monotonic()
+            done = recipe.log_every if step % recipe.log_every == 0 else step % recipe.log_every
+            metrics = {
+                "loss": losses.total.item(),
+                "loss_action": losses.action.item(),
+                "loss_video": losses.video.item(),
+                "learning_rate": deepspeed.get_lr()[0],
+                "gradient_norm": float(deepspeed.get_global_grad_norm() or 0.0),
+                "samples_per_second": done * recipe.batch_size / (now - marked),
+                "data_wait_share": waited / (now - began),
+            }
+            marked = now
+            config["meter"].put.remote(
+                step=step,
+                loss=metrics["loss"],
+                rate=metrics["samples_per_second"],
+                wait=metrics["data_wait_share"],
+            )
+            if settings.run_id:
+                tracking.log_metrics(settings.run_id, metrics, step)
+
+    final = None
+    if rank == 0:
+        if settings.run_id:
+            held_out = _validate(average.module, settings, recipe, device)
+            tracking.log_metrics(settings.run_id, held_out, recipe.steps)
+        final = Path(tempfile.mkdtemp()) / "checkpoint"
+        settings.step = recipe.steps
+        checkpoint.save(final, average.module.state_dict(), settings)
+    ray.train.report({}, checkpoint=Checkpoint.from_directory(str(final)) if final else None)
+
+
+@torch.inference_mode()
+def _validate(model: Any, settings: Settings, recipe: Recipe, device: torch.device) -> dict[str, float]:
+    data = dataset(settings, validation=True, recipe=recipe)
+    if not data.rows:
+        return {}
+    totals: dict[str, list[float]] = {"validation_loss_action": [], "validation_loss_video": []}
+    generator = torch.Generator(device).manual_seed(recipe.seed)
+    batches = data.batches(recipe.seed, {}, 64)
+    for _, arrays in zip(range(VALIDATION_BATCHES), batches, strict=False):
+        losses = model.float().loss(to_batch(arrays, device, torch.float32), generator=generator)
+        totals["validation_loss_action"].append(losses.action.item())
+        totals["validation_loss_video"].append(losses.video.item())
+    return {name: float(np.mean(values)) for name, values in totals.items()}

@@ -1,0 +1,167 @@
+"""Windows to batches: whole-batch gathers from a memory map.
+
+The pinned snapshot is copied once per machine into two flat files (latents float16, steps float32), since zarr-python
+is far too slow to read sample by sample (docs/design/store.md). A batch is then a few fancy indexes: no worker
+processes, no copies between them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from tqdm import tqdm
+
+from preprocessing.store import Snapshot
+from preprocessing.windows import Embodiment, WindowSampler
+
+
+@dataclass(frozen=True)
+class WindowShape:
+    """Sizes of a batch, as the model's configuration names them."""
+
+    cameras: int
+    observed_frames: int
+    future_frames: int
+    action_chunk: int
+    action_dim: int
+    proprio_dim: int
+
+
+class LatentDataset:
+    """Episodes of a pinned snapshot, ready to be gathered.
+
+    ``rows`` are catalogue rows of one encoder; ``embodiments`` says how each fills the model's slots.
+    """
+
+    def __init__(
+        self, snapshot: Snapshot, rows: list[dict[str, Any]], embodiments: dict[str, Embodiment], shape: WindowShape
+    ):
+        self.rows, self.shape = rows, shape
+        if not rows:
+            return
+        self._latents, self._steps = _flat_files(snapshot, rows)
+        self.frames = np.array([row["frames"] for row in rows])
+        self.embodiment = np.array([embodiments[row["embodiment"]].index for row in rows])
+        self._camera_start = np.full((len(rows), shape.cameras), -1)
+        self._steps_start = np.zeros(len(rows), np.int64)
+        self._action_dim = np.array([row["action_dim"] for row in rows])
+        self._proprio_dim = np.array([sum(part["width"] for part in row["proprio"]) for row in rows])
+        latent_end = steps_end = 0
+        for i, row in enumerate(rows):
+            slots = embodiments[row["embodiment"]].cameras
+            for camera in row["cameras"]:
+                if camera["name"] in slots:
+                    self._camera_start[i, slots.index(camera["name"])] = latent_end
+                latent_end += row["frames"]
+            self._steps_start[i] = steps_end
+            steps_end += row["frames"] * (self._action_dim[i] + self._proprio_dim[i])
+
+        top = 1 + max(spec.index for spec in embodiments.values())
+        self._action_scale = _table(top, shape.action_dim, embodiments, "action_normalizer")
+        self._proprio_scale = _table(top, shape.proprio_dim, embodiments, "proprio_normalizer")
+
+    def gather(self, episode: np.ndarray, frame: np.ndarray) -> dict[str, np.ndarray]:
+        """The windows at ``frame`` int ``[B]`` of ``episode`` int ``[B]``, normalised and padded.
+
+        current_latents float16 [B, V, To, C, h, w], future_latents [B, V, Tf, C, h, w], camera_mask bool [B, V],
+        action float32 [B, L, A] in [-1, 1], action_mask bool [B, L, A], proprio float32 [B, To, P],
+        proprio_mask bool [B, P], embodiment int64 [B].
+        """
+        shape, last = self.shape, self.frames[episode, None] - 1
+        observed = np.clip(frame[:, None] + np.arange(1 - shape.observed_frames, 1), 0, last)
+        future = np.minimum(frame[:, None] + shape.action_chunk + np.arange(shape.future_frames), last)
+        start = self._camera_start[episode]
+        present = start >= 0
+        group = self.embodiment[episode]
+
+        acting = frame[:, None] + np.arange(shape.action_chunk)
+        action, action_dims = self._columns(episode, np.minimum(acting, last), 0, self._action_dim, shape.action_dim)
+        offset, scale = self._action_scale
+        action_mask = (acting <= last)[:, :, None] & action_dims[:, None, :]
+        action = np.where(action_mask, (action - offset[group, None]) / scale[group, None], 0)
+
+        proprio, proprio_mask = self._columns(episode, observed, self._action_dim, self._proprio_dim, shape.proprio_dim)
+        offset, scale = self._proprio_scale
+        proprio = np.where(proprio_mask[:, None], (proprio - offset[group, None]) / scale[group, None], 0)
+        return {
+            "current_latents": self._frames_of(start, present, observed),
+            "future_latents": self._frames_of(start, present, future),
+            "camera_mask": present,
+            "action": action.astype(np.float32),
+            "action_mask": action_mask,
+            "proprio": proprio.astype(np.float32),
+            "proprio_mask": proprio_mask,
+            "embodiment": group.astype(np.int64),
+        }
+
+    def batches(
+        self, seed: int, weights: dict[int, float], size: int, first_step: int = 0, rank: int = 0, world: int = 1
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """This worker's share of the global batch of each step, for ever, from ``first_step`` on."""
+        sampler = WindowSampler(self.frames, self.embodiment, weights, seed)
+        step = first_step
+        while True:
+            episode, frame = sampler.batch(step, size)
+            yield self.gather(episode[rank::world], frame[rank::world])
+            step += 1
+
+    def _frames_of(self, start: np.ndarray, present: np.ndarray, frame: np.ndarray) -> np.ndarray:
+        where = np.where(present, start, 0)[:, :, None] + np.where(present[:, :, None], frame[:, None, :], 0)
+        latents = self._latents[where]
+        latents[~present] = 0
+        return latents
+
+    def _columns(
+        self, episode: np.ndarray, frame: np.ndarray, first: Any, width: np.ndarray, padded: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Columns [first, first + width) of the steps at ``frame`` [B, T] -> [B, T, padded], and which exist."""
+        row = (self._action_dim + self._proprio_dim)[episode]
+        column = np.arange(padded)
+        exists = column < width[episode, None]
+        offset = np.broadcast_to(first, self.frames.shape)[episode]
+        where = (self._steps_start[episode] + offset)[:, None, None] + frame[:, :, None] * row[:, None, None] + column
+        return self._steps[np.where(exists[:, None], where, 0)], exists
+
+
+def _table(top: int, width: int, embodiments: dict[str, Embodiment], which: str) -> tuple[np.ndarray, np.ndarray]:
+    offset, scale = np.zeros((top, width)), np.ones((top, width))
+    for spec in embodiments.values():
+        normalizer = getattr(spec, which)
+        offset[spec.index, : len(normalizer.offset)] = normalizer.offset
+        scale[spec.index, : len(normalizer.scale)] = normalizer.scale
+    return offset, scale
+
+
+def _flat_files(snapshot: Snapshot, rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Memory maps of these episodes: latents float16 [frames of all cameras, C, h, w] and steps float32, flat.
+
+    Built under a lock by the first process of a machine that asks; a folder that is there is complete.
+    """
+    name = hashlib.sha256("".join(row["key"] for row in rows).encode()).hexdigest()[:24]
+    root = Path(os.environ.get("UWM_CACHE", "~/.cache/uwm")).expanduser()
+    root.mkdir(parents=True, exist_ok=True)
+    folder = root / f"flat-{name}"
+    with FileLock(root / f"flat-{name}.lock"):
+        if not folder.exists():
+            building = root / f"building-{name}"
+            shutil.rmtree(building, ignore_errors=True)
+            building.mkdir()
+            with (building / "latents.f16").open("wb") as latents, (building / "steps.f32").open("wb") as steps:
+                for row in tqdm(rows, "cache", unit=" episodes", leave=False, delay=2):
+                    for camera in row["cameras"]:
+                        latents.write(np.ascontiguousarray(snapshot.read(camera["segments"])))
+                    if row["steps"]["count"]:
+                        steps.write(np.ascontiguousarray(snapshot.read([row["steps"]])))
+                steps.write(np.zeros(1, np.float32))  # never empty: a memory map of nothing is an error
+            building.rename(folder)
+    shape = snapshot.read([{**rows[0]["cameras"][0]["segments"][0], "count": 1}]).shape[1:]
+    latents_map = np.memmap(folder / "latents.f16", np.float16, "r").reshape(-1, *shape)
+    return latents_map, np.memmap(folder / "steps.f32", np.float32, "r")

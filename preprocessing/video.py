@@ -1,0 +1,274 @@
+"""Frames out of video files, encoded images and arrays: upright, right colours, in bounded memory.
+
+Everything becomes a :class:`preprocessing.episode.Video`, which decodes only while somebody iterates and never
+holds more than ``FRAMES_PER_CHUNK`` frames. Notable:
+
+- **Upright.** The display matrix (ISO/IEC 14496-12, 8.3.2 ``tkhd``; phones write one) is applied, mirrors included.
+- **Right colours.** The YUV matrix and range of each frame are handed to swscale; a range that is not named is full
+  for the ``yuvj`` formats and limited otherwise.
+- **One scaler.** Sizes are reached by area averaging in the same swscale pass that makes RGB, so nothing aliases.
+- **Honest ends.** A file that breaks, or that ends before the time its container declares, is a ``BadEpisode``.
+- **One thread a file.** An ingest is parallel by file; codec threads would only fight it for the cores.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+from av.stream import Disposition
+from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from preprocessing.episode import FRAMES_PER_CHUNK, BadEpisode, Video
+
+MAX_IMAGE_PIXELS = 64 * 2**20  # a 30 kB PNG can unpack to gigabytes; no camera records more than this
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a container says about the video stream that is read, before anything is decoded."""
+
+    fps: float
+    width: int  # as coded: before a rotation is applied
+    height: int
+    declared_frames: int | None  # None where the format does not count (Matroska, MPEG-TS, fragmented MP4)
+    streams: int  # video streams in the file, of which one is read
+
+
+def probe_video(path: Path | str) -> VideoInfo:
+    """Reads the header only. Raises BadEpisode where that is impossible or there is no video in the file."""
+    with _open(path) as container:
+        stream = _best_stream(container)
+        rate = stream.average_rate or stream.guessed_rate
+        if not rate:
+            raise BadEpisode("declares no frame rate")
+        if not stream.width or not stream.height:
+            raise BadEpisode("declares no picture size")
+        return VideoInfo(
+            fps=float(rate),
+            width=stream.width,
+            height=stream.height,
+            declared_frames=stream.frames or None,
+            streams=len(_video_streams(container)),
+        )
+
+
+def open_video(path: Path | str) -> Video:
+    """The best video stream of a file. Nothing is opened before somebody iterates."""
+
+    def frames(size: int | None) -> Iterator[np.ndarray]:
+        return _chunks(_decode(path, size))
+
+    return Video(frames)
+
+
+def images_video(images: Sequence[bytes]) -> Video:
+    """JPEG or PNG files, one a frame, all of one size."""
+
+    def frames(size: int | None) -> Iterator[np.ndarray]:
+        return _chunks(resize(decode_image(image)[None], size)[0] for image in images)
+
+    return Video(frames)
+
+
+def sliced_video(length: int, read: Callable[[int, int], np.ndarray]) -> Video:
+    """``read(start, stop)`` gives uint8 ``[n, H, W, 3]``: an array's slices, or an HDF5 data set's."""
+
+    def frames(size: int | None) -> Iterator[np.ndarray]:
+        for start in range(0, length, FRAMES_PER_CHUNK):
+            yield resize(read(start, min(start + FRAMES_PER_CHUNK, length)), size)
+
+    return Video(frames)
+
+
+def upside_down(video: Video) -> Video:
+    """The same camera with its rows in the opposite order."""
+
+    def frames(size: int | None) -> Iterator[np.ndarray]:
+        for chunk in video.frames(size):
+            yield np.ascontiguousarray(chunk[:, ::-1])
+
+    return Video(frames, turned=not video.turned)
+
+
+def first_frames(video: Video, count: int) -> Video:
+    """At most the first ``count`` frames. The rest is decoded all the same, so that a break in it is found."""
+
+    def frames(size: int | None) -> Iterator[np.ndarray]:
+        left = count
+        for chunk in video.frames(size):
+            if left > 0:
+                yield chunk[:left]
+            left -= len(chunk)
+
+    return Video(frames, turned=video.turned)
+
+
+def decode_image(data: bytes) -> np.ndarray:
+    """A JPEG or PNG as uint8 ``[H, W, 3]``. Only these two decoders are tried on bytes from outside."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+            if image.width * image.height > MAX_IMAGE_PIXELS:
+                raise BadEpisode(f"an image of {image.width}x{image.height} pixels is more than a camera records")
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except UnidentifiedImageError:
+        raise BadEpisode(f"an image of {len(data)} bytes is neither JPEG nor PNG") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadEpisode(f"an image cannot be decoded: {error}") from None
+
+
+def resize(frames: np.ndarray, size: int | None) -> np.ndarray:
+    """uint8 ``[T, H, W, 3]`` to ``[T, size, size, 3]``: averaged over areas when shrinking, bilinear when growing."""
+    if size is None or frames.shape[1:3] == (size, size):
+        return frames
+    # Pillow's filters widen with the reduction, so both average instead of skipping pixels; a box that grows
+    # would merely repeat them.
+    method = Image.Resampling.BOX if size <= min(frames.shape[1:3]) else Image.Resampling.BILINEAR
+    return np.stack([np.asarray(Image.fromarray(frame).resize((size, size), method)) for frame in frames])
+
+
+def _chunks(frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    chunk: list[np.ndarray] = []
+    for frame in frames:
+        if chunk and frame.shape != chunk[0].shape:
+            raise BadEpisode(f"the picture size changes from {chunk[0].shape[:2]} to {frame.shape[:2]}")
+        chunk.append(frame)
+        if len(chunk) == FRAMES_PER_CHUNK:
+            yield np.stack(chunk)
+            chunk = []
+    if chunk:
+        yield np.stack(chunk)
+
+
+def _open(path: Path | str) -> av.container.InputContainer:
+    try:
+        return av.open(str(path))
+    except av.FFmpegError as error:
+        raise BadEpisode(f"cannot be opened as video: {error.strerror}") from None
+
+
+def _video_streams(container: av.container.InputContainer) -> list[av.VideoStream]:
+    """Cover art of a music file is a video stream to FFmpeg, but no video."""
+    return [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+
+
+def _best_stream(container: av.container.InputContainer) -> av.VideoStream:
+    """The stream its author marked as default; among several, the one with the most pixels, then the first."""
+    streams = _video_streams(container)
+    if not streams:
+        raise BadEpisode("holds no video stream")
+    return max(streams, key=lambda s: (bool(s.disposition & Disposition.default), s.width * s.height, -s.index))
+
+
+def _decode(path: Path | str, size: int | None) -> Iterator[np.ndarray]:
+    with _open(path) as container:
+        stream = _best_stream(container)
+        stream.thread_type = "NONE"
+        stream.codec_context.thread_count = 1
+        reformatter = VideoReformatter()
+        shape: tuple[int, int] | None = None
+        count, end = 0, None
+        try:
+            for frame in container.decode(stream):
+                # A stream may change its size midway (a web conference, a joined film): the first one holds.
+                shape = shape or ((size, size) if size else (frame.width, frame.height))
+                yield _upright(frame, _rgb(frame, reformatter, *shape))
+                count += 1
+                end = _end(frame, stream)
+        except av.FFmpegError as error:
+            raise BadEpisode(f"{_declared(stream)}breaks after {count}: {error.strerror}") from None
+        if count == 0:
+            raise BadEpisode("holds no frame that can be decoded")
+        if _ends_early(stream, count, end):
+            raise BadEpisode(f"{_declared(stream)}ends after {count}: the file is cut off")
+
+
+def _declared(stream: av.VideoStream) -> str:
+    return f"declares {stream.frames} frames, " if stream.frames else ""
+
+
+def _ends_early(stream: av.VideoStream, count: int, end: float | None) -> bool:
+    """Whether frames are missing at the end of the stream, where a cut-off file loses them without an error.
+
+    The declared count alone cannot tell: it is what the container stores, not what it shows. An edit list may hide
+    a run-up of hundreds of frames, and a decoder drops leading pictures that lean on one before the first key
+    frame. Both shorten the beginning, so a shortfall is a loss only where the last frame also ends before the
+    declared end of the stream (which FFmpeg has corrected for edit lists). Half a frame is for rounding.
+
+    Matroska counts nothing, but its writers note each track's end in a DURATION tag. Its times are rounded and its
+    last duration is a guess, hence two frames of slack. A format with neither (MPEG-TS) promises nothing to break.
+    """
+    if end is None:
+        return stream.frames > count
+    frame_time = 1 / float(stream.average_rate or stream.guessed_rate or 25)
+    if stream.frames:
+        if count >= stream.frames:
+            return False
+        if stream.duration is None or stream.time_base is None:
+            return True
+        declared_end = float(((stream.start_time or 0) + stream.duration) * stream.time_base)
+        return end < declared_end - 0.5 * frame_time
+    tag = _seconds(stream.metadata.get("DURATION", ""))
+    return tag is not None and end < tag - 2 * frame_time
+
+
+def _end(frame: av.VideoFrame, stream: av.VideoStream) -> float | None:
+    """When this frame stops being shown, in seconds of the stream's clock."""
+    if frame.pts is None or frame.time_base is None:
+        return None
+    rate = stream.average_rate or stream.guessed_rate
+    shown = frame.duration * frame.time_base if frame.duration else (1 / rate if rate else 0)
+    return float(frame.pts * frame.time_base + shown)
+
+
+def _seconds(clock: str) -> float | None:
+    """``00:00:10.333000000`` as seconds."""
+    try:
+        hours, minutes, seconds = clock.split(":")
+        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    except ValueError:
+        return None
+
+
+def _rgb(frame: av.VideoFrame, reformatter: VideoReformatter, width: int, height: int) -> np.ndarray:
+    """Colours and size in one swscale pass.
+
+    An unnamed matrix is left to swscale, which takes BT.601 whatever the size. That is what every FFmpeg-based
+    loader does, so latents agree with those of models trained elsewhere.
+    """
+    source_range = frame.color_range
+    if source_range == ColorRange.UNSPECIFIED:
+        source_range = ColorRange.JPEG if frame.format.name.startswith("yuvj") else ColorRange.MPEG
+    if frame.format.is_rgb:
+        source_range = ColorRange.JPEG
+    rgb = reformatter.reformat(
+        frame,
+        width=width,
+        height=height,
+        format="rgb24",
+        interpolation=Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT,
+        src_color_range=source_range,
+        dst_color_range=ColorRange.JPEG,
+        threads=1,
+    )
+    return rgb.to_ndarray()
+
+
+def _upright(frame: av.VideoFrame, picture: np.ndarray) -> np.ndarray:
+    """Applies the display matrix, which sends column x, row y to ``(a x + c y, b x + d y)``.
+
+    Only its quarter turns and mirrors are meaningful for whole pictures; a shear or a scale is left alone.
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return picture
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+    if abs(b) > abs(a):  # columns become rows
+        picture = picture.transpose(1, 0, 2)
+        a, d = c, b
+    return np.ascontiguousarray(picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])

@@ -1,0 +1,115 @@
+"""Which samples there are, and in which order they come.
+
+A window at frame t of an episode reads the observed frames up to t, the actions t .. t+L-1, and the future frames
+from t+L on (L is the action chunk; paper section III). Every frame starts a window: before the first and after the
+last frame the nearest frame stands in, and actions past the end are masked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from preprocessing.episode import UserError
+from preprocessing.statistics import Normalizer, normalizers
+
+
+@dataclass(frozen=True)
+class Embodiment:
+    """How one embodiment's episodes fill the model's slots, and how its numbers are normalised.
+
+    Slot i of the model's cameras is ``cameras[i]``; actions and proprioception are padded on the right.
+    """
+
+    index: int
+    cameras: tuple[str, ...]
+    action_dim: int
+    action_layout: str
+    proprio: tuple[tuple[str, int], ...]
+    fps: float
+    action_normalizer: Normalizer
+    proprio_normalizer: Normalizer
+
+    @property
+    def proprio_dim(self) -> int:
+        return sum(width for _, width in self.proprio)
+
+
+def describe(name: str, rows: list[dict[str, Any]], index: int, slots: int) -> Embodiment:
+    """The embodiment of these catalogue rows; UserError where its episodes do not agree with one another."""
+    first = rows[0]
+    for row in rows:
+        for what in ("action_dim", "proprio", "action_layout"):
+            if row[what] != first[what]:
+                raise UserError(
+                    f"embodiment {name}: {row['uri']} #{row['index']} has {what} {_short(row[what])}, others have "
+                    f"{_short(first[what])}; give one of them its own name with --contract (embodiment: NAME)"
+                )
+    cameras = list(dict.fromkeys(camera["name"] for row in rows for camera in row["cameras"]))
+    action, proprio = normalizers(rows)
+    return Embodiment(
+        index=index,
+        cameras=tuple(cameras[:slots]),
+        action_dim=first["action_dim"],
+        action_layout=first["action_layout"],
+        proprio=tuple((part["name"], part["width"]) for part in first["proprio"]),
+        fps=first["fps"],
+        action_normalizer=action,
+        proprio_normalizer=proprio,
+    )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 60 else f"{text[:57]}..."
+
+
+def split(
+    rows: list[dict[str, Any]], instructions: list[str] | None, share: float, validation: bool
+) -> list[dict[str, Any]]:
+    """The training or the held-out rows, of the given instructions alone where there are any given."""
+    return [
+        row
+        for row in rows
+        if (instructions is None or row["instruction"] in instructions)
+        and is_validation(row["id"], share) == validation
+    ]
+
+
+def is_validation(episode_id: str, share: float) -> bool:
+    """Whether an episode is held out: a pure function of its id, so it never moves as data is added."""
+    return int(hashlib.sha256(f"split:{episode_id}".encode()).hexdigest()[:8], 16) / 2**32 < share
+
+
+class WindowSampler:
+    """Global batches of (episode, frame), a pure function of (seed, step): any worker can take any part of any batch.
+
+    ``frames`` and ``group`` are int ``[E]``: length and embodiment of each episode. A group is drawn by its weight
+    (by default its number of windows), then one of its windows uniformly, with replacement.
+    """
+
+    def __init__(self, frames: np.ndarray, group: np.ndarray, weights: dict[int, float], seed: int):
+        self._seed = seed
+        self._groups = [np.flatnonzero(group == g) for g in np.unique(group)]
+        self._ends = [np.cumsum(frames[members]) for members in self._groups]
+        self._frames = frames
+        share = [weights.get(int(g), float(e[-1])) for g, e in zip(np.unique(group), self._ends, strict=True)]
+        self._share = np.asarray(share) / np.sum(share)
+
+    def batch(self, step: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Episode index int64 ``[size]`` and frame int64 ``[size]`` of the global batch of this step."""
+        random = np.random.default_rng((self._seed, step))
+        group = random.choice(len(self._groups), size=size, p=self._share)
+        place = random.random(size)
+        episode, frame = np.empty(size, np.int64), np.empty(size, np.int64)
+        for g, (members, ends) in enumerate(zip(self._groups, self._ends, strict=True)):
+            chosen = np.flatnonzero(group == g)
+            window = (place[chosen] * ends[-1]).astype(np.int64)
+            member = np.searchsorted(ends, window, side="right")
+            episode[chosen] = members[member]
+            frame[chosen] = window - (ends[member] - self._frames[members[member]])
+        return episode, frame
