@@ -11,12 +11,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from uwm_model.config import DiffusionConfig, ModelConfig
-from uwm_model.world_model import UnifiedWorldModel
 
 from infra import registry, tracking
 from preprocessing.episode import UserError
 from preprocessing.windows import Embodiment
+from uwm_model.config import DiffusionConfig, ModelConfig
+from uwm_model.world_model import UnifiedWorldModel
 
 
 class Settings(BaseModel):

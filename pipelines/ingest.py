@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
-from preprocessing.encoders import encoder_digest, load_encoder
 from ray.data import ActorPoolStrategy, DataContext, Datasink
 from ray.data.datasource.datasink import WriteResult
 from tqdm import tqdm
 
 from infra.cluster import Meter, cluster, watch
 from preprocessing import sources
+from preprocessing.encoders import encoder_digest, load_encoder
 from preprocessing.episode import BadEpisode, DataContract, Episode, EpisodeRef
 from preprocessing.statistics import column_statistics
 from preprocessing.store import LatentStore, Location, write_segments

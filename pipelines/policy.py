@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from preprocessing.encoders import load_encoder
 
 from pipelines import checkpoint
 from pipelines.training import to_batch
+from preprocessing.encoders import load_encoder
 from preprocessing.episode import UserError
 from preprocessing.windows import Embodiment
 
@@ -29,9 +29,8 @@ class Policy:
         acting = [name for name, spec in self.settings.embodiments.items() if spec.action_dim]
         chosen = embodiment or (acting[0] if len(acting) == 1 else None)
         if chosen not in acting:
-            raise UserError(
-                f"{folder}: choose an embodiment of {', '.join(acting) or 'none with actions'}; got {chosen}"
-            )
+            held = ", ".join(acting) or "none with actions"
+            raise UserError(f"{folder}: choose an embodiment with --embodiment; the model knows {held}")
         self.embodiment = chosen
 
     @property
@@ -51,8 +50,8 @@ class Policy:
     ) -> np.ndarray:
         """The next actions in the robot's units, float32 ``[B, L, action_dim]``.
 
-        ``images`` uint8 ``[B, To, S, S, 3]`` by camera (one may be missing), ``proprio`` float32 ``[B, To, D]`` by name;
-        To is the number of observed frames, the newest last. Raises UserError where shapes or names do not fit.
+        ``images`` uint8 ``[B, To, S, S, 3]`` by camera (one may be missing), ``proprio`` float32 ``[B, To, D]`` by
+        name; To is the number of observed frames, the newest last. Raises UserError where shapes or names do not fit.
         """
         batch = to_batch(self._observation(images, proprio), torch.device("cpu"), torch.float32)
         with torch.inference_mode():

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from uwm_model.config import DiffusionConfig, ModelConfig
 
 from infra import tracking
 from pipelines.checkpoint import Settings
@@ -16,6 +15,7 @@ from pipelines.training import train
 from preprocessing.episode import UserError
 from preprocessing.store import LatentStore, Snapshot
 from preprocessing.windows import describe, split
+from uwm_model.config import DiffusionConfig, ModelConfig
 
 SPARE_EMBODIMENTS = 4  # free slots, so that finetuning can bring robots that pretraining has not seen
 

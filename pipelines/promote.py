@@ -29,7 +29,7 @@ class Promotion:
 
 
 def promote(name: str, version: str, alias: str = "champion", floor: float = 0.5) -> Promotion:
-    """Move ``alias`` to this version of the registered model. Raises Refused, or UserError for a version that is not."""
+    """Move ``alias`` to this version of the registered model. Raises Refused, or UserError where there is none."""
     tracking.connect()
     with registry.promotion_lock(name):
         candidate = registry.version_of(name, version)

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from uwm_model.config import DiffusionConfig, ModelConfig
 
 from preprocessing.episode import UserError
+from uwm_model.config import DiffusionConfig, ModelConfig
 
 
 class Recipe(BaseModel):

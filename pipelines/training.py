@@ -22,7 +22,6 @@ from ray.train import Checkpoint, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
-from uwm_model.batch import Batch
 
 from infra import engine, tracking
 from infra.cluster import Meter, cluster, watch
@@ -32,6 +31,7 @@ from pipelines.recipe import Recipe
 from preprocessing.loader import LatentDataset, WindowShape
 from preprocessing.store import Snapshot
 from preprocessing.windows import split
+from uwm_model.batch import Batch
 
 VALIDATION_BATCHES = 4
 

@@ -233,7 +233,9 @@ def _leaves(path: Path) -> dict[str, Leaf]:
             spec = node.get("tensor") or node.get("image") or {}
             sizes = [int(size) for size in spec.get("shape", {}).get("dimensions", [])]
             ragged = sequences > 1 or any(size < 0 for size in sizes)  # a list within each step has no fixed length
-            leaves[name] = Leaf(kind, None if ragged else tuple(sizes), spec.get("dtype", ""), spec.get("encoding", "none"))
+            leaves[name] = Leaf(
+                kind, None if ragged else tuple(sizes), spec.get("dtype", ""), spec.get("encoding", "none")
+            )
 
     walk(root, "", 0)
     return leaves

@@ -1,0 +1,25 @@
+# Everything runs in .venv, which `make install` makes from pyproject.toml and constraints.txt.
+PYTHON ?= python3.11
+UWM = .venv/bin/uwm
+
+.PHONY: install demo test check lock
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --progress-bar off -c constraints.txt -e '.[sim,vae,dev]'
+	touch $@
+
+demo: install
+	$(UWM) demo --output demo-output
+
+test: install
+	.venv/bin/python -m pytest
+
+check: install
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+lock: # after a change of the dependencies in pyproject.toml
+	.venv/bin/pip freeze --exclude-editable | grep -v '^pip=' > constraints.txt

@@ -1,0 +1,349 @@
+"""``uwm VERB``. Progress and logs go to stderr; with ``--json`` the last line of stdout is one JSON object.
+
+Exit codes: 0 done; 2 wrong usage or configuration; 3 done, but some inputs were quarantined; 4 a promotion gate
+refused; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from preprocessing.episode import DataContract, UserError
+
+app = typer.Typer(
+    help="Raw robot logs and videos to a promoted Unified World Model policy.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+store_app = typer.Typer(help="Look at a latent store and its snapshots.", no_args_is_help=True)
+app.add_typer(store_app, name="store")
+
+Store = Annotated[str, typer.Option(help="Folder of the latent store.", metavar="URI")]
+StoreArgument = Annotated[str, typer.Argument(metavar="URI")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON line on stdout.")]
+Snapshot = Annotated[str | None, typer.Option(help="Snapshot id to read; the newest if left out.", metavar="ID")]
+Address = Annotated[str | None, typer.Option(help="A running Ray cluster; one is started here if left out.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Set keys of the recipe.")]
+Output = Annotated[Path, typer.Option(help="Folder that gets the results, in a folder of their own.")]
+DryRun = Annotated[bool, typer.Option(help="Say what would be done, and do nothing.")]
+
+VERBOSE = False
+
+
+@app.callback()
+def options(verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show all logs.")] = False) -> None:
+    global VERBOSE
+    VERBOSE = verbose
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR)
+    if not verbose:
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")
+
+
+@app.command()
+def ingest(
+    source: Annotated[list[str], typer.Argument(help="Folders or files: RLDS, LeRobot, HDF5, videos.")],
+    store: Store,
+    format: Annotated[str, typer.Option(help="auto, or one of rlds, lerobot, hdf5, video.")] = "auto",
+    encoder: Annotated[str, typer.Option(help="tiny, sdxl-vae, taesdxl, a hub id or a folder.")] = "tiny",
+    image_size: Annotated[int, typer.Option(help="Frames are resized to this many pixels, a multiple of 8.")] = 128,
+    contract: Annotated[Path | None, typer.Option(help="YAML that overrides what readers find.")] = None,
+    address: Address = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Bring raw logs and videos into a store; what it already holds is not encoded again."""
+    from pipelines.ingest import ingest as run
+
+    promise = DataContract.from_yaml(contract) if contract else None
+    report = run(
+        source,
+        store,
+        format=format,
+        encoder=encoder,
+        image_size=image_size,
+        contract=promise,
+        dry_run=dry_run,
+        address=address,
+        verbose=VERBOSE,
+    )
+    for bad in report.quarantine:
+        _say(f"quarantined {bad['uri']} #{bad['index']}: {bad['reason']}")
+    counts = report.episodes
+    _say(
+        f"{'would ingest' if dry_run else 'ingested'} {counts['new']} episodes ({counts['already']} already there, "
+        f"{counts['quarantined']} quarantined), {report.frames} frames, {report.seconds:.0f} s"
+    )
+    _say(f"snapshot {report.snapshot}")
+    _result(dataclasses.asdict(report), as_json)
+    if report.quarantine:
+        raise typer.Exit(3)
+
+
+@app.command()
+def pretrain(
+    store: Store,
+    overrides: Overrides = None,
+    recipe: Annotated[str, typer.Option(help="A shipped recipe's name or a YAML file.")] = "small",
+    snapshot: Snapshot = None,
+    output: Output = Path("runs"),
+    address: Address = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a world model on everything in a store."""
+    from pipelines import pretrain as verb
+    from pipelines.recipe import load_recipe
+
+    chosen = load_recipe(recipe, overrides or [])
+    if dry_run:
+        _plan(verb.plan(store, chosen, snapshot), as_json)
+        return
+    run_id, folder = verb.pretrain(store, chosen, output, snapshot, address, VERBOSE)
+    _trained(run_id, folder, as_json)
+
+
+@app.command()
+def finetune(
+    model: Annotated[str, typer.Option("--from", help="Run id, checkpoint folder or models:/NAME@ALIAS.")],
+    store: Store,
+    overrides: Overrides = None,
+    recipe: Annotated[str, typer.Option(help="A shipped recipe's name or a YAML file.")] = "finetune",
+    snapshot: Snapshot = None,
+    output: Output = Path("runs"),
+    register: Annotated[str | None, typer.Option(help="Register the result under this name.")] = None,
+    embodiment: Annotated[str | None, typer.Option(help="Whose actions the registered policy gives.")] = None,
+    address: Address = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train on from a model, on part of a store or on new data."""
+    from pipelines import checkpoint
+    from pipelines import finetune as verb
+    from pipelines.recipe import load_recipe
+    from pipelines.register import register as to_registry
+
+    chosen = load_recipe(recipe, overrides or [])
+    if dry_run:
+        _plan(verb.plan(checkpoint.resolve(model), store, chosen, snapshot), as_json)
+        return
+    run_id, folder = verb.finetune(model, store, chosen, output, snapshot, address, VERBOSE)
+    version = to_registry(folder, register, embodiment) if register else None
+    _trained(run_id, folder, as_json, **({"name": register, "version": version} if register else {}))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Run id, checkpoint folder or models:/NAME@ALIAS.")],
+    store: Annotated[str | None, typer.Option(help="Held-out episodes of this store, open loop.")] = None,
+    env: Annotated[str | None, typer.Option(help="SUITE:TASK, closed loop, e.g. metaworld:drawer-close.")] = None,
+    episodes: Annotated[int, typer.Option(min=1, help="Rollouts, closed loop.")] = 10,
+    embodiment: Annotated[str | None, typer.Option(help="Whose actions, where the model knows several.")] = None,
+    output: Output = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Action error and frame prediction on held-out episodes; success rate in a simulator."""
+    from pipelines.evaluate import evaluate as run
+    from pipelines.evaluate import timestamped
+
+    if not (store or env):
+        raise UserError("nothing to evaluate on: give --store URI, --env SUITE:TASK or both")
+    folder = timestamped(output)
+    report = run(model, store, env, episodes, folder, embodiment)
+    for part in ("open_loop", "closed_loop"):
+        for name, value in report.get(part, {}).items():
+            _say(f"{name:>22} {value:.4g}" if isinstance(value, float) else f"{name:>22} {value}")
+    _say(f"written to {folder}")
+    _result(report | {"folder": str(folder)}, as_json)
+
+
+@app.command()
+def promote(
+    name: Annotated[str, typer.Argument(help="Registered model.")],
+    version: Annotated[str, typer.Argument(help="Version number.")],
+    alias: Annotated[str, typer.Option()] = "champion",
+    floor: Annotated[float, typer.Option(min=0, max=1, help="Success rate that a first champion must reach.")] = 0.5,
+    as_json: AsJson = False,
+) -> None:
+    """Judge a version against the champion; move the alias if it passes (exit code 4 if not)."""
+    from pipelines.promote import promote as run
+
+    result = run(name, version, alias, floor)
+    _say(f"{name} version {version} is now {alias} (before: {result.previous or 'none'}); {result.reason}")
+    _result(dataclasses.asdict(result), as_json)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder that gets everything.")] = Path("demo-output"),
+) -> None:
+    """Raw logs and videos to a promoted policy, on this machine, in minutes."""
+    from pipelines.demo import demo as run
+
+    run(output, VERBOSE)
+
+
+@app.command("train-vae")
+def train_vae(
+    source: Annotated[list[Path], typer.Argument(help="Videos, images or folders of them.")],
+    output: Annotated[Path, typer.Option(help="Folder that gets the weights; use it as --encoder.")] = Path("tiny_vae"),
+    steps: Annotated[int, typer.Option(min=1)] = 6000,
+) -> None:
+    """Train a small VAE of your own on frames you have."""
+    from pipelines.train_vae import train_vae as run
+
+    run(source, output, steps=steps)
+
+
+@store_app.command("show")
+def store_show(uri: StoreArgument, snapshot: Snapshot = None, as_json: AsJson = False) -> None:
+    """Counts by embodiment and encoder, and what is quarantined."""
+    from preprocessing.store import LatentStore
+
+    state = LatentStore.open(uri).snapshot(snapshot)
+    groups: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in state.episodes().to_pylist():
+        group = groups.setdefault(
+            (row["embodiment"], row["encoder"]),
+            {"embodiment": row["embodiment"], "encoder": row["encoder"], "episodes": 0, "frames": 0, "cameras": []},
+        )
+        group["episodes"] += 1
+        group["frames"] += row["frames"]
+        names = [camera["name"] for camera in row["cameras"]]
+        group["cameras"] += [name for name in names if name not in group["cameras"]]
+    quarantine = [{key: row[key] for key in ("uri", "index", "reason")} for row in state.quarantine()]
+    _say(f"snapshot {state.id}")
+    for group in groups.values():
+        _say(
+            f"{group['embodiment']:>20}  {group['episodes']:6} episodes  {group['frames']:8} frames  "
+            f"encoder {group['encoder']}  cameras {', '.join(group['cameras'])}"
+        )
+    for row in quarantine:
+        _say(f"quarantined {row['uri']} #{row['index']}: {row['reason']}")
+    _result({"snapshot": state.id, "embodiments": list(groups.values()), "quarantine": quarantine}, as_json)
+
+
+@store_app.command("log")
+def store_log(uri: StoreArgument, as_json: AsJson = False) -> None:
+    """Snapshots, the newest first."""
+    from preprocessing.store import LatentStore
+
+    log = LatentStore.open(uri).log()
+    for entry in log:
+        counts = ", ".join(f"{value} {key}" for key, value in sorted(entry["counts"].items()))
+        _say(f"{entry['snapshot']}  {entry['time']}  {entry['message']} ({counts})")
+    _result(log, as_json)
+
+
+@store_app.command("episodes")
+def store_episodes(uri: StoreArgument, snapshot: Snapshot = None, as_json: AsJson = False) -> None:
+    """Every episode of a snapshot."""
+    from preprocessing.store import LatentStore
+
+    kept = ("id", "uri", "index", "format", "frames", "fps", "cameras", "action_dim", "proprio", "instruction")
+    rows = []
+    for row in LatentStore.open(uri).snapshot(snapshot).episodes().to_pylist():
+        row["cameras"] = [camera["name"] for camera in row["cameras"]]
+        row["proprio"] = {part["name"]: part["width"] for part in row["proprio"]}
+        rows.append({key: row[key] for key in (*kept, "embodiment")})
+    if not as_json:
+        for row in rows:
+            _say(
+                f"{row['id'][:12]}  {row['embodiment']:>16}  {row['frames']:6} frames  {','.join(row['cameras'])}  "
+                f"{row['instruction'] or '-'}  {row['uri']} #{row['index']}"
+            )
+    _result(rows, as_json)
+
+
+@store_app.command("verify")
+def store_verify(uri: StoreArgument, snapshot: Snapshot = None, as_json: AsJson = False) -> None:
+    """Read every byte back and compare it with its digest; exit code 1 where one differs."""
+    from preprocessing.store import LatentStore
+
+    damage = list(LatentStore.open(uri).snapshot(snapshot).verify())
+    for line in damage:
+        _say(f"damaged: {line}")
+    _say(f"{len(damage)} damaged places" if damage else "every byte is as it was written")
+    _result({"damaged": damage}, as_json)
+    if damage:
+        raise typer.Exit(1)
+
+
+@store_app.command("rollback")
+def store_rollback(
+    uri: StoreArgument, snapshot: Annotated[str, typer.Option(metavar="ID")], as_json: AsJson = False
+) -> None:
+    """Make an earlier snapshot the head again."""
+    from preprocessing.store import LatentStore
+
+    LatentStore.open(uri).rollback(snapshot)
+    _say(f"head is {snapshot}")
+    _result({"snapshot": snapshot}, as_json)
+
+
+@store_app.command("gc")
+def store_gc(uri: StoreArgument, as_json: AsJson = False) -> None:
+    """Delete what no snapshot reaches, if it is older than a day."""
+    from preprocessing.store import LatentStore
+
+    freed = LatentStore.open(uri).collect_garbage()
+    _say(f"freed {freed} bytes")
+    _result({"bytes": freed}, as_json)
+
+
+def _plan(settings: Any, as_json: bool) -> None:
+    import yaml
+
+    model = settings.build()
+    parameters = sum(p.numel() for p in model.parameters())
+    resolved = settings.recipe | {"model": dataclasses.asdict(settings.model)}
+    _say(yaml.safe_dump(json.loads(json.dumps(resolved)), sort_keys=False).rstrip())
+    _say(f"# {parameters / 1e6:.1f} M parameters; snapshot {settings.snapshot}; {', '.join(settings.embodiments)}")
+    _result({"parameters": parameters, "snapshot": settings.snapshot, "recipe": resolved}, as_json)
+
+
+def _trained(run_id: str, folder: Path, as_json: bool, **more: Any) -> None:
+    version = f", {more['name']} version {more['version']}" if more else ""
+    _say(f"run {run_id}: checkpoint in {folder}{version}")
+    _result({"run_id": run_id, "checkpoint": str(folder), **more}, as_json)
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _result(value: Any, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(value))
+
+
+def main() -> None:
+    from pipelines.promote import Refused
+
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        _fail(f"error: {error}", 2)
+    except Refused as error:
+        _fail(f"refused: {error}", 4)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing half-written was kept", 130)
+    except Exception as error:
+        if VERBOSE:
+            raise
+        _fail(f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} (-v shows more)", 1)
+
+
+def _fail(line: str, code: int) -> None:
+    _say(line)
+    sys.exit(code)

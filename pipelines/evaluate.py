@@ -1,0 +1,223 @@
+"""``uwm evaluate``: how good a model is, on held-out episodes (open loop) and in a simulator (closed loop).
+
+Open loop: action error in policy and inverse-dynamics mode; PSNR of forward dynamics between its floor (the current
+frame, copied) and its ceiling (the true future frame through the VAE). Closed loop: success rate with its interval,
+and a video of every episode. Everything goes into a folder and to the model's MLflow run.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from infra import tracking
+from pipelines import checkpoint
+from pipelines.policy import Policy, history
+from pipelines.recipe import Recipe
+from pipelines.training import dataset, to_batch
+from preprocessing import sources
+from preprocessing.episode import BadEpisode, DataContract, EpisodeRef, UserError
+from uwm_model.metrics import psnr, wilson_interval
+
+EXECUTED = 8  # actions of a chunk that are carried out before the policy looks again
+WINDOWS = 64
+PICTURES = 4
+
+
+@dataclass
+class OpenLoop:
+    """Means over held-out windows; action errors in the robot's units, PSNR in dB."""
+
+    windows: int
+    action_error_policy: float
+    action_error_inverse: float
+    action_error_mean: float  # of always answering the training mean: what an error is to be held against
+    psnr_forward: float
+    psnr_floor: float
+    psnr_ceiling: float
+
+
+@dataclass
+class ClosedLoop:
+    """Success rate over episodes of one task, with its 95 % Wilson interval."""
+
+    task: str
+    episodes: int
+    successes: int
+    success_rate: float
+    low: float
+    high: float
+
+
+def evaluate(
+    model: str,
+    store_uri: str | None,
+    env: str | None,
+    episodes: int,
+    output: Path,
+    embodiment: str | None = None,
+    seed: int = 1000,
+) -> dict[str, Any]:
+    """Evaluate MODEL where asked to; writes ``output/evaluation.json`` and returns its content."""
+    folder = checkpoint.resolve(model)
+    policy = Policy(folder, embodiment)
+    output.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {"model": model, "run_id": policy.settings.run_id, "embodiment": policy.embodiment}
+    metrics: dict[str, float] = {}
+    if store_uri:
+        result = open_loop(policy, store_uri, output)
+        report["open_loop"] = asdict(result)
+        metrics |= {name: float(value) for name, value in asdict(result).items()}
+    if env:
+        rollout = closed_loop(policy, env, episodes, output, seed)
+        report["closed_loop"] = asdict(rollout)
+        metrics[f"success_rate.{env.replace(':', '.')}"] = rollout.success_rate
+    (output / "evaluation.json").write_text(json.dumps(report, indent=1))
+    if policy.settings.run_id:
+        tracking.connect()
+        tracking.log_metrics(policy.settings.run_id, metrics, policy.settings.step)
+        tracking.log_folder(policy.settings.run_id, output, "evaluation")
+    return report
+
+
+@torch.inference_mode()
+def open_loop(policy: Policy, store_uri: str, output: Path) -> OpenLoop:
+    """Held-out windows of the store that the model was trained on; writes predicted against true frames as PNG."""
+    settings, model = policy.settings, policy.model
+    recipe = Recipe.model_validate(settings.recipe)
+    if Path(store_uri).resolve() != Path(settings.store).resolve():
+        settings = settings.model_copy(update={"store": str(Path(store_uri).resolve())})
+    data = dataset(settings, validation=True, recipe=recipe)
+    chosen = [i for i, row in enumerate(data.rows) if row["embodiment"] == policy.embodiment]
+    if not chosen:
+        raise UserError(f"{store_uri}: no held-out episode of {policy.embodiment}; raise validation_share in training")
+    random = np.random.default_rng(0)
+    episode = random.choice(chosen, WINDOWS)
+    frame = (random.random(WINDOWS) * data.frames[episode]).astype(int)
+    arrays = data.gather(episode, frame)
+    batch = to_batch(arrays, torch.device("cpu"), torch.float32)
+    generator = torch.Generator().manual_seed(0)
+
+    scale = np.ones(settings.model.action_dim)
+    scale[: policy.spec.action_dim] = policy.spec.action_normalizer.scale
+    true, mask = arrays["action"], arrays["action_mask"]
+
+    def error(action: np.ndarray) -> float:
+        return float((np.abs(action - true) * scale)[mask].mean())
+
+    by_policy, _ = model.sample("policy", batch, generator=generator)
+    by_inverse, _ = model.sample("inverse_dynamics", batch, generator=generator)
+    _, future = model.sample("forward_dynamics", batch, generator=generator)
+    assert by_policy is not None and by_inverse is not None and future is not None
+
+    quality, pictures = [], []
+    for i, frames in enumerate(tqdm(_true_frames(policy, data, episode, frame), "frames", total=WINDOWS, leave=False)):
+        for slot, (now, then) in frames.items():
+            last = -1  # the farthest of the future frames
+            predicted = policy.encoder.decode(future[i, slot, last, None].numpy())[0]
+            rebuilt = policy.encoder.decode(arrays["future_latents"][i, slot, last, None])[0]
+            quality.append([float(psnr(image, then)) for image in (predicted, now, rebuilt)])
+            if len(pictures) < PICTURES * settings.model.cameras:
+                pictures.append(np.concatenate([now, predicted, then], axis=1))
+    for number, picture in enumerate(pictures):
+        Image.fromarray(picture).save(output / f"forward_{number}.png")
+    forward, floor, ceiling = np.mean(quality, axis=0) if quality else [float("nan")] * 3
+    return OpenLoop(
+        WINDOWS,
+        error(by_policy.numpy()),
+        error(by_inverse.numpy()),
+        error(np.broadcast_to(true.sum((0, 1)) / np.maximum(mask.sum((0, 1)), 1), true.shape)),
+        float(forward),
+        float(floor),
+        float(ceiling),
+    )
+
+
+def _true_frames(
+    policy: Policy, data: Any, episode: np.ndarray, frame: np.ndarray
+) -> Iterator[dict[int, tuple[np.ndarray, np.ndarray]]]:
+    """For each window, by camera slot: (the current frame, the farthest future frame) from the source files.
+
+    Windows whose source is gone or changed yield nothing: latents alone cannot say what the camera saw.
+    """
+    shape = data.shape
+    decoded: dict[int, dict[str, np.ndarray]] = {}
+    for index, at in zip(episode, frame, strict=True):
+        row = data.rows[index]
+        if index not in decoded:
+            ref = EpisodeRef(row["uri"], row["format"], row["index"], digest="")
+            contract = DataContract.model_validate_json(row["contract"]) if row["contract"] else None
+            try:
+                cameras = sources.load(ref, contract).cameras
+                decoded[index] = {
+                    name: np.concatenate(list(video.frames(policy.image_size)))
+                    for name, video in cameras.items()
+                    if name in policy.spec.cameras
+                }
+            except (BadEpisode, UserError, OSError):
+                decoded[index] = {}
+        future = min(at + shape.action_chunk + shape.future_frames - 1, row["frames"] - 1)
+        yield {
+            policy.spec.cameras.index(name): (frames[at], frames[future])
+            for name, frames in decoded[index].items()
+            if len(frames) == row["frames"]
+        }
+
+
+def closed_loop(policy: Policy, env: str, episodes: int, output: Path, seed: int) -> ClosedLoop:
+    """Roll the policy out in ``SUITE:TASK``, a video of each episode in ``output``."""
+    suite, _, task = env.partition(":")
+    if suite != "metaworld":
+        raise UserError(f"{env}: unknown suite {suite}; known: metaworld, e.g. --env metaworld:drawer-close")
+    try:
+        from infra.simulators.metaworld import FPS, HORIZON, MetaWorld
+
+        simulator = MetaWorld(task, policy.image_size, seed)
+    except (ModuleNotFoundError, ValueError) as error:
+        raise UserError(str(error)) from None
+    generator = torch.Generator().manual_seed(seed)
+    successes = 0
+    with tqdm(range(episodes), f"rollout {task}", unit="ep") as bar:
+        for number in bar:
+            seen = [simulator.reset(number)]
+            queue: list[np.ndarray] = []
+            success = False
+            while not success and len(seen) <= HORIZON:
+                if not queue:
+                    images, proprio = history(seen, policy.settings.model.observed_frames)
+                    queue = list(policy.act(images, proprio, generator)[0, :EXECUTED])
+                observation, success = simulator.step(queue.pop(0))
+                seen.append(observation)
+            successes += success
+            bar.set_postfix_str(f"{successes} of {number + 1}")
+            outcome = "success" if success else "failure"
+            write_video(output / f"{task}_{number:02d}_{outcome}.mp4", [o["images"] for o in seen], FPS)
+    simulator.close()
+    low, high = wilson_interval(successes, episodes)
+    return ClosedLoop(env, episodes, successes, successes / episodes, low, high)
+
+
+def write_video(path: Path, frames: list[dict[str, np.ndarray]], fps: int) -> None:
+    """All cameras side by side, h264."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "26", "preset": "veryfast"})
+        height, width, _ = next(iter(frames[0].values())).shape
+        stream.width, stream.height, stream.pix_fmt = width * len(frames[0]), height, "yuv420p"
+        for cameras in frames:
+            picture = av.VideoFrame.from_ndarray(np.concatenate(list(cameras.values()), axis=1), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+
+
+def timestamped(folder: Path) -> Path:
+    return folder / time.strftime("evaluation-%Y%m%d-%H%M%S")

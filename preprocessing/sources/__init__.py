@@ -1,0 +1,148 @@
+"""Raw files in, episodes out: one reader a format, found by content.
+
+A reader is a module with three functions: ``detect(path)`` says whether a file or folder holds its format,
+``scan(path)`` lists the episodes by hashing bytes, decoding nothing, and ``load(ref)`` makes one an Episode, in any
+process that sees the files. To add a format, write such a module and name it in ``FORMATS``.
+
+What a contract overrides is overridden here, once for all formats.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from urllib.parse import unquote, urlsplit
+
+from preprocessing.episode import BadEpisode, DataContract, Episode, EpisodeRef, UserError, Video
+from preprocessing.sources import hdf5, lerobot, rlds, video
+from preprocessing.video import upside_down
+
+FORMATS: dict[str, ModuleType] = {"rlds": rlds, "lerobot": lerobot, "hdf5": hdf5, "video": video}
+CLOSED = {"rlds", "lerobot"}  # a data set's folder: what lies below it is its own (LeRobot's MP4 files are no episodes)
+
+
+def find(path: str | Path, format: str = "auto") -> list[tuple[str, Path]]:
+    """What there is to read at a path, as (format, path for ``scan``): a data set, or all those below a folder."""
+    start = _local(path)
+    if format != "auto" and format not in FORMATS:
+        raise UserError(f"--format {format}: no such format; one of auto, {', '.join(FORMATS)}")
+    wanted = list(FORMATS) if format == "auto" else [format]
+    if not start.exists():
+        raise UserError(f"{path}: no such file or folder; check the path")
+    # A file keeps its own name where it is a link, for its neighbours may matter (features.json); no ".." stays.
+    start = start.resolve() if start.is_dir() else start.parent.resolve() / start.name
+    try:
+        found = list(_walk(start, wanted, set()))
+        empty = start.is_dir() and not any(start.iterdir())
+    except PermissionError as error:
+        raise UserError(f"{error.filename}: may not be read; check its permissions") from None
+    if empty:
+        raise UserError(f"{path}: an empty folder; put {_known(wanted)} there")
+    if not found and format != "auto":
+        raise UserError(f"{path}: holds nothing of format {format}; expected {_known(wanted)}, or use --format auto")
+    if not found:
+        raise UserError(f"{path}: no known format; expected {_known(wanted)}")
+    return found
+
+
+def scan(format: str, path: Path) -> Iterator[EpisodeRef]:
+    """The episodes at a path that ``find`` gave. Unreadable ones come too, with their ``problem``."""
+    return FORMATS[format].scan(path)
+
+
+def load(ref: EpisodeRef, contract: DataContract | None = None) -> Episode:
+    """The episode, as the contract has it. Raises BadEpisode, or UserError where the contract does not fit."""
+    if ref.problem:
+        raise BadEpisode(ref.problem)
+    try:
+        episode = FORMATS[ref.format].load(ref)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        # Bytes from outside can break a reader in more ways than it foresees; one bad file must not end an ingest.
+        raise BadEpisode(f"cannot be read as {ref.format}: {type(error).__name__}: {error}") from error
+    _check(episode)
+    episode = replace(episode, embodiment=_slug(episode.embodiment))
+    return _override(episode, contract) if contract else episode
+
+
+def _override(episode: Episode, contract: DataContract) -> Episode:
+    cameras, flip, layout = episode.cameras, contract.flip, contract.action_layout
+    recorded = ", ".join(sorted(cameras)) or "none"
+    for name in (*(contract.cameras or ()), *(flip or ())):
+        if name not in cameras:
+            raise UserError(f"contract: camera {name!r} is not in {episode.ref.uri}; recorded are: {recorded}")
+    if flip is not None:
+        cameras = {name: _turned(video, name in flip) for name, video in cameras.items()}
+    if contract.cameras is not None:
+        stored = list(contract.cameras.values())
+        if len(set(stored)) < len(stored):
+            raise UserError(f"contract: two cameras get one name: {', '.join(sorted(stored))}")
+        cameras = {new: cameras[name] for name, new in contract.cameras.items()}
+    if layout is None or episode.action is None:
+        layout = episode.action_layout
+    elif (total := sum(block.size for block in layout)) != (width := episode.action.shape[1]):
+        raise UserError(f"contract: action_layout has {total} columns, the actions of {episode.ref.uri} have {width}")
+    return replace(
+        episode,
+        cameras=cameras,
+        action_layout=layout,
+        fps=contract.fps or episode.fps,
+        instruction=contract.instruction or episode.instruction,
+        embodiment=contract.embodiment or episode.embodiment,
+    )
+
+
+def _turned(video: Video, turned: bool) -> Video:
+    return video if video.turned == turned else upside_down(video)
+
+
+def _check(episode: Episode) -> None:
+    """What every reader owes: rows that belong together, and a layout of exactly the action's columns."""
+    rows = {name: len(values) for name, values in episode.proprio.items()}
+    if episode.action is not None:
+        rows["action"] = len(episode.action)
+        if sum(block.size for block in episode.action_layout) != episode.action.shape[1]:
+            raise BadEpisode(f"the action has {episode.action.shape[1]} columns, its layout another number")
+    if len(set(rows.values())) > 1:
+        raise BadEpisode("lengths differ: " + ", ".join(f"{name} {count}" for name, count in sorted(rows.items())))
+    if not episode.cameras:
+        raise BadEpisode("has no camera")
+
+
+def _slug(name: str) -> str:
+    """``PandaOmron`` and ``panda_omron`` are one robot: panda-omron."""
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])", "-", name).lower()).strip("-") or "unknown"
+
+
+def _walk(path: Path, wanted: list[str], seen: set[Path]) -> Iterator[tuple[str, Path]]:
+    if path.is_dir():
+        if path.resolve() in seen:  # a link that leads back up
+            return
+        seen.add(path.resolve())
+    here = [name for name in wanted if FORMATS[name].detect(path)]
+    yield from ((name, path) for name in here)
+    if path.is_dir() and not CLOSED.intersection(here):
+        for child in sorted(path.iterdir()):
+            if child.is_dir() and not child.name.startswith("."):
+                yield from _walk(child, wanted, seen)
+
+
+def _local(path: str | Path) -> Path:
+    scheme, separator, _ = str(path).partition("://")
+    if not separator:
+        return Path(path)
+    if scheme != "file":
+        raise UserError(f"{path}: sources are read from local paths and file:// only; copy or mount the data first")
+    return Path(unquote(urlsplit(str(path)).path))
+
+
+def _known(wanted: list[str]) -> str:
+    means = {
+        "rlds": "rlds (features.json and *.tfrecord-* files)",
+        "lerobot": "lerobot (meta/info.json)",
+        "hdf5": "hdf5 (robomimic or LIBERO *.hdf5)",
+        "video": "video (*.mp4, *.mkv, *.webm, ...)",
+    }
+    return " or ".join(means[name] for name in wanted)

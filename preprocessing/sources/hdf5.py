@@ -1,0 +1,261 @@
+"""robomimic and LIBERO demonstrations: ``data/demo_i/{actions, obs/...}`` in one HDF5 file.
+
+The layout: https://robomimic.github.io/docs/datasets/overview.html; LIBERO's additions are attributes of ``data``
+(https://github.com/Lifelong-Robot-Learning/LIBERO). Images are uint8 data sets ``[T, H, W, 3]`` under ``obs``; MuJoCo
+renders with OpenGL, whose first row is the lowest, and LIBERO stores them so: attribute ``macros_image_convention`` says
+``opengl``, and they are turned here.
+
+An episode's index is its place among the demonstrations in natural order (``demo_2`` before ``demo_10``); its digest
+covers the values of its data sets and the attributes that change what they mean, so that a repacked file is the same.
+A file decides nothing beyond itself: soft and external links, external storage and virtual data sets are not followed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from preprocessing.episode import ActionBlock, BadEpisode, Episode, EpisodeRef, Video
+from preprocessing.video import sliced_video, upside_down
+
+SIGNATURE = b"\x89HDF\r\n\x1a\n"
+SUFFIXES = (".hdf5", ".h5")
+DEFAULT_FPS = 20.0  # robosuite's control rate, and LIBERO's
+PIECE_BYTES = 2**24
+ATTRIBUTES = ("macros_image_convention", "env_args", "problem_info", "language_instruction", "robot", "fps", "ep_meta")
+
+
+def detect(path: Path) -> bool:
+    return bool(_files(path))
+
+
+def scan(path: Path) -> Iterator[EpisodeRef]:
+    for file in _files(path):
+        uri = str(file.absolute())
+        try:
+            with h5py.File(file, "r") as opened:
+                data = _data(opened)
+                for index, name in enumerate(_demos(data)):
+                    try:
+                        yield EpisodeRef(uri, "hdf5", index, _digest(data, name))
+                    except (BadEpisode, OSError, RuntimeError) as error:
+                        broken = hashlib.sha256(f"{_file_digest(file)} {name}".encode()).hexdigest()
+                        yield EpisodeRef(uri, "hdf5", index, broken, f"{name} cannot be read: {error}")
+        except (BadEpisode, OSError, RuntimeError) as error:
+            yield EpisodeRef(uri, "hdf5", 0, _file_digest(file), f"not a readable demonstration file: {error}")
+
+
+def load(ref: EpisodeRef) -> Episode:
+    path = Path(ref.uri)
+    with h5py.File(path, "r") as file:
+        data = _data(file)
+        names = _demos(data)
+        if ref.index >= len(names):
+            raise BadEpisode(f"the file has {len(names)} demonstrations now, fewer than when it was listed")
+        name = names[ref.index]
+        demo = _child(data, name, h5py.Group)
+        obs = _child(demo, "obs", h5py.Group)
+        action = _child(demo, "actions", h5py.Dataset)[()].astype(np.float32)
+        if action.ndim != 2:
+            raise BadEpisode(f"actions have shape {action.shape}, not one vector a step")
+        env = _json(_attribute(data, demo, "env_args"))
+        fps, robot, repairs = _fps(data, demo, env), _robot(data, demo, env), list[str]()
+        if fps is None:
+            fps = DEFAULT_FPS
+            repairs.append(f"control rate unknown; {DEFAULT_FPS:g} Hz assumed")
+        if robot is None:
+            repairs.append("robot unknown")
+
+        inside = {key: value for key in sorted(obs) if isinstance(value := _own(obs, key), h5py.Dataset)}
+        repairs += [f"obs/{key} is a link and not followed" for key in sorted(obs) if _own(obs, key) is None]
+        images = {k: d for k, d in inside.items() if d.ndim == 4 and d.shape[-1] == 3 and d.dtype == np.uint8}
+        vectors = {k: d for k, d in inside.items() if d.ndim in (1, 2) and d.dtype.kind == "f"}
+        lengths = {len(dataset) for dataset in (*images.values(), *vectors.values())}
+        steps = len(action)
+        if lengths == {steps + 1}:
+            repairs.append("one frame more than actions; the last one, seen after the last action, is dropped")
+        elif lengths - {steps}:
+            raise BadEpisode(f"{steps} actions, but observations of lengths {sorted(lengths)}")
+
+        proprio = {key: d[:steps].reshape(steps, -1).astype(np.float32) for key, d in vectors.items()}
+        bottom_up = _text(_attribute(data, demo, "macros_image_convention")) == "opengl"
+        cameras: dict[str, Video] = {}
+        for key in images:
+            video = sliced_video(steps, _reader(path, f"data/{name}/obs/{key}"))
+            cameras[_camera_name(key, images)] = upside_down(video) if bottom_up else video
+        if bottom_up and images:
+            repairs.append("images are stored bottom-up (opengl); turned upright")
+        return Episode(
+            ref=ref,
+            fps=fps,
+            cameras=cameras,
+            proprio=proprio,
+            action=action,
+            action_layout=_layout(action.shape[1]),
+            instruction=_instruction(data, demo),
+            success=_success(demo),
+            embodiment=robot or "unknown",
+            repairs=tuple(repairs),
+        )
+
+
+def _reader(path: Path, name: str) -> Any:
+    """The file is opened for each slice: an open handle would outlive the consumer and cannot be sent anywhere."""
+
+    def read(start: int, stop: int) -> np.ndarray:
+        try:
+            with h5py.File(path, "r") as file:
+                return file[name][start:stop]
+        except (OSError, KeyError) as error:
+            raise BadEpisode(f"{name} cannot be read from frame {start}: {error}") from None
+
+    return read
+
+
+def _camera_name(key: str, images: dict[str, Any]) -> str:
+    """``agentview_rgb`` (LIBERO) and ``agentview_image`` (robomimic) are both the camera agentview."""
+    short = re.sub(r"_(rgb|image)$", "", key)
+    return key if sum(re.sub(r"_(rgb|image)$", "", other) == short for other in images) > 1 else short
+
+
+def _layout(width: int) -> tuple[ActionBlock, ...]:
+    """robosuite's OSC_POSE takes seven numbers, Meta-World's controller four; in both, +1 closes the gripper."""
+    position = ActionBlock(name="position", size=3, kind="position", mode="delta", frame="base")
+    gripper = ActionBlock(name="gripper", size=1, kind="gripper", mode="absolute", gripper_one_means="closed")
+    if width == 7:
+        rotation = ActionBlock(
+            name="rotation", size=3, kind="rotation", representation="axis_angle", mode="delta", frame="base"
+        )
+        return position, rotation, gripper
+    if width == 4:
+        return position, gripper
+    return (ActionBlock(name="action", size=width),)
+
+
+def _instruction(data: h5py.Group, demo: h5py.Group) -> str | None:
+    candidates = (
+        _attribute(data, demo, "language_instruction"),
+        _json(_attribute(data, demo, "problem_info")).get("language_instruction"),
+        _json(_attribute(data, demo, "ep_meta")).get("lang"),  # RoboCasa
+    )
+    for text in map(_text, candidates):
+        if text:
+            return text
+    return None
+
+
+def _success(demo: h5py.Group) -> bool | None:
+    """The sparse reward is 1 where the task is done; ``dones`` may also mark a mere end, so it is asked second."""
+    for name, reached in (("rewards", 1.0), ("dones", 1.0)):
+        values = _own(demo, name)
+        if isinstance(values, h5py.Dataset) and values.size:
+            return bool((values[()] >= reached).any())
+    return None
+
+
+def _fps(data: h5py.Group, demo: h5py.Group, env: dict[str, Any]) -> float | None:
+    for value in (_attribute(data, demo, "fps"), env.get("env_kwargs", {}).get("control_freq")):
+        if isinstance(value, int | float | np.number) and value > 0:
+            return float(value)
+    return None
+
+
+def _robot(data: h5py.Group, demo: h5py.Group, env: dict[str, Any]) -> str | None:
+    robots = env.get("env_kwargs", {}).get("robots")
+    return _text(_attribute(data, demo, "robot")) or _text(robots)
+
+
+def _attribute(data: h5py.Group, demo: h5py.Group, name: str) -> Any:
+    return demo.attrs.get(name, data.attrs.get(name))
+
+
+def _text(value: Any) -> str:
+    """HDF5 strings come as str, bytes or arrays of one; LIBERO also writes lists of words or of one sentence."""
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
+    elif isinstance(value, np.ndarray | list | tuple):
+        value = " ".join(_text(part) for part in value)
+    return value.strip().strip('"') if isinstance(value, str) else ""
+
+
+def _json(value: Any) -> dict[str, Any]:
+    try:
+        parsed = json.loads(_text(value) or "{}")
+    except ValueError:
+        return {}
+    return parsed if isinstance(parsed, dict) else {}
+
+
+def _digest(data: h5py.Group, name: str) -> str:
+    demo = _child(data, name, h5py.Group)
+    sha = hashlib.sha256()
+    for attribute in ATTRIBUTES:
+        if (value := _attribute(data, demo, attribute)) is not None:
+            sha.update(f"{attribute}={_text(value) or value};".encode())
+    for key, dataset in _datasets(demo, ""):
+        sha.update(f"{key} {dataset.dtype.str} {dataset.shape};".encode())
+        rows = max(1, PIECE_BYTES // max(1, dataset.nbytes // max(1, len(dataset) if dataset.ndim else 1)))
+        for start in range(0, len(dataset) if dataset.ndim else 1, rows):
+            piece = dataset[start : start + rows] if dataset.ndim else dataset[()]
+            sha.update(repr(piece).encode() if dataset.dtype.hasobject else np.ascontiguousarray(piece).tobytes())
+    return sha.hexdigest()
+
+
+def _datasets(group: h5py.Group, prefix: str) -> Iterator[tuple[str, h5py.Dataset]]:
+    for key in sorted(group):
+        child = _own(group, key)
+        if isinstance(child, h5py.Group):
+            yield from _datasets(child, f"{prefix}{key}/")
+        elif isinstance(child, h5py.Dataset):
+            yield f"{prefix}{key}", child
+
+
+def _data(file: h5py.File) -> h5py.Group:
+    return _child(file, "data", h5py.Group)
+
+
+def _demos(data: h5py.Group) -> list[str]:
+    names = [name for name in data if isinstance(_own(data, name), h5py.Group)]
+    if not names:
+        raise BadEpisode("data/ holds no demonstration")
+    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+
+
+def _child(group: h5py.Group, name: str, kind: type) -> Any:
+    child = _own(group, name)
+    if not isinstance(child, kind):
+        raise BadEpisode(f"no {'group' if kind is h5py.Group else 'data set'} {name!r} in {group.name}")
+    return child
+
+
+def _own(group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset | None:
+    """A member stored in this very file; None for one that is absent or lies, or may lie, in another."""
+    if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+        return None
+    child = group[name]
+    if isinstance(child, h5py.Dataset) and (child.is_virtual or child.external):
+        return None
+    return child
+
+
+def _files(path: Path) -> list[Path]:
+    """The file itself, or the files directly in a folder: by name, or by the signature where the name says nothing."""
+    candidates = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+    return [p for p in candidates if not p.name.startswith(".") and (p.suffix.lower() in SUFFIXES or _is_hdf5(p))]
+
+
+def _is_hdf5(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(SIGNATURE)) == SIGNATURE
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

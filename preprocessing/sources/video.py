@@ -1,0 +1,65 @@
+"""Video files: each is one episode without actions, for the video half of the model.
+
+A file is recognised by its suffix, or by its first bytes where the name says nothing: ``ftyp`` (ISO/IEC 14496-12,
+4.3), EBML (RFC 8794, 8) or RIFF AVI. Its digest covers the file's bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from preprocessing.episode import BadEpisode, Episode, EpisodeRef
+from preprocessing.video import open_video, probe_video
+
+SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".gif"}
+NOT_VIDEO_BRANDS = (b"M4A", b"M4B", b"hei", b"mif", b"avi")  # audio and still images in the same container
+
+
+def detect(path: Path) -> bool:
+    return bool(_files(path))
+
+
+def scan(path: Path) -> Iterator[EpisodeRef]:
+    for file in _files(path):
+        with file.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        problem = None
+        try:
+            probe_video(file)
+        except BadEpisode as error:
+            problem = str(error)
+        yield EpisodeRef(str(file.absolute()), "video", 0, digest, problem)
+
+
+def load(ref: EpisodeRef) -> Episode:
+    info = probe_video(ref.uri)
+    chosen = f"{info.streams} video streams; the one of {info.width}x{info.height} is read"
+    return Episode(
+        ref=ref,
+        fps=info.fps,
+        cameras={"video": open_video(ref.uri)},
+        proprio={},
+        action=None,
+        action_layout=(),
+        instruction=None,
+        success=None,
+        embodiment="video",
+        repairs=(chosen,) if info.streams > 1 else (),
+    )
+
+
+def _files(path: Path) -> list[Path]:
+    candidates = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+    return [p for p in candidates if not p.name.startswith(".") and _is_video(p)]
+
+
+def _is_video(path: Path) -> bool:
+    if path.suffix.lower() in SUFFIXES:
+        return True
+    with path.open("rb") as file:
+        head = file.read(12)
+    if head[4:8] == b"ftyp":
+        return not head[8:].startswith(NOT_VIDEO_BRANDS)
+    return head[:4] == b"\x1a\x45\xdf\xa3" or (head[:4] == b"RIFF" and head[8:12] == b"AVI ")
