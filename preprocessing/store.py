@@ -92,7 +92,7 @@ class LatentStore:
     @classmethod
     def open(cls, uri: str) -> LatentStore:
         folder = local_folder(uri)
-        if not folder.exists():
+        if not folder.is_dir():
             raise UserError(f"{uri}: no store here; make one with: uwm ingest SOURCE --store {uri}")
         try:
             return cls(str(folder), icechunk.Repository.open(icechunk.local_filesystem_storage(str(folder))))
@@ -103,11 +103,17 @@ class LatentStore:
     def create(cls, uri: str) -> LatentStore:
         """Open the store at ``uri``, or make an empty one there if the folder is missing or empty."""
         folder = local_folder(uri)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.is_file():
             return cls.open(uri)
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder):
-            repository = icechunk.Repository.open_or_create(icechunk.local_filesystem_storage(str(folder)))
+            if any(folder.iterdir()):
+                return cls.open(uri)
+            repository = icechunk.Repository.create(icechunk.local_filesystem_storage(str(folder)))
+            session = repository.writable_session("main")
+            for group in ("data", "catalogue", "quarantine"):  # two ingests that each made one would conflict
+                zarr.create_group(session.store, path=group)
+            session.commit("new store")
         return cls(str(folder), repository)
 
     def snapshot(self, snapshot_id: str | None = None) -> Snapshot:
@@ -164,7 +170,7 @@ class Transaction:
     """One ingest: forks go out to writers, come back, and become visible in one commit or not at all."""
 
     def __init__(self, store: LatentStore):
-        now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
+        now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S%f")
         self.part = f"{now}-{uuid.uuid4().hex[:8]}"
         self._store = store
         self._session = store.repository.writable_session("main")
@@ -196,8 +202,8 @@ def write_segments(fork: icechunk.ForkSession, part: str, arrays: list[np.ndarra
     Arrays of one shape share a zarr array; segments of latents start on a chunk boundary.
     """
     group = f"data/{part}/{uuid.uuid4().hex[:8]}"
-    locations: list[Location | None] = [None] * len(arrays)
-    for shape in dict.fromkeys(array.shape[1:] for array in arrays):
+    locations = [Location("", 0, 0, "")] * len(arrays)  # where an array is empty, nothing is written
+    for shape in dict.fromkeys(array.shape[1:] for array in arrays if array.size):
         is_latents = len(shape) == 3
         align = FRAMES_PER_CHUNK if is_latents else 1
         name = f"{'latents' if is_latents else 'steps'}_{'x'.join(map(str, shape))}"
@@ -221,7 +227,7 @@ def write_segments(fork: icechunk.ForkSession, part: str, arrays: list[np.ndarra
             compressors=None,  # float16 latents do not compress
         )
         array[:] = buffer
-    return [location for location in locations if location is not None]
+    return locations
 
 
 class Snapshot:
@@ -287,11 +293,8 @@ class Snapshot:
         return self._arrays[path]
 
     def _tables(self, group: str, schema: pa.Schema) -> pa.Table:
-        try:
-            parts = sorted(zarr.open_group(self._session.store, path=group, mode="r").array_keys())
-        except FileNotFoundError:
-            return schema.empty_table()
-        return pa.concat_tables([_read_table(self._session, f"{group}/{part}") for part in parts])
+        parts = sorted(zarr.open_group(self._session.store, path=group, mode="r").array_keys())
+        return pa.concat_tables([schema.empty_table(), *(_read_table(self._session, f"{group}/{p}") for p in parts)])
 
 
 def local_folder(uri: str) -> Path:

@@ -107,6 +107,8 @@ def _check(episode: Episode) -> None:
             raise BadEpisode(f"the action has {episode.action.shape[1]} columns, its layout another number")
     if len(set(rows.values())) > 1:
         raise BadEpisode("lengths differ: " + ", ".join(f"{name} {count}" for name, count in sorted(rows.items())))
+    if 0 in rows.values():
+        raise BadEpisode("holds no step")
     if not episode.cameras:
         raise BadEpisode("has no camera")
 
@@ -121,9 +123,12 @@ def _walk(path: Path, wanted: list[str], seen: set[Path]) -> Iterator[tuple[str,
         if path.resolve() in seen:  # a link that leads back up
             return
         seen.add(path.resolve())
-    here = [name for name in wanted if FORMATS[name].detect(path)]
-    yield from ((name, path) for name in here)
-    if path.is_dir() and not CLOSED.intersection(here):
+    for name in wanted:
+        if FORMATS[name].detect(path):
+            yield name, path
+            if name in CLOSED:
+                return
+    if path.is_dir():
         for child in sorted(path.iterdir()):
             if child.is_dir() and not child.name.startswith("."):
                 yield from _walk(child, wanted, seen)

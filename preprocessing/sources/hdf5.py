@@ -1,9 +1,9 @@
 """robomimic and LIBERO demonstrations: ``data/demo_i/{actions, obs/...}`` in one HDF5 file.
 
 The layout: https://robomimic.github.io/docs/datasets/overview.html; LIBERO's additions are attributes of ``data``
-(https://github.com/Lifelong-Robot-Learning/LIBERO). Images are uint8 data sets ``[T, H, W, 3]`` under ``obs``; MuJoCo
-renders with OpenGL, whose first row is the lowest, and LIBERO stores them so: attribute ``macros_image_convention`` says
-``opengl``, and they are turned here.
+(https://github.com/Lifelong-Robot-Learning/LIBERO). Images are uint8 data sets ``[T, H, W, 3]`` under ``obs``. MuJoCo
+renders with OpenGL, whose first row is the lowest, and LIBERO stores them so: its attribute
+``macros_image_convention`` is ``opengl``, and they are turned here.
 
 An episode's index is its place among the demonstrations in natural order (``demo_2`` before ``demo_10``); its digest
 covers the values of its data sets and the attributes that change what they mean, so that a repacked file is the same.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ ATTRIBUTES = ("macros_image_convention", "env_args", "problem_info", "language_i
 
 
 def detect(path: Path) -> bool:
-    return bool(_files(path))
+    return any(True for _ in _files(path))
 
 
 def scan(path: Path) -> Iterator[EpisodeRef]:
@@ -106,7 +106,7 @@ def load(ref: EpisodeRef) -> Episode:
         )
 
 
-def _reader(path: Path, name: str) -> Any:
+def _reader(path: Path, name: str) -> Callable[[int, int], np.ndarray]:
     """The file is opened for each slice: an open handle would outlive the consumer and cannot be sent anywhere."""
 
     def read(start: int, stop: int) -> np.ndarray:
@@ -213,7 +213,7 @@ def _datasets(group: h5py.Group, prefix: str) -> Iterator[tuple[str, h5py.Datase
         child = _own(group, key)
         if isinstance(child, h5py.Group):
             yield from _datasets(child, f"{prefix}{key}/")
-        elif isinstance(child, h5py.Dataset):
+        elif isinstance(child, h5py.Dataset) and child.shape is not None:
             yield f"{prefix}{key}", child
 
 
@@ -245,10 +245,11 @@ def _own(group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset | None:
     return child
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: Path) -> Iterator[Path]:
     """The file itself, or the files directly in a folder: by name, or by the signature where the name says nothing."""
-    candidates = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
-    return [p for p in candidates if not p.name.startswith(".") and (p.suffix.lower() in SUFFIXES or _is_hdf5(p))]
+    for file in [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file()):
+        if not file.name.startswith(".") and (file.suffix.lower() in SUFFIXES or _is_hdf5(file)):
+            yield file
 
 
 def _is_hdf5(path: Path) -> bool:

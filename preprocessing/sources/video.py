@@ -18,7 +18,7 @@ NOT_VIDEO_BRANDS = (b"M4A", b"M4B", b"hei", b"mif", b"avi")  # audio and still i
 
 
 def detect(path: Path) -> bool:
-    return bool(_files(path))
+    return any(True for _ in _files(path))
 
 
 def scan(path: Path) -> Iterator[EpisodeRef]:
@@ -50,9 +50,10 @@ def load(ref: EpisodeRef) -> Episode:
     )
 
 
-def _files(path: Path) -> list[Path]:
-    candidates = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
-    return [p for p in candidates if not p.name.startswith(".") and _is_video(p)]
+def _files(path: Path) -> Iterator[Path]:
+    for file in [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file()):
+        if not file.name.startswith(".") and _is_video(file):
+            yield file
 
 
 def _is_video(path: Path) -> bool:

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rows import fill, write_episode
+
+from preprocessing.episode import UserError
+from preprocessing.loader import LatentDataset, WindowShape
+from preprocessing.statistics import column_statistics, merge
+from preprocessing.store import LatentStore
+from preprocessing.windows import WindowSampler, describe, is_validation
+
+SHAPE = WindowShape(cameras=2, observed_frames=2, future_frames=2, action_chunk=4, action_dim=5, proprio_dim=6)
+
+
+@pytest.fixture
+def mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LatentDataset:
+    """Frame t of an episode holds the number t: an arm of 3 actions with 2 cameras, and a video without actions."""
+    monkeypatch.setenv("UWM_CACHE", str(tmp_path / "cache"))
+    store = LatentStore.create(str(tmp_path / "store"))
+    transaction = store.begin()
+    fork = transaction.fork()
+    count = np.arange(10)
+    latents = np.broadcast_to(count[:, None, None, None], (10, 4, 8, 8)).astype(np.float16)
+    steps = np.stack([count, -count, count * 0 + 7, count * 2, count * 3], axis=1).astype(np.float32)
+    arm = write_episode(fork, transaction.part, "arm-1", {"front": latents, "wrist": latents + 100}, steps, 3)
+    fork_video = transaction.fork()
+    nothing = np.zeros((10, 0), np.float32)
+    video = write_episode(fork_video, transaction.part, "video-1", {"video": latents}, nothing, 0, "video")
+    transaction.commit([fork, fork_video], [arm, video], [], "test")
+    rows = store.snapshot().rows("e" * 16)
+    embodiments = {
+        "arm": describe("arm", [rows[0]], 0, SHAPE.cameras),
+        "video": describe("video", [rows[1]], 1, SHAPE.cameras),
+    }
+    return LatentDataset(store.snapshot(), rows, embodiments, SHAPE)
+
+
+def test_a_window_holds_the_frames_and_actions_it_should(mixed: LatentDataset) -> None:
+    batch = mixed.gather(np.array([0]), np.array([3]))
+    assert batch["current_latents"].shape == (1, 2, 2, 4, 8, 8)
+    np.testing.assert_array_equal(batch["current_latents"][0, 0, :, 0, 0, 0], [2, 3])
+    np.testing.assert_array_equal(batch["current_latents"][0, 1, :, 0, 0, 0], [102, 103])
+    np.testing.assert_array_equal(batch["future_latents"][0, 0, :, 0, 0, 0], [7, 8])
+    # column 0 runs from 0 to 9, so 3, 4, 5, 6 of it are (x - 4.5) / 4.5
+    np.testing.assert_allclose(batch["action"][0, :, 0], (np.array([3, 4, 5, 6]) - 4.5) / 4.5, rtol=1e-6)
+    np.testing.assert_allclose(batch["action"][0, :, 1], -batch["action"][0, :, 0], rtol=1e-6)
+    np.testing.assert_array_equal(batch["action"][0, :, 2], 0)  # a column that never moves
+    np.testing.assert_array_equal(batch["action_mask"][0], [[True, True, True, False, False]] * 4)
+    mean, std = np.arange(10).mean() * 2, np.arange(10).std() * 2
+    np.testing.assert_allclose(batch["proprio"][0, :, 0], (np.array([4, 6]) - mean) / std, rtol=1e-5)
+    np.testing.assert_array_equal(batch["proprio_mask"][0], [True, True, False, False, False, False])
+
+
+def test_the_ends_of_an_episode_repeat_frames_and_mask_actions(mixed: LatentDataset) -> None:
+    batch = mixed.gather(np.array([0, 0]), np.array([0, 8]))
+    np.testing.assert_array_equal(batch["current_latents"][0, 0, :, 0, 0, 0], [0, 0])
+    np.testing.assert_array_equal(batch["future_latents"][1, 0, :, 0, 0, 0], [9, 9])
+    np.testing.assert_array_equal(batch["action_mask"][1, :, 0], [True, True, False, False])
+    np.testing.assert_array_equal(batch["action"][1, 2:], 0)
+
+
+def test_video_without_actions_and_missing_cameras_are_masked(mixed: LatentDataset) -> None:
+    batch = mixed.gather(np.array([1]), np.array([5]))
+    np.testing.assert_array_equal(batch["camera_mask"], [[True, False]])
+    np.testing.assert_array_equal(batch["current_latents"][0, 0, :, 0, 0, 0], [4, 5])
+    assert not batch["current_latents"][0, 1].any() and not batch["future_latents"][0, 1].any()
+    assert not batch["action_mask"].any() and not batch["action"].any() and not batch["proprio_mask"].any()
+    assert batch["embodiment"] == [1]
+
+
+def test_the_order_is_a_function_of_seed_and_step_on_any_number_of_workers(mixed: LatentDataset) -> None:
+    alone = mixed.batches(3, {}, 8)
+    parts = [mixed.batches(3, {}, 8, rank=rank, world=2) for rank in range(2)]
+    for _ in range(3):
+        whole, one, two = next(alone), next(parts[0]), next(parts[1])
+        np.testing.assert_array_equal(whole["current_latents"][0::2], one["current_latents"])
+        np.testing.assert_array_equal(whole["current_latents"][1::2], two["current_latents"])
+    resumed = mixed.batches(3, {}, 8, first_step=3)
+    np.testing.assert_array_equal(next(resumed)["current_latents"], next(alone)["current_latents"])
+
+
+def test_mixture_weights_are_met_and_every_window_is_drawn() -> None:
+    frames, group = np.array([5, 7, 4]), np.array([0, 0, 1])
+    sampler = WindowSampler(frames, group, {0: 1.0, 1: 3.0}, seed=0)
+    episode, frame = sampler.batch(0, 20_000)
+    assert abs((episode == 2).mean() - 0.75) < 0.02
+    assert (frame >= 0).all() and (frame < frames[episode]).all()
+    assert len(set(zip(episode.tolist(), frame.tolist(), strict=True))) == frames.sum()
+
+
+def test_a_held_out_episode_stays_held_out_and_the_share_is_met() -> None:
+    names = [f"episode-{i}" for i in range(4000)]
+    held = [name for name in names if is_validation(name, 0.1)]
+    assert abs(len(held) / len(names) - 0.1) < 0.02
+    assert all(is_validation(name, 0.2) for name in held)
+
+
+def test_statistics_merge_to_those_of_all_data_together() -> None:
+    random = np.random.default_rng(0)
+    parts = [random.standard_normal((n, 3)) * 5 + 2 for n in (4, 50, 1)]
+    total = merge([{"frames": len(part), **column_statistics(part)} for part in parts])
+    whole = np.concatenate(parts)
+    np.testing.assert_allclose(total["mean"], whole.mean(0))
+    np.testing.assert_allclose(total["std"], whole.std(0))
+    np.testing.assert_allclose(total["max"], whole.max(0))
+
+
+def test_episodes_of_one_embodiment_that_disagree_are_refused(tmp_path: Path) -> None:
+    store = LatentStore.create(str(tmp_path / "store"))
+    fill(store, ["a", "b"])
+    rows = store.snapshot().rows("e" * 16)
+    rows[1]["action_dim"] = 2
+    with pytest.raises(UserError, match="action_dim"):
+        describe("arm", rows, 0, 1)

@@ -1,0 +1,127 @@
+"""Settings of the model and of its diffusion.
+
+Plain frozen dataclasses, so that the mathematics needs no other package. ``__pydantic_config__`` is read by pydantic
+where a recipe embeds them: an unknown key is refused. Every value is checked here, whichever way it came in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Sizes of the network. The defaults train on a CPU.
+
+    The paper's LIBERO model: observed_frames=2, future_frames=2, action_chunk=16, patch=(2, 4, 4), width=768,
+    depth=12, heads=12, registers=24, timestep_width=512, condition_width=3072, on latents of (28, 28).
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    # What the data decides.
+    cameras: int
+    latent_channels: int
+    latent_size: tuple[int, int]  # (h, w)
+    action_dim: int  # of the widest robot; narrower ones are padded and masked
+    proprio_dim: int
+    embodiments: int
+
+    # What one sample holds.
+    observed_frames: int = 2
+    future_frames: int = 2
+    action_chunk: int = 16
+
+    # The transformer.
+    patch: tuple[int, int, int] = (2, 4, 4)  # (frames, rows, columns) of latents in one token
+    width: int = 256
+    depth: int = 4
+    heads: int = 4
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    registers: int = 8
+    timestep_width: int = 128
+
+    # The observation encoder.
+    frame_width: int = 128  # features of one camera's one frame
+    condition_width: int = 256
+
+    def __post_init__(self) -> None:
+        _tuples(self, latent_size=2, patch=3)
+        _check_integers(self, may_be_zero=("registers",))
+        for key, size in (("future_frames", self.future_frames), ("latent_size", self.latent_size)):
+            patch = self.patch[:1] if key == "future_frames" else self.patch[1:]
+            sizes = (size,) if isinstance(size, int) else size
+            if any(whole % part for whole, part in zip(sizes, patch, strict=True)):
+                raise ValueError(f"{key}: {size} is not a multiple of the patch {self.patch}; change {key} or patch")
+        if self.width % self.heads:
+            raise ValueError(f"heads: {self.heads} does not divide width {self.width}; change heads or width")
+        if self.timestep_width < 4 or self.timestep_width % 2:
+            raise ValueError(f"timestep_width: {self.timestep_width} is not an even number of at least 4")
+        if self.mlp_ratio <= 0:
+            raise ValueError(f"mlp_ratio: {self.mlp_ratio} is not above 0")
+
+    @property
+    def patches(self) -> int:
+        """Tokens of one camera's future latents."""
+        (pt, ph, pw), (h, w) = self.patch, self.latent_size
+        return (self.future_frames // pt) * (h // ph) * (w // pw)
+
+    @property
+    def tokens(self) -> int:
+        """N: length of the transformer's sequence (actions, latents of all cameras, registers)."""
+        return self.action_chunk + self.cameras * self.patches + self.registers
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """The diffusion of actions and latents; the defaults are the paper's except ``marginal_timestep``.
+
+    ``marginal_timestep``: where a modality that is not asked for is held while sampling. ``last`` is pure noise
+    (t = 99), where training puts the actions of action-free video. ``leading`` is the first of the sampling steps
+    (t = 90 of 10), as the published code has it.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    train_timesteps: int = 100
+    schedule: Literal["squaredcos_cap_v2"] = "squaredcos_cap_v2"
+    clip_sample: bool = True  # predicted clean values are clipped to [-1, 1]
+    latent_divisor: float = 3.0  # standardised latents / 3 survive that clip
+    sampling_steps: int = 10
+    marginal_timestep: Literal["leading", "last"] = "last"
+
+    def __post_init__(self) -> None:
+        _check_integers(self)
+        if self.schedule != "squaredcos_cap_v2":
+            raise ValueError(f"schedule: {self.schedule} is unknown; known: squaredcos_cap_v2")
+        if self.marginal_timestep not in ("leading", "last"):
+            raise ValueError(f"marginal_timestep: {self.marginal_timestep} is unknown; known: leading, last")
+        if self.latent_divisor <= 0:
+            raise ValueError(f"latent_divisor: {self.latent_divisor} is not above 0")
+        if self.train_timesteps < 2:
+            raise ValueError(f"train_timesteps: {self.train_timesteps}; choose at least 2")
+        if not 2 <= self.sampling_steps <= self.train_timesteps:
+            raise ValueError(f"sampling_steps: {self.sampling_steps}; choose 2 to train_timesteps={self.train_timesteps}")
+
+
+def _tuples(config: ModelConfig, **lengths: int) -> None:
+    """YAML and JSON bring lists; make them tuples of positive integers."""
+    for key, length in lengths.items():
+        values = getattr(config, key)
+        if not isinstance(values, list | tuple) or len(values) != length or not all(_is_count(v) for v in values):
+            raise ValueError(f"{key}: {values!r} is not {length} whole numbers above 0")
+        object.__setattr__(config, key, tuple(values))
+
+
+def _check_integers(config: ModelConfig | DiffusionConfig, may_be_zero: tuple[str, ...] = ()) -> None:
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.type == "int" and not (_is_count(value) or (field.name in may_be_zero and value == 0)):
+            least = "0 or above" if field.name in may_be_zero else "above 0"
+            raise ValueError(f"{field.name}: {value!r} is not a whole number {least}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

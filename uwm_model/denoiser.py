@@ -1,0 +1,75 @@
+"""The joint transformer (section III-B): noisy actions and noisy future latents in, a prediction for each out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from uwm_model.blocks import Block, Head
+from uwm_model.config import ModelConfig
+from uwm_model.tokens import ActionTokens, LatentPatches, TimestepEmbedding
+
+
+class Denoiser(nn.Module):
+    """One sequence of N tokens: L actions, V * patches latents, R registers, all under one learned position embedding.
+
+    Condition and both timesteps reach every block through its modulation (K = condition_width + timestep_width).
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.actions = ActionTokens(config)
+        self.latents = LatentPatches(config)
+        self.registers = nn.Parameter(torch.empty(1, config.registers, config.width))
+        self.position = nn.Parameter(torch.empty(1, config.tokens, config.width))
+        self.timesteps = TimestepEmbedding(config.timestep_width)
+        modulated_by = config.condition_width + config.timestep_width
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.heads, config.mlp_ratio, config.qkv_bias, modulated_by)
+            for _ in range(config.depth)
+        )
+        self.head = Head(config.width, modulated_by)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Small embeddings, and predictions of exactly zero: a fresh model's loss is the noise's variance, 1."""
+        nn.init.normal_(self.registers, std=0.02)
+        nn.init.normal_(self.position, std=0.02)
+        for last in (self.actions.decode[2], self.latents.decoder):
+            assert isinstance(last, nn.Linear)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    def forward(
+        self,
+        condition: Tensor,
+        action: Tensor,
+        t_action: Tensor,
+        latents: Tensor,
+        t_video: Tensor,
+        camera_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Predictions shaped like ``action`` and ``latents``.
+
+        condition [B, condition_width], action [B, L, A], latents [B, V, Tf, C, h, w], t_action and t_video int64 [B]
+        or 0-d, camera_mask bool [B, V]: nobody attends to the tokens of a missing camera, and the prediction for it
+        means nothing. None: all cameras are there.
+        """
+        B, (L, patches) = len(action), (self.config.action_chunk, self.config.cameras * self.config.patches)
+        registers = self.registers.expand(B, -1, -1)
+        x_BND = torch.cat([self.actions.encode(action), self.latents.encode(latents), registers], dim=1) + self.position
+        times = self.timesteps(t_action.expand(B), t_video.expand(B))
+        condition_BK = torch.cat([condition, times], dim=1)
+        keys = None if camera_mask is None else self._keys(camera_mask)
+        for block in self.blocks:
+            x_BND = block(x_BND, condition_BK, keys)
+        x_BND = self.head(x_BND, condition_BK)
+        return self.actions.decode(x_BND[:, :L]), self.latents.decode(x_BND[:, L : L + patches])
+
+    def _keys(self, camera_mask: Tensor) -> Tensor:
+        """bool [B, V] -> bool [B, 1, 1, N]: which tokens may be attended to."""
+        latents = camera_mask.repeat_interleave(self.config.patches, dim=1)
+        action = latents.new_ones(len(latents), self.config.action_chunk)
+        registers = latents.new_ones(len(latents), self.config.registers)
+        return torch.cat([action, latents, registers], dim=1)[:, None, None]

@@ -1,0 +1,77 @@
+"""Noisy actions and noisy latents to tokens, predictions back from tokens, and the timesteps to a vector."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from uwm_model.config import ModelConfig
+
+
+class LatentPatches(nn.Module):
+    """Future latents <-> tokens, ordered camera, time, row, column.
+
+    A patch is (frames, rows, columns) of one camera's latents; encoding is linear, and so is decoding (section III-B).
+    This is the one place that knows in which order a patch's values lie: channel, frame, row, column.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        frames, rows, columns = config.patch
+        values = config.latent_channels * frames * rows * columns
+        self.patch = {"pt": frames, "ph": rows, "pw": columns}
+        self.grid = {
+            "v": config.cameras,
+            "t": config.future_frames // frames,
+            "h": config.latent_size[0] // rows,
+            "w": config.latent_size[1] // columns,
+        }
+        self.encoder = nn.Linear(values, config.width)
+        self.decoder = nn.Linear(config.width, values)
+
+    def encode(self, latents: Tensor) -> Tensor:
+        """float [B, V, Tf, C, h, w] -> [B, V * patches, D]."""
+        patches = rearrange(
+            latents, "b v (t pt) c (h ph) (w pw) -> b (v t h w) (c pt ph pw)", **self.patch
+        )
+        return self.encoder(patches)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """[B, V * patches, D] -> float [B, V, Tf, C, h, w]."""
+        return rearrange(
+            self.decoder(tokens),
+            "b (v t h w) (c pt ph pw) -> b v (t pt) c (h ph) (w pw)",
+            **self.patch,
+            **self.grid,
+        )
+
+
+class ActionTokens(nn.Module):
+    """Actions <-> tokens, one a step, each way through a small MLP."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        hidden = int(config.width * config.mlp_ratio)
+        self.encode = nn.Sequential(nn.Linear(config.action_dim, hidden), nn.Mish(), nn.Linear(hidden, config.width))
+        self.decode = nn.Sequential(nn.Linear(config.width, hidden), nn.Mish(), nn.Linear(hidden, config.action_dim))
+
+
+class TimestepEmbedding(nn.Module):
+    """Both diffusion timesteps as one vector: sinusoids of t_action, then of t_video, through an MLP."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.half = width // 2
+        self.mlp = nn.Sequential(nn.Linear(2 * width, 4 * width), nn.Mish(), nn.Linear(4 * width, width))
+
+    def forward(self, t_action: Tensor, t_video: Tensor) -> Tensor:
+        """int64 [B] each -> [B, width]."""
+        # In float32 whatever the weights are: bfloat16 cannot tell t = 98 from 99 in the fast sinusoids.
+        step = math.log(10_000) / (self.half - 1)
+        frequency = torch.exp(-step * torch.arange(self.half, device=t_action.device, dtype=torch.float32))
+        angle = torch.stack([t_action, t_video], dim=1)[:, :, None] * frequency  # [B, 2, half]
+        sinusoids = torch.cat([angle.sin(), angle.cos()], dim=2).flatten(1)
+        return self.mlp(sinusoids.to(self.mlp[0].weight.dtype))
