@@ -120,7 +120,8 @@ def open_loop(policy: Policy, store_uri: str, output: Path) -> OpenLoop:
     _, future = model.sample("forward_dynamics", batch, generator=generator)
     assert by_policy is not None and by_inverse is not None and future is not None
 
-    quality, pictures = [], []
+    quality: list[list[float]] = []
+    pictures: list[np.ndarray] = []
     for i, frames in enumerate(tqdm(_true_frames(policy, data, episode, frame), "frames", total=WINDOWS, leave=False)):
         for slot, (now, then) in frames.items():
             last = -1  # the farthest of the future frames

@@ -124,7 +124,7 @@ def _run(
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = BLOCK_BYTES
-    context.print_on_execution_start = False  # type: ignore[attr-defined]
+    context.print_on_execution_start = False
     cpus = int(ray.cluster_resources().get("CPU", 1))
     gpus = ray.cluster_resources().get("GPU", 0)
     meter = Meter.remote()  # type: ignore[attr-defined]
@@ -133,7 +133,7 @@ def _run(
     work = [{"key": key, "ref": json.dumps(asdict(ref))} for key, ref in new.items()]
     promise = contract.model_dump_json() if contract else None
     rows = ray.data.from_items(work, override_num_blocks=min(len(work), 512)).map_batches(
-        decode,
+        decode,  # type: ignore[arg-type]
         batch_size=1,
         batch_format="pyarrow",
         fn_kwargs={"image_size": image_size, "contract": promise},

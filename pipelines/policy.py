@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +95,13 @@ class Policy:
         }
 
 
-def history(observations: list[dict[str, Any]], length: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def history(observations: Sequence[Any], length: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The newest ``length`` observations of one episode as a batch of one; the first stands in before the start.
 
     An observation is {"images": {camera: uint8 [S, S, 3]}, "proprio": {name: float32 [D]}}.
     """
     newest = observations[-length:]
-    chosen = [newest[0]] * (length - len(newest)) + newest
+    chosen = [newest[0]] * (length - len(newest)) + list(newest)
 
     def stack(part: str) -> dict[str, np.ndarray]:
         return {name: np.stack([item[part][name] for item in chosen])[None] for name in chosen[-1][part]}

@@ -9,13 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import numpy as np
+from mlflow.models import set_model
+from mlflow.pyfunc.model import PythonModel
 
 from pipelines.policy import Policy
 
 
-class PolicyModel(mlflow.pyfunc.PythonModel):
+class PolicyModel(PythonModel):
     def load_context(self, context: Any) -> None:
         embodiment = context.model_config["embodiment"]
         self._policy = Policy(Path(context.artifacts["checkpoint"]), embodiment)
@@ -27,4 +28,4 @@ class PolicyModel(mlflow.pyfunc.PythonModel):
         return self._policy.act(part("image."), part("proprio."))
 
 
-mlflow.models.set_model(PolicyModel())
+set_model(PolicyModel())

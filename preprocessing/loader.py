@@ -157,10 +157,10 @@ def _flat_files(snapshot: Snapshot, rows: list[dict[str, Any]]) -> tuple[np.ndar
             with (building / "latents.f16").open("wb") as latents, (building / "steps.f32").open("wb") as steps:
                 for row in tqdm(rows, "cache", unit=" episodes", leave=False, delay=2):
                     for camera in row["cameras"]:
-                        latents.write(np.ascontiguousarray(snapshot.read(camera["segments"])))
+                        latents.write(snapshot.read(camera["segments"]).tobytes())
                     if row["steps"]["count"]:
-                        steps.write(np.ascontiguousarray(snapshot.read([row["steps"]])))
-                steps.write(np.zeros(1, np.float32))  # never empty: a memory map of nothing is an error
+                        steps.write(snapshot.read([row["steps"]]).tobytes())
+                steps.write(np.zeros(1, np.float32).tobytes())  # never empty: a memory map of nothing is an error
             building.rename(folder)
     shape = snapshot.read([{**rows[0]["cameras"][0]["segments"][0], "count": 1}]).shape[1:]
     latents_map = np.memmap(folder / "latents.f16", np.float16, "r").reshape(-1, *shape)

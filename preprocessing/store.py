@@ -312,7 +312,7 @@ def _lock(folder: Path) -> FileLock:
 
 
 def _digest(rows: np.ndarray) -> str:
-    return hashlib.blake2b(np.ascontiguousarray(rows), digest_size=8).hexdigest()
+    return hashlib.blake2b(np.ascontiguousarray(rows).data, digest_size=8).hexdigest()
 
 
 def _write_table(session: icechunk.Session, path: str, table: pa.Table) -> None:

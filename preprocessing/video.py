@@ -4,8 +4,8 @@ Everything becomes a :class:`preprocessing.episode.Video`, which decodes only wh
 holds more than ``FRAMES_PER_CHUNK`` frames. Notable:
 
 - **Upright.** The display matrix (ISO/IEC 14496-12, 8.3.2 ``tkhd``; phones write one) is applied, mirrors included.
-- **Right colours.** The YUV matrix and range of each frame are handed to swscale; a range that is not named is full
-  for the ``yuvj`` formats and limited otherwise.
+- **Right colours.** The YUV matrix and range of each frame are handed to swscale; a range that is not named is
+  limited, but full for grey, palette, RGB and the ``yuvj`` formats.
 - **One scaler.** Sizes are reached by area averaging in the same swscale pass that makes RGB, so nothing aliases.
 - **Honest ends.** A file that breaks, or that ends before the time its container declares, is a ``BadEpisode``.
 - **One thread a file.** An ingest is parallel by file; codec threads would only fight it for the cores.
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.sidedata.sidedata import SideData
 from av.stream import Disposition
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -147,21 +148,22 @@ def _chunks(frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
 
 def _open(path: Path | str) -> av.container.InputContainer:
     try:
-        return av.open(str(path))
+        return av.open(str(path), metadata_errors="replace")  # a title in Latin-1 is no reason to refuse
     except av.FFmpegError as error:
         raise BadEpisode(f"cannot be opened as video: {error.strerror}") from None
 
 
 def _video_streams(container: av.container.InputContainer) -> list[av.VideoStream]:
-    """Cover art of a music file is a video stream to FFmpeg, but no video."""
-    return [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    """Cover art of a music file is a video stream to FFmpeg, but no video; one without a codec cannot be decoded."""
+    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    return [s for s in streams if s.codec_context is not None]
 
 
 def _best_stream(container: av.container.InputContainer) -> av.VideoStream:
     """The stream its author marked as default; among several, the one with the most pixels, then the first."""
     streams = _video_streams(container)
     if not streams:
-        raise BadEpisode("holds no video stream")
+        raise BadEpisode("holds no video stream that can be decoded")
     return max(streams, key=lambda s: (bool(s.disposition & Disposition.default), s.width * s.height, -s.index))
 
 
@@ -243,9 +245,8 @@ def _rgb(frame: av.VideoFrame, reformatter: VideoReformatter, width: int, height
     """
     source_range = frame.color_range
     if source_range == ColorRange.UNSPECIFIED:
-        source_range = ColorRange.JPEG if frame.format.name.startswith("yuvj") else ColorRange.MPEG
-    if frame.format.is_rgb:
-        source_range = ColorRange.JPEG
+        full = frame.format.name.startswith(("yuvj", "gray", "pal8")) or frame.format.is_rgb
+        source_range = ColorRange.JPEG if full else ColorRange.MPEG
     rgb = reformatter.reformat(
         frame,
         width=width,
@@ -265,7 +266,7 @@ def _upright(frame: av.VideoFrame, picture: np.ndarray) -> np.ndarray:
     Only its quarter turns and mirrors are meaningful for whole pictures; a shear or a scale is left alone.
     """
     matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
+    if not isinstance(matrix, SideData):
         return picture
     a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
     if abs(b) > abs(a):  # columns become rows

@@ -7,6 +7,7 @@ import struct
 import tracemalloc
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from formats import REAL, jpeg, numbered, quadrants, write_video
@@ -53,12 +54,35 @@ def patch_mp4(path: Path, box: bytes, offset: int, values: bytes) -> None:
         ("full.avi", "mjpeg", "yuvj420p"),
         ("lossless.mkv", "ffv1", "yuv420p"),
         ("old.avi", "mpeg4", "yuv420p"),
+        ("deep.mkv", "ffv1", "yuv420p10le"),
+        ("rgb.mkv", "ffv1", "bgr0"),
     ],
 )
 @pytest.mark.parametrize("size", [None, 32])
 def test_colours_are_those_that_were_written(tmp_path, name, codec, pix_fmt, size):
     path = write_video(tmp_path / name, np.stack([quadrants()] * 3), codec=codec, pix_fmt=pix_fmt)
     assert np.abs(centres(decoded(path, size)[1]) - centres(quadrants())).max() <= 6
+
+
+def test_full_range_by_its_flag_alone(tmp_path):
+    """Plain yuv420p that says it is full range: read as limited, dark and bright would be 15 levels off."""
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=20)
+        stream.height = stream.width = 64
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.color_range = 2
+        frame = av.VideoFrame.from_ndarray(quadrants(), format="rgb24")
+        frame = frame.reformat(format="yuv420p", src_color_range="JPEG", dst_color_range="JPEG")
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert np.abs(centres(decoded(tmp_path / "a.mkv")[0]) - centres(quadrants())).max() <= 3
+
+
+def test_grey_stays_as_dark_and_bright_as_it_was(tmp_path):
+    steps = np.repeat(np.arange(0, 256, 51, dtype=np.uint8), 8)
+    grey = np.broadcast_to(steps[None, :, None], (48, 48, 3)).copy()
+    path = write_video(tmp_path / "a.mkv", grey[None], codec="ffv1", pix_fmt="gray")
+    assert np.abs(decoded(path)[0].astype(int) - grey).max() <= 3
 
 
 def test_the_matrix_in_the_stream_is_used(tmp_path):
@@ -122,18 +146,25 @@ def test_turned_films_come_out_upright(tmp_path, turn):
 def test_shrinking_averages_instead_of_skipping(tmp_path):
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 255
-    assert resize(stripes[None], 16).std() < 2
+    small = resize(stripes[None], 16)
+    assert small.std() < 2 and abs(small.mean() - 127) < 2
     path = write_video(tmp_path / "a.mkv", np.stack([stripes] * 2), codec="ffv1", pix_fmt="yuv444p")
-    assert decoded(path, 16).std() < 8
+    small = decoded(path, 16)
+    assert small.std() < 8 and abs(small.mean() - 127) < 4
     assert resize(stripes[None, :8, :8], 16).shape == (1, 16, 16, 3)
 
 
 def test_a_cut_off_film_is_refused_with_both_counts(tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (40, 64, 64, 3), np.uint8)
     path = write_video(tmp_path / "a.mp4", noise, g="1", bf="0")
-    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
-    with pytest.raises(BadEpisode, match=r"declares 40 frames, (breaks|ends) after 2\d"):
-        decoded(path, 16)
+    data = path.read_bytes()
+    with av.open(str(path)) as container:
+        starts = [packet.pos for packet in container.demux(video=0) if packet.size]
+    for frame in (25, 39):  # exactly between two frames, where FFmpeg reports no error, and within one
+        for offset, word in ((0, "ends"), (5, "breaks")):
+            path.write_bytes(data[: starts[frame] + offset])
+            with pytest.raises(BadEpisode, match=f"declares 40 frames, {word} after {frame}"):
+                decoded(path, 16)
     path = write_video(tmp_path / "a.mkv", noise, g="1", bf="0")
     assert probe_video(path).declared_frames is None
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -160,6 +191,11 @@ def test_no_video_no_episode(tmp_path):
         probe_video(tmp_path / "a.mp4")
     with pytest.raises(BadEpisode, match="cannot be opened as video"):
         decoded(tmp_path / "missing.mp4")
+    unknown = write_video(tmp_path / "b.mp4", numbered(3))
+    patch_mp4(unknown, b"avc1", -4, b"zzzz")  # the brand in ftyp
+    patch_mp4(unknown, b"avc1", -4, b"zzzz")  # the codec in stsd
+    with pytest.raises(BadEpisode, match="no video stream that can be decoded"):
+        probe_video(unknown)
 
 
 def test_images(tmp_path):
@@ -178,8 +214,8 @@ def test_images_that_are_not_or_are_bombs():
         with pytest.raises(BadEpisode, match="image"):
             decode_image(data)
     bomb = io.BytesIO()
-    Image.new("L", (20_000, 20_000)).save(bomb, "PNG")
-    with pytest.raises(BadEpisode, match="20000x20000|decompression bomb"):
+    Image.new("L", (9_000, 9_000)).save(bomb, "PNG")
+    with pytest.raises(BadEpisode, match="9000x9000"):
         decode_image(bomb.getvalue())
 
 

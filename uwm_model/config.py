@@ -103,7 +103,9 @@ class DiffusionConfig:
         if self.train_timesteps < 2:
             raise ValueError(f"train_timesteps: {self.train_timesteps}; choose at least 2")
         if not 2 <= self.sampling_steps <= self.train_timesteps:
-            raise ValueError(f"sampling_steps: {self.sampling_steps}; choose 2 to train_timesteps={self.train_timesteps}")
+            raise ValueError(
+                f"sampling_steps: {self.sampling_steps}; choose 2 to train_timesteps={self.train_timesteps}"
+            )
 
 
 def _tuples(config: ModelConfig, **lengths: int) -> None:

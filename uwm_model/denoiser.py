@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from uwm_model.blocks import Block, Head
 from uwm_model.config import ModelConfig
 from uwm_model.tokens import ActionTokens, LatentPatches, TimestepEmbedding
+
+# A denoiser for one batch, its observation and masks filled in:
+# (noisy action, t_action, noisy latents, t_video) -> predictions shaped like action and latents.
+Denoise = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Denoiser(nn.Module):

@@ -6,19 +6,16 @@ at t = 0), or ignored (held as pure noise at a high t, which marginalises it out
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from enum import Enum
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from uwm_model.denoiser import Denoise
 from uwm_model.schedule import DiffusionSchedule
 
 Mode = Literal["policy", "forward_dynamics", "inverse_dynamics", "video", "joint"]
-
-# (action, t_action 0-d, latents, t_video 0-d) -> predictions shaped like action and latents
-Denoise = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Role(Enum):

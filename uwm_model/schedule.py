@@ -54,6 +54,15 @@ class DiffusionSchedule:
         return alpha_next.sqrt() * clean + (1 - alpha_next).sqrt() * prediction
 
 
+def unit_noise(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """float32 on ``device``, drawn where the generator lives: a CPU generator gives every device the same noise."""
+    return torch.randn(shape, generator=generator, device=home(generator, device)).to(device)
+
+
+def home(generator: torch.Generator | None, device: torch.device) -> torch.device:
+    return generator.device if generator else device
+
+
 def squared_cosine(timesteps: int) -> Tensor:
     """alphas_cumprod float32 [T]: the product of 1 - beta, each beta at most 0.999."""
 

@@ -34,9 +34,7 @@ class LatentPatches(nn.Module):
 
     def encode(self, latents: Tensor) -> Tensor:
         """float [B, V, Tf, C, h, w] -> [B, V * patches, D]."""
-        patches = rearrange(
-            latents, "b v (t pt) c (h ph) (w pw) -> b (v t h w) (c pt ph pw)", **self.patch
-        )
+        patches = rearrange(latents, "b v (t pt) c (h ph) (w pw) -> b (v t h w) (c pt ph pw)", **self.patch)
         return self.encoder(patches)
 
     def decode(self, tokens: Tensor) -> Tensor:
@@ -64,14 +62,16 @@ class TimestepEmbedding(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.half = width // 2
+        self.frequencies = width // 2
         self.mlp = nn.Sequential(nn.Linear(2 * width, 4 * width), nn.Mish(), nn.Linear(4 * width, width))
 
     def forward(self, t_action: Tensor, t_video: Tensor) -> Tensor:
         """int64 [B] each -> [B, width]."""
-        # In float32 whatever the weights are: bfloat16 cannot tell t = 98 from 99 in the fast sinusoids.
-        step = math.log(10_000) / (self.half - 1)
-        frequency = torch.exp(-step * torch.arange(self.half, device=t_action.device, dtype=torch.float32))
-        angle = torch.stack([t_action, t_video], dim=1)[:, :, None] * frequency  # [B, 2, half]
+        weights = next(self.mlp.parameters()).dtype
+        # At least float32: bfloat16 cannot tell t = 98 from 99 in the fast sinusoids.
+        precise = torch.promote_types(weights, torch.float32)
+        step = math.log(10_000) / (self.frequencies - 1)
+        frequency = torch.exp(-step * torch.arange(self.frequencies, device=t_action.device, dtype=precise))
+        angle = torch.stack([t_action, t_video], dim=1)[:, :, None] * frequency  # [B, 2, width / 2]
         sinusoids = torch.cat([angle.sin(), angle.cos()], dim=2).flatten(1)
-        return self.mlp(sinusoids.to(self.mlp[0].weight.dtype))
+        return self.mlp(sinusoids.to(weights))

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from preprocessing.episode import ActionBlock, BadEpisode, Episode, EpisodeRef, UserError, Video
@@ -37,15 +38,16 @@ def detect(path: Path) -> bool:
 
 def scan(path: Path) -> Iterator[EpisodeRef]:
     dataset = _dataset(path.absolute())
-    listed = {int(row["episode_index"]) for row in dataset.lines("episodes.jsonl")}
-    present = {int(p.stem.removeprefix("episode_")) for p in (path / "data").glob("*/episode_*.parquet")}
+    listed = {int(row["episode_index"]) for row in dataset.lines("episodes.jsonl") if "episode_index" in row}
+    numbers = (p.stem.removeprefix("episode_") for p in (path / "data").glob("*/episode_*.parquet"))
+    present = {int(number) for number in numbers if number.isdecimal()}
     for index in sorted(listed | present):
         try:
             table, files = dataset.table(index), dataset.videos(index)
         except BadEpisode as error:
             uri = str(dataset.root / "data" / f"episode_{index:06d}.parquet")
-            table_digest = hashlib.sha256(f"{dataset.root.name} {index} {error}".encode()).hexdigest()
-            yield EpisodeRef(uri, "lerobot", index, table_digest, str(error))
+            nothing = hashlib.sha256(f"{dataset.root.name} {index} {error}".encode()).hexdigest()  # no bytes to hash
+            yield EpisodeRef(uri, "lerobot", index, nothing, str(error))
             continue
         digest = hashlib.sha256()
         for file in (table.path, *(found.path for found in files.values())):
@@ -120,12 +122,11 @@ def _matrix(table: pa.Table, key: str) -> np.ndarray:
     if column.null_count:
         raise BadEpisode(f"column {key} has {column.null_count} empty rows")
     values = column
-    while pa.types.is_nested(values.type) and not pa.types.is_struct(values.type):
+    if pa.types.is_nested(values.type):
+        if pc.count_distinct(pc.list_value_length(values)).as_py() != 1:
+            raise BadEpisode(f"column {key} has rows of different lengths")
         values = values.flatten()
-    numbers = values.to_numpy(zero_copy_only=False).astype(np.float32)
-    if numbers.size % len(column):
-        raise BadEpisode(f"column {key} has rows of different lengths")
-    return numbers.reshape(len(column), -1)
+    return values.to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(column), -1)
 
 
 def _success(table: pa.Table) -> bool | None:
@@ -160,7 +161,9 @@ class _Dataset:
 
     def cameras(self, dtype: str) -> list[tuple[str, str]]:
         """(feature, camera name), in the order that digests use."""
-        keys = sorted(key for key, feature in self.features.items() if feature.get("dtype") == dtype)
+        keys = sorted(
+            key for key, feature in self.features.items() if feature.get("dtype") == dtype and not _is_depth(feature)
+        )
         return [(key, re.sub(r"^observation\.(images?\.)?", "", key)) for key in keys]
 
     def table(self, index: int) -> Found:
@@ -192,7 +195,7 @@ class _Dataset:
         if name and ".." not in Path(name).parts and (self.root / name).is_file():
             return Found(self.root / name, as_templated=True)
         file = next(iter(sorted(self.root.glob(pattern))), None)
-        return file and Found(file, as_templated=False)
+        return Found(file, as_templated=False) if file else None
 
     def repairs(self, index: int, table: pa.Table) -> list[str]:
         notes = []
@@ -274,6 +277,11 @@ class _Dataset:
             raise UserError(
                 f"{self.root / 'meta' / name}: not JSON lines ({error}); mend or restore the file"
             ) from None
+
+
+def _is_depth(feature: dict[str, Any]) -> bool:
+    """Depth is stored as video too, but is no picture of colours."""
+    return any((feature.get(key) or {}).get("video.is_depth_map") for key in ("info", "video_info"))
 
 
 def _kind(name: str) -> Any:

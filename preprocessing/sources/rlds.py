@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from preprocessing.episode import ActionBlock, BadEpisode, Episode, EpisodeRef, 
 from preprocessing.sources.tfrecord import Feature, parse_example, read_record, records
 from preprocessing.video import decode_image, images_video
 
+SHARD = re.compile(r"\.tfrecord(-\d+-of-\d+)?$")
 BLACK = 8  # JPEG noise around zero stays below this level
 
 # Robot and control rate by a part of the data set's name: RLDS itself records neither. Rates as published in the
@@ -251,6 +253,5 @@ def _dataset_name(shard: Path) -> str:
 
 def _shards(path: Path) -> list[Path]:
     """The shards of every split of a folder, or the one that is named."""
-    if path.is_file():
-        return [path] if ".tfrecord" in path.name else []
-    return sorted(p for p in path.iterdir() if p.is_file() and ".tfrecord" in p.name and not p.name.startswith("."))
+    candidates = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+    return [p for p in candidates if SHARD.search(p.name) and not p.name.startswith(".")]

@@ -1,0 +1,1 @@
+"""Adapters to the outside world, each thin: MLflow, DeepSpeed, Ray, simulators."""

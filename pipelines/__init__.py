@@ -1,0 +1,1 @@
+"""The verbs: plan, run on Ray, record. This package alone imports all the others."""

@@ -1,0 +1,1 @@
+"""Bytes in, latents out, windows to a trainer. Runs without Ray."""

@@ -1,0 +1,126 @@
+"""Frozen VAEs, named and versioned: frames to latents at ingest, latents to frames for people.
+
+Latents are standardised: about zero mean and unit deviation over all channels. They are deterministic (the mode of a
+posterior, never a sample), so that the same frame always has the same latents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from preprocessing.episode import UserError
+
+Precision = Literal["float32", "bfloat16"]
+
+HUB = {"sdxl-vae": "stabilityai/sdxl-vae", "taesdxl": "madebyollin/taesdxl"}
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "config.json")
+CLASSES = ("AutoencoderTiny", "AutoencoderKL")
+BATCH = 32  # frames in one pass: enough to fill a device, and a bound on memory
+
+
+class Encoder:
+    """One VAE on one device. ``digest`` names what its numbers depend on: settings, weights and precision."""
+
+    def __init__(self, folder: Path, device: str, precision: Precision):
+        import diffusers
+
+        self.digest = _digest(folder, precision)
+        self._device = device
+        self._dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        kind = _config(folder)["_class_name"]
+        vae: Any = getattr(diffusers, kind).from_pretrained(folder, use_safetensors=True)
+        self._vae = vae.eval().requires_grad_(False).to(device, self._dtype, memory_format=torch.channels_last)
+        self._scale = float(vae.config.scaling_factor or 1.0)
+        self._shift = float(vae.config.get("shift_factor") or 0.0)
+        self.channels = int(vae.config.latent_channels)
+        self.stride = 2 ** (len(vae.config.get("block_out_channels") or vae.config.encoder_block_out_channels) - 1)
+
+    @torch.inference_mode()
+    def encode(self, frames: np.ndarray) -> np.ndarray:
+        """uint8 ``[N, H, W, 3]`` RGB -> float16 ``[N, channels, H/stride, W/stride]``."""
+        _, height, width, _ = frames.shape
+        if height % self.stride or width % self.stride:
+            raise UserError(f"frames are {height} x {width}: choose an image size that {self.stride} divides")
+        parts = []
+        for start in range(0, len(frames), BATCH):
+            batch = torch.tensor(frames[start : start + BATCH], device=self._device).permute(0, 3, 1, 2)
+            encoded = self._vae.encode((batch.to(self._dtype) / 127.5 - 1).contiguous(memory_format=torch.channels_last))
+            latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+            parts.append(((latents.float() - self._shift) * self._scale).half().cpu().numpy())
+        return np.concatenate(parts)
+
+    @torch.inference_mode()
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """float ``[N, channels, h, w]`` -> uint8 ``[N, h * stride, w * stride, 3]`` RGB."""
+        parts = []
+        for start in range(0, len(latents), BATCH):
+            batch = torch.tensor(latents[start : start + BATCH], device=self._device).float() / self._scale + self._shift
+            images = self._vae.decode(batch.to(self._dtype)).sample.float()
+            parts.append(((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy())
+        return np.concatenate(parts)
+
+
+def load_encoder(name: str, device: str = "cpu", precision: Precision = "float32") -> Encoder:
+    """``tiny`` (shipped), ``sdxl-vae``, ``taesdxl``, a hub id, or a diffusers folder.
+
+    Raises UserError where there is no such VAE, or it does not load.
+    """
+    folder = _folder(name)
+    try:
+        return Encoder(folder, device, precision)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"encoder {name}: does not load from {folder} ({str(error).splitlines()[0]})") from None
+
+
+def encoder_digest(name: str, precision: Precision = "float32") -> str:
+    """The digest of ``load_encoder(name)``, without loading it."""
+    return _digest(_folder(name), precision)
+
+
+def _folder(name: str) -> Path:
+    """The folder with the weights and settings; what comes from a hub is kept in its cache."""
+    if name == "tiny":
+        folder = Path(str(resources.files("preprocessing") / "weights" / "tiny_vae"))
+    elif Path(name).is_dir():
+        folder = Path(name)
+    else:
+        folder = _from_hub(name)
+    if missing := [file for file in WEIGHTS if not (folder / file).is_file()]:
+        raise UserError(f"encoder {name}: {folder} lacks {missing[0]}; expected a diffusers VAE folder")
+    if (kind := _config(folder).get("_class_name")) not in CLASSES:
+        raise UserError(f"encoder {name}: {folder} holds {kind}; expected {' or '.join(CLASSES)}")
+    return folder
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    if "/" not in HUB.get(name, name):
+        raise UserError(f"encoder {name}: no such folder, and not one of tiny, {', '.join(HUB)} or a hub id")
+    try:
+        return Path(snapshot_download(HUB.get(name, name), allow_patterns=list(WEIGHTS)))
+    except Exception as error:  # the hub client raises a dozen kinds, and httpx's own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"encoder {name}: no such folder, and the hub gave none ({reason}); give a folder") from None
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        raise UserError(f"encoder {folder}: config.json is not readable JSON") from None
+
+
+def _digest(folder: Path, precision: str) -> str:
+    settings = {key: value for key, value in _config(folder).items() if key not in ("_diffusers_version", "_name_or_path")}
+    digest = hashlib.sha256(json.dumps([settings, precision], sort_keys=True).encode())
+    with (folder / WEIGHTS[0]).open("rb") as file:
+        digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]

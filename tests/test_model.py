@@ -1,0 +1,362 @@
+"""The model by its promises: what each mode gives, what masks hide, and that it learns."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+import uwm_model
+from uwm_model.batch import Batch
+from uwm_model.config import DiffusionConfig, ModelConfig
+from uwm_model.observation import LatentObservation
+from uwm_model.sampling import ROLES, Role
+from uwm_model.world_model import UnifiedWorldModel
+
+GOLDEN_LOSSES = Path(__file__).parent / "golden_losses.json"
+TINY = ModelConfig(
+    cameras=2,
+    latent_channels=4,
+    latent_size=(8, 12),
+    action_dim=5,
+    proprio_dim=3,
+    embodiments=2,
+    action_chunk=6,
+    width=64,
+    depth=2,
+    heads=4,
+    registers=2,
+    timestep_width=32,
+    frame_width=32,
+    condition_width=64,
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def fresh(diffusion: DiffusionConfig | None = None, config: ModelConfig = TINY) -> UnifiedWorldModel:
+    torch.manual_seed(0)
+    return UnifiedWorldModel(config, diffusion or DiffusionConfig())
+
+
+def stirred() -> UnifiedWorldModel:
+    """A model whose zero-initialised weights are not: everything that can reach an output does."""
+    model = fresh()
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def make_batch(size: int = 4, seed: int = 0, config: ModelConfig = TINY) -> Batch:
+    """Everything present; latents of unit deviation, smooth in no way."""
+    generator = seeded(seed)
+    B, V, h, w = size, config.cameras, *config.latent_size
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    return Batch(
+        current_latents=normal(B, V, config.observed_frames, config.latent_channels, h, w),
+        future_latents=normal(B, V, config.future_frames, config.latent_channels, h, w),
+        camera_mask=torch.ones(B, V, dtype=torch.bool),
+        action=torch.rand((B, config.action_chunk, config.action_dim), generator=generator) * 1.8 - 0.9,
+        action_mask=torch.ones(B, config.action_chunk, config.action_dim, dtype=torch.bool),
+        proprio=normal(B, config.observed_frames, config.proprio_dim),
+        proprio_mask=torch.ones(B, config.proprio_dim, dtype=torch.bool),
+        embodiment=torch.arange(B) % config.embodiments,
+    )
+
+
+def changed(tensor: Tensor | None, where: tuple, value: float | bool) -> Tensor:
+    assert tensor is not None
+    tensor = tensor.clone()
+    tensor[where] = value
+    return tensor
+
+
+# Shapes and settings
+
+
+@pytest.mark.parametrize("mode", list(ROLES))
+def test_a_mode_gives_what_it_is_asked_for_and_needs_only_what_it_is_given(mode) -> None:
+    of_action, of_video = ROLES[mode]
+    full = make_batch()
+    batch = dataclasses.replace(
+        full,
+        action=full.action if of_action is Role.GIVEN else None,
+        future_latents=full.future_latents if of_video is Role.GIVEN else None,
+    )
+    model = stirred()
+    action, latents = model.sample(mode, batch, steps=2, generator=seeded(0))
+    assert (action is not None) == (of_action is Role.ASKED)
+    assert (latents is not None) == (of_video is Role.ASKED)
+    if action is not None:
+        assert action.shape == full.action.shape
+        assert action.abs().max() <= 1
+    if latents is not None:
+        assert latents.shape == full.future_latents.shape
+        assert latents.abs().max() <= 3
+    again = model.sample(mode, batch, steps=2, generator=seeded(0))
+    torch.testing.assert_close(again, (action, latents), rtol=0, atol=0)
+    if Role.GIVEN in (of_action, of_video):
+        with pytest.raises(ValueError, match="needs batch"):
+            model.sample(mode, dataclasses.replace(batch, action=None, future_latents=None))
+
+
+@pytest.mark.parametrize(("marginal", "expected"), [("last", 99), ("leading", 90)])
+def test_an_ignored_modality_is_held_at_the_time_that_settings_say(marginal, expected) -> None:
+    model = fresh(DiffusionConfig(marginal_timestep=marginal))
+    times = []
+    model.denoiser.register_forward_pre_hook(lambda _, given: times.append((int(given[2]), int(given[4]))))
+    model.sample("policy", make_batch(1))
+    assert times == [(t, expected) for t in range(90, -1, -10)]
+
+
+def test_unknown_mode_and_wrong_steps_are_refused() -> None:
+    with pytest.raises(ValueError, match="known: policy, video"):
+        fresh().sample("planner", make_batch(1))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="steps: 101"):
+        fresh().sample("policy", make_batch(1), steps=101)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("heads", 7, "heads: 7 does not divide width 64"),
+        ("latent_size", (8, 10), "latent_size: .* not a multiple of the patch"),
+        ("future_frames", 3, "future_frames: 3 is not a multiple"),
+        ("latent_size", 8, "latent_size: 8 is not 2 whole numbers"),
+        ("depth", 0, "depth: 0 is not a whole number"),
+        ("width", "64", "width: '64' is not a whole number"),
+        ("timestep_width", 33, "timestep_width: 33"),
+    ],
+)
+def test_a_wrong_setting_is_named(key: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **{key: value})
+
+
+def test_settings_survive_json_and_refuse_unknown_keys() -> None:
+    adapter = TypeAdapter(ModelConfig)
+    assert adapter.validate_json(adapter.dump_json(TINY)) == TINY
+    assert dataclasses.replace(TINY, latent_size=[8, 12]) == TINY  # type: ignore[arg-type]  # YAML's lists
+    with pytest.raises(ValidationError, match="dephth"):
+        adapter.validate_python({**dataclasses.asdict(TINY), "dephth": 3})
+
+
+def test_odd_latents_and_several_patches_in_time() -> None:
+    config = dataclasses.replace(
+        TINY, cameras=3, latent_size=(6, 10), future_frames=4, patch=(2, 3, 5), qkv_bias=False, registers=0
+    )
+    model, batch = fresh(config=config), make_batch(2, config=config)
+    model.loss(batch).total.backward()
+    _, latents = model.sample("video", batch, steps=2)
+    assert latents is not None and latents.shape == batch.future_latents.shape
+
+
+def test_bfloat16_leaves_the_schedule_precise() -> None:
+    model = stirred()
+    batch = make_batch(8)
+    precise = model.loss(batch, seeded(0))
+    coarse = model.bfloat16().loss(batch.to("cpu", torch.bfloat16), seeded(0))
+    assert coarse.total.dtype == torch.float32
+    torch.testing.assert_close(coarse.total, precise.total, rtol=0.02, atol=0)
+    assert model.schedule.alphas_cumprod.dtype == torch.float32
+
+
+# Masks
+
+
+@pytest.mark.parametrize("mode", list(ROLES))
+def test_a_padded_action_dimension_changes_nothing(mode) -> None:
+    model, full = stirred(), make_batch()
+    batch = dataclasses.replace(full, action_mask=changed(full.action_mask, (..., -1), False))
+    noise = torch.randn(full.action.shape, generator=seeded(1))
+    outputs = []
+    for value in (0, 7):
+        junk = dataclasses.replace(batch, action=changed(full.action, (..., -1), value))
+        given = changed(noise, (..., -1), value)
+        outputs.append(model.sample(mode, junk, 3, seeded(0), noise_action=given))
+    torch.testing.assert_close(*outputs)
+    if outputs[0][0] is not None:
+        assert not outputs[0][0][..., -1].any()
+
+
+@pytest.mark.parametrize("mode", list(ROLES))
+def test_a_missing_camera_changes_nothing(mode) -> None:
+    model, full = stirred(), make_batch()
+    batch = dataclasses.replace(full, camera_mask=changed(full.camera_mask, (slice(None), 1), False))
+    noise = torch.randn(full.future_latents.shape, generator=seeded(1))
+    outputs = []
+    for value in (0, 7):
+        junk = dataclasses.replace(
+            batch,
+            current_latents=changed(full.current_latents, (slice(None), 1), value),
+            future_latents=changed(full.future_latents, (slice(None), 1), value),
+        )
+        given = changed(noise, (slice(None), 1), value)
+        outputs.append(model.sample(mode, junk, 3, seeded(0), noise_latents=given))
+    torch.testing.assert_close(*outputs)
+    seen = model.sample(mode, full, 3, seeded(0), noise_latents=noise)
+    for with_it, without in zip(seen, outputs[0], strict=True):
+        assert with_it is None or not torch.allclose(with_it[:, 0], without[:, 0]), "the camera was never looked at"
+
+
+def test_masked_proprio_changes_nothing_and_masked_differs_from_zero() -> None:
+    observation, full = LatentObservation(TINY), make_batch()
+    zero = dataclasses.replace(full, proprio=changed(full.proprio, (..., 0), 0))
+    masked = dataclasses.replace(full, proprio_mask=changed(full.proprio_mask, (..., 0), False))
+    masked_zero = dataclasses.replace(zero, proprio_mask=masked.proprio_mask)
+    torch.testing.assert_close(observation(masked), observation(masked_zero))
+    assert not torch.allclose(observation(zero), observation(masked))
+
+
+def test_what_is_masked_has_no_loss() -> None:
+    model, full = stirred(), make_batch()
+    batch = dataclasses.replace(
+        full,
+        action_mask=changed(changed(full.action_mask, (..., -1), False), (1, slice(4, None)), False),
+        camera_mask=changed(full.camera_mask, (2, 1), False),
+    )
+    junk = dataclasses.replace(
+        batch,
+        action=changed(batch.action, ~batch.action_mask, 5),
+        future_latents=changed(batch.future_latents, ~batch.camera_mask, 5),
+    )
+    torch.testing.assert_close(model.loss(junk, seeded(0)), model.loss(batch, seeded(0)))
+
+
+def test_an_action_free_sample_teaches_no_action_and_disturbs_nobody() -> None:
+    model, full = stirred(), make_batch()
+    free = dataclasses.replace(
+        full, action_mask=changed(full.action_mask, (1,), False), action=changed(full.action, (1,), 0)
+    )
+    times = []
+    handle = model.denoiser.register_forward_pre_hook(lambda _, given: times.append(given[2]))
+    losses, of_full = model.loss(free, seeded(0)), model.loss(full, seeded(0))
+    handle.remove()
+    others = [0, 2, 3]
+    assert times[0][1] == 99
+    assert torch.equal(times[0][others], times[1][others])
+
+    assert losses.action_per_sample[1].isnan()
+    torch.testing.assert_close(losses.action_per_sample[others], of_full.action_per_sample[others])
+    torch.testing.assert_close(losses.action, of_full.action_per_sample[others].mean())
+    torch.testing.assert_close(losses.video_per_sample[others], of_full.video_per_sample[others])
+
+    nobody = dataclasses.replace(free, action_mask=torch.zeros_like(full.action_mask))
+    model.zero_grad()
+    losses = model.loss(nobody, seeded(0))
+    losses.total.backward()
+    assert losses.action == 0
+    assert torch.equal(losses.total, losses.video)
+    assert not any(parameter.grad.any() for parameter in model.denoiser.actions.decode.parameters())
+    assert model.denoiser.latents.decoder.weight.grad.any()
+
+
+# Learning
+
+
+def train(model: UnifiedWorldModel, batch: Batch, steps: int, learning_rate: float) -> list[dict[str, float]]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    history = []
+    for step in range(steps):
+        losses = model.loss(batch, seeded(step))
+        optimizer.zero_grad()
+        losses.total.backward()
+        optimizer.step()
+        decay.step()
+        history.append({"action": losses.action.item(), "video": losses.video.item()})
+    return history
+
+
+def test_golden_losses() -> None:
+    """Written by: python -m tests.test_model. A change of the numbers is a change of the mathematics."""
+    expected = json.loads(GOLDEN_LOSSES.read_text())
+    for step, (ours, golden) in enumerate(zip(golden_run(), expected, strict=True)):
+        assert ours == pytest.approx(golden, abs=1e-4), f"step {step}"
+
+
+def golden_run() -> list[dict[str, float]]:
+    full = make_batch()
+    batch = dataclasses.replace(
+        full,
+        action_mask=changed(full.action_mask, (1,), False),
+        camera_mask=changed(full.camera_mask, (2, 1), False),
+    )
+    return train(fresh(), batch, steps=8, learning_rate=1e-3)
+
+
+def test_a_fresh_model_predicts_no_noise_at_all() -> None:
+    first = train(fresh(), make_batch(64), steps=1, learning_rate=0)[0]
+    assert first == pytest.approx({"action": 1, "video": 1}, abs=0.05)
+
+
+def test_it_learns_one_batch_in_every_mode() -> None:
+    config = dataclasses.replace(TINY, latent_size=(4, 4), patch=(2, 2, 2))
+    batch, model = make_batch(2, config=config), fresh(config=config)
+    history = train(model, repeated(batch, 16), steps=400, learning_rate=4e-3)
+    print(history[-1])
+    for mode, (of_action, of_video) in ROLES.items():
+        (action, latents), (untrained_action, untrained_latents) = (
+            each.sample(mode, batch, generator=seeded(0)) for each in (model, fresh(config=config))
+        )
+        if of_action is Role.ASKED:
+            error, before = ((guess - batch.action).abs().mean() for guess in (action, untrained_action))
+            print(mode, "action", error.item(), before.item())
+        if of_video is Role.ASKED:
+            error, before = ((guess - batch.future_latents).square().mean() for guess in (latents, untrained_latents))
+            print(mode, "video", error.item(), before.item())
+
+
+def repeated(batch: Batch, times: int) -> Batch:
+    """More noise levels a step for the same few samples."""
+    tensors = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    return Batch(**{name: tensor.repeat(times, *[1] * (tensor.ndim - 1)) for name, tensor in tensors.items()})
+
+
+# The house
+
+
+def test_the_mathematics_imports_no_sibling_and_reads_no_file() -> None:
+    folder = Path(uwm_model.__file__).parent
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                assert name.split(".")[0] in {
+                    "__future__",
+                    "collections",
+                    "dataclasses",
+                    "einops",
+                    "enum",
+                    "math",
+                    "numpy",
+                    "torch",
+                    "typing",
+                    "uwm_model",
+                }, f"{path.name} imports {name}"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    GOLDEN_LOSSES.write_text(json.dumps(golden_run(), indent=1) + "\n")

@@ -1,0 +1,520 @@
+"""Every reader on files written here, on the real pieces beside the checkout, and on files that lie or are broken."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import pickle
+import shutil
+import struct
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from formats import (
+    REAL,
+    encode_example,
+    jpeg,
+    numbered,
+    quadrants,
+    rlds_episode,
+    write_demos,
+    write_lerobot,
+    write_rlds,
+    write_video,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from preprocessing.episode import ActionBlock, BadEpisode, DataContract, Episode, EpisodeRef, UserError
+from preprocessing.sources import find, load, scan
+from preprocessing.sources.tfrecord import parse_example
+
+real = pytest.mark.skipif(not REAL.exists(), reason=f"no real data at {REAL}")
+
+
+def refs_of(path: Path) -> list[EpisodeRef]:
+    return [ref for format, found in find(path) for ref in scan(format, found)]
+
+
+def episodes_of(path: Path) -> list[Episode]:
+    return [load(pickle.loads(pickle.dumps(ref))) for ref in refs_of(path)]
+
+
+def frames_of(episode: Episode, camera: str, size: int | None = None) -> np.ndarray:
+    return np.concatenate(list(episode.cameras[camera].frames(size)))
+
+
+def sizes(layout: tuple[ActionBlock, ...]) -> dict[str, int]:
+    return {block.name: block.size for block in layout}
+
+
+# --------------------------------------------------------------------------------------------------------- finding
+
+
+def test_a_folder_of_everything(tmp_path):
+    write_demos(tmp_path / "hdf5" / "a.hdf5")
+    write_lerobot(tmp_path / "lerobot")
+    (tmp_path / "videos" / "deeper").mkdir(parents=True)
+    write_video(tmp_path / "videos" / "deeper" / "a.mp4", numbered(3))
+    write_rlds(tmp_path / "rlds" / "1.0.0", [rlds_episode()])
+    (tmp_path / "videos" / ".hidden.mp4").write_bytes(b"half a download")
+    (tmp_path / "README.md").write_text("raw logs")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    assert [(name, str(path.relative_to(tmp_path))) for name, path in find(tmp_path)] == [
+        ("hdf5", "hdf5"),
+        ("lerobot", "lerobot"),
+        ("rlds", "rlds/1.0.0"),
+        ("video", "videos/deeper"),
+    ]
+    assert len(episodes_of(tmp_path)) == 2 + 2 + 1 + 1
+    assert find(f"file://{tmp_path}") == find(tmp_path)
+    assert [name for name, _ in find(tmp_path, "hdf5")] == ["hdf5"]
+
+
+def test_content_tells_where_the_name_does_not(tmp_path):
+    shutil.move(write_video(tmp_path / "a.mp4", numbered(3)), tmp_path / "clip")
+    shutil.move(write_demos(tmp_path / "a.hdf5"), tmp_path / "demos")
+    assert find(tmp_path / "clip")[0][0] == "video"
+    assert find(tmp_path / "demos")[0][0] == "hdf5"
+
+
+@pytest.mark.parametrize(
+    "name, format, says",
+    [
+        ("missing", "auto", "no such file or folder"),
+        ("empty", "auto", "empty folder"),
+        ("text", "auto", "no known format; expected rlds .* or lerobot .* or hdf5 .* or video"),
+        ("text/a.txt", "auto", "no known format"),
+        ("text", "hdf5", "holds nothing of format hdf5"),
+        ("text", "rosbag", "no such format; one of auto, rlds, lerobot, hdf5, video"),
+    ],
+)
+def test_one_line_for_a_wrong_path(tmp_path, name, format, says):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("hello")
+    with pytest.raises(UserError, match=says) as raised:
+        find(tmp_path / name, format)
+    assert "\n" not in str(raised.value)
+
+
+def test_other_schemes_are_named():
+    with pytest.raises(UserError, match="local paths and file:// only"):
+        find("s3://bucket/raw")
+
+
+def test_a_copy_under_another_name_is_the_same_episode(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    write_video(tmp_path / "a" / "film.mp4", numbered(3))
+    write_demos(tmp_path / "a" / "demos.hdf5")
+    write_rlds(tmp_path / "a" / "rlds", [rlds_episode()])
+    write_lerobot(tmp_path / "a" / "robot")
+    shutil.copy(tmp_path / "a" / "film.mp4", tmp_path / "b" / "other.mov")
+    shutil.copy(tmp_path / "a" / "demos.hdf5", tmp_path / "b" / "other.h5")
+    shutil.copytree(tmp_path / "a" / "robot", tmp_path / "b" / "elsewhere")
+    write_rlds(tmp_path / "b" / "shards", [rlds_episode(seed=9), rlds_episode()], name="renamed")
+    before, after = {ref.id for ref in refs_of(tmp_path / "a")}, {ref.id for ref in refs_of(tmp_path / "b")}
+    assert before < after and len(after) == len(before) + 1
+
+
+# ------------------------------------------------------------------------------------------------------------ RLDS
+
+
+def test_rlds(tmp_path):
+    first, second = episodes_of(write_rlds(tmp_path / "x", [rlds_episode(4), rlds_episode(6, seed=1)]))
+    assert first.instruction == "lift the blöck"
+    assert (first.proprio["state"].shape, first.action.shape, first.action.dtype) == ((4, 3), (4, 2), np.float32)
+    rng = np.random.default_rng(1)
+    assert np.allclose(second.proprio["state"], rng.normal(size=(6, 3)))
+    assert np.allclose(second.action, rng.normal(size=(6, 2)))
+    assert np.abs(frames_of(second, "image")[5].astype(int) - quadrants(32)).mean() < 4
+    assert (first.embodiment, first.fps) == ("toy", 10)
+    assert "control rate unknown; 10 Hz assumed" in first.repairs
+
+
+def test_actions_in_parts_are_joined_in_the_order_of_their_names(tmp_path):
+    def tensor(size: int) -> dict:
+        return {"pythonClassName": "t.Tensor", "tensor": {"shape": {"dimensions": [str(size)]}, "dtype": "float32"}}
+
+    def record(images: list[bytes]) -> bytes:
+        return encode_example(
+            {
+                "steps/observation/image": images,
+                "steps/observation/state": [0.0] * 6,
+                "steps/action/world": [1.0, 2.0, 3.0, 4.0],
+                "steps/action/gripper": [8.0, 9.0],
+                "steps/language_instruction": [b"", b""],
+            }
+        )
+
+    parts = {"featuresDict": {"features": {"world": tensor(2), "gripper": tensor(1)}}}
+    broken, good = refs_of(
+        write_rlds(tmp_path, [record([b"x", b"x"]), record([jpeg(quadrants(32))] * 2)], action=parts)
+    )
+    with pytest.raises(BadEpisode, match="neither JPEG nor PNG"):
+        load(broken)
+    episode = load(good)
+    assert episode.action.tolist() == [[8, 1, 2], [9, 3, 4]]
+    assert sizes(episode.action_layout) == {"gripper": 1, "world": 2}
+    assert episode.instruction is None
+
+
+def test_a_cut_off_shard_keeps_what_is_whole(tmp_path):
+    folder = write_rlds(tmp_path, [rlds_episode(seed=i) for i in range(3)])
+    whole = refs_of(folder)
+    shard = Path(whole[0].uri)
+    shard.write_bytes(shard.read_bytes()[:-100])
+    cut = refs_of(folder)
+    assert cut[:2] == whole[:2]
+    assert "record 2 at byte" in cut[2].problem and "cut off" in cut[2].problem
+    with pytest.raises(BadEpisode, match="record 2"):
+        load(cut[2])
+    shard.write_bytes(b"")
+    assert [ref.problem for ref in refs_of(folder)] == ["the shard is empty"]
+
+
+@pytest.mark.parametrize(
+    "at, what, kept",
+    [(200, "bytes were damaged", 2), (0, "its length has a wrong checksum", 1)],
+    ids=["data", "length"],
+)
+def test_a_flipped_bit_in_a_shard_is_found(tmp_path, at, what, kept):
+    folder = write_rlds(tmp_path, [rlds_episode(seed=i) for i in range(3)])
+    shard = Path(refs_of(folder)[0].uri)
+    data = bytearray(shard.read_bytes())
+    second = struct.unpack("<Q", data[:8])[0] + 16
+    data[second + at] ^= 4
+    shard.write_bytes(data)
+    refs = refs_of(folder)
+    assert what in refs[1].problem and f"record 1 at byte {second}" in refs[1].problem
+    assert [ref.problem is None for ref in refs].count(True) == kept
+
+
+def test_a_record_that_changed_after_the_scan_is_refused(tmp_path):
+    (ref,) = refs_of(write_rlds(tmp_path, [rlds_episode()]))
+    write_rlds(tmp_path, [rlds_episode(seed=5)])
+    with pytest.raises(BadEpisode, match="changed since"):
+        load(ref)
+
+
+def test_records_that_do_not_fit_features_json(tmp_path):
+    ragged = parse_example(rlds_episode())
+    short = encode_example(
+        {k: (v if isinstance(v, list) else v[:-1].tolist()) for k, v in ragged.items()}  # one number short
+    )
+    refs = refs_of(write_rlds(tmp_path, [short, b"\x0a\xff", rlds_episode()]))
+    with pytest.raises(BadEpisode, match="not a multiple of"):
+        load(refs[0])
+    with pytest.raises(BadEpisode, match=r"not a tf.train.Example"):
+        load(refs[1])
+    assert load(refs[2]).action is not None
+    (tmp_path / "features.json").unlink()
+    assert all("no features.json" in ref.problem for ref in refs_of(tmp_path))
+
+
+names = st.text(min_size=1, max_size=12)
+int64 = st.integers(-(2**63), 2**63 - 1)
+values = st.one_of(
+    st.lists(st.binary(max_size=40), min_size=1, max_size=5),
+    st.lists(st.floats(width=32), min_size=1, max_size=8),
+    st.lists(st.one_of(st.integers(0, 1), int64), max_size=20),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(names, values, max_size=5), st.booleans())
+def test_any_example_is_read_as_it_was_written(features, packed):
+    parsed = parse_example(encode_example(features, packed))
+    assert parsed.keys() == features.keys()
+    for key, written in features.items():
+        read = parsed[key] if isinstance(parsed[key], list) else parsed[key].tolist()
+        assert len(read) == len(written)
+        assert all(a == b or (math.isnan(a) and math.isnan(b)) for a, b in zip(read, written, strict=True))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200), st.integers(0, 2**31))
+def test_no_bytes_break_the_parser_in_another_way(noise, at):
+    damaged = bytearray(encode_example({"a": [1, 300, -1], "b": [1.0, 2.0], "c": [b"xyz"]}))
+    damaged[at % len(damaged) :] = noise
+    for data in (noise, bytes(damaged)):
+        with contextlib.suppress(ValueError):
+            parse_example(data)
+
+
+@real
+def test_real_bridge():
+    episodes = episodes_of(REAL / "bridge_rlds")
+    assert len(episodes) == len({episode.id for episode in episodes}) == 25
+    for episode in episodes:
+        assert sorted(episode.cameras) == ["image_0", "image_1", "image_2", "image_3"]
+        assert all(frames_of(episode, camera, 32).shape == (10, 32, 32, 3) for camera in episode.cameras)
+        assert episode.action.shape == episode.proprio["state"].shape == (10, 7)
+        assert episode.instruction
+        assert (episode.embodiment, episode.fps) == ("widowx", 5)
+        assert sizes(episode.action_layout) == {"position": 3, "rotation": 3, "gripper": 1}
+        assert "camera image_3 is black in every frame" in episode.repairs
+        assert "has_image_0 is 0 although images exist; camera kept" in episode.repairs
+        assert any("is_last is never 1" in repair for repair in episode.repairs)
+    assert episodes[0].instruction == "put cup from counter or drying rack into sink"
+
+
+# --------------------------------------------------------------------------------------------------------- LeRobot
+
+
+def test_lerobot(tmp_path):
+    first, second = episodes_of(write_lerobot(tmp_path / "x"))
+    assert list(first.cameras) == ["top"] and frames_of(first, "top").shape == (12, 64, 64, 3)
+    rng = np.random.default_rng(1)
+    assert np.allclose(second.proprio["state"], rng.normal(size=(12, 2)).astype(np.float32))
+    assert np.array_equal(second.action, rng.normal(size=(12, 7)).astype(np.float32))
+    assert sizes(first.action_layout) == {"position": 3, "rotation": 3, "gripper": 1}
+    assert (first.instruction, first.fps, first.embodiment) == ("push the cube", 20, "so100-follower")
+    assert first.repairs == () and first.success is None
+    assert first.id != second.id
+
+
+def test_one_frame_too_many_or_few_is_cut(tmp_path):
+    for frames, steps in ((13, 12), (11, 11)):
+        (episode,) = episodes_of(write_lerobot(tmp_path / str(frames), frames=frames, episodes=1))
+        assert len(episode.action) == len(episode.proprio["state"]) == len(frames_of(episode, "top")) == steps
+        assert episode.repairs == (f"the table has 12 rows, top has {frames} frames; cut to {steps}",)
+    (ref,) = refs_of(write_lerobot(tmp_path / "9", frames=9, episodes=1))
+    with pytest.raises(BadEpisode, match="top declares 9 frames, the table has 12 rows"):
+        load(ref)
+
+
+def test_files_are_believed_over_info_json(tmp_path):
+    folder = write_lerobot(tmp_path / "x", data_path="data/{episode_index}.parquet", video_path="{nonsense}/a.mp4")
+    info = json.loads((folder / "meta" / "info.json").read_text())
+    info["features"]["observation.images.wrist"] = {"dtype": "video", "shape": [8, 8, 3]}
+    (folder / "meta" / "info.json").write_text(json.dumps(info))
+    first, _ = episodes_of(folder)
+    assert first.repairs == (
+        "data_path in info.json leads to no file; found by searching",
+        "video_path in info.json leads to no file; found by searching",
+        "camera wrist is named in info.json, but has no file; dropped",
+    )
+
+
+def test_lost_and_broken_files_cost_their_episode_only(tmp_path):
+    folder = write_lerobot(tmp_path / "x", episodes=4)
+    (folder / "videos/chunk-000/observation.images.top/episode_000001.mp4").unlink()
+    (folder / "data/chunk-000/episode_000002.parquet").unlink()
+    table = folder / "data/chunk-000/episode_000003.parquet"
+    table.write_bytes(table.read_bytes()[:500])
+    refs = refs_of(folder)
+    assert [ref.problem for ref in refs] == [
+        None,
+        "camera top has no video for episode 1",
+        "episode 2 is listed, but there is no episode_000002.parquet",
+        None,
+    ]
+    assert load(refs[0]).action is not None
+    with pytest.raises(BadEpisode, match=r"episode_000003.parquet cannot be read"):
+        load(refs[3])
+
+
+def test_a_changed_film_is_another_episode(tmp_path):
+    folder = write_lerobot(tmp_path / "x")
+    before = refs_of(folder)
+    write_video(folder / "videos/chunk-000/observation.images.top/episode_000001.mp4", numbered(12) + 50)
+    after = refs_of(folder)
+    assert before[0].id == after[0].id and before[1].id != after[1].id
+
+
+def test_a_mark_of_validity_is_no_instruction(tmp_path):
+    folder = write_lerobot(tmp_path / "x", episodes=1)
+    (ref,) = refs_of(folder)
+    (folder / "meta" / "tasks.jsonl").write_text('{"task_index": 0, "task": "valid"}\n')
+    assert load(ref).instruction is None
+
+
+def test_images_inside_the_table(tmp_path):
+    folder = write_lerobot(tmp_path / "x", rows=3, episodes=1)
+    info = json.loads((folder / "meta" / "info.json").read_text())
+    info["features"]["observation.image"] = {"dtype": "image", "shape": [32, 32, 3]}
+    (folder / "meta" / "info.json").write_text(json.dumps(info))
+    file = folder / "data/chunk-000/episode_000000.parquet"
+    images = parse_example(rlds_episode(3))["steps/observation/image"]
+    table = pq.read_table(file).append_column("observation.image", pa.array([{"bytes": i, "path": ""} for i in images]))
+    pq.write_table(table, file)
+    (episode,) = episodes_of(folder)
+    assert np.abs(frames_of(episode, "image")[2].astype(int) - quadrants(32)).mean() < 4
+
+
+def test_other_versions_and_broken_metadata_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"LeRobot v3.0 is not read yet; convert"):
+        refs_of(write_lerobot(tmp_path / "x", episodes=1, codebase_version="v3.0"))
+    (tmp_path / "x" / "meta" / "info.json").write_text("{")
+    with pytest.raises(UserError, match=r"not a LeRobot info.json"):
+        refs_of(tmp_path / "x")
+
+
+@real
+def test_real_gr1():
+    episodes = episodes_of(REAL / "gr1_lerobot_v2")
+    assert len(episodes) == 5
+    assert sum(len(frames_of(episode, "ego_view", 32)) for episode in episodes) == 2096
+    for episode in episodes:
+        assert list(episode.cameras) == ["ego_view"]
+        assert episode.action.shape[1] == episode.proprio["state"].shape[1] == 44
+        assert episode.action.dtype == np.float32
+        assert episode.instruction.startswith("pick the ") and episode.instruction.endswith("in the plate")
+        assert (episode.fps, episode.embodiment, episode.success) == (20, "gr1-arms-only", True)
+        assert sizes(episode.action_layout) | {"waist": 3, "left_arm": 7} == sizes(episode.action_layout)
+        assert "camera egoview is named in info.json, but has no file; dropped" in episode.repairs
+        assert "no frame_index; rows are taken in order" in episode.repairs
+        assert "timestamps start at 0.050 s; frames and rows are paired by order" in episode.repairs
+    assert "video_path in info.json leads to no file; found by searching" in episodes[1].repairs
+
+
+# ------------------------------------------------------------------------------------------------------------ HDF5
+
+
+@pytest.mark.parametrize("opengl", [True, False])
+def test_hdf5_comes_out_upright(tmp_path, opengl):
+    first, second = episodes_of(write_demos(tmp_path / "a.hdf5", opengl=opengl))
+    assert np.array_equal(frames_of(first, "agentview"), np.stack([quadrants()] * 5))
+    assert any("bottom-up" in repair for repair in first.repairs) == opengl
+    rng = np.random.default_rng(1)
+    assert np.allclose(second.action, rng.normal(size=(5, 7)))
+    assert np.allclose(second.proprio["joint_states"], rng.normal(size=(5, 7)))
+    assert second.proprio["height"].shape == (5, 1)
+    assert (first.instruction, first.embodiment, first.success, first.fps) == ("open the drawer", "panda", True, 20)
+    assert [block.kind for block in first.action_layout] == ["position", "rotation", "gripper"]
+    assert "control rate unknown; 20 Hz assumed" in first.repairs
+
+
+def test_demonstrations_in_natural_order_and_repacked(tmp_path):
+    path = write_demos(tmp_path / "a.hdf5", demos=11)
+    refs = refs_of(path)
+    assert np.allclose(load(refs[10]).action, np.random.default_rng(10).normal(size=(5, 7)))
+    with h5py.File(path) as old, h5py.File(tmp_path / "b.hdf5", "w") as new:
+        data = new.create_group("data")
+        data.attrs.update(dict(old["data"].attrs))
+        for index in range(11):
+            demo = data.create_group(f"demo_{index}")
+            demo.create_group("obs")
+            for name in ("actions", "dones", "obs/agentview_rgb", "obs/joint_states", "obs/height"):
+                demo.create_dataset(name, data=old[f"data/demo_{index}/{name}"][()], compression="gzip", chunks=True)
+    assert [ref.id for ref in refs_of(tmp_path / "b.hdf5")] == [ref.id for ref in refs]
+
+
+def test_recorded_rate_robot_and_four_numbers(tmp_path):
+    path = write_demos(tmp_path / "a.hdf5", demos=1)
+    with h5py.File(path, "a") as file:
+        data = file["data"]
+        data.attrs["fps"], data.attrs["robot"] = 80, "sawyer"
+        del data["demo_0/actions"]
+        data["demo_0/actions"] = np.zeros((5, 4), np.float32)
+    (episode,) = episodes_of(path)
+    assert (episode.fps, episode.embodiment) == (80, "sawyer")
+    assert [(b.size, b.gripper_one_means) for b in episode.action_layout] == [(3, None), (1, "closed")]
+
+
+def test_the_frame_after_the_last_action_is_dropped(tmp_path):
+    (episode,) = episodes_of(write_demos(tmp_path / "a.hdf5", demos=1, frames=6))
+    assert len(frames_of(episode, "agentview")) == len(episode.proprio["height"]) == len(episode.action) == 5
+    assert any("one frame more than actions" in repair for repair in episode.repairs)
+    (ref,) = refs_of(write_demos(tmp_path / "b.hdf5", demos=1, frames=9))
+    with pytest.raises(BadEpisode, match=r"5 actions, but observations of lengths \[9\]"):
+        load(ref)
+
+
+def test_links_to_other_files_are_not_followed(tmp_path):
+    other = write_demos(tmp_path / "other.hdf5", demos=1)
+    path = write_demos(tmp_path / "raw" / "a.hdf5", demos=1)
+    with h5py.File(path, "a") as file:
+        file["data/demo_0/obs/secret"] = h5py.ExternalLink(str(other), "data/demo_0/obs/joint_states")
+        file["data/demo_9"] = h5py.ExternalLink(str(other), "data/demo_0")
+    (episode,) = episodes_of(path)
+    assert "secret" not in episode.proprio
+    assert "obs/secret is a link and not followed" in episode.repairs
+
+
+def test_broken_hdf5(tmp_path):
+    good = write_demos(tmp_path / "good.hdf5")
+    (tmp_path / "cut.hdf5").write_bytes(good.read_bytes()[:3000])
+    (tmp_path / "text.h5").write_text("not HDF5")
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["observations"] = np.zeros(3)
+    refs = refs_of(tmp_path)
+    assert [Path(ref.uri).name for ref in refs if ref.problem] == ["cut.hdf5", "other.h5", "text.h5"]
+    assert len([load(ref) for ref in refs if not ref.problem]) == 2
+    with pytest.raises(BadEpisode, match="no group 'data'"):
+        load(next(ref for ref in refs if ref.uri.endswith("other.h5")))
+
+
+# ---------------------------------------------------------------------------------------------------------- videos
+
+
+@real
+def test_real_films_are_episodes_without_actions():
+    refs = refs_of(REAL / "video")
+    counts = {}
+    for ref in refs:
+        episode = load(ref)
+        assert episode.action is None and episode.action_layout == () and episode.embodiment == "video"
+        try:
+            counts[Path(ref.uri).name] = len(frames_of(episode, "video", 32))
+        except BadEpisode as error:
+            counts[Path(ref.uri).name] = str(error).split(":")[0]
+    assert counts == {
+        "corrupted.mp4": "declares 50 frames, breaks after 28",
+        "flipping_a_pancake.mkv": 310,
+        "nasa_13013.mp4": 390,
+        "test_clip_10s.mp4": 240,
+    }
+
+
+def test_a_film_that_cannot_be_opened_is_listed_with_its_reason(tmp_path):
+    write_video(tmp_path / "a.mp4", numbered(3))
+    (tmp_path / "b.mp4").write_bytes(b"")
+    problems = [ref.problem for ref in refs_of(tmp_path)]
+    assert problems[0] is None and "cannot be opened as video" in problems[1]
+
+
+# ------------------------------------------------------------------------------------------------------- contracts
+
+
+def test_a_contract_overrides_what_the_reader_found(tmp_path):
+    (ref,) = refs_of(write_demos(tmp_path / "a.hdf5", demos=1))
+    layout = (ActionBlock(name="joints", size=6, kind="joint"), ActionBlock(name="hand", size=1))
+    contract = DataContract(
+        embodiment="panda-mobile",
+        fps=10,
+        cameras={"agentview": "front"},
+        flip=(),
+        action_layout=layout,
+        instruction="close it",
+    )
+    episode = load(ref, contract)
+    assert list(episode.cameras) == ["front"]
+    assert np.array_equal(frames_of(episode, "front")[0], quadrants()[::-1])  # as stored: the contract says no flip
+    assert (episode.embodiment, episode.fps, episode.instruction) == ("panda-mobile", 10, "close it")
+    assert episode.action_layout == layout
+    for flip in (None, ("agentview",)):
+        assert np.array_equal(frames_of(load(ref, DataContract(flip=flip)), "agentview")[0], quadrants())
+    assert load(ref, DataContract(cameras={})).cameras == {}
+    assert load(ref, DataContract()).fps == 20
+
+
+@pytest.mark.parametrize(
+    "contract, says",
+    [
+        ({"cameras": {"wrist": "w"}}, "camera 'wrist' is not in .*; recorded are: agentview"),
+        ({"flip": ["wrist"]}, "camera 'wrist' is not in"),
+        ({"action_layout": [{"name": "a", "size": 6}]}, "action_layout has 6 columns, the actions of .* have 7"),
+    ],
+)
+def test_a_contract_that_does_not_fit_is_the_users_mistake(tmp_path, contract, says):
+    (ref,) = refs_of(write_demos(tmp_path / "a.hdf5", demos=1))
+    with pytest.raises(UserError, match=says):
+        load(ref, DataContract.model_validate(contract))

@@ -1,0 +1,80 @@
+"""The training loss (section III-A): both modalities noised to their own, independent time, both noises predicted.
+
+Who lacks a modality has no loss for it. Action-free video goes in with pure noise for actions at t_action = T-1, so
+the network learns that time to mean "no action is known", which is what sampling relies on to ignore one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from uwm_model.denoiser import Denoise
+from uwm_model.schedule import DiffusionSchedule, home, unit_noise
+
+
+class Losses(NamedTuple):
+    """``total`` alone carries gradients. Per-sample losses are NaN where a sample lacks the modality."""
+
+    total: Tensor  # float []: action + video
+    action: Tensor  # float []
+    video: Tensor  # float []
+    action_per_sample: Tensor  # float [B]
+    video_per_sample: Tensor  # float [B]
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Everything random in a loss."""
+
+    action: Tensor  # float32 [B, L, A]
+    latents: Tensor  # float32 [B, V, Tf, C, h, w]
+    t_action: Tensor  # int64 [B]
+    t_video: Tensor  # int64 [B]
+
+
+def draw_noise(action: Tensor, latents: Tensor, last: int, generator: torch.Generator | None) -> Noise:
+    """Unit noise for these shapes, and times uniform over 0 ... last, all on their device."""
+    device = action.device
+    times = torch.randint(last + 1, (2, len(action)), generator=generator, device=home(generator, device)).to(device)
+    return Noise(
+        unit_noise(action.shape, generator, device), unit_noise(latents.shape, generator, device), times[0], times[1]
+    )
+
+
+def joint_loss(
+    denoise: Denoise,
+    schedule: DiffusionSchedule,
+    action: Tensor,
+    action_mask: Tensor,
+    latents: Tensor,
+    camera_mask: Tensor,
+    noise: Noise,
+) -> Losses:
+    """action [B, L, A] and latents [B, V, Tf, C, h, w] clean, action_mask bool [B, L, A], camera_mask bool [B, V]."""
+    has_action = action_mask.any(dim=(1, 2))
+    t_action = noise.t_action.where(has_action, schedule.last)
+    noisy_action = schedule.noisy(action, noise.action, t_action).where(has_action[:, None, None], noise.action)
+    noisy_latents = schedule.noisy(latents, noise.latents, noise.t_video)
+    action_prediction, latent_prediction = denoise(noisy_action, t_action, noisy_latents, noise.t_video)
+    action_total, action_each = _masked_mean(
+        (action_prediction - schedule.target(action, noise.action)).square(), action_mask
+    )
+    video_error_BV = (latent_prediction - schedule.target(latents, noise.latents)).square().mean(dim=(2, 3, 4, 5))
+    video_total, video_each = _masked_mean(video_error_BV, camera_mask)
+    return Losses(
+        total=action_total + video_total,
+        action=action_total.detach(),
+        video=video_total.detach(),
+        action_per_sample=action_each.detach(),
+        video_per_sample=video_each.detach(),
+    )
+
+
+def _masked_mean(error: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """error and mask [B, ...] -> the mean over all True entries (0 where there is none), and that of each sample."""
+    counted, count = error.where(mask, 0).flatten(1).sum(1), mask.flatten(1).sum(1)
+    return counted.sum() / count.sum().clamp(min=1), counted / count

@@ -1,0 +1,66 @@
+"""What the robot sees and feels now -> the condition vector."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from uwm_model.batch import Batch
+from uwm_model.config import ModelConfig
+
+CHANNELS = (64, 128)  # of the two convolutions
+PROPRIO_WIDTH = 128
+EMBODIMENT_WIDTH = 64
+
+
+class LatentObservation(nn.Module):
+    """Current latents, proprio and embodiment -> condition [B, condition_width].
+
+    In place of the paper's ResNet-18 on pixels (section III-B): the VAE has done the seeing already, so two strided
+    convolutions do, shared by cameras and frames. Their map is flattened, never pooled: a policy needs to know where.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        one, two = CHANNELS
+        frames = config.cameras * config.observed_frames
+        cells = (-(-config.latent_size[0] // 4)) * (-(-config.latent_size[1] // 4))  # two strides of 2, rounded up
+        self.first = nn.Conv2d(config.latent_channels, one, 3, stride=2, padding=1)
+        self.camera = nn.Embedding(config.cameras, one)  # which camera, told before the first nonlinearity
+        self.rest = nn.Sequential(
+            nn.GroupNorm(8, one),
+            nn.GELU(),
+            nn.Conv2d(one, two, 3, stride=2, padding=1),
+            nn.GroupNorm(8, two),
+            nn.GELU(),
+            nn.Flatten(),
+            nn.Linear(two * cells, config.frame_width),
+        )
+        self.missing = nn.Parameter(torch.zeros(config.frame_width))  # stands in for a frame of a missing camera
+        self.proprio = nn.Sequential(
+            nn.Linear((config.observed_frames + 1) * config.proprio_dim, PROPRIO_WIDTH),
+            nn.GELU(),
+            nn.Linear(PROPRIO_WIDTH, PROPRIO_WIDTH),
+        )
+        self.embodiment = nn.Embedding(config.embodiments, EMBODIMENT_WIDTH)
+        everything = frames * config.frame_width + PROPRIO_WIDTH + EMBODIMENT_WIDTH
+        self.join = nn.Sequential(
+            nn.Linear(everything, config.condition_width),
+            nn.GELU(),
+            nn.Linear(config.condition_width, config.condition_width),
+        )
+
+    def forward(self, batch: Batch) -> Tensor:
+        B, V, To = batch.current_latents.shape[:3]
+        x = self.first(rearrange(batch.current_latents, "b v t c h w -> (b v t) c h w"))
+        camera = self.camera.weight[:, None].expand(B, V, To, -1)
+        x = self.rest(x + rearrange(camera, "b v t c -> (b v t) c 1 1"))
+        frames_BVTF = torch.where(
+            batch.camera_mask[:, :, None, None], rearrange(x, "(b v t) f -> b v t f", b=B, v=V), self.missing
+        )
+        known = batch.proprio_mask.to(batch.proprio.dtype)  # [B, P]
+        felt = torch.cat([batch.proprio * known[:, None], known[:, None]], dim=1).flatten(1)  # [B, (To + 1) * P]
+        return self.join(
+            torch.cat([frames_BVTF.flatten(1), self.proprio(felt), self.embodiment(batch.embodiment)], dim=1)
+        )

@@ -1,0 +1,125 @@
+"""UnifiedWorldModel: the face of the package. ``loss(batch)`` to train it, ``sample(mode, batch)`` to use it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from uwm_model import objective, sampling
+from uwm_model.batch import Batch
+from uwm_model.config import DiffusionConfig, ModelConfig
+from uwm_model.denoiser import Denoise, Denoiser
+from uwm_model.objective import Losses
+from uwm_model.observation import LatentObservation
+from uwm_model.sampling import Mode, Role
+from uwm_model.schedule import DiffusionSchedule, unit_noise
+
+
+class UnifiedWorldModel(nn.Module):
+    """p(action, future | observation) with a timestep for each, which makes it five models (see sampling.py).
+
+    Outside, latents are standardised; inside, they are divided by ``latent_divisor``, so that clipping keeps them.
+    """
+
+    def __init__(self, model: ModelConfig, diffusion: DiffusionConfig):
+        super().__init__()
+        self.model_config, self.diffusion_config = model, diffusion
+        self.observation = LatentObservation(model)
+        self.denoiser = Denoiser(model)
+        self.schedule = DiffusionSchedule(diffusion)
+
+    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Losses:
+        """``loss``, under the name that training engines call."""
+        return self.loss(batch, generator)
+
+    def loss(self, batch: Batch, generator: torch.Generator | None = None) -> Losses:
+        """The joint diffusion loss; noise and timesteps come from ``generator``."""
+        if batch.action is None or batch.future_latents is None:
+            raise ValueError("training needs batch.action and batch.future_latents (zeros where masked)")
+        latents = batch.future_latents / self.diffusion_config.latent_divisor
+        return objective.joint_loss(
+            self._denoiser_of(batch),
+            self.schedule,
+            batch.action,
+            batch.action_mask,
+            latents,
+            batch.camera_mask,
+            objective.draw_noise(batch.action, latents, self.schedule.last, generator),
+        )
+
+    @torch.no_grad()
+    def sample(
+        self,
+        mode: Mode,
+        batch: Batch,
+        steps: int | None = None,
+        generator: torch.Generator | None = None,
+        noise_action: Tensor | None = None,
+        noise_latents: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(action [B, L, A] or None, future latents [B, V, Tf, C, h, w] or None), float32: what the mode asks for.
+
+        ``forward_dynamics`` reads ``batch.action``, ``inverse_dynamics`` reads ``batch.future_latents``. Noise shaped
+        like the outputs may be given, and comes from ``generator`` otherwise. Padding comes out as 0.
+        """
+        of_action, of_video = sampling.roles(mode)
+        B, device, c = len(batch.embodiment), batch.embodiment.device, self.model_config
+        if of_action is Role.GIVEN:
+            if batch.action is None:
+                raise ValueError(f"mode {mode} needs batch.action")
+            action = batch.action
+        elif noise_action is None:
+            action = unit_noise((B, c.action_chunk, c.action_dim), generator, device)
+        else:
+            action = noise_action
+        divisor = self.diffusion_config.latent_divisor
+        if of_video is Role.GIVEN:
+            if batch.future_latents is None:
+                raise ValueError(f"mode {mode} needs batch.future_latents")
+            latents = batch.future_latents / divisor
+        elif noise_latents is None:
+            shape = (B, c.cameras, c.future_frames, c.latent_channels, *c.latent_size)
+            latents = unit_noise(shape, generator, device)
+        else:
+            latents = noise_latents
+        action, latents = sampling.sample(
+            mode,
+            self._denoiser_of(batch),
+            self.schedule,
+            steps or self.diffusion_config.sampling_steps,
+            self.diffusion_config.marginal_timestep,
+            action,
+            latents,
+        )
+        return (
+            action.float() * batch.action_visible if of_action is Role.ASKED else None,
+            latents.float() * divisor * batch.camera_mask[:, :, None, None, None, None]
+            if of_video is Role.ASKED
+            else None,
+        )
+
+    def condition(self, batch: Batch) -> Tensor:
+        """Of the current observation: [B, condition_width]."""
+        return self.observation(batch)
+
+    def denoise(
+        self,
+        condition: Tensor,
+        action: Tensor,
+        t_action: Tensor,
+        latents: Tensor,
+        t_video: Tensor,
+        camera_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One evaluation of the network (see Denoiser.forward), in the dtype of its weights."""
+        dtype = condition.dtype
+        return self.denoiser(condition, action.to(dtype), t_action, latents.to(dtype), t_video, camera_mask)
+
+    def _denoiser_of(self, batch: Batch) -> Denoise:
+        """The network with this batch's observation and masks filled in; the observation is encoded once."""
+        condition, visible = self.condition(batch), batch.action_visible
+
+        def denoise(action: Tensor, t_action: Tensor, latents: Tensor, t_video: Tensor) -> tuple[Tensor, Tensor]:
+            return self.denoise(condition, action * visible, t_action, latents, t_video, batch.camera_mask)
+
+        return denoise
