@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,11 +55,11 @@ class Recipe(BaseModel):
 
 def load_recipe(recipe: str | Path, overrides: list[str]) -> Recipe:
     """A shipped recipe's name or a YAML file, with ``KEY=VALUE`` on top (dots go into sections)."""
-    shipped = resources.files("pipelines") / "recipes" / f"{recipe}.yaml"
-    path = Path(str(shipped)) if shipped.is_file() else Path(recipe)
+    shipped = Path(__file__).parent / "recipes" / f"{recipe}.yaml"
+    path = shipped if shipped.is_file() else Path(recipe)
     if not path.is_file():
         names = sorted(
-            entry.name.removesuffix(".yaml") for entry in (resources.files("pipelines") / "recipes").iterdir()
+            entry.stem for entry in (Path(__file__).parent / "recipes").iterdir()
         )
         raise UserError(f"{recipe}: no such recipe file, and not one of the shipped: {', '.join(names)}")
     try:

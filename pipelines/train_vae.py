@@ -31,15 +31,15 @@ FRAMES_PER_CAMERA = 24  # neighbours in a video are nearly the same picture
 HELD_OUT = 0.1
 
 
-def train_vae(places: list[Path], output: Path, steps: int = 6000, seed: int = 0) -> dict[str, float]:
+def train_vae(places: list[Path], output: Path, steps: int = 3000, seed: int = 0) -> dict[str, float]:
     """Train on the frames at ``places`` and write a diffusers folder; returns held-out PSNR in dB by kind of frame."""
     frames = _frames(places)
     training = np.concatenate([images for images, held in frames.values() if not held])
     torch.manual_seed(seed)
     random = np.random.default_rng(seed)
     vae = _fresh()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.05)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
     with tqdm(range(steps), "train-vae", unit="step", mininterval=0.5) as bar:
         for step in bar:
             images = _crops(training, random)
@@ -53,7 +53,8 @@ def train_vae(places: list[Path], output: Path, steps: int = 6000, seed: int = 0
             optimizer.step()
             schedule.step()
             if step % 50 == 0:
-                bar.set_postfix_str(f"loss {loss.item():.4f}, {-10 * np.log10(error.square().mean().item() / 4):.1f} dB")
+                quality = -10 * np.log10(error.square().mean().item() / 4)
+                bar.set_postfix_str(f"loss {loss.item():.4f}, {quality:.1f} dB")
     return _save(vae, training, frames, output)
 
 

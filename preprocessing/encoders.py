@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,7 +86,7 @@ def encoder_digest(name: str, precision: Precision = "float32") -> str:
 def _folder(name: str) -> Path:
     """The folder with the weights and settings; what comes from a hub is kept in its cache."""
     if name == "tiny":
-        folder = Path(str(resources.files("preprocessing") / "weights" / "tiny_vae"))
+        folder = Path(__file__).parent / "weights" / "tiny_vae"
     elif Path(name).is_dir():
         folder = Path(name)
     else:

@@ -44,7 +44,8 @@ def describe(name: str, rows: list[dict[str, Any]], index: int, slots: int) -> E
     first = rows[0]
     for row in rows:
         for what in ("action_dim", "proprio", "action_layout"):
-            if row[what] != first[what]:
+            same = _agree(row[what], first[what]) if what == "action_layout" else row[what] == first[what]
+            if not same:
                 raise UserError(
                     f"embodiment {name}: {row['uri']} #{row['index']} has {what} {_short(row[what])}, others have "
                     f"{_short(first[what])}; give one of them its own name with --contract (embodiment: NAME)"
@@ -60,6 +61,17 @@ def describe(name: str, rows: list[dict[str, Any]], index: int, slots: int) -> E
         fps=first["fps"],
         action_normalizer=action,
         proprio_normalizer=proprio,
+    )
+
+
+def _agree(one: str, other: str) -> bool:
+    """Whether two layouts (JSON lists of ActionBlock) can mean the same: what one leaves unknown, the other may say."""
+    blocks, others = json.loads(one), json.loads(other)
+    return len(blocks) == len(others) and all(
+        a[key] == b[key] or {a[key], b[key]} & {None, "unknown"}
+        for a, b in zip(blocks, others, strict=True)
+        for key in a
+        if key != "name"
     )
 
 

@@ -57,7 +57,7 @@ def joint_loss(
     """action [B, L, A] and latents [B, V, Tf, C, h, w] clean, action_mask bool [B, L, A], camera_mask bool [B, V]."""
     has_action = action_mask.any(dim=(1, 2))
     t_action = noise.t_action.where(has_action, schedule.last)
-    noisy_action = schedule.noisy(action, noise.action, t_action).where(has_action[:, None, None], noise.action)
+    noisy_action = schedule.noisy(action, noise.action, t_action)
     noisy_latents = schedule.noisy(latents, noise.latents, noise.t_video)
     action_prediction, latent_prediction = denoise(noisy_action, t_action, noisy_latents, noise.t_video)
     action_total, action_each = _masked_mean(
