@@ -26,20 +26,26 @@ ENCODER_BLOCKS = (0, 2, 3, 3)
 DECODER_BLOCKS = (3, 3, 2, 0)
 IMAGE_SIZE = 128
 CROP = 64
+PEAK = 2e-3  # learning rate
 BATCH = 8
 FRAMES_PER_CAMERA = 24  # neighbours in a video are nearly the same picture
 HELD_OUT = 0.1
 
 
-def train_vae(places: list[Path], output: Path, steps: int = 3000, seed: int = 0) -> dict[str, float]:
-    """Train on the frames at ``places`` and write a diffusers folder; returns held-out PSNR in dB by kind of frame."""
+def train_vae(
+    places: list[Path], output: Path, steps: int = 3000, initial: Path | None = None, seed: int = 0
+) -> dict[str, float]:
+    """Train on the frames at ``places``, from the weights in the folder ``initial`` if one is given.
+
+    Writes a diffusers folder; returns held-out PSNR in dB by kind of frame.
+    """
     frames = _frames(places)
     training = np.concatenate([images for images, held in frames.values() if not held])
     torch.manual_seed(seed)
     random = np.random.default_rng(seed)
-    vae = _fresh()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
+    vae = _fresh() if initial is None else _load(initial)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=PEAK, betas=(0.9, 0.99), weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK, total_steps=steps, pct_start=0.05)
     with tqdm(range(steps), "train-vae", unit="step", mininterval=0.5) as bar:
         for step in bar:
             images = _crops(training, random)
@@ -67,6 +73,13 @@ def _fresh() -> torch.nn.Module:
         num_encoder_blocks=ENCODER_BLOCKS,
         num_decoder_blocks=DECODER_BLOCKS,
     ).to(memory_format=torch.channels_last)
+
+
+def _load(folder: Path) -> torch.nn.Module:
+    from diffusers import AutoencoderTiny
+
+    vae = AutoencoderTiny.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+    return vae.to(torch.float32, memory_format=torch.channels_last)
 
 
 def _frames(places: list[Path]) -> dict[tuple[str, str], tuple[np.ndarray, bool]]:
