@@ -30,6 +30,7 @@ def cluster(address: str | None = None, verbose: bool = False) -> Iterator[None]
         yield
         return
     if not verbose:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         for name in ("ray", "ray.data", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)
     ray.init(

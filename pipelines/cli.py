@@ -193,16 +193,41 @@ def demo(
     run(output, VERBOSE)
 
 
+@app.command()
+def record(
+    output: Annotated[Path, typer.Argument(help="Folder that gets hdf5/, lerobot/ and videos/.")],
+    task: Annotated[list[str] | None, typer.Option(help="Meta-World task, once for each; all if left out.")] = None,
+    episodes: Annotated[int, typer.Option(min=2, help="Demonstrations of each task.")] = 2,
+    videos: Annotated[int, typer.Option(min=0, help="Further ones of each task, as video without actions.")] = 0,
+    image_size: Annotated[int, typer.Option(min=16)] = 128,
+    seed: int = 0,
+) -> None:
+    """Make raw robot logs and videos with a simulator's scripted experts."""
+    try:
+        from infra.simulators.metaworld import INSTRUCTIONS
+        from pipelines.record import record as run
+    except ModuleNotFoundError as error:
+        raise UserError(str(error)) from None
+    if unknown := sorted(set(task or []) - set(INSTRUCTIONS)):
+        raise UserError(f"--task {unknown[0]}: no such task; one of {', '.join(INSTRUCTIONS)}")
+    _say(run(output, task or list(INSTRUCTIONS), episodes, videos, image_size, seed))
+
+
 @app.command("train-vae")
 def train_vae(
     source: Annotated[list[Path], typer.Argument(help="Videos, images or folders of them.")],
     output: Annotated[Path, typer.Option(help="Folder that gets the weights; use it as --encoder.")] = Path("tiny_vae"),
-    steps: Annotated[int, typer.Option(min=1)] = 6000,
+    steps: Annotated[int, typer.Option(min=1)] = 3000,
+    initial: Annotated[Path | None, typer.Option("--from", help="Weights to go on from.")] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Train a small VAE of your own on frames you have."""
+    """Train a small VAE of your own on frames you have; prints held-out PSNR in dB by kind of frame."""
     from pipelines.train_vae import train_vae as run
 
-    run(source, output, steps=steps)
+    quality = run(source, output, steps, initial)
+    for kind, value in quality.items():
+        _say(f"{kind:>30} {value:.1f} dB")
+    _result(quality, as_json)
 
 
 @store_app.command("show")

@@ -28,10 +28,11 @@ from tqdm import tqdm
 from infra.cluster import Meter, cluster, watch
 from preprocessing import sources
 from preprocessing.encoders import encoder_digest, load_encoder
-from preprocessing.episode import BadEpisode, DataContract, Episode, EpisodeRef
+from preprocessing.episode import BadEpisode, DataContract, Episode, EpisodeRef, UserError
 from preprocessing.statistics import column_statistics
 from preprocessing.store import LatentStore, Location, write_segments
 
+STRIDE = 8  # pixels a latent, of every encoder there is a name for
 BLOCK_BYTES = 16 * 2**20  # rows reach the encoders in blocks of about this size
 SEGMENTS_PER_WRITE = 256
 READER = version("unified-world-models")
@@ -73,6 +74,8 @@ def ingest(
 ) -> IngestReport:
     """Bring every episode under ``uris`` into the store. Raises UserError before anything is written."""
     began = time.monotonic()
+    if image_size % STRIDE or image_size < 4 * STRIDE:
+        raise UserError(f"--image-size {image_size}: choose a multiple of {STRIDE}, at least {4 * STRIDE}")
     places = [place for uri in uris for place in sources.find(uri, format)]
     digest = encoder_digest(encoder)
     store = LatentStore.open(store_uri) if dry_run else LatentStore.create(store_uri)

@@ -58,9 +58,7 @@ def load_recipe(recipe: str | Path, overrides: list[str]) -> Recipe:
     shipped = Path(__file__).parent / "recipes" / f"{recipe}.yaml"
     path = shipped if shipped.is_file() else Path(recipe)
     if not path.is_file():
-        names = sorted(
-            entry.stem for entry in (Path(__file__).parent / "recipes").iterdir()
-        )
+        names = sorted(entry.stem for entry in (Path(__file__).parent / "recipes").iterdir())
         raise UserError(f"{recipe}: no such recipe file, and not one of the shipped: {', '.join(names)}")
     try:
         values = yaml.safe_load(path.read_text()) or {}

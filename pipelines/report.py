@@ -29,7 +29,7 @@ MEDIA_BYTES = 13 * 2**20  # of pictures and videos in all; a third more as base6
 FILES = 1000  # source files listed at most
 POINTS = 600  # of one curve
 MODALITIES = ("action", "video")
-PLOT_LEFT, PLOT_RIGHT, PLOT_TOP, PLOT_BOTTOM = 44, 330, 12, 158  # of a curve's panel, 340 x 185
+PLOT_LEFT, PLOT_RIGHT, PLOT_TOP, PLOT_BOTTOM = 44, 450, 12, 172  # of a curve's panel, 460 x 200
 
 
 @dataclass(frozen=True)
@@ -231,10 +231,10 @@ def _curve(history: list[tuple[int, float]], held_out: float | None, bounds: tup
         return " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points[:: -(-len(points) // POINTS) or 1])
 
     values = [value for _, value in drawn]
-    reach = len(values) // 40
+    reach = len(values) // 20
     averages = [float(np.mean(values[max(0, i - reach) : i + reach + 1])) for i in range(len(values))]
     decades = math.log10(high / low)
-    digits = (1, 2, 5) if decades < 1.5 else (1,)
+    digits = (1, 2, 5) if decades < 2 else (1,)
     ticks = [digit * 10.0**power for power in range(-12, 13) for digit in digits]
     return {
         "logged": line(values),

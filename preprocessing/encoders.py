@@ -51,7 +51,9 @@ class Encoder:
         parts = []
         for start in range(0, len(frames), BATCH):
             batch = torch.tensor(frames[start : start + BATCH], device=self._device).permute(0, 3, 1, 2)
-            encoded = self._vae.encode((batch.to(self._dtype) / 127.5 - 1).contiguous(memory_format=torch.channels_last))
+            encoded = self._vae.encode(
+                (batch.to(self._dtype) / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+            )
             latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
             parts.append(((latents.float() - self._shift) * self._scale).half().cpu().numpy())
         return np.concatenate(parts)
@@ -61,7 +63,9 @@ class Encoder:
         """float ``[N, channels, h, w]`` -> uint8 ``[N, h * stride, w * stride, 3]`` RGB."""
         parts = []
         for start in range(0, len(latents), BATCH):
-            batch = torch.tensor(latents[start : start + BATCH], device=self._device).float() / self._scale + self._shift
+            batch = (
+                torch.tensor(latents[start : start + BATCH], device=self._device).float() / self._scale + self._shift
+            )
             images = self._vae.decode(batch.to(self._dtype)).sample.float()
             parts.append(((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy())
         return np.concatenate(parts)
@@ -119,7 +123,9 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _digest(folder: Path, precision: str) -> str:
-    settings = {key: value for key, value in _config(folder).items() if key not in ("_diffusers_version", "_name_or_path")}
+    settings = {
+        key: value for key, value in _config(folder).items() if key not in ("_diffusers_version", "_name_or_path")
+    }
     digest = hashlib.sha256(json.dumps([settings, precision], sort_keys=True).encode())
     with (folder / WEIGHTS[0]).open("rb") as file:
         digest.update(hashlib.file_digest(file, "sha256").digest())

@@ -58,7 +58,9 @@ def fill(store: LatentStore, names: list[str], frames: int = 70, cameras: tuple[
     return commit(transaction, [random_episode(transaction, name, frames, cameras) for name in names])
 
 
-def random_episode(transaction: Transaction, name: str, frames: int, cameras: tuple[str, ...]) -> tuple[Any, dict[str, Any]]:
+def random_episode(
+    transaction: Transaction, name: str, frames: int, cameras: tuple[str, ...]
+) -> tuple[Any, dict[str, Any]]:
     random = np.random.default_rng(sum(name.encode()))
     latents = {camera: random.standard_normal((frames, 4, 8, 8)).astype(np.float16) for camera in cameras}
     steps = random.standard_normal((frames, 5)).astype(np.float32)

@@ -49,7 +49,7 @@ def test_a_pinned_snapshot_does_not_move_and_rollback_is_a_new_head(tmp_path: Pa
     store.rollback(first)
     assert store.snapshot().episodes()["id"].to_pylist() == ["a"]
     assert store.snapshot(second).episodes()["id"].to_pylist() == ["a", "b"]
-    assert [entry["snapshot"] for entry in store.log()] [:-1] == [first]
+    assert [entry["snapshot"] for entry in store.log()][:-1] == [first]
 
 
 def test_two_ingests_begun_at_once_are_both_in(tmp_path: Path) -> None:
