@@ -26,7 +26,7 @@ from preprocessing.store import LatentStore, Snapshot
 
 CLIPS = 10  # videos of one evaluation at most: the first ones, so that nobody has picked them
 MEDIA_BYTES = 13 * 2**20  # of pictures and videos in all; a third more as base64, which keeps the page below 20 MB
-FILES = 1000  # source files listed at most
+FILES = 1000  # source files, and refused inputs, listed at most
 POINTS = 600  # of one curve
 MODALITIES = ("action", "video")
 PLOT_LEFT, PLOT_RIGHT, PLOT_TOP, PLOT_BOTTOM = 44, 450, 12, 172  # of a curve's panel, 460 x 200
@@ -138,6 +138,7 @@ def _data(snapshot: Snapshot) -> dict[str, Any]:
             "ids": [row["id"] for row in members],
         }
         folders.setdefault((folder, format), []).append(file)
+    refused = snapshot.quarantine()
     return {
         "episodes": len(rows),
         "frames": _total(rows),
@@ -145,7 +146,8 @@ def _data(snapshot: Snapshot) -> dict[str, Any]:
         "cameras": {name: _cameras(members) for name, members in embodiments.items()},
         "encoders": [{"name": name, "digest": digest, "episodes": n} for (name, digest), n in encoders.items()],
         "repairs": Counter(repair for row in rows for repair in row["repairs"] or ()).most_common(),
-        "quarantine": snapshot.quarantine(),
+        "quarantine": refused[:FILES],
+        "quarantined": len(refused),
         "folders": [{"uri": uri, "format": format, "files": found} for (uri, format), found in folders.items()],
         "files": len(files),
         "unlisted": max(0, len(files) - FILES),
@@ -192,7 +194,6 @@ def _runs(runs: dict[str, str]) -> list[dict[str, Any]]:
                 "id": run_id,
                 "status": found.info.status.lower(),
                 "snapshot": tags.get("snapshot", ""),
-                "store": tags.get("store", ""),
                 "parent": tags.get("parent", ""),
                 "parent_label": labels.get(tags.get("parent", "")),
                 "losses": {metric: tracking.history(run_id, f"loss_{metric}") for metric in MODALITIES},

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,21 +65,22 @@ def train_vae(
     return _save(vae, training, frames, output)
 
 
-def _fresh() -> torch.nn.Module:
+def _fresh() -> Any:
     from diffusers import AutoencoderTiny
 
-    return AutoencoderTiny(
+    vae: Any = AutoencoderTiny(
         encoder_block_out_channels=(WIDTH,) * 4,
         decoder_block_out_channels=(WIDTH,) * 4,
         num_encoder_blocks=ENCODER_BLOCKS,
         num_decoder_blocks=DECODER_BLOCKS,
-    ).to(memory_format=torch.channels_last)
+    )
+    return vae.to(memory_format=torch.channels_last)
 
 
-def _load(folder: Path) -> torch.nn.Module:
+def _load(folder: Path) -> Any:
     from diffusers import AutoencoderTiny
 
-    vae = AutoencoderTiny.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+    vae: Any = AutoencoderTiny.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
     return vae.to(torch.float32, memory_format=torch.channels_last)
 
 
@@ -112,7 +114,7 @@ def _crops(frames: np.ndarray, random: np.random.Generator) -> torch.Tensor:
 
 @torch.inference_mode()
 def _save(
-    vae: torch.nn.Module, training: np.ndarray, frames: dict[tuple[str, str], tuple[np.ndarray, bool]], output: Path
+    vae: Any, training: np.ndarray, frames: dict[tuple[str, str], tuple[np.ndarray, bool]], output: Path
 ) -> dict[str, float]:
     sample = torch.from_numpy(training[:: max(1, len(training) // 256)]).permute(0, 3, 1, 2).float() / 127.5 - 1
     latents = torch.cat([vae.encode(part).latents for part in sample.split(32)])

@@ -34,7 +34,7 @@ class Encoder:
         self._device = device
         self._dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
         kind = _config(folder)["_class_name"]
-        diffusers.logging.set_verbosity_error()
+        diffusers.utils.logging.set_verbosity_error()  # it warns of settings that it wrote itself
         vae: Any = getattr(diffusers, kind).from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
         self._vae = vae.eval().requires_grad_(False).to(device, self._dtype, memory_format=torch.channels_last)
         self._scale = float(vae.config.scaling_factor or 1.0)

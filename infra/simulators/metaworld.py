@@ -117,11 +117,13 @@ class MetaWorld:
             raise ValueError(f"{task}: no such Meta-World task; one of {', '.join(INSTRUCTIONS)}")
         self.instruction = INSTRUCTIONS[self.task]
         self.seed = seed
-        self._env: Any = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{self.task}-v3-goal-observable"](seed=seed)
+        make: Any = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{self.task}-v3-goal-observable"]
+        self._env = make(seed=seed)
         self._env._freeze_rand_vec = False  # else every episode repeats the first one's object positions
         self._env.seeded_rand_vec = True
         self._env.max_path_length = 2**31  # its own limit raises; HORIZON is the caller's to hold
-        self._expert = ENV_POLICY_MAP[f"{self.task}-v3"]()
+        expert: Any = ENV_POLICY_MAP[f"{self.task}-v3"]
+        self._expert = expert()
         self._env.model.vis.quality.offsamples = 0  # read when the renderer is made
         self._renderer = mujoco.Renderer(self._env.model, image_size, image_size)
         # At exit mujoco ends EGL itself, and a renderer still open then prints a traceback.
