@@ -102,11 +102,9 @@ def demonstrate(task: str, number: int, image_size: int, seed: int) -> Demonstra
         if left is not None:
             break
     images = {camera: np.stack([seen["images"][camera] for seen, _ in steps]) for camera in CAMERAS}
-    return Demonstration(task, images, np.stack([_state(seen) for seen, _ in steps]), np.stack([a for _, a in steps]))
-
-
-def _state(observation: Any) -> np.ndarray:
-    return np.concatenate(list(observation["proprio"].values()))
+    return Demonstration(
+        task, images, np.stack([seen["proprio"]["state"] for seen, _ in steps]), np.stack([a for _, a in steps])
+    )
 
 
 class _Writer:

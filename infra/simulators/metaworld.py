@@ -13,6 +13,7 @@ Notable:
 
 from __future__ import annotations
 
+import atexit
 import os
 import warnings
 import weakref
@@ -96,7 +97,10 @@ INSTRUCTIONS = {
 
 
 class Observation(TypedDict):
-    """``images`` by camera, uint8 ``[H, W, 3]`` upright, empty where none was asked for; ``proprio`` by name."""
+    """``images`` by camera, uint8 ``[H, W, 3]`` upright, empty where none was asked for.
+
+    ``proprio`` is {"state": float32 [4]}: position of the hand in metres, and how far the gripper is open (0 ... 1).
+    """
 
     images: dict[str, np.ndarray]
     proprio: dict[str, np.ndarray]
@@ -126,8 +130,10 @@ class MetaWorld:
         self._expert = expert()
         self._env.model.vis.quality.offsamples = 0  # read when the renderer is made
         self._renderer = mujoco.Renderer(self._env.model, image_size, image_size)
-        # At exit mujoco ends EGL itself, and a renderer still open then prints a traceback.
-        self._close_renderer = weakref.finalize(self, self._renderer.close)
+        # At exit mujoco ends EGL itself, and a renderer still open then prints a traceback. What is registered last
+        # runs first; weakref.finalize would not do, for its place is that of the first finalizer of the process.
+        alive = weakref.ref(self._renderer)
+        atexit.register(lambda: (renderer := alive()) and renderer.close())
 
     def reset(self, episode: int, render: bool = True) -> Observation:
         """The initial state number ``episode`` of this seed."""
@@ -156,7 +162,7 @@ class MetaWorld:
         return {"agentview": self._picture("corner4")[::-1, ::-1].copy(), "eye_in_hand": self._picture("gripperPOV")}
 
     def close(self) -> None:
-        self._close_renderer()
+        self._renderer.close()
         self._env.close()
 
     def _picture(self, camera: str) -> np.ndarray:
@@ -167,8 +173,6 @@ class MetaWorld:
         return self._renderer.render()
 
     def _observe(self, render: bool) -> Observation:
-        ee_pos, gripper = self._full_state[:3], self._full_state[3:4]
-        return {
-            "images": self.render() if render else {},
-            "proprio": {"ee_pos": ee_pos.astype(np.float32), "gripper": gripper.astype(np.float32)},
-        }
+        # Of Meta-World's observation the first four numbers are the robot's own: hand position and finger opening.
+        state = self._full_state[:4].astype(np.float32)
+        return {"images": self.render() if render else {}, "proprio": {"state": state}}
