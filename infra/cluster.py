@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 # Read by Ray when it is imported or starts processes, so they are set before.
@@ -33,17 +34,34 @@ def cluster(address: str | None = None, verbose: bool = False) -> Iterator[None]
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         for name in ("ray", "ray.data", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)
-    ray.init(
-        # "local", not None: after a crash a stale file would send us to a cluster that is gone.
-        address=address or os.environ.get("RAY_ADDRESS") or "local",
-        log_to_driver=verbose,
-        logging_level=logging.INFO if verbose else logging.ERROR,
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "RAY_TRAIN_V2_ENABLED": "1"}},
-    )
+    with _silent_start(verbose):
+        ray.init(
+            # "local", not None: after a crash a stale file would send us to a cluster that is gone.
+            address=address or os.environ.get("RAY_ADDRESS") or "local",
+            log_to_driver=verbose,
+            logging_level=logging.INFO if verbose else logging.ERROR,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "RAY_TRAIN_V2_ENABLED": "1"}},
+        )
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _silent_start(verbose: bool) -> Iterator[None]:
+    """Ray's C++ core announces on file descriptor 2 that it was told to be quiet; failures come as exceptions."""
+    if verbose:
+        yield
+        return
+    kept = os.dup(2)
+    with Path(os.devnull).open("w") as sink:
+        os.dup2(sink.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 @ray.remote(num_cpus=0)

@@ -150,8 +150,6 @@ def _run(
         compute=ActorPoolStrategy(size=max(1, int(gpus) or cpus)),
         num_cpus=0.7,
         num_gpus=1 if gpus else 0,
-        max_restarts=-1,
-        max_task_retries=3,
     )
     with (
         tqdm(total=len(new), desc="ingest", unit="ep", mininterval=0.5) as bar,
