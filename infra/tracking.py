@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-logging.getLogger("alembic").setLevel(logging.ERROR)  # a fresh database is created in a hundred log lines
-logging.getLogger("mlflow").setLevel(logging.ERROR)
-
 import mlflow
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
@@ -22,6 +19,8 @@ def connect() -> str:
     """Use MLFLOW_TRACKING_URI, or an SQLite file ``mlflow.db`` in the current folder; returns the URI."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
     mlflow.set_tracking_uri(uri)
+    for name in ("mlflow", "mlflow.store.db.utils", "alembic"):  # a fresh database is announced in many lines
+        logging.getLogger(name).setLevel(logging.ERROR)
     return uri
 
 

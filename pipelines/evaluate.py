@@ -32,6 +32,7 @@ from uwm_model.metrics import psnr, wilson_interval
 EXECUTED = 8  # actions of a chunk that are carried out before the policy looks again
 WINDOWS = 64
 PICTURES = 4
+IDENTICAL = 60.0  # dB that equal pictures count as, for their PSNR is infinite
 
 
 @dataclass
@@ -72,7 +73,13 @@ def evaluate(
     folder = checkpoint.resolve(model)
     policy = Policy(folder, embodiment)
     output.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {"model": model, "run_id": policy.settings.run_id, "embodiment": policy.embodiment}
+    report: dict[str, Any] = {
+        "model": model,
+        "run_id": policy.settings.run_id,
+        "embodiment": policy.embodiment,
+        "cameras": list(policy.spec.cameras),
+        "seed": seed,
+    }
     metrics: dict[str, float] = {}
     if store_uri:
         result = open_loop(policy, store_uri, output)
@@ -103,7 +110,9 @@ def open_loop(policy: Policy, store_uri: str, output: Path) -> OpenLoop:
         raise UserError(f"{store_uri}: no held-out episode of {policy.embodiment}; raise validation_share in training")
     random = np.random.default_rng(0)
     episode = random.choice(chosen, WINDOWS)
-    frame = (random.random(WINDOWS) * data.frames[episode]).astype(int)
+    # Windows whose future is still in the episode: a frame that merely repeats the last one predicts itself.
+    ahead = data.shape.action_chunk + data.shape.future_frames
+    frame = (random.random(WINDOWS) * np.maximum(data.frames[episode] - ahead, 1)).astype(int)
     arrays = data.gather(episode, frame)
     batch = to_batch(arrays, torch.device("cpu"), torch.float32)
     generator = torch.Generator().manual_seed(0)
@@ -127,7 +136,7 @@ def open_loop(policy: Policy, store_uri: str, output: Path) -> OpenLoop:
             last = -1  # the farthest of the future frames
             predicted = policy.encoder.decode(future[i, slot, last, None].numpy())[0]
             rebuilt = policy.encoder.decode(arrays["future_latents"][i, slot, last, None])[0]
-            quality.append([float(psnr(image, then)) for image in (predicted, now, rebuilt)])
+            quality.append([min(float(psnr(image, then)), IDENTICAL) for image in (predicted, now, rebuilt)])
             if len(pictures) < PICTURES * settings.model.cameras:
                 pictures.append(np.concatenate([now, predicted, then], axis=1))
     for number, picture in enumerate(pictures):

@@ -11,7 +11,7 @@ import json
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import count
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,11 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from infra.simulators.metaworld import ACTION_REPEAT, CAMERAS, FPS, HORIZON, INSTRUCTIONS, MetaWorld
+from preprocessing.episode import UserError
 
 DISTURBANCE = 0.3  # deviation of the noise on executed actions
 AFTER_SUCCESS = 5  # steps recorded beyond the first success
+ATTEMPTS = 20
 PROCESSES = 2
 
 
@@ -55,6 +57,8 @@ def record(out: Path, tasks: list[str], episodes: int, videos: int, image_size: 
     done = out / "recording.json"
     if done.exists() and json.loads(done.read_text()) == settings:
         return f"{summary}, recorded before"
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UserError(f"{out}: holds something else than this recording; choose another folder, or remove it")
     building = out.with_name(f".{out.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     wanted = [(task, number, image_size, seed) for task in tasks for number in range(episodes + videos)]
@@ -81,14 +85,15 @@ def record(out: Path, tasks: list[str], episodes: int, videos: int, image_size: 
     return summary
 
 
-_simulators: dict[tuple[str, int, int], MetaWorld] = {}  # a process keeps its simulators: making one takes a second
+@cache
+def _simulator(task: str, image_size: int, seed: int) -> MetaWorld:
+    return MetaWorld(task, image_size, seed)  # a process keeps its simulators: making one takes a second
 
 
 def demonstrate(task: str, number: int, image_size: int, seed: int) -> Demonstration:
     """One successful demonstration, a function of its arguments alone."""
-    key = (task, image_size, seed)
-    simulator = _simulators.setdefault(key, _simulators.get(key) or MetaWorld(task, image_size, seed))
-    for attempt in count():
+    simulator = _simulator(task, image_size, seed)
+    for attempt in range(ATTEMPTS):
         random = np.random.default_rng((seed, number, attempt))
         observation = simulator.reset(episode=number + 10_000 * attempt)
         steps: list[tuple[Any, np.ndarray]] = []
@@ -101,6 +106,8 @@ def demonstrate(task: str, number: int, image_size: int, seed: int) -> Demonstra
             left = left - 1 if left is not None else AFTER_SUCCESS if success else None
         if left is not None:
             break
+    else:
+        raise UserError(f"{task}: the scripted expert failed {ATTEMPTS} times in a row; choose another task")
     images = {camera: np.stack([seen["images"][camera] for seen, _ in steps]) for camera in CAMERAS}
     return Demonstration(
         task, images, np.stack([seen["proprio"]["state"] for seen, _ in steps]), np.stack([a for _, a in steps])

@@ -17,6 +17,7 @@ from uwm_model.batch import Batch
 from uwm_model.config import DiffusionConfig, ModelConfig
 from uwm_model.observation import LatentObservation
 from uwm_model.sampling import ROLES, Role
+from uwm_model.schedule import DiffusionSchedule
 from uwm_model.world_model import UnifiedWorldModel
 
 GOLDEN_LOSSES = Path(__file__).parent / "golden_losses.json"
@@ -368,3 +369,15 @@ def test_the_mathematics_imports_no_sibling_and_reads_no_file() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     GOLDEN_LOSSES.write_text(json.dumps(golden_run(), indent=1) + "\n")
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_a_perfect_prediction_leads_back_to_the_clean_sample(prediction: str) -> None:
+    schedule = DiffusionSchedule(DiffusionConfig(prediction=prediction))
+    clean, noise = torch.rand(3, 5, dtype=torch.float64) * 2 - 1, torch.randn(3, 5, dtype=torch.float64)
+    for t in (0, 40, 90):
+        at = torch.full((3,), t)
+        sample, answer = schedule.noisy(clean, noise, at), schedule.target(clean, noise, at)
+        torch.testing.assert_close(schedule.step(sample, answer, t, None), clean, atol=1e-5, rtol=0)
+        expected = schedule.noisy(clean, noise, torch.full((3,), 20))
+        torch.testing.assert_close(schedule.step(sample, answer, t, 20), expected, atol=1e-5, rtol=0)

@@ -61,9 +61,11 @@ def joint_loss(
     noisy_latents = schedule.noisy(latents, noise.latents, noise.t_video)
     action_prediction, latent_prediction = denoise(noisy_action, t_action, noisy_latents, noise.t_video)
     action_total, action_each = _masked_mean(
-        (action_prediction - schedule.target(action, noise.action)).square(), action_mask
+        (action_prediction - schedule.target(action, noise.action, t_action)).square(), action_mask
     )
-    video_error_BV = (latent_prediction - schedule.target(latents, noise.latents)).square().mean(dim=(2, 3, 4, 5))
+    video_error_BV = (
+        (latent_prediction - schedule.target(latents, noise.latents, noise.t_video)).square().mean(dim=(2, 3, 4, 5))
+    )
     video_total, video_each = _masked_mean(video_error_BV, camera_mask)
     return Losses(
         total=action_total + video_total,

@@ -24,16 +24,23 @@ class DiffusionSchedule:
     def __init__(self, config: DiffusionConfig):
         self.last = config.train_timesteps - 1
         self.clip = config.clip_sample
+        self.prediction = config.prediction
         self.alphas_cumprod = squared_cosine(config.train_timesteps)
 
     def noisy(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What ``clean`` [B, ...] looks like at t int64 [B], given that noise."""
-        alpha = self.alphas_cumprod.to(clean.device)[t].reshape(-1, *[1] * (clean.ndim - 1))
+        alpha = self._alpha(t, clean)
         return alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
 
-    def target(self, clean: Tensor, noise: Tensor) -> Tensor:
-        """What the network learns to predict: the noise."""
-        return noise
+    def _alpha(self, t: Tensor, like: Tensor) -> Tensor:
+        return self.alphas_cumprod.to(like.device)[t].reshape(-1, *[1] * (like.ndim - 1))
+
+    def target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the network learns to predict at t int64 [B]: the noise, or v (arXiv 2202.00512)."""
+        if self.prediction == "epsilon":
+            return noise
+        alpha = self._alpha(t, clean)
+        return alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
 
     def timesteps(self, steps: int) -> list[int]:
         """The times that sampling visits, "leading": (S-1) * (T // S), ..., 0. For 10 of 100: 90, ..., 0, never 99."""
@@ -47,11 +54,16 @@ class DiffusionSchedule:
         alpha = self.alphas_cumprod[t]
         alpha_next = torch.tensor(1.0) if t_next is None else self.alphas_cumprod[t_next]
         # 0-d float32 coefficients do not change the sample's dtype, and come to any device by themselves.
-        clean = (sample - (1 - alpha).sqrt() * prediction) / alpha.sqrt()
+        if self.prediction == "epsilon":
+            noise = prediction
+            clean = (sample - (1 - alpha).sqrt() * noise) / alpha.sqrt()
+        else:
+            noise = alpha.sqrt() * prediction + (1 - alpha).sqrt() * sample
+            clean = alpha.sqrt() * sample - (1 - alpha).sqrt() * prediction
         if self.clip:
             clean = clean.clamp(-1, 1)
         # The noise is as predicted, not re-derived from the clipped sample.
-        return alpha_next.sqrt() * clean + (1 - alpha_next).sqrt() * prediction
+        return alpha_next.sqrt() * clean + (1 - alpha_next).sqrt() * noise
 
 
 def unit_noise(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
