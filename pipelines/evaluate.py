@@ -129,13 +129,15 @@ def open_loop(policy: Policy, store_uri: str, output: Path) -> OpenLoop:
     _, future = model.sample("forward_dynamics", batch, generator=generator)
     assert by_policy is not None and by_inverse is not None and future is not None
 
+    # The farthest of the future frames, of every window and camera slot at once.
+    slots = range(settings.model.cameras)
+    predictions = [policy.encoder.decode(future[:, slot, -1].numpy()) for slot in slots]
+    rebuilds = [policy.encoder.decode(arrays["future_latents"][:, slot, -1]) for slot in slots]
     quality: list[list[float]] = []
     pictures: list[np.ndarray] = []
     for i, frames in enumerate(tqdm(_true_frames(policy, data, episode, frame), "frames", total=WINDOWS, leave=False)):
         for slot, (now, then) in frames.items():
-            last = -1  # the farthest of the future frames
-            predicted = policy.encoder.decode(future[i, slot, last, None].numpy())[0]
-            rebuilt = policy.encoder.decode(arrays["future_latents"][i, slot, last, None])[0]
+            predicted, rebuilt = predictions[slot][i], rebuilds[slot][i]
             quality.append([min(float(psnr(image, then)), IDENTICAL) for image in (predicted, now, rebuilt)])
             if len(pictures) < PICTURES * settings.model.cameras:
                 pictures.append(np.concatenate([now, predicted, then], axis=1))
