@@ -37,6 +37,7 @@ TINY = ModelConfig(
     frame_width=32,
     condition_width=64,
 )
+SEEING = dataclasses.replace(TINY, current_patches=True)
 
 
 @pytest.fixture(autouse=True)
@@ -56,9 +57,9 @@ def fresh(diffusion: DiffusionConfig | None = None, config: ModelConfig = TINY) 
     return UnifiedWorldModel(config, diffusion or DiffusionConfig())
 
 
-def stirred() -> UnifiedWorldModel:
+def stirred(config: ModelConfig = TINY) -> UnifiedWorldModel:
     """A model whose zero-initialised weights are not: everything that can reach an output does."""
-    model = fresh()
+    model = fresh(config=config)
     for parameter in model.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
@@ -210,9 +211,10 @@ def test_a_padded_action_dimension_changes_nothing(mode) -> None:
         assert not outputs[0][0][..., -1].any()
 
 
+@pytest.mark.parametrize("config", [TINY, SEEING], ids=["paper", "current patches"])
 @pytest.mark.parametrize("mode", list(ROLES))
-def test_a_missing_camera_changes_nothing(mode) -> None:
-    model, full = stirred(), make_batch()
+def test_a_missing_camera_changes_nothing(mode, config: ModelConfig) -> None:
+    model, full = stirred(config), make_batch()
     batch = dataclasses.replace(full, camera_mask=changed(full.camera_mask, (slice(None), 1), False))
     noise = torch.randn(full.future_latents.shape, generator=seeded(1))
     outputs = []
@@ -321,9 +323,11 @@ def test_a_fresh_model_predicts_no_noise_at_all() -> None:
     assert first == pytest.approx({"action": 1, "video": 1}, abs=0.05)
 
 
-def test_it_learns_one_batch_in_every_mode() -> None:
-    config = dataclasses.replace(TINY, latent_channels=2, latent_size=(4, 4), patch=(2, 2, 2))
-    batch, model, untrained = make_batch(2, config=config), fresh(config=config), fresh(config=config)
+@pytest.mark.parametrize(("prediction", "config"), [("epsilon", TINY), ("sample", SEEING)])
+def test_it_learns_one_batch_in_every_mode(prediction, config: ModelConfig) -> None:
+    config = dataclasses.replace(config, latent_channels=2, latent_size=(4, 4), patch=(2, 2, 2))
+    diffusion = DiffusionConfig(prediction=prediction)
+    batch, model, untrained = make_batch(2, config=config), fresh(diffusion, config), fresh(diffusion, config)
     train(model, repeated(batch, 12), steps=250, learning_rate=4e-3)
     for mode, (of_action, of_video) in ROLES.items():
         action, latents = model.sample(mode, batch, steps=50, generator=seeded(0))
@@ -340,6 +344,18 @@ def repeated(batch: Batch, times: int) -> Batch:
     """More noise levels a step for the same few samples."""
     tensors = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     return Batch(**{name: tensor.repeat(times, *[1] * (tensor.ndim - 1)) for name, tensor in tensors.items()})
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "sample"])
+def test_a_perfect_prediction_leads_back_to_the_clean_sample(prediction: str) -> None:
+    schedule = DiffusionSchedule(DiffusionConfig(prediction=prediction))
+    clean, noise = torch.rand(3, 5, dtype=torch.float64) * 2 - 1, torch.randn(3, 5, dtype=torch.float64)
+    for t in (0, 40, 90):
+        at = torch.full((3,), t)
+        sample, answer = schedule.noisy(clean, noise, at), schedule.target(clean, noise, at)
+        torch.testing.assert_close(schedule.step(sample, answer, t, None), clean, atol=1e-5, rtol=0)
+        expected = schedule.noisy(clean, noise, torch.full((3,), 20))
+        torch.testing.assert_close(schedule.step(sample, answer, t, 20), expected, atol=1e-5, rtol=0)
 
 
 # The house
@@ -369,15 +385,3 @@ def test_the_mathematics_imports_no_sibling_and_reads_no_file() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     GOLDEN_LOSSES.write_text(json.dumps(golden_run(), indent=1) + "\n")
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "v"])
-def test_a_perfect_prediction_leads_back_to_the_clean_sample(prediction: str) -> None:
-    schedule = DiffusionSchedule(DiffusionConfig(prediction=prediction))
-    clean, noise = torch.rand(3, 5, dtype=torch.float64) * 2 - 1, torch.randn(3, 5, dtype=torch.float64)
-    for t in (0, 40, 90):
-        at = torch.full((3,), t)
-        sample, answer = schedule.noisy(clean, noise, at), schedule.target(clean, noise, at)
-        torch.testing.assert_close(schedule.step(sample, answer, t, None), clean, atol=1e-5, rtol=0)
-        expected = schedule.noisy(clean, noise, torch.full((3,), 20))
-        torch.testing.assert_close(schedule.step(sample, answer, t, 20), expected, atol=1e-5, rtol=0)

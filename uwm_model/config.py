@@ -41,6 +41,7 @@ class ModelConfig:
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
     registers: int = 8
+    current_patches: bool = False  # a token of future latents also sees the current ones at its place; the paper's not
     timestep_width: int = 128
 
     # The observation encoder.
@@ -81,15 +82,16 @@ class DiffusionConfig:
     ``marginal_timestep``: where a modality that is not asked for is held while sampling. ``last`` is pure noise
     (t = 99), where training puts the actions of action-free video. ``leading`` is the first of the sampling steps
     (t = 90 of 10), as the published code has it.
-    ``prediction``: what the network answers with, the noise (the paper) or v, a mix of noise and clean values that is
-    as well scaled at every t; small models predict frames far better with it.
+    ``prediction``: what the network answers with: the noise (the paper); v, a mix of noise and clean values that is as
+    well scaled at every t; or the clean sample itself. Noise fills every dimension of a patch, clean latents do not:
+    a network narrower than a few patches can only answer with the sample (arXiv 2511.13720).
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     train_timesteps: int = 100
     schedule: Literal["squaredcos_cap_v2"] = "squaredcos_cap_v2"
-    prediction: Literal["epsilon", "v"] = "epsilon"
+    prediction: Literal["epsilon", "v", "sample"] = "epsilon"
     clip_sample: bool = True  # predicted clean values are clipped to [-1, 1]
     latent_divisor: float = 3.0  # standardised latents / 3 survive that clip
     sampling_steps: int = 10
@@ -99,8 +101,8 @@ class DiffusionConfig:
         _check_integers(self)
         if self.schedule != "squaredcos_cap_v2":
             raise ValueError(f"schedule: {self.schedule} is unknown; known: squaredcos_cap_v2")
-        if self.prediction not in ("epsilon", "v"):
-            raise ValueError(f"prediction: {self.prediction} is unknown; known: epsilon, v")
+        if self.prediction not in ("epsilon", "v", "sample"):
+            raise ValueError(f"prediction: {self.prediction} is unknown; known: epsilon, v, sample")
         if self.marginal_timestep not in ("leading", "last"):
             raise ValueError(f"marginal_timestep: {self.marginal_timestep} is unknown; known: leading, last")
         if self.latent_divisor <= 0:

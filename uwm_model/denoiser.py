@@ -55,16 +55,22 @@ class Denoiser(nn.Module):
         latents: Tensor,
         t_video: Tensor,
         camera_mask: Tensor | None = None,
+        current_latents: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Predictions shaped like ``action`` and ``latents``.
 
         condition [B, condition_width], action [B, L, A], latents [B, V, Tf, C, h, w], t_action and t_video int64 [B]
         or 0-d, camera_mask bool [B, V]: nobody attends to the tokens of a missing camera, and the prediction for it
-        means nothing. None: all cameras are there.
+        means nothing. None: all cameras are there. current_latents [B, V, To, C, h, w] are for ``current_patches``.
         """
         B, (L, patches) = len(action), (self.config.action_chunk, self.config.cameras * self.config.patches)
         registers = self.registers.expand(B, -1, -1)
-        x_BND = torch.cat([self.actions.encode(action), self.latents.encode(latents), registers], dim=1) + self.position
+        future = self.latents.encode(latents)
+        if self.config.current_patches:
+            if current_latents is None:
+                raise ValueError("a model with current_patches needs current_latents")
+            future = future + self.latents.encode_current(current_latents)
+        x_BND = torch.cat([self.actions.encode(action), future, registers], dim=1) + self.position
         times = self.timesteps(t_action.expand(B), t_video.expand(B))
         condition_BK = torch.cat([condition, times], dim=1)
         keys = None if camera_mask is None else self._keys(camera_mask)

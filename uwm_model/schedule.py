@@ -36,9 +36,11 @@ class DiffusionSchedule:
         return self.alphas_cumprod.to(like.device)[t].reshape(-1, *[1] * (like.ndim - 1))
 
     def target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the network learns to predict at t int64 [B]: the noise, or v (arXiv 2202.00512)."""
+        """What the network learns to predict at t int64 [B]: the noise, v (arXiv 2202.00512), or the clean sample."""
         if self.prediction == "epsilon":
             return noise
+        if self.prediction == "sample":
+            return clean
         alpha = self._alpha(t, clean)
         return alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
 
@@ -57,6 +59,9 @@ class DiffusionSchedule:
         if self.prediction == "epsilon":
             noise = prediction
             clean = (sample - (1 - alpha).sqrt() * noise) / alpha.sqrt()
+        elif self.prediction == "sample":
+            clean = prediction
+            noise = (sample - alpha.sqrt() * clean) / (1 - alpha).sqrt()
         else:
             noise = alpha.sqrt() * prediction + (1 - alpha).sqrt() * sample
             clean = alpha.sqrt() * sample - (1 - alpha).sqrt() * prediction

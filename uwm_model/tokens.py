@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from uwm_model.config import ModelConfig
@@ -31,11 +31,20 @@ class LatentPatches(nn.Module):
         }
         self.encoder = nn.Linear(values, config.width)
         self.decoder = nn.Linear(config.width, values)
+        if config.current_patches:
+            self.current = nn.Linear(config.latent_channels * config.observed_frames * rows * columns, config.width)
+            nn.init.zeros_(self.current.weight)  # what is at a place now is a hint, and must not drown the position
 
     def encode(self, latents: Tensor) -> Tensor:
         """float [B, V, Tf, C, h, w] -> [B, V * patches, D]."""
         patches = rearrange(latents, "b v (t pt) c (h ph) (w pw) -> b (v t h w) (c pt ph pw)", **self.patch)
         return self.encoder(patches)
+
+    def encode_current(self, latents: Tensor) -> Tensor:
+        """float [B, V, To, C, h, w] -> [B, V * patches, D]: to each future patch what is at its place now."""
+        size = {"ph": self.patch["ph"], "pw": self.patch["pw"]}
+        places = self.current(rearrange(latents, "b v t c (h ph) (w pw) -> b v (h w) (t c ph pw)", **size))
+        return repeat(places, "b v n d -> b (v t n) d", t=self.grid["t"])
 
     def decode(self, tokens: Tensor) -> Tensor:
         """[B, V * patches, D] -> float [B, V, Tf, C, h, w]."""

@@ -110,16 +110,20 @@ class UnifiedWorldModel(nn.Module):
         latents: Tensor,
         t_video: Tensor,
         camera_mask: Tensor | None = None,
+        current_latents: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One evaluation of the network (see Denoiser.forward), in the dtype of its weights."""
         dtype = condition.dtype
-        return self.denoiser(condition, action.to(dtype), t_action, latents.to(dtype), t_video, camera_mask)
+        return self.denoiser(
+            condition, action.to(dtype), t_action, latents.to(dtype), t_video, camera_mask, current_latents
+        )
 
     def _denoiser_of(self, batch: Batch) -> Denoise:
         """The network with this batch's observation and masks filled in; the observation is encoded once."""
         condition, visible = self.condition(batch), batch.action_visible
 
         def denoise(action: Tensor, t_action: Tensor, latents: Tensor, t_video: Tensor) -> tuple[Tensor, Tensor]:
-            return self.denoise(condition, action * visible, t_action, latents, t_video, batch.camera_mask)
+            action = action * visible
+            return self.denoise(condition, action, t_action, latents, t_video, batch.camera_mask, batch.current_latents)
 
         return denoise
