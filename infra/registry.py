@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,12 @@ def register(
             model_config=model_config,
             signature=signature,
             pip_requirements=["unified-world-models"],
-            registered_model_name=name,
         )
-    version = str(info.registered_model_version)
-    for key, value in tags.items():
-        MlflowClient().set_model_version_tag(name, version, key, value)
-    return version
+    client = MlflowClient()  # MLflow's own way through log_model prints to stderr, and sets tags one by one
+    with contextlib.suppress(MlflowException):  # it is there already
+        client.create_registered_model(name)
+    created = client.create_model_version(name, f"models:/{info.model_id}", run_id, tags, model_id=info.model_id)
+    return str(created.version)
 
 
 def version_of(name: str, version_or_alias: str) -> tuple[str, str] | None:

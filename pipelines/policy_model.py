@@ -21,7 +21,8 @@ class PolicyModel(PythonModel):
         embodiment = context.model_config["embodiment"]
         self._policy = Policy(Path(context.artifacts["checkpoint"]), embodiment)
 
-    def predict(self, context: Any, model_input: dict[str, np.ndarray], params: Any = None) -> np.ndarray:
+    # No type hints here: MLflow takes them for a second signature, and warns that it knows no arrays.
+    def predict(self, context, model_input, params=None):
         def part(prefix: str) -> dict[str, np.ndarray]:
             return {k.removeprefix(prefix): v for k, v in model_input.items() if k.startswith(prefix)}
 
