@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 UWM = .venv/bin/uwm
 
-.PHONY: install demo test check lock
+.PHONY: install demo test bench-vae check lock
 install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
@@ -15,6 +15,9 @@ demo: install
 
 test: install
 	.venv/bin/python -m pytest
+
+bench-vae: install # PLACES="folder ..." adds other frames
+	.venv/bin/python tests/bench_vae.py $(PLACES)
 
 check: install
 	.venv/bin/ruff check .

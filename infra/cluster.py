@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ def cluster(address: str | None = None, verbose: bool = False) -> Iterator[None]
     """A connection to Ray for as long as the block runs; nested use keeps the outer one.
 
     Without ``address`` and RAY_ADDRESS a cluster of this machine's cores is started and ended with the block.
+    Raises ConnectionError where nobody answers at the address.
     """
     if ray.is_initialized():
         yield
@@ -34,10 +36,12 @@ def cluster(address: str | None = None, verbose: bool = False) -> Iterator[None]
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         for name in ("ray", "ray.data", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)
+    # "local", not None: after a crash a stale file would send us to a cluster that is gone.
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    _knock(address)
     with _silent_start(verbose):
         ray.init(
-            # "local", not None: after a crash a stale file would send us to a cluster that is gone.
-            address=address or os.environ.get("RAY_ADDRESS") or "local",
+            address=address,
             log_to_driver=verbose,
             logging_level=logging.INFO if verbose else logging.ERROR,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "RAY_TRAIN_V2_ENABLED": "1"}},
@@ -46,6 +50,19 @@ def cluster(address: str | None = None, verbose: bool = False) -> Iterator[None]
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Ray itself goes on trying for minutes before it says that nobody is there."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not (colon and port.isdigit()):  # local, auto
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(
+            f"no Ray cluster answers at {address} ({error}); check --address and RAY_ADDRESS"
+        ) from None
 
 
 @contextlib.contextmanager

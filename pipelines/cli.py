@@ -357,7 +357,7 @@ def main() -> None:
 
     try:
         app(standalone_mode=True)
-    except UserError as error:
+    except (UserError, ConnectionError) as error:
         _fail(f"error: {error}", 2)
     except Refused as error:
         _fail(f"refused: {error}", 4)

@@ -28,7 +28,7 @@ from pipelines.register import register
 from pipelines.report import Stage, write_report
 
 TASKS = ["drawer-close", "button-press-topdown", "door-open"]
-TASK = "drawer-close"  # the one that is finetuned, evaluated and promoted
+TASK = "button-press-topdown"  # the one that is finetuned, evaluated and promoted
 EPISODES_PER_TASK = 24
 VIDEOS_PER_TASK = 8
 ROLLOUTS = 20

@@ -8,9 +8,13 @@ and a video of every episode. Everything goes into a folder and to the model's M
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -187,36 +191,64 @@ def _true_frames(
 
 
 def closed_loop(policy: Policy, env: str, episodes: int, output: Path, seed: int) -> ClosedLoop:
-    """Roll the policy out in ``SUITE:TASK``, a video of each episode in ``output``."""
+    """Roll the policy out in ``SUITE:TASK`` on all cores, a video of each episode in ``output``.
+
+    An episode's initial state and the policy's noise are functions of ``seed`` and the episode's number.
+    """
     suite, _, task = env.partition(":")
     if suite != "metaworld":
         raise UserError(f"{env}: unknown suite {suite}; known: metaworld, e.g. --env metaworld:drawer-close")
     try:
-        from infra.simulators.metaworld import FPS, HORIZON, MetaWorld
-
-        simulator = MetaWorld(task, policy.image_size, seed)
-    except (ModuleNotFoundError, ValueError) as error:
+        from infra.simulators.metaworld import INSTRUCTIONS
+    except ModuleNotFoundError as error:
         raise UserError(str(error)) from None
-    generator = torch.Generator().manual_seed(seed)
+    if task not in INSTRUCTIONS:
+        raise UserError(f"{env}: no such Meta-World task; one of {', '.join(INSTRUCTIONS)}")
     successes = 0
-    with tqdm(range(episodes), f"rollout {task}", unit="ep") as bar:
-        for number in bar:
-            seen = [simulator.reset(number)]
-            queue: list[np.ndarray] = []
-            success = False
-            while not success and len(seen) <= HORIZON:
-                if not queue:
-                    images, proprio = history(seen, policy.settings.model.observed_frames)
-                    queue = list(policy.act(images, proprio, generator)[0, :EXECUTED])
-                observation, success = simulator.step(queue.pop(0))
-                seen.append(observation)
-            successes += success
-            bar.set_postfix_str(f"{successes} of {number + 1}")
-            outcome = "success" if success else "failure"
-            write_video(output / f"{task}_{number:02d}_{outcome}.mp4", [o["images"] for o in seen], FPS)
-    simulator.close()
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, episodes), get_context("spawn")) as pool:
+        try:
+            jobs = [
+                pool.submit(_rollout, policy.folder, policy.embodiment, task, seed, number, output)
+                for number in range(episodes)
+            ]
+            with tqdm(as_completed(jobs), f"rollout {task}", total=episodes, unit="ep") as bar:
+                for done, job in enumerate(bar, 1):
+                    successes += job.result()
+                    bar.set_postfix_str(f"{successes} of {done} succeed")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     low, high = wilson_interval(successes, episodes)
     return ClosedLoop(env, episodes, successes, successes / episodes, low, high)
+
+
+@cache
+def _player(folder: Path, embodiment: str, task: str, seed: int) -> tuple[Policy, Any]:
+    """A process keeps its policy and its simulator."""
+    from infra.simulators.metaworld import MetaWorld
+
+    torch.set_num_threads(1)  # as many processes as cores
+    policy = Policy(folder, embodiment)
+    return policy, MetaWorld(task, policy.image_size, seed)
+
+
+def _rollout(folder: Path, embodiment: str, task: str, seed: int, number: int, output: Path) -> bool:
+    from infra.simulators.metaworld import FPS, HORIZON
+
+    policy, simulator = _player(folder, embodiment, task, seed)
+    generator = torch.Generator().manual_seed(seed + number)
+    seen = [simulator.reset(number)]
+    queue: list[np.ndarray] = []
+    success = False
+    while not success and len(seen) <= HORIZON:
+        if not queue:
+            images, proprio = history(seen, policy.settings.model.observed_frames)
+            queue = list(policy.act(images, proprio, generator)[0, :EXECUTED])
+        observation, success = simulator.step(queue.pop(0))
+        seen.append(observation)
+    outcome = "success" if success else "failure"
+    write_video(output / f"{task}_{number:02d}_{outcome}.mp4", [o["images"] for o in seen], FPS)
+    return success
 
 
 def write_video(path: Path, frames: list[dict[str, np.ndarray]], fps: int) -> None:

@@ -20,6 +20,7 @@ class Policy:
     """Loads a checkpoint folder and the encoder it was trained on; UserError where their digests differ."""
 
     def __init__(self, folder: Path, embodiment: str | None = None):
+        self.folder = folder
         self.model, self.settings = checkpoint.load(folder)
         self.encoder = load_encoder(self.settings.encoder)
         if self.encoder.digest != self.settings.encoder_digest:

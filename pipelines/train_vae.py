@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +20,38 @@ from tqdm import tqdm
 
 from preprocessing import sources
 from preprocessing.encoders import load_encoder
-from preprocessing.episode import BadEpisode, UserError
+from preprocessing.episode import BadEpisode, EpisodeRef, UserError, Video
 from preprocessing.windows import is_validation
 from uwm_model.metrics import psnr
 
 WIDTH = 32
-ENCODER_BLOCKS = (0, 2, 3, 3)
+ENCODER_BLOCKS = (0, 1, 3, 3)
 DECODER_BLOCKS = (3, 3, 2, 0)
 IMAGE_SIZE = 128
 CROP = 64
 PEAK = 1.5e-3  # learning rate
 BATCH = 8
-FRAMES_PER_CAMERA = 24  # neighbours in a video are nearly the same picture
+EVERY = 4  # neighbours in a video are nearly the same picture
+FRAMES_PER_CAMERA = 256
 HELD_OUT = 0.1
+
+
+@dataclass
+class Frames:
+    """uint8 ``[n, S, S, 3]``: to train on, an array for each place; held out, by place and camera."""
+
+    training: list[np.ndarray]
+    held_out: dict[str, np.ndarray]
 
 
 def train_vae(
     places: list[Path], output: Path, steps: int = 3000, initial: Path | None = None, seed: int = 0
 ) -> dict[str, float]:
-    """Train on the frames at ``places``, from the weights in the folder ``initial`` if one is given.
+    """Train on the frames at ``places``, each drawn equally often, from the weights in ``initial`` if it is given.
 
-    Writes a diffusers folder; returns held-out PSNR in dB by kind of frame.
+    Writes a diffusers folder; returns held-out PSNR in dB by place and camera.
     """
     frames = _frames(places)
-    training = np.concatenate([images for images, held in frames.values() if not held])
     torch.manual_seed(seed)
     random = np.random.default_rng(seed)
     vae = _fresh() if initial is None else _load(initial)
@@ -49,11 +59,11 @@ def train_vae(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK, total_steps=steps, pct_start=0.05)
     with tqdm(range(steps), "train-vae", unit="step", mininterval=0.5) as bar:
         for step in bar:
-            images = _crops(training, random)
+            images = _crops(frames.training, random)
             latents = vae.encode(images).latents
             error = vae.decode(latents).sample - images
             mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-            loss = error.abs().mean() + 2 * error.square().mean() + 0.01 * (mean.square() + (std - 1).square()).sum()
+            loss = error.abs().mean() + 10 * error.square().mean() + 0.01 * (mean.square() + (std - 1).square()).sum()
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -62,7 +72,7 @@ def train_vae(
             if step % 50 == 0:
                 quality = -10 * np.log10(error.square().mean().item() / 4)
                 bar.set_postfix_str(f"loss {loss.item():.4f}, {quality:.1f} dB")
-    return _save(vae, training, frames, output)
+    return _save(vae, frames, output)
 
 
 def _fresh() -> Any:
@@ -84,56 +94,79 @@ def _load(folder: Path) -> Any:
     return vae.to(torch.float32, memory_format=torch.channels_last)
 
 
-def _frames(places: list[Path]) -> dict[tuple[str, str], tuple[np.ndarray, bool]]:
-    """(kind of frame, episode id) -> frames uint8 [n, S, S, 3], and whether the episode is held out."""
-    found: dict[tuple[str, str], tuple[np.ndarray, bool]] = {}
-    refs = [ref for place in places for kind, path in sources.find(place) for ref in sources.scan(kind, path)]
-    for ref in tqdm(refs, "frames", unit=" episodes", leave=False):
+def frames_of(place: Path) -> Iterator[tuple[EpisodeRef, str, np.ndarray]]:
+    """(episode, camera, some of its frames as uint8 [n, S, S, 3]) of everything readable at a place."""
+    refs = [ref for kind, at in sources.find(place) for ref in sources.scan(kind, at)]
+    for ref in tqdm(refs, f"frames of {place.name}", unit=" episodes", leave=False):
         try:
-            for camera, video in sources.load(ref).cameras.items():
-                images = np.concatenate(list(video.frames(IMAGE_SIZE)))
-                some = images[np.linspace(0, len(images) - 1, FRAMES_PER_CAMERA).astype(int)]
-                found[f"{ref.format} {camera}", ref.id] = some, is_validation(ref.id, HELD_OUT)
+            cameras = {name: _some(video) for name, video in sources.load(ref).cameras.items()}
         except BadEpisode:
             continue
-    if all(held for _, held in found.values()):
-        raise UserError(f"{places[0]}: too few episodes to train on; give more sources")
-    return found
+        for camera, images in cameras.items():
+            yield ref, camera, images
 
 
-def _crops(frames: np.ndarray, random: np.random.Generator) -> torch.Tensor:
-    """float [BATCH, 3, CROP, CROP] in [-1, 1]: random places, half of them mirrored."""
+def _frames(places: list[Path]) -> Frames:
+    """A robot's episodes are held out by their ids; of a video file, which may be the only one, its last tenth is."""
+    training: list[np.ndarray] = []
+    held_out: dict[str, list[np.ndarray]] = {}
+    for place in places:
+        parts: list[np.ndarray] = []
+        for ref, camera, images in frames_of(place):
+            if ref.format == "video":
+                known = int(len(images) * (1 - HELD_OUT))
+            else:
+                known = 0 if is_validation(ref.id, HELD_OUT) else len(images)
+            parts.append(images[:known])
+            held_out.setdefault(f"{place.name} {camera}", []).append(images[known:])
+        if not sum(map(len, parts)):
+            raise UserError(f"{place}: no frame to train on; give more sources")
+        training.append(np.concatenate(parts))
+    return Frames(training, {kind: found for kind, parts in held_out.items() if len(found := np.concatenate(parts))})
+
+
+def _some(video: Video) -> np.ndarray:
+    found: list[np.ndarray] = []
+    seen = 0
+    for chunk in video.frames(IMAGE_SIZE):
+        found += [chunk[i] for i in range(-seen % EVERY, len(chunk), EVERY)]
+        seen += len(chunk)
+        if len(found) >= FRAMES_PER_CAMERA:
+            break
+    return np.stack(found[:FRAMES_PER_CAMERA])
+
+
+def _crops(places: list[np.ndarray], random: np.random.Generator) -> torch.Tensor:
+    """float [BATCH, 3, CROP, CROP] in [-1, 1]: from random places and positions, half of them mirrored."""
     crops = []
-    for i in random.integers(len(frames), size=BATCH):
+    for place in random.integers(len(places), size=BATCH):
+        frame = places[place][random.integers(len(places[place]))]
         y, x = random.integers(IMAGE_SIZE - CROP + 1, size=2)
-        crop = frames[i, y : y + CROP, x : x + CROP]
+        crop = frame[y : y + CROP, x : x + CROP]
         crops.append(crop[:, ::-1] if random.random() < 0.5 else crop)
-    images = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return _images(np.stack(crops))
+
+
+def _images(frames: np.ndarray) -> torch.Tensor:
+    images = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
     return images.contiguous(memory_format=torch.channels_last)
 
 
 @torch.inference_mode()
-def _save(
-    vae: Any, training: np.ndarray, frames: dict[tuple[str, str], tuple[np.ndarray, bool]], output: Path
-) -> dict[str, float]:
-    sample = torch.from_numpy(training[:: max(1, len(training) // 256)]).permute(0, 3, 1, 2).float() / 127.5 - 1
-    latents = torch.cat([vae.encode(part).latents for part in sample.split(32)])
+def _save(vae: Any, frames: Frames, output: Path) -> dict[str, float]:
+    sample = np.concatenate([images[:: max(1, len(images) // 128)] for images in frames.training])
+    latents = torch.cat([vae.encode(part).latents for part in _images(sample).split(32)])
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+    vae.register_to_config(_name_or_path="")  # else it keeps the path of the weights it began with
     building = output.with_name(f".{output.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     vae.half().save_pretrained(building, safe_serialization=True)
-    quality = _reconstruction(building, frames)
+    encoder = load_encoder(str(building))
+    quality = {
+        kind: round(float(np.mean(psnr(encoder.decode(encoder.encode(images)), images))), 2)
+        for kind, images in sorted(frames.held_out.items())
+    }
     (building / "reconstruction.json").write_text(json.dumps(quality, indent=1))
     shutil.rmtree(output, ignore_errors=True)
     building.rename(output)
     return quality
-
-
-def _reconstruction(folder: Path, frames: dict[tuple[str, str], tuple[np.ndarray, bool]]) -> dict[str, float]:
-    encoder = load_encoder(str(folder))
-    scores: dict[str, list[float]] = {}
-    for (kind, _), (images, held) in frames.items():
-        if held:
-            rebuilt = encoder.decode(encoder.encode(images))
-            scores.setdefault(kind, []).append(float(np.mean(np.asarray(psnr(rebuilt, images)))))
-    return {kind: round(float(np.mean(values)), 2) for kind, values in sorted(scores.items())}

@@ -18,6 +18,7 @@ from preprocessing.episode import UserError
 
 Precision = Literal["float32", "bfloat16"]
 
+SHIPPED = Path(__file__).parent / "weights" / "tiny_vae"
 HUB = {"sdxl-vae": "stabilityai/sdxl-vae", "taesdxl": "madebyollin/taesdxl"}
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "config.json")
 CLASSES = ("AutoencoderTiny", "AutoencoderKL")
@@ -91,7 +92,7 @@ def encoder_digest(name: str, precision: Precision = "float32") -> str:
 def _folder(name: str) -> Path:
     """The folder with the weights and settings; what comes from a hub is kept in its cache."""
     if name == "tiny":
-        folder = Path(__file__).parent / "weights" / "tiny_vae"
+        folder = SHIPPED
     elif Path(name).is_dir():
         folder = Path(name)
     else:
