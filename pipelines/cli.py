@@ -203,11 +203,9 @@ def record(
     seed: int = 0,
 ) -> None:
     """Make raw robot logs and videos with a simulator's scripted experts."""
-    try:
-        from infra.simulators.metaworld import INSTRUCTIONS
-        from pipelines.record import record as run
-    except ModuleNotFoundError as error:
-        raise UserError(str(error)) from None
+    from infra.simulators.metaworld import INSTRUCTIONS
+    from pipelines.record import record as run
+
     if unknown := sorted(set(task or []) - set(INSTRUCTIONS)):
         raise UserError(f"--task {unknown[0]}: no such task; one of {', '.join(INSTRUCTIONS)}")
     _say(run(output, task or list(INSTRUCTIONS), episodes, videos, image_size, seed))
@@ -357,7 +355,7 @@ def main() -> None:
 
     try:
         app(standalone_mode=True)
-    except (UserError, ConnectionError) as error:
+    except (UserError, ConnectionError, ModuleNotFoundError) as error:
         _fail(f"error: {error}", 2)
     except Refused as error:
         _fail(f"refused: {error}", 4)

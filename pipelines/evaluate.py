@@ -198,10 +198,8 @@ def closed_loop(policy: Policy, env: str, episodes: int, output: Path, seed: int
     suite, _, task = env.partition(":")
     if suite != "metaworld":
         raise UserError(f"{env}: unknown suite {suite}; known: metaworld, e.g. --env metaworld:drawer-close")
-    try:
-        from infra.simulators.metaworld import INSTRUCTIONS
-    except ModuleNotFoundError as error:
-        raise UserError(str(error)) from None
+    from infra.simulators.metaworld import INSTRUCTIONS
+
     if task not in INSTRUCTIONS:
         raise UserError(f"{env}: no such Meta-World task; one of {', '.join(INSTRUCTIONS)}")
     successes = 0

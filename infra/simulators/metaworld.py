@@ -17,6 +17,7 @@ import atexit
 import os
 import warnings
 import weakref
+from ctypes.util import find_library
 from typing import Any, TypedDict
 
 import numpy as np
@@ -25,6 +26,8 @@ import numpy as np
 # is slower than one for pictures this small.
 os.environ.setdefault("MUJOCO_GL", "egl")
 os.environ.setdefault("LP_NUM_THREADS", "1")
+if os.environ["MUJOCO_GL"] == "egl" and find_library("EGL") is None:
+    raise ModuleNotFoundError("Meta-World has nothing to render with: apt install libegl1 libgl1-mesa-dri")
 
 try:
     with warnings.catch_warnings():
