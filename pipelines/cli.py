@@ -364,7 +364,9 @@ def main() -> None:
     except Exception as error:
         if VERBOSE:
             raise
-        _fail(f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} (-v shows more)", 1)
+        lines = str(error).strip().splitlines() or [""]
+        cause = lines[-1] if type(error).__module__.startswith("ray") else lines[0]  # Ray's begin with a traceback
+        _fail(f"failed: {type(error).__name__}: {cause} (-v shows more)", 1)
 
 
 def _fail(line: str, code: int) -> None:

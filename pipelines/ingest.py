@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,8 @@ def ingest(
     began = time.monotonic()
     if image_size % STRIDE or image_size < 4 * STRIDE:
         raise UserError(f"--image-size {image_size}: choose a multiple of {STRIDE}, at least {4 * STRIDE}")
+    if Path(encoder).is_dir():
+        encoder = str(Path(encoder).resolve())  # workers, and whoever decodes later, stand elsewhere
     places = [place for uri in uris for place in sources.find(uri, format)]
     digest = encoder_digest(encoder)
     store = LatentStore.open(store_uri) if dry_run else LatentStore.create(store_uri)

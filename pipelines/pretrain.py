@@ -112,7 +112,7 @@ def tracked(
     tags = {"kind": kind, "store": settings.store, "snapshot": settings.snapshot, "parent": settings.parent or ""}
     run_id = tracking.start_run("unified-world-models", recipe.name, tags)
     settings.run_id = run_id
-    folder = output / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{run_id[:6]}"
+    folder = output.resolve() / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{run_id[:6]}"
     folder.mkdir(parents=True)
     resolved = recipe.model_dump() | {"model": settings.model_dump()["model"]}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))

@@ -71,6 +71,7 @@ def train(
             watch(meter, lambda values: _show(bar, values)),
             _quiet(verbose),
         ):
+            bar.set_postfix_str("starting the workers")
             result = trainer.fit()
     assert result.checkpoint is not None
     folder = output / "checkpoint"
