@@ -77,7 +77,7 @@ def ingest(
     began = time.monotonic()
     if image_size % STRIDE or image_size < 4 * STRIDE:
         raise UserError(f"--image-size {image_size}: choose a multiple of {STRIDE}, at least {4 * STRIDE}")
-    if Path(encoder).is_dir():
+    if encoder != "tiny" and Path(encoder).is_dir():
         encoder = str(Path(encoder).resolve())  # workers, and whoever decodes later, stand elsewhere
     places = [place for uri in uris for place in sources.find(uri, format)]
     digest = encoder_digest(encoder)

@@ -8,7 +8,7 @@ states that no recording has, and all folders named on the command line.
 from __future__ import annotations
 
 import json
-import platform
+import os
 import sys
 import tempfile
 import time
@@ -89,9 +89,8 @@ def main(places: list[Path]) -> None:
         score = np.mean(psnr(encoder.decode(encoder.encode(images)), images))
         quality.append(f"| {name} ({len(images)} frames) | {score:.1f} |")
     command = "make bench-vae" + (f' PLACES="{" ".join(place.name for place in places)}"' if places else "")
-    heading = (
-        f"# The shipped VAE\n\n`{command}` on {platform.processor() or platform.machine()}, torch {torch.__version__}."
-    )
+    machine = f"{os.cpu_count()} CPU cores, torch {torch.__version__}"
+    heading = f"# The shipped VAE\n\n`{command}` on {machine}."
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text("\n".join([heading, "", "## Speed", "", *table, "", "## Quality", "", *quality, ""]))
     print(PAGE.read_text())

@@ -84,19 +84,19 @@ def test_the_shipped_vae_gives_standardised_latents_and_good_pictures_of_the_dem
     from infra.simulators.metaworld import MetaWorld
 
     encoder = load_encoder("tiny")
-    pictures: dict[str, list[np.ndarray]] = {"agentview": [], "eye_in_hand": []}
     for task in ("drawer-close", "button-press-topdown", "door-open"):
         simulator = MetaWorld(task, 128, seed=12345)  # initial states that no recording uses
         simulator.reset(0, render=False)
+        pictures: dict[str, list[np.ndarray]] = {"agentview": [], "eye_in_hand": []}
         for step in range(40):
             observation, _ = simulator.step(simulator.expert_action(), render=step % 8 == 0)
             for camera, picture in observation["images"].items():
                 pictures[camera].append(picture)
-    for images in pictures.values():
-        true = np.stack(images)
-        latents = encoder.encode(true)
-        assert np.mean(psnr(encoder.decode(latents), true)) >= 27
-        assert 0.5 < latents.astype(np.float32).std() < 2
+        for camera, images in pictures.items():
+            true = np.stack(images)
+            latents = encoder.encode(true)
+            assert np.mean(psnr(encoder.decode(latents), true)) >= 27, (task, camera)
+            assert 0.5 < latents.astype(np.float32).std() < 2, (task, camera)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="real robot logs are not beside the checkout")
