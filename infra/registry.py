@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def register(
         inputs=Schema([TensorSpec(np.dtype(dtype), shape, key) for key, (dtype, shape) in inputs.items()]),
         outputs=Schema([TensorSpec(np.dtype("float32"), output)]),
     )
-    with mlflow.start_run(run_id=run_id):
+    with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it would have predict's type hints, in place of the signature
         info = mlflow.pyfunc.log_model(
             name="policy",
             python_model=str(code),

@@ -21,7 +21,7 @@ class PolicyModel(PythonModel):
         embodiment = context.model_config["embodiment"]
         self._policy = Policy(Path(context.artifacts["checkpoint"]), embodiment)
 
-    # No type hints here: MLflow takes them for a second signature, and warns that it knows no arrays.
+    # No type hints: MLflow would take them for a second signature, and knows no dictionary of arrays.
     def predict(self, context, model_input, params=None):
         def part(prefix: str) -> dict[str, np.ndarray]:
             return {k.removeprefix(prefix): v for k, v in model_input.items() if k.startswith(prefix)}

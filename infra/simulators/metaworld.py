@@ -27,7 +27,7 @@ import numpy as np
 os.environ.setdefault("MUJOCO_GL", "egl")
 os.environ.setdefault("LP_NUM_THREADS", "1")
 if os.environ["MUJOCO_GL"] == "egl" and find_library("EGL") is None:
-    raise ModuleNotFoundError("Meta-World has nothing to render with: apt install libegl1 libgl1-mesa-dri")
+    raise ModuleNotFoundError("Meta-World has nothing to render with: apt install libegl1 libgl1 libgl1-mesa-dri")
 
 try:
     with warnings.catch_warnings():
