@@ -1,20 +1,24 @@
-"""The same verb on a Ray cluster that is already there, by option and by environment."""
+"""Ray: a cluster that is already there, by option and by environment; one of our own, and its end by Ctrl-C."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import Uwm
-from formats import numbered, write_video
+from formats import numbered, quadrants, write_video
 
 import infra.cluster  # noqa: F401  its settings come before Ray's import
+from preprocessing.store import LatentStore
 
 UWM = Path(sys.executable).with_name("uwm")
 
@@ -46,6 +50,26 @@ def test_an_ingest_runs_where_the_address_says(how: str, running: Any, tmp_path:
     assert ended.returncode == 0, ended.stderr
     assert json.loads(ended.stdout.splitlines()[-1])["episodes"]["new"] == 1
     assert set(logs.glob("python-core-driver-*")) - drivers, "no driver came to the cluster"
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_an_ingest_with_one_line_and_nothing_half_written(tmp_path: Path) -> None:
+    for number in range(4):
+        write_video(tmp_path / f"{number}.mp4", quadrants(256)[None].repeat(1500, 0) - np.uint8(number))
+    store, log = tmp_path / "store", tmp_path / "log"
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            [UWM, "ingest", tmp_path, "--store", store], env=environment, stderr=stderr, start_new_session=True
+        )
+    deadline = time.monotonic() + 120
+    while " 0 frames" in (text := log.read_text()) or "frames/s" not in text:  # until frames have been encoded
+        assert process.poll() is None and time.monotonic() < deadline, text
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole foreground group
+    assert process.wait(60) == 130
+    assert log.read_text().splitlines()[-1].startswith("interrupted")
+    assert not LatentStore.open(str(store)).snapshot().episodes().num_rows
 
 
 def test_an_address_where_nobody_answers_is_told_in_one_line(tmp_path: Path, uwm: Uwm) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import Uwm
 from formats import REAL, numbered, write_demos, write_lerobot, write_video
+from rows import fill
 
 from infra import registry, tracking
 from pipelines import checkpoint
@@ -118,6 +119,21 @@ def test_training_lowers_nothing_it_should_not_and_tracks_what_it_read(road: Any
     assert child.parent == road["pretrain_run"] and child.embodiments == settings.embodiments
     before, after = (checkpoint.load(road[name])[0].state_dict() for name in ("pretrained", "finetuned"))
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_model_that_does_not_fit_the_stores_encoder_is_told_in_one_line(road: Any, tmp_path: Path, uwm: Uwm) -> None:
+    fill(LatentStore.create(str(tmp_path / "other")), ["a", "b"])
+    runs = ("--output", tmp_path / "runs")
+    code, _, err = uwm("finetune", "--from", road["pretrained"], "--store", tmp_path / "other", *runs)
+    [line] = err.strip().splitlines()
+    assert code == 2 and "no latents of the model's encoder" in line and "uwm ingest" in line
+    moved = shutil.copytree(road["pretrained"], tmp_path / "moved")
+    settings = json.loads((moved / "settings.json").read_text())
+    (moved / "settings.json").write_text(json.dumps(settings | {"encoder_digest": "0" * 16}))
+    code, _, err = uwm("evaluate", moved, "--store", road["store"], *runs)
+    [line] = err.strip().splitlines()
+    assert code == 2 and "trained on latents of encoder tiny (0000000000000000)" in line
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_model_answers_in_the_robots_units_and_refuses_other_inputs(road: Any) -> None:
