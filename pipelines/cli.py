@@ -17,6 +17,8 @@ from typing import Annotated, Any
 
 import typer
 
+from pipelines.answer import AsJson, Snapshot, answer, say
+from pipelines.cli_store import store_app
 from preprocessing.episode import DataContract, UserError
 
 app = typer.Typer(
@@ -25,13 +27,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-store_app = typer.Typer(help="Look at a latent store and its snapshots.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
 
 Store = Annotated[str, typer.Option(help="Folder of the latent store.", metavar="URI")]
-StoreArgument = Annotated[str, typer.Argument(metavar="URI")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON line on stdout.")]
-Snapshot = Annotated[str | None, typer.Option(help="Snapshot id to read; the newest if left out.", metavar="ID")]
 Address = Annotated[str | None, typer.Option(help="A running Ray cluster; one is started here if left out.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Set keys of the recipe.")]
 Output = Annotated[Path, typer.Option(help="Folder that gets the results, in a folder of their own.")]
@@ -78,14 +76,14 @@ def ingest(
         verbose=VERBOSE,
     )
     for bad in report.quarantine:
-        _say(f"quarantined {bad['uri']} #{bad['index']}: {bad['reason']}")
+        say(f"quarantined {bad['uri']} #{bad['index']}: {bad['reason']}")
     counts = report.episodes
-    _say(
+    say(
         f"{'would ingest' if dry_run else 'ingested'} {counts['new']} episodes ({counts['already']} already there, "
         f"{counts['quarantined']} quarantined), {report.frames} frames, {report.seconds:.0f} s"
     )
-    _say(f"snapshot {report.snapshot}")
-    _result(dataclasses.asdict(report), as_json)
+    say(f"snapshot {report.snapshot}")
+    answer(dataclasses.asdict(report), as_json)
     if report.quarantine:
         raise typer.Exit(3)
 
@@ -162,9 +160,9 @@ def evaluate(
     report = run(model, store, env, episodes, folder, embodiment)
     for part in ("open_loop", "closed_loop"):
         for name, value in report.get(part, {}).items():
-            _say(f"{name:>22} {value:.4g}" if isinstance(value, float) else f"{name:>22} {value}")
-    _say(f"written to {folder}")
-    _result(report | {"folder": str(folder)}, as_json)
+            say(f"{name:>22} {value:.4g}" if isinstance(value, float) else f"{name:>22} {value}")
+    say(f"written to {folder}")
+    answer(report | {"folder": str(folder)}, as_json)
 
 
 @app.command()
@@ -179,8 +177,8 @@ def promote(
     from pipelines.promote import promote as run
 
     result = run(name, version, alias, floor)
-    _say(f"{name} version {version} is now {alias} (before: {result.previous or 'none'}); {result.reason}")
-    _result(dataclasses.asdict(result), as_json)
+    say(f"{name} version {version} is now {alias} (before: {result.previous or 'none'}); {result.reason}")
+    answer(dataclasses.asdict(result), as_json)
 
 
 @app.command()
@@ -208,7 +206,7 @@ def record(
 
     if unknown := sorted(set(task or []) - set(INSTRUCTIONS)):
         raise UserError(f"--task {unknown[0]}: no such task; one of {', '.join(INSTRUCTIONS)}")
-    _say(run(output, task or list(INSTRUCTIONS), episodes, videos, image_size, seed))
+    say(run(output, task or list(INSTRUCTIONS), episodes, videos, image_size, seed))
 
 
 @app.command("train-vae")
@@ -224,104 +222,8 @@ def train_vae(
 
     quality = run(source, output, steps, initial)
     for kind, value in quality.items():
-        _say(f"{kind:>30} {value:.1f} dB")
-    _result(quality, as_json)
-
-
-@store_app.command("show")
-def store_show(uri: StoreArgument, snapshot: Snapshot = None, as_json: AsJson = False) -> None:
-    """Counts by embodiment and encoder, and what is quarantined."""
-    from preprocessing.store import LatentStore
-
-    state = LatentStore.open(uri).snapshot(snapshot)
-    groups: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in state.episodes().to_pylist():
-        group = groups.setdefault(
-            (row["embodiment"], row["encoder"]),
-            {"embodiment": row["embodiment"], "encoder": row["encoder"], "episodes": 0, "frames": 0, "cameras": []},
-        )
-        group["episodes"] += 1
-        group["frames"] += row["frames"]
-        names = [camera["name"] for camera in row["cameras"]]
-        group["cameras"] += [name for name in names if name not in group["cameras"]]
-    quarantine = [{key: row[key] for key in ("uri", "index", "reason")} for row in state.quarantine()]
-    _say(f"snapshot {state.id}")
-    for group in groups.values():
-        _say(
-            f"{group['embodiment']:>20}  {group['episodes']:6} episodes  {group['frames']:8} frames  "
-            f"encoder {group['encoder']}  cameras {', '.join(group['cameras'])}"
-        )
-    for row in quarantine:
-        _say(f"quarantined {row['uri']} #{row['index']}: {row['reason']}")
-    _result({"snapshot": state.id, "embodiments": list(groups.values()), "quarantine": quarantine}, as_json)
-
-
-@store_app.command("log")
-def store_log(uri: StoreArgument, as_json: AsJson = False) -> None:
-    """Snapshots, the newest first."""
-    from preprocessing.store import LatentStore
-
-    log = LatentStore.open(uri).log()
-    for entry in log:
-        counts = ", ".join(f"{value} {key}" for key, value in sorted(entry["counts"].items()))
-        _say(f"{entry['snapshot']}  {entry['time']}  {entry['message']} ({counts})")
-    _result(log, as_json)
-
-
-@store_app.command("episodes")
-def store_episodes(uri: StoreArgument, snapshot: Snapshot = None, as_json: AsJson = False) -> None:
-    """Every episode of a snapshot."""
-    from preprocessing.store import LatentStore
-
-    kept = ("id", "uri", "index", "format", "frames", "fps", "cameras", "action_dim", "proprio", "instruction")
-    rows = []
-    for row in LatentStore.open(uri).snapshot(snapshot).episodes().to_pylist():
-        row["cameras"] = [camera["name"] for camera in row["cameras"]]
-        row["proprio"] = {part["name"]: part["width"] for part in row["proprio"]}
-        rows.append({key: row[key] for key in (*kept, "embodiment")})
-    if not as_json:
-        for row in rows:
-            _say(
-                f"{row['id'][:12]}  {row['embodiment']:>16}  {row['frames']:6} frames  {','.join(row['cameras'])}  "
-                f"{row['instruction'] or '-'}  {row['uri']} #{row['index']}"
-            )
-    _result(rows, as_json)
-
-
-@store_app.command("verify")
-def store_verify(uri: StoreArgument, snapshot: Snapshot = None, as_json: AsJson = False) -> None:
-    """Read every byte back and compare it with its digest; exit code 1 where one differs."""
-    from preprocessing.store import LatentStore
-
-    damage = list(LatentStore.open(uri).snapshot(snapshot).verify())
-    for line in damage:
-        _say(f"damaged: {line}")
-    _say(f"{len(damage)} damaged places" if damage else "every byte is as it was written")
-    _result({"damaged": damage}, as_json)
-    if damage:
-        raise typer.Exit(1)
-
-
-@store_app.command("rollback")
-def store_rollback(
-    uri: StoreArgument, snapshot: Annotated[str, typer.Option(metavar="ID")], as_json: AsJson = False
-) -> None:
-    """Make an earlier snapshot the head again."""
-    from preprocessing.store import LatentStore
-
-    LatentStore.open(uri).rollback(snapshot)
-    _say(f"head is {snapshot}")
-    _result({"snapshot": snapshot}, as_json)
-
-
-@store_app.command("gc")
-def store_gc(uri: StoreArgument, as_json: AsJson = False) -> None:
-    """Delete what no snapshot reaches, if it is older than a day."""
-    from preprocessing.store import LatentStore
-
-    freed = LatentStore.open(uri).collect_garbage()
-    _say(f"freed {freed} bytes")
-    _result({"bytes": freed}, as_json)
+        say(f"{kind:>30} {value:.1f} dB")
+    answer(quality, as_json)
 
 
 def _plan(settings: Any, as_json: bool) -> None:
@@ -330,24 +232,15 @@ def _plan(settings: Any, as_json: bool) -> None:
     model = settings.build()
     parameters = sum(p.numel() for p in model.parameters())
     resolved = settings.recipe | {"model": dataclasses.asdict(settings.model)}
-    _say(yaml.safe_dump(json.loads(json.dumps(resolved)), sort_keys=False).rstrip())
-    _say(f"# {parameters / 1e6:.1f} M parameters; snapshot {settings.snapshot}; {', '.join(settings.embodiments)}")
-    _result({"parameters": parameters, "snapshot": settings.snapshot, "recipe": resolved}, as_json)
+    say(yaml.safe_dump(json.loads(json.dumps(resolved)), sort_keys=False).rstrip())
+    say(f"# {parameters / 1e6:.1f} M parameters; snapshot {settings.snapshot}; {', '.join(settings.embodiments)}")
+    answer({"parameters": parameters, "snapshot": settings.snapshot, "recipe": resolved}, as_json)
 
 
 def _trained(run_id: str, folder: Path, as_json: bool, **more: Any) -> None:
     version = f", {more['name']} version {more['version']}" if more else ""
-    _say(f"run {run_id}: checkpoint in {folder}{version}")
-    _result({"run_id": run_id, "checkpoint": str(folder), **more}, as_json)
-
-
-def _say(line: str) -> None:
-    typer.echo(line, err=True)
-
-
-def _result(value: Any, as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(value))
+    say(f"run {run_id}: checkpoint in {folder}{version}")
+    answer({"run_id": run_id, "checkpoint": str(folder), **more}, as_json)
 
 
 def main() -> None:
@@ -370,5 +263,5 @@ def main() -> None:
 
 
 def _fail(line: str, code: int) -> None:
-    _say(line)
+    say(line)
     sys.exit(code)

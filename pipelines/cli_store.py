@@ -1,0 +1,106 @@
+"""``uwm store VERB``: look at a latent store and its snapshots, and change what its head names."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from pipelines.answer import AsJson, Snapshot, answer, say
+
+store_app = typer.Typer(help="Look at a latent store and its snapshots.", no_args_is_help=True)
+StoreArgument = Annotated[str, typer.Argument(metavar="URI")]
+
+
+@store_app.command("show")
+def show(uri: StoreArgument, snapshot: Snapshot = None, as_json: AsJson = False) -> None:
+    """Counts by embodiment and encoder, and what is quarantined."""
+    from preprocessing.store import LatentStore
+
+    state = LatentStore.open(uri).snapshot(snapshot)
+    groups: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in state.episodes().to_pylist():
+        group = groups.setdefault(
+            (row["embodiment"], row["encoder"]),
+            {"embodiment": row["embodiment"], "encoder": row["encoder"], "episodes": 0, "frames": 0, "cameras": []},
+        )
+        group["episodes"] += 1
+        group["frames"] += row["frames"]
+        names = [camera["name"] for camera in row["cameras"]]
+        group["cameras"] += [name for name in names if name not in group["cameras"]]
+    quarantine = [{key: row[key] for key in ("uri", "index", "reason")} for row in state.quarantine()]
+    say(f"snapshot {state.id}")
+    for group in groups.values():
+        say(
+            f"{group['embodiment']:>20}  {group['episodes']:6} episodes  {group['frames']:8} frames  "
+            f"encoder {group['encoder']}  cameras {', '.join(group['cameras'])}"
+        )
+    for row in quarantine:
+        say(f"quarantined {row['uri']} #{row['index']}: {row['reason']}")
+    answer({"snapshot": state.id, "embodiments": list(groups.values()), "quarantine": quarantine}, as_json)
+
+
+@store_app.command("log")
+def log(uri: StoreArgument, as_json: AsJson = False) -> None:
+    """Snapshots, the newest first."""
+    from preprocessing.store import LatentStore
+
+    log = LatentStore.open(uri).log()
+    for entry in log:
+        counts = ", ".join(f"{value} {key}" for key, value in sorted(entry["counts"].items()))
+        say(f"{entry['snapshot']}  {entry['time']}  {entry['message']} ({counts})")
+    answer(log, as_json)
+
+
+@store_app.command("episodes")
+def episodes(uri: StoreArgument, snapshot: Snapshot = None, as_json: AsJson = False) -> None:
+    """Every episode of a snapshot."""
+    from preprocessing.store import LatentStore
+
+    kept = ("id", "uri", "index", "format", "frames", "fps", "cameras", "action_dim", "proprio", "instruction")
+    rows = []
+    for row in LatentStore.open(uri).snapshot(snapshot).episodes().to_pylist():
+        row["cameras"] = [camera["name"] for camera in row["cameras"]]
+        row["proprio"] = {part["name"]: part["width"] for part in row["proprio"]}
+        rows.append({key: row[key] for key in (*kept, "embodiment")})
+    if not as_json:
+        for row in rows:
+            say(
+                f"{row['id'][:12]}  {row['embodiment']:>16}  {row['frames']:6} frames  {','.join(row['cameras'])}  "
+                f"{row['instruction'] or '-'}  {row['uri']} #{row['index']}"
+            )
+    answer(rows, as_json)
+
+
+@store_app.command("verify")
+def verify(uri: StoreArgument, snapshot: Snapshot = None, as_json: AsJson = False) -> None:
+    """Read every byte back and compare it with its digest; exit code 1 where one differs."""
+    from preprocessing.store import LatentStore
+
+    damage = list(LatentStore.open(uri).snapshot(snapshot).verify())
+    for line in damage:
+        say(f"damaged: {line}")
+    say(f"{len(damage)} damaged places" if damage else "every byte is as it was written")
+    answer({"damaged": damage}, as_json)
+    if damage:
+        raise typer.Exit(1)
+
+
+@store_app.command("rollback")
+def rollback(uri: StoreArgument, snapshot: Annotated[str, typer.Option(metavar="ID")], as_json: AsJson = False) -> None:
+    """Make an earlier snapshot the head again."""
+    from preprocessing.store import LatentStore
+
+    LatentStore.open(uri).rollback(snapshot)
+    say(f"head is {snapshot}")
+    answer({"snapshot": snapshot}, as_json)
+
+
+@store_app.command("gc")
+def gc(uri: StoreArgument, as_json: AsJson = False) -> None:
+    """Delete what no snapshot reaches, if it is older than a day."""
+    from preprocessing.store import LatentStore
+
+    freed = LatentStore.open(uri).collect_garbage()
+    say(f"freed {freed} bytes")
+    answer({"bytes": freed}, as_json)
