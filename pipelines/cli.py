@@ -82,6 +82,8 @@ def ingest(
         f"{'would ingest' if dry_run else 'ingested'} {counts['new']} episodes ({counts['already']} already there, "
         f"{counts['quarantined']} quarantined), {report.frames} frames, {report.seconds:.0f} s"
     )
+    if report.removed:
+        say(f"{report.removed} episodes were removed from this store, and stay out")
     say(f"snapshot {report.snapshot}")
     answer(dataclasses.asdict(report), as_json)
     if report.quarantine:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from pipelines.answer import AsJson, Snapshot, answer, say
+from preprocessing.episode import UserError
 
 store_app = typer.Typer(help="Look at a latent store and its snapshots.", no_args_is_help=True)
 StoreArgument = Annotated[str, typer.Argument(metavar="URI")]
@@ -48,7 +49,8 @@ def log(uri: StoreArgument, as_json: AsJson = False) -> None:
     log = LatentStore.open(uri).log()
     for entry in log:
         counts = ", ".join(f"{value} {key}" for key, value in sorted(entry["counts"].items()))
-        say(f"{entry['snapshot']}  {entry['time']}  {entry['message']} ({counts})")
+        tags = f"  [{', '.join(entry['tags'])}]" if entry["tags"] else ""
+        say(f"{entry['snapshot']}  {entry['time']}  {entry['message']} ({counts}){tags}")
     answer(log, as_json)
 
 
@@ -94,6 +96,74 @@ def rollback(uri: StoreArgument, snapshot: Annotated[str, typer.Option(metavar="
     LatentStore.open(uri).rollback(snapshot)
     say(f"head is {snapshot}")
     answer({"snapshot": snapshot}, as_json)
+
+
+@store_app.command("diff")
+def diff(
+    uri: StoreArgument,
+    older: Annotated[str, typer.Argument(metavar="A", help="Snapshot id or tag.")],
+    newer: Annotated[str, typer.Argument(metavar="B", help="Snapshot id or tag.")],
+    as_json: AsJson = False,
+) -> None:
+    """Which episodes B has and A has not, and the other way round."""
+    from preprocessing.store import LatentStore
+
+    store = LatentStore.open(uri)
+    added, gone = store.snapshot(newer).diff(store.snapshot(older))
+    for sign, rows in (("+", added), ("-", gone)):
+        for row in rows:
+            say(f"{sign} {row['id'][:12]}  {row['frames']:6} frames  {row['encoder']}  {row['uri']} #{row['index']}")
+    say(f"{len(added)} more, {len(gone)} fewer")
+    kept = ("id", "uri", "index", "encoder")
+    answer({"added": [{key: row[key] for key in kept} for row in added],
+            "removed": [{key: row[key] for key in kept} for row in gone]}, as_json)  # fmt: skip
+
+
+@store_app.command("tag")
+def tag(
+    uri: StoreArgument,
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    snapshot: Snapshot = None,
+    as_json: AsJson = False,
+) -> None:
+    """Give a snapshot a name that never moves; it is kept as long as the name."""
+    from preprocessing.store import LatentStore
+
+    tagged = LatentStore.open(uri).tag(name, snapshot)
+    say(f"{name} is {tagged}")
+    answer({"tag": name, "snapshot": tagged}, as_json)
+
+
+@store_app.command("quarantine")
+def quarantine(uri: StoreArgument, snapshot: Snapshot = None, as_json: AsJson = False) -> None:
+    """What was refused and is not in the store since, with its reason."""
+    from preprocessing.store import LatentStore
+
+    rows = LatentStore.open(uri).snapshot(snapshot).quarantine()
+    for row in rows:
+        say(f"{row['uri']} #{row['index']}: {row['reason']}")
+    say(f"{len(rows)} quarantined")
+    answer([{key: row[key] for key in ("uri", "index", "reason")} for row in rows], as_json)
+
+
+@store_app.command("remove")
+def remove(
+    uri: StoreArgument,
+    episode: Annotated[list[str] | None, typer.Option(help="Id, or the beginning of one; any number of times.")] = None,
+    source: Annotated[list[str] | None, typer.Option(help="URI of a file or folder; any number of times.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take episodes out for good, as when a person withdraws consent: ingesting them again does not bring them back."""
+    from preprocessing.store import LatentStore
+
+    if not (episode or source):
+        raise UserError("nothing to remove: give --episode ID or --source URI")
+    store = LatentStore.open(uri)
+    removed = store.remove(episode or [], source or [])
+    for row in removed:
+        say(f"removed {row['id'][:12]}  {row['uri']} #{row['index']}")
+    say(f"snapshot {store.snapshot().id}; earlier snapshots still hold what they held")
+    answer({"snapshot": store.snapshot().id, "removed": removed}, as_json)
 
 
 @store_app.command("gc")

@@ -59,6 +59,7 @@ class IngestReport:
     frames: int = 0
     seconds: float = 0.0
     quarantine: list[dict[str, Any]] = field(default_factory=list)
+    removed: int = 0  # episodes that were taken out of the store, and stay out
 
 
 def ingest(
@@ -83,7 +84,7 @@ def ingest(
     digest = encoder_digest(encoder)
     store = LatentStore.open(store_uri) if dry_run else LatentStore.create(store_uri)
     head = store.snapshot()
-    known = set(head.episodes()["key"].to_pylist())
+    known, removed = set(head.episodes()["key"].to_pylist()), head.removed()
     # Bytes that this version refused stay refused; a passing error, or another version, is tried again.
     refused = {row["key"]: row for row in head.quarantine() if row["reader"] == READER}
 
@@ -92,7 +93,9 @@ def ingest(
     refs = (ref for kind, path in places for ref in sources.scan(kind, path))
     for ref in tqdm(refs, "scan", unit=" episodes", leave=False, delay=1):
         key = work_key(ref.id, contract, digest, image_size)
-        if key in refused:
+        if ref.id in removed:
+            report.removed += 1
+        elif key in refused:
             _quarantine(report, refused[key])
         elif key in known or key in new:
             report.episodes["already"] += 1

@@ -6,6 +6,7 @@ Layout of one repository (every group is written once and never changed):
     data/PART/TASK/steps_D         float32 [N, D]         action columns, then proprio columns
     catalogue/PART                 uint8 [bytes]          an Arrow table, one row an episode (CATALOGUE below)
     quarantine/PART                uint8 [bytes]          an Arrow table, one row a refused input
+    removed/PART                   uint8 [bytes]          an Arrow table, one row an episode taken out for good
 
 A *part* is one ingest, a *task* one writer in it; disjoint groups never conflict, so the driver merges the
 writers' forks and commits once: a reader sees all of an ingest or none of it. A *segment* is up to 64
@@ -76,6 +77,7 @@ QUARANTINE = pa.schema(
         ("reader", pa.string()),  # version that refused these bytes for good; null where trying again may help
     ]
 )
+REMOVED = pa.schema([("id", pa.string()), ("uri", pa.string()), ("index", pa.int64())])
 GC_MARGIN = datetime.timedelta(hours=24)  # younger objects may belong to an ingest that is still writing
 
 
@@ -111,15 +113,22 @@ class LatentStore:
                 return cls.open(uri)
             repository = icechunk.Repository.create(icechunk.local_filesystem_storage(str(folder)))
             session = repository.writable_session("main")
-            for group in ("data", "catalogue", "quarantine"):  # two ingests that each made one would conflict
+            for group in (
+                "data",
+                "catalogue",
+                "quarantine",
+                "removed",
+            ):  # two ingests that each made one would conflict
                 zarr.create_group(session.store, path=group)
             session.commit("new store")
         return cls(str(folder), repository)
 
     def snapshot(self, snapshot_id: str | None = None) -> Snapshot:
-        """The head of the store, or the pinned state ``snapshot_id``; UserError where there is no such id."""
+        """The head of the store, or the pinned state of an id or a tag; UserError where there is neither."""
         if snapshot_id is None:
             return Snapshot(self.uri, self.repository.lookup_branch("main"))
+        if snapshot_id in self.repository.list_tags():
+            return Snapshot(self.uri, self.repository.lookup_tag(snapshot_id))
         try:
             self.repository.readonly_session(snapshot_id=snapshot_id)
         except (icechunk.IcechunkError, ValueError):
@@ -128,7 +137,10 @@ class LatentStore:
         return Snapshot(self.uri, snapshot_id)
 
     def log(self) -> list[dict[str, Any]]:
-        """Snapshots from the newest to the first: id, parent, time (ISO 8601), message, counts."""
+        """Snapshots from the newest to the first: id, parent, time (ISO 8601), message, counts, tags."""
+        tags: dict[str, list[str]] = {}
+        for tag in sorted(self.repository.list_tags()):
+            tags.setdefault(self.repository.lookup_tag(tag), []).append(tag)
         return [
             {
                 "snapshot": info.id,
@@ -136,16 +148,66 @@ class LatentStore:
                 "time": info.written_at.isoformat(timespec="seconds"),
                 "message": info.message,
                 "counts": dict(info.metadata),
+                "tags": tags.get(info.id, []),
             }
             for info in self.repository.ancestry(branch="main")
             if info.parent_id is not None  # the first is Icechunk's own, of the empty repository
         ]
 
     def rollback(self, snapshot_id: str) -> None:
-        """Move the head to an earlier snapshot. Later ones stay readable by id until collected."""
-        target = self.snapshot(snapshot_id).id
+        """Move the head to an earlier snapshot. Later ones stay readable by id until collected.
+
+        Raises UserError where that would bring removed episodes back.
+        """
+        target = self.snapshot(snapshot_id)
         with _lock(Path(self.uri)):
-            self.repository.reset_branch("main", target)
+            if returning := self.snapshot().removed() - target.removed():
+                raise UserError(f"{self.uri}: {len(returning)} episodes were removed since {snapshot_id}; not undone")
+            self.repository.reset_branch("main", target.id)
+
+    def tag(self, name: str, snapshot_id: str | None = None) -> str:
+        """Give a snapshot (the head if None) a name that never moves; returns its id. UserError where it is taken."""
+        target = self.snapshot(snapshot_id).id
+        try:
+            self.repository.create_tag(name, target)
+        except (icechunk.IcechunkError, ValueError) as error:
+            why = "names a snapshot already" if name in self.repository.list_tags() else f"is no tag ({error})"
+            raise UserError(f"{self.uri}: {name} {' '.join(why.split())}; choose another name") from None
+        return target
+
+    def remove(self, ids: list[str], sources: list[str]) -> list[dict[str, Any]]:
+        """Take episodes out for good, by id (or the beginning of one) and by source (a URI, or a folder of them).
+
+        Returns a row (REMOVED) for each. Later ingests pass them by. Their latents and steps are blanked in the new
+        head; what earlier snapshots hold is theirs until they are collected. UserError where a name fits nothing.
+        """
+        head = self.snapshot()
+        gone = head.removed()
+        rows = [row for row in head.catalogue().to_pylist() if row["id"] not in gone]
+        hint = f"list them with: uwm store episodes {self.uri}"
+        chosen: dict[str, dict[str, Any]] = {}
+        for start in ids:
+            found = {row["id"]: row for row in rows if row["id"].startswith(start)}
+            if len(found) != 1:
+                raise UserError(f"{self.uri}: {len(found)} episodes have an id that begins with {start}; {hint}")
+            chosen |= found
+        for source in sources:
+            found = {row["id"]: row for row in rows if f"{row['uri']}/".startswith(f"{source.rstrip('/')}/")}
+            if not found:
+                raise UserError(f"{self.uri}: no episode comes from {source}; {hint}")
+            chosen |= found
+        removed = [{key: row[key] for key in REMOVED.names} for row in chosen.values()]
+        session = self.repository.writable_session("main")
+        for row in rows:
+            if row["id"] in chosen:
+                for at in [*(at for camera in row["cameras"] for at in camera["segments"]), row["steps"]]:
+                    if at["count"]:
+                        zarr.open_array(session.store, path=at["array"])[at["start"] : at["start"] + at["count"]] = 0
+        _write_table(session, f"removed/{_new_part()}", pa.Table.from_pylist(removed, schema=REMOVED))
+        with _lock(Path(self.uri)):
+            counts = {"removed": len(removed)}
+            session.commit(f"remove {len(removed)} episodes", metadata=counts, rebase_with=icechunk.ConflictDetector())
+        return removed
 
     def collect_garbage(self) -> int:
         """Delete what no snapshot reaches and is older than a day; returns the bytes freed."""
@@ -170,8 +232,7 @@ class Transaction:
     """One ingest: forks go out to writers, come back, and become visible in one commit or not at all."""
 
     def __init__(self, store: LatentStore):
-        now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S%f")
-        self.part = f"{now}-{uuid.uuid4().hex[:8]}"
+        self.part = _new_part()
         self._store = store
         self._session = store.repository.writable_session("main")
 
@@ -242,10 +303,26 @@ class Snapshot:
 
         Two ingests of the same data at the same time each leave a part; the first part's row counts.
         """
-        table = self._tables("catalogue", CATALOGUE)
+        table, gone = self.catalogue(), self.removed()
         seen: set[str] = set()
-        keep = [not (key in seen or seen.add(key)) for key in table["key"].to_pylist()]  # type: ignore[func-returns-value]
+        keep = []
+        for key, episode in zip(table["key"].to_pylist(), table["id"].to_pylist(), strict=True):
+            keep.append(key not in seen and episode not in gone)
+            seen.add(key)
         return table if all(keep) else table.filter(pa.array(keep))
+
+    def catalogue(self) -> pa.Table:
+        """Every row that an ingest wrote, those of removed episodes and doubles included."""
+        return self._tables("catalogue", CATALOGUE)
+
+    def removed(self) -> set[str]:
+        """Ids of the episodes that were taken out for good."""
+        return set(self._tables("removed", REMOVED)["id"].to_pylist())
+
+    def diff(self, older: Snapshot) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Catalogue rows that are here and not in ``older``, and those that are there and not here."""
+        mine, theirs = ({row["key"]: row for row in at.episodes().to_pylist()} for at in (self, older))
+        return [mine[key] for key in mine.keys() - theirs.keys()], [theirs[key] for key in theirs.keys() - mine.keys()]
 
     def rows(self, encoder_digest: str) -> list[dict[str, Any]]:
         """Catalogue rows of one encoder; of an episode ingested under several contracts, the newest."""
@@ -303,6 +380,11 @@ def local_folder(uri: str) -> Path:
     if parsed.scheme not in ("", "file"):
         raise UserError(f"{uri}: stores live in a folder for now; give /path or file:///path")
     return Path(parsed.path if parsed.scheme else uri).expanduser().resolve()
+
+
+def _new_part() -> str:
+    """Sorts by time; never the same twice."""
+    return f"{datetime.datetime.now(datetime.UTC).strftime('%Y%m%dT%H%M%S%f')}-{uuid.uuid4().hex[:8]}"
 
 
 def _lock(folder: Path) -> FileLock:

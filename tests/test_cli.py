@@ -86,6 +86,11 @@ def test_the_store_verbs(store: Path, uwm: Uwm) -> None:
     assert uwm("store", "show", store, "--json")[1]["embodiments"][0]["episodes"] == 2
     _one_clear_line(uwm("store", "show", store, "--snapshot", "nonsense"), "nonsense", "uwm store log")
     _one_clear_line(uwm("store", "show", store.parent / "nowhere"), "nowhere")
+    assert uwm("store", "tag", store, "first", "--snapshot", log[1]["snapshot"])[0] == 0
+    code, changed, _ = uwm("store", "diff", store, "first", log[0]["snapshot"], "--json")
+    assert code == 0 and [row["id"] for row in changed["added"]] == ["a", "b"] and changed["removed"] == []
+    assert uwm("store", "quarantine", store, "--json")[1] == []
+    _one_clear_line(uwm("store", "remove", store), "--episode", "--source")
     assert uwm("store", "rollback", store, "--snapshot", log[1]["snapshot"])[0] == 0
     assert uwm("store", "episodes", store, "--json")[1] == []
     chunk = max((store / "chunks").iterdir(), key=lambda path: path.stat().st_size)

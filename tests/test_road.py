@@ -106,6 +106,17 @@ def test_a_corrupt_file_is_quarantined_once_and_the_rest_goes_in(road: Any, tmp_
     assert again["snapshot"] == report["snapshot"]
 
 
+def test_a_removed_episode_is_not_ingested_again(road: Any, tmp_path: Path, uwm: Uwm) -> None:
+    clip, store = write_video(tmp_path / "clip.mp4", numbered(40)), tmp_path / "store"
+    assert uwm("ingest", clip, "--store", store)[0] == 0
+    code, removed, _ = uwm("store", "remove", store, "--source", clip, "--json")
+    assert code == 0 and len(removed["removed"]) == 1
+    copy = shutil.copy(clip, tmp_path / "copy.mp4")
+    code, report, err = uwm("ingest", copy, "--store", store, "--json")
+    assert code == 0 and report["episodes"] == {"new": 0, "already": 0, "quarantined": 0}
+    assert report["removed"] == 1 and "stay out" in err and report["snapshot"] == removed["snapshot"]
+
+
 def test_training_lowers_nothing_it_should_not_and_tracks_what_it_read(road: Any) -> None:
     settings = checkpoint.load_settings(road["pretrained"])
     assert settings.snapshot == road["first"].snapshot and settings.step == 6

@@ -85,6 +85,47 @@ def test_verify_finds_one_flipped_bit(tmp_path: Path) -> None:
     assert "front" in line
 
 
+def test_a_tag_pins_a_snapshot_and_never_moves(tmp_path: Path) -> None:
+    store = LatentStore.create(str(tmp_path / "store"))
+    first = fill(store, ["a"])
+    assert store.tag("paper") == first
+    second = fill(store, ["b"])
+    assert store.snapshot("paper").id == first
+    assert [entry["tags"] for entry in store.log()][:2] == [[], ["paper"]]
+    for name in ("paper", "with/slash"):
+        with pytest.raises(UserError, match="choose another name") as caught:
+            store.tag(name)
+        assert "\n" not in str(caught.value)
+    added, gone = store.snapshot(second).diff(store.snapshot("paper"))
+    assert [row["id"] for row in added] == ["b"] and gone == []
+    added, gone = store.snapshot("paper").diff(store.snapshot())
+    assert [row["id"] for row in gone] == ["b"] and added == []
+
+
+def test_a_removed_episode_is_blanked_and_stays_out(tmp_path: Path) -> None:
+    store = LatentStore.create(str(tmp_path / "store"))
+    before = fill(store, ["apple", "axe", "bee"], frames=150)
+    rows = {row["id"]: row for row in store.snapshot().episodes().to_pylist()}
+    for wrong in (["a"], ["nobody"]):
+        with pytest.raises(UserError, match="begins with"):
+            store.remove(wrong, [])
+    with pytest.raises(UserError, match="no episode comes from"):
+        store.remove([], ["/ra"])
+    assert store.snapshot().id == before
+    assert [row["id"] for row in store.remove(["ax"], ["/raw/bee"])] == ["axe", "bee"]
+    head = store.snapshot()
+    assert head.episodes()["id"].to_pylist() == ["apple"] and head.removed() == {"axe", "bee"}
+    assert not list(head.verify())
+    for name, kept in (("apple", True), ("axe", False), ("bee", False)):
+        where = [*rows[name]["cameras"][0]["segments"]], [rows[name]["steps"]]
+        assert [bool(head.read(places).any()) for places in where] == [kept, kept]
+    assert store.snapshot(before).read(rows["axe"]["cameras"][0]["segments"]).any()
+    fill(store, ["axe"])  # an ingest that did not know of the removal
+    assert store.snapshot().episodes()["id"].to_pylist() == ["apple"]
+    with pytest.raises(UserError, match="2 episodes were removed"):
+        store.rollback(before)
+
+
 def test_garbage_collection_keeps_what_is_young(tmp_path: Path) -> None:
     store = LatentStore.create(str(tmp_path / "store"))
     fill(store, ["a"])
