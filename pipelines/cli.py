@@ -254,8 +254,10 @@ def main() -> None:
         _fail(f"error: {error}", 2)
     except Refused as error:
         _fail(f"refused: {error}", 4)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing half-written was kept", 130)
+    except SystemExit as end:
+        if end.code == 130:  # Typer's own answer to Ctrl-C says nothing
+            say("interrupted; nothing half-written was kept")
+        raise
     except Exception as error:
         if VERBOSE:
             raise
