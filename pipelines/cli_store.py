@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -159,7 +160,8 @@ def remove(
     if not (episode or source):
         raise UserError("nothing to remove: give --episode ID or --source URI")
     store = LatentStore.open(uri)
-    removed = store.remove(episode or [], source or [])
+    uris = [one if "://" in one else str(Path(one).parent.resolve() / Path(one).name) for one in source or []]
+    removed = store.remove(episode or [], uris)
     for row in removed:
         say(f"removed {row['id'][:12]}  {row['uri']} #{row['index']}")
     say(f"snapshot {store.snapshot().id}; earlier snapshots still hold what they held")

@@ -113,12 +113,8 @@ class LatentStore:
                 return cls.open(uri)
             repository = icechunk.Repository.create(icechunk.local_filesystem_storage(str(folder)))
             session = repository.writable_session("main")
-            for group in (
-                "data",
-                "catalogue",
-                "quarantine",
-                "removed",
-            ):  # two ingests that each made one would conflict
+            # Made now, for two ingests that each made one would conflict.
+            for group in ("data", "catalogue", "quarantine", "removed"):
                 zarr.create_group(session.store, path=group)
             session.commit("new store")
         return cls(str(folder), repository)
@@ -322,7 +318,10 @@ class Snapshot:
     def diff(self, older: Snapshot) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Catalogue rows that are here and not in ``older``, and those that are there and not here."""
         mine, theirs = ({row["key"]: row for row in at.episodes().to_pylist()} for at in (self, older))
-        return [mine[key] for key in mine.keys() - theirs.keys()], [theirs[key] for key in theirs.keys() - mine.keys()]
+        return (
+            [row for key, row in mine.items() if key not in theirs],
+            [row for key, row in theirs.items() if key not in mine],
+        )
 
     def rows(self, encoder_digest: str) -> list[dict[str, Any]]:
         """Catalogue rows of one encoder; of an episode ingested under several contracts, the newest."""
