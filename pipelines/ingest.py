@@ -5,7 +5,8 @@
 The driver lists episodes and drops those the store already holds before anything is decoded. A decode task
 turns an episode into rows of at most 64 frames of one camera, then one row with its record; an encoder actor
 replaces frames by latents; each write task writes a group of its own; the driver joins rows into catalogue
-entries and commits once. An episode that cannot be read is quarantined with its reason; the rest goes in.
+entries and commits. A long ingest is several such jobs, so that a crash costs minutes, and what was committed is
+skipped by the next run. An episode that cannot be read is quarantined with its reason; the rest goes in.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from preprocessing.store import LatentStore, Location, write_segments
 STRIDE = 8  # pixels a latent, of every encoder there is a name for
 BLOCK_BYTES = 16 * 2**20  # rows reach the encoders in blocks of about this size
 SEGMENTS_PER_WRITE = 256
+FIRST_COMMIT = 256  # episodes until the first commit; the pace of those says how many make up the next
+COMMIT_MINUTES = 10  # of work that a crash may cost
 READER = version("unified-world-models")
 
 ROW = pa.schema(
@@ -130,15 +133,41 @@ def _run(
     image_size: int,
     contract: DataContract | None,
 ) -> None:
+    """One Ray Data job and one commit after the other, of as many episodes as take COMMIT_MINUTES."""
+    meter = Meter.remote()  # type: ignore[attr-defined]
+    left = list(new.items())
+    size = FIRST_COMMIT
+    with (
+        tqdm(total=len(new), desc="ingest", unit="ep", mininterval=0.5) as bar,
+        watch(meter, lambda values: _show(bar, values)),
+    ):
+        while left:
+            began = time.monotonic()
+            part, left = dict(left[:size]), left[size:]
+            sink = LatentSink(store, part, {"encoder": encoder, "encoder_digest": digest})
+            _write(part, sink, meter, encoder, image_size, contract)
+            report.snapshot = store.snapshot().id
+            report.frames += sink.frames
+            report.episodes["new"] -= len(sink.quarantine)
+            for row in sink.quarantine:
+                _quarantine(report, row)
+            size = max(FIRST_COMMIT, int(len(part) * COMMIT_MINUTES * 60 / (time.monotonic() - began)))
+
+
+def _write(
+    new: dict[str, EpisodeRef],
+    sink: LatentSink,
+    meter: Any,
+    encoder: str,
+    image_size: int,
+    contract: DataContract | None,
+) -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = BLOCK_BYTES
     context.print_on_execution_start = False
     cpus = int(ray.cluster_resources().get("CPU", 1))
     gpus = ray.cluster_resources().get("GPU", 0)
-    meter = Meter.remote()  # type: ignore[attr-defined]
-    sink = LatentSink(store, new, {"encoder": encoder, "encoder_digest": digest})
-
     work = [{"key": key, "ref": json.dumps(asdict(ref))} for key, ref in new.items()]
     promise = contract.model_dump_json() if contract else None
     rows = ray.data.from_items(work, override_num_blocks=min(len(work), 512)).map_batches(
@@ -157,16 +186,7 @@ def _run(
         num_cpus=0.7,
         num_gpus=1 if gpus else 0,
     )
-    with (
-        tqdm(total=len(new), desc="ingest", unit="ep", mininterval=0.5) as bar,
-        watch(meter, lambda values: _show(bar, values)),
-    ):
-        latents.write_datasink(sink, ray_remote_args={"num_cpus": 0.25})
-    report.snapshot = store.snapshot().id
-    report.frames = sink.frames
-    report.episodes["new"] -= len(sink.quarantine)
-    for row in sink.quarantine:
-        _quarantine(report, row)
+    latents.write_datasink(sink, ray_remote_args={"num_cpus": 0.25})
 
 
 def _show(bar: tqdm, values: dict[str, float]) -> None:

@@ -106,6 +106,42 @@ def test_a_corrupt_file_is_quarantined_once_and_the_rest_goes_in(road: Any, tmp_
     assert again["snapshot"] == report["snapshot"]
 
 
+def test_a_long_ingest_commits_as_it_goes_and_goes_on_after_a_crash(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines import ingest as module
+
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for number in range(3):
+        write_video(raw / f"{number}.mp4", numbered(20 + number))
+    whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
+    expected = ingest([str(raw)], whole, image_size=64)
+    monkeypatch.setattr(module, "FIRST_COMMIT", 2)
+    monkeypatch.setattr(module, "COMMIT_MINUTES", 0)
+    write = module._write
+
+    def dies_in_the_second(new: Any, *rest: Any) -> None:
+        if len(LatentStore.open(cut).log()) == 2:
+            raise OSError("no space left")
+        write(new, *rest)
+
+    monkeypatch.setattr(module, "_write", dies_in_the_second)
+    with pytest.raises(OSError, match="no space"):
+        ingest([str(raw)], cut, image_size=64)
+    assert LatentStore.open(cut).snapshot().episodes().num_rows == 2
+    monkeypatch.setattr(module, "_write", write)
+    again = ingest([str(raw)], cut, image_size=64)
+    assert again.episodes == {"new": 1, "already": 2, "quarantined": 0}
+    assert [entry["counts"].get("episodes") for entry in LatentStore.open(cut).log()][:2] == [1, 2]
+    stores = [LatentStore.open(uri).snapshot() for uri in (whole, cut)]
+    rows = [{row["id"]: row for row in store.episodes().to_pylist()} for store in stores]
+    assert rows[0].keys() == rows[1].keys() and expected.frames == sum(row["frames"] for row in rows[1].values())
+    for name in rows[0]:
+        one, other = (store.read(row[name]["cameras"][0]["segments"]) for store, row in zip(stores, rows, strict=True))
+        np.testing.assert_array_equal(one, other)
+
+
 def test_a_removed_episode_is_not_ingested_again(road: Any, tmp_path: Path, uwm: Uwm) -> None:
     clip, store = write_video(tmp_path / "clip.mp4", numbered(40)), tmp_path / "store"
     assert uwm("ingest", clip, "--store", store)[0] == 0
