@@ -219,7 +219,7 @@ def train_vae(
     initial: Annotated[Path | None, typer.Option("--from", help="Weights to go on from.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a small VAE of your own on frames you have; prints held-out PSNR in dB by kind of frame."""
+    """Train a small VAE of your own on frames you have; prints held-out PSNR in dB by place and camera."""
     from pipelines.train_vae import train_vae as run
 
     quality = run(source, output, steps, initial)
