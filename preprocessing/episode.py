@@ -53,11 +53,14 @@ class Video:
     ``frames(size)`` yields uint8 ``[n, size, size, 3]`` RGB, upright, with n <= FRAMES_PER_CHUNK; the whole
     frame is resized, nothing is cropped. ``size=None`` keeps the recorded height and width.
     It raises :class:`BadEpisode` where the bytes break. ``turned`` says that the camera is recorded upside down
-    and ``frames`` turns it, so that a contract can overrule that finding.
+    and ``frames`` turns it, so that a contract can overrule that finding. ``thin(share)``, where there is one, is
+    the same camera with that share of its frames, for less work than dropping the others afterwards
+    (:func:`preprocessing.video.thinned` asks it, and does without).
     """
 
     frames: Callable[[int | None], Iterator[np.ndarray]]
     turned: bool = False
+    thin: Callable[[float], Video] | None = None
 
 
 class ActionBlock(BaseModel):
