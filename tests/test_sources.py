@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import pickle
@@ -31,10 +32,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preprocessing.episode import ActionBlock, BadEpisode, DataContract, Episode, EpisodeRef, UserError
-from preprocessing.sources import find, load, scan
+from preprocessing.sources import digest, find, load, scan
 from preprocessing.sources.tfrecord import parse_example
 
 real = pytest.mark.skipif(not REAL.exists(), reason=f"no real data at {REAL}")
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UWM_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 def refs_of(path: Path) -> list[EpisodeRef]:
@@ -121,6 +127,59 @@ def test_a_copy_under_another_name_is_the_same_episode(tmp_path):
     write_rlds(tmp_path / "b" / "shards", [rlds_episode(seed=9), rlds_episode()], name="renamed")
     before, after = {ref.id for ref in refs_of(tmp_path / "a")}, {ref.id for ref in refs_of(tmp_path / "b")}
     assert before < after and len(after) == len(before) + 1
+
+
+def test_a_digest_covers_the_bytes_of_its_episode_and_no_others(tmp_path):
+    def sha(data: bytes) -> str:
+        return hashlib.sha256(data).hexdigest()
+
+    film = write_video(tmp_path / "a.mp4", numbered(3))
+    assert [ref.digest for ref in refs_of(film)] == [sha(film.read_bytes())]
+    records = [rlds_episode(seed=seed) for seed in range(3)]
+    assert [ref.digest for ref in refs_of(write_rlds(tmp_path / "rlds", records))] == list(map(sha, records))
+    robot = write_lerobot(tmp_path / "robot")
+    tables, films = sorted(robot.rglob("*.parquet")), sorted(robot.rglob("*.mp4"))
+    for ref, parts in zip(refs_of(robot), zip(tables, films, strict=True), strict=True):
+        assert ref.uri == str(parts[0])
+        assert ref.digest == sha(b"".join(hashlib.sha256(part.read_bytes()).digest() for part in parts))
+    assert [ref.digest for ref in refs_of(write_demos(tmp_path / "a.hdf5", demos=2))] == [
+        "8341b8d07e56352389539ad3d802d1e3fbd7616b11f4c83f6ee40225ad887195",
+        "8185f3e4c3251a3a78332d35e83ba91745c6958d064e5cfb91ab1afe4002ee79",
+    ]
+
+
+def test_a_digest_is_read_anew(tmp_path):
+    write_video(tmp_path / "a.mp4", numbered(3))
+    write_demos(tmp_path / "a.hdf5")
+    write_lerobot(tmp_path / "robot")
+    write_rlds(tmp_path / "rlds", [rlds_episode(), rlds_episode(seed=1)])
+    refs = {ref.format: ref for ref in refs_of(tmp_path)}  # the last one of each
+    assert refs.keys() == {"video", "hdf5", "lerobot", "rlds"}
+    assert {format: digest(ref) for format, ref in refs.items()} == {f: ref.digest for f, ref in refs.items()}
+
+    write_video(tmp_path / "a.mp4", numbered(3) + 1)
+    write_video(tmp_path / "robot/videos/chunk-000/observation.images.top/episode_000001.mp4", numbered(12) + 90)
+    write_rlds(tmp_path / "rlds", [rlds_episode(), rlds_episode(seed=2)])
+    with h5py.File(tmp_path / "a.hdf5", "a") as file:
+        file["data/demo_1/dones"][0] = True
+    for ref in refs.values():
+        assert digest(ref) != ref.digest
+
+    (tmp_path / "robot/videos/chunk-000/observation.images.top/episode_000001.mp4").unlink()
+    write_rlds(tmp_path / "rlds", [rlds_episode()])
+    write_demos(tmp_path / "a.hdf5", demos=1)
+    for format, says in (("lerobot", "camera top has no video for episode 1"), ("rlds", "no readable record 1")):
+        with pytest.raises(BadEpisode, match=says):
+            digest(refs[format])
+    with pytest.raises(BadEpisode, match="the file has 1 demonstrations now"):
+        digest(refs["hdf5"])
+    (tmp_path / "a.hdf5").write_text("no longer HDF5")
+    with pytest.raises(BadEpisode, match="cannot be read again: OSError"):
+        digest(refs["hdf5"])
+    for ref in refs.values():
+        Path(ref.uri).unlink()
+        with pytest.raises(BadEpisode, match=r"has gone since|there is no episode_000001\.parquet"):
+            digest(ref)
 
 
 # ------------------------------------------------------------------------------------------------------------ RLDS

@@ -1,8 +1,10 @@
 """Raw files in, episodes out: one reader a format, found by content.
 
-A reader is a module with three functions: ``detect(path)`` says whether a file or folder holds its format,
-``scan(path)`` lists the episodes by hashing bytes, decoding nothing, and ``load(ref)`` makes one an Episode, in any
-process that sees the files. To add a format, write such a module and name it in ``FORMATS``.
+A reader is a module with four functions: ``detect(path)`` says whether a file or folder holds its format,
+``scan(path)`` lists the episodes by hashing bytes, decoding nothing, ``load(ref)`` makes one an Episode, in any
+process that sees the files, and ``digest(ref)`` hashes its bytes once more. To add a format, write such a module and
+name it in ``FORMATS``. What a scan finds in a file is remembered until the file changes
+(:mod:`preprocessing.sources.memory`).
 
 What a contract overrides is overridden here, once for all formats.
 """
@@ -18,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 from preprocessing.episode import BadEpisode, DataContract, Episode, EpisodeRef, UserError, Video
 from preprocessing.sources import hdf5, lerobot, rlds, video
-from preprocessing.video import upside_down
+from preprocessing.video import thinned, upside_down
 
 FORMATS: dict[str, ModuleType] = {"rlds": rlds, "lerobot": lerobot, "hdf5": hdf5, "video": video}
 CLOSED = {"rlds", "lerobot"}  # a data set's folder: what lies below it is its own (LeRobot's MP4 files are no episodes)
@@ -49,12 +51,31 @@ def find(path: str | Path, format: str = "auto") -> list[tuple[str, Path]]:
 
 
 def scan(format: str, path: Path) -> Iterator[EpisodeRef]:
-    """The episodes at a path that ``find`` gave. Unreadable ones come too, with their ``problem``."""
+    """The episodes at a path that ``find`` gave. Unreadable ones come too, with their ``problem``.
+
+    A file that an earlier scan read, and that has not changed since, is not read again.
+    """
     return FORMATS[format].scan(path)
 
 
-def load(ref: EpisodeRef, contract: DataContract | None = None) -> Episode:
-    """The episode, as the contract has it. Raises BadEpisode, or UserError where the contract does not fit."""
+def digest(ref: EpisodeRef) -> str:
+    """The digest of the bytes as they are on disk now, never from memory; ``ref.digest`` if they are still the same.
+
+    Raises BadEpisode where they are gone, or no longer such an episode.
+    """
+    try:
+        return FORMATS[ref.format].digest(ref)
+    except FileNotFoundError:
+        raise BadEpisode("its file has gone since it was listed") from None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise BadEpisode(f"cannot be read again: {type(error).__name__}: {error}") from error
+
+
+def load(ref: EpisodeRef, contract: DataContract | None = None, fps: float | None = None) -> Episode:
+    """The episode, as the contract has it. Raises BadEpisode, or UserError where the contract does not fit.
+
+    Of a video alone at most ``fps`` frames a second are kept; a robot log keeps its control rate.
+    """
     if ref.problem:
         raise BadEpisode(ref.problem)
     try:
@@ -64,7 +85,15 @@ def load(ref: EpisodeRef, contract: DataContract | None = None) -> Episode:
         raise BadEpisode(f"cannot be read as {ref.format}: {type(error).__name__}: {error}") from error
     _check(episode)
     episode = replace(episode, embodiment=_slug(episode.embodiment))
-    return _override(episode, contract) if contract else episode
+    episode = _override(episode, contract) if contract else episode
+    return _at_most(episode, fps) if fps else episode
+
+
+def _at_most(episode: Episode, fps: float) -> Episode:
+    if episode.action is not None or episode.proprio or episode.fps <= fps:
+        return episode
+    cameras = {name: thinned(video, fps / episode.fps) for name, video in episode.cameras.items()}
+    return replace(episode, fps=fps, cameras=cameras)
 
 
 def _override(episode: Episode, contract: DataContract) -> Episode:

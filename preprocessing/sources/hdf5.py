@@ -23,6 +23,7 @@ import h5py
 import numpy as np
 
 from preprocessing.episode import ActionBlock, BadEpisode, Episode, EpisodeRef, Video
+from preprocessing.sources.memory import Finding, file_digest, findings
 from preprocessing.video import sliced_video, upside_down
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -37,29 +38,22 @@ def detect(path: Path) -> bool:
 
 
 def scan(path: Path) -> Iterator[EpisodeRef]:
-    for file in _files(path):
-        uri = str(file.absolute())
-        try:
-            with h5py.File(file, "r") as opened:
-                data = _data(opened)
-                for index, name in enumerate(_demos(data)):
-                    try:
-                        yield EpisodeRef(uri, "hdf5", index, _digest(data, name))
-                    except (BadEpisode, OSError, RuntimeError) as error:
-                        broken = hashlib.sha256(f"{_file_digest(file)} {name}".encode()).hexdigest()
-                        yield EpisodeRef(uri, "hdf5", index, broken, f"{name} cannot be read: {error}")
-        except (BadEpisode, OSError, RuntimeError) as error:
-            yield EpisodeRef(uri, "hdf5", 0, _file_digest(file), f"not a readable demonstration file: {error}")
+    for file, found in findings("hdf5", _files(path), _read):
+        for index, demo in enumerate(found):
+            yield EpisodeRef(str(file.absolute()), "hdf5", index, demo.digest, demo.problem)
+
+
+def digest(ref: EpisodeRef) -> str:
+    with h5py.File(ref.uri, "r") as file:
+        data = _data(file)
+        return _digest(data, _name(data, ref))
 
 
 def load(ref: EpisodeRef) -> Episode:
     path = Path(ref.uri)
     with h5py.File(path, "r") as file:
         data = _data(file)
-        names = _demos(data)
-        if ref.index >= len(names):
-            raise BadEpisode(f"the file has {len(names)} demonstrations now, fewer than when it was listed")
-        name = names[ref.index]
+        name = _name(data, ref)
         demo = _child(data, name, h5py.Group)
         obs = _child(demo, "obs", h5py.Group)
         action = _child(demo, "actions", h5py.Dataset)[()].astype(np.float32)
@@ -193,6 +187,23 @@ def _json(value: Any) -> dict[str, Any]:
     return parsed if isinstance(parsed, dict) else {}
 
 
+def _read(file: Path) -> list[Finding]:
+    try:
+        with h5py.File(file, "r") as opened:
+            data = _data(opened)
+            return [_finding(file, data, name) for name in _demos(data)]
+    except (BadEpisode, OSError, RuntimeError) as error:
+        return [Finding(file_digest(file), f"not a readable demonstration file: {error}")]
+
+
+def _finding(file: Path, data: h5py.Group, name: str) -> Finding:
+    try:
+        return Finding(_digest(data, name))
+    except (BadEpisode, OSError, RuntimeError) as error:
+        broken = hashlib.sha256(f"{file_digest(file)} {name}".encode()).hexdigest()
+        return Finding(broken, f"{name} cannot be read: {error}")
+
+
 def _digest(data: h5py.Group, name: str) -> str:
     demo = _child(data, name, h5py.Group)
     sha = hashlib.sha256()
@@ -228,6 +239,13 @@ def _demos(data: h5py.Group) -> list[str]:
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
 
+def _name(data: h5py.Group, ref: EpisodeRef) -> str:
+    names = _demos(data)
+    if ref.index >= len(names):
+        raise BadEpisode(f"the file has {len(names)} demonstrations now, fewer than when it was listed")
+    return names[ref.index]
+
+
 def _child(group: h5py.Group, name: str, kind: type) -> Any:
     child = _own(group, name)
     if not isinstance(child, kind):
@@ -255,8 +273,3 @@ def _files(path: Path) -> Iterator[Path]:
 def _is_hdf5(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(len(SIGNATURE)) == SIGNATURE
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

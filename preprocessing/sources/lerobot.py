@@ -14,9 +14,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from preprocessing.episode import ActionBlock, BadEpisode, Episode, EpisodeRef, UserError, Video
+from preprocessing.sources.memory import Finding, file_digest, findings
 from preprocessing.video import first_frames, images_video, open_video, probe_video
 
 STATE = "observation."
+TABLES = "data/*/episode_*.parquet"  # where they are by default, whatever info.json says
+FILMS = "videos/*/{}/*.mp4"
 NOT_AN_INSTRUCTION = {"valid", "invalid", ""}  # GR00T annotates validity through the same table of sentences
 
 
@@ -38,30 +41,31 @@ def detect(path: Path) -> bool:
 
 def scan(path: Path) -> Iterator[EpisodeRef]:
     dataset = _dataset(path.absolute())
-    listed = {int(row["episode_index"]) for row in dataset.lines("episodes.jsonl") if "episode_index" in row}
-    numbers = (p.stem.removeprefix("episode_") for p in (path / "data").glob("*/episode_*.parquet"))
-    present = {int(number) for number in numbers if number.isdecimal()}
-    for index in sorted(listed | present):
+    episodes: list[tuple[int, list[Path], str]] = []
+    for index in dataset.indices():
         try:
-            table, files = dataset.table(index), dataset.videos(index)
+            episodes.append((index, dataset.files(index), ""))
         except BadEpisode as error:
+            episodes.append((index, [], str(error)))
+    found = findings("lerobot", (file for _, files, _ in episodes for file in files), _read)
+    for index, files, missing in episodes:
+        if missing:
             uri = str(dataset.root / "data" / f"episode_{index:06d}.parquet")
-            nothing = hashlib.sha256(f"{dataset.root.name} {index} {error}".encode()).hexdigest()  # no bytes to hash
-            yield EpisodeRef(uri, "lerobot", index, nothing, str(error))
-            continue
-        digest = hashlib.sha256()
-        for file in (table.path, *(found.path for found in files.values())):
-            with file.open("rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
-        yield EpisodeRef(str(table.path), "lerobot", index, digest.hexdigest())
+            nothing = hashlib.sha256(f"{dataset.root.name} {index} {missing}".encode()).hexdigest()  # no bytes to hash
+            yield EpisodeRef(uri, "lerobot", index, nothing, missing)
+        else:
+            parts = [part for _, [part] in islice(found, len(files))]
+            problem = next((part.problem for part in parts if part.problem), None)
+            yield EpisodeRef(str(files[0]), "lerobot", index, _joined(part.digest for part in parts), problem)
+
+
+def digest(ref: EpisodeRef) -> str:
+    return _joined(map(file_digest, _above(Path(ref.uri)).files(ref.index)))
 
 
 def load(ref: EpisodeRef) -> Episode:
     path = Path(ref.uri)
-    root = next((parent for parent in path.parents if detect(parent)), None)
-    if root is None:
-        raise BadEpisode("no meta/info.json above the table")
-    dataset = _dataset(root)
+    dataset = _above(path)
     found = dataset.videos(ref.index)
     try:
         table = pq.read_table(path, memory_map=True)
@@ -150,6 +154,7 @@ class Found:
 class _Dataset:
     root: Path
     info: dict[str, Any]
+    _listings: dict[str, dict[str, Path]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def features(self) -> dict[str, dict[str, Any]]:
@@ -166,8 +171,18 @@ class _Dataset:
         )
         return [(key, re.sub(r"^observation\.(images?\.)?", "", key)) for key in keys]
 
+    def indices(self) -> list[int]:
+        """The episodes that episodes.jsonl names, and those that have a table all the same."""
+        listed = {int(row["episode_index"]) for row in self.lines("episodes.jsonl") if "episode_index" in row}
+        numbers = (Path(name).stem.removeprefix("episode_") for name in self._listing(TABLES))
+        return sorted(listed | {int(number) for number in numbers if number.isdecimal()})
+
+    def files(self, index: int) -> list[Path]:
+        """What an episode's digest covers, in its order: the table, then the cameras. Raises BadEpisode."""
+        return [self.table(index).path, *(film.path for film in self.videos(index).values())]
+
     def table(self, index: int) -> Found:
-        file = self._find("data_path", f"data/*/episode_{index:06d}.parquet", index, "")
+        file = self._find("data_path", TABLES, f"episode_{index:06d}.parquet", index, "")
         if file is None:
             raise BadEpisode(f"episode {index} is listed, but there is no episode_{index:06d}.parquet")
         return file
@@ -176,17 +191,14 @@ class _Dataset:
         """The cameras of one episode. One without any file in the whole data set does not exist."""
         found = {}
         for key, camera in self.cameras("video"):
-            file = self._find("video_path", f"videos/*/{key}/episode_{index:06d}.mp4", index, key)
+            file = self._find("video_path", FILMS.format(key), f"episode_{index:06d}.mp4", index, key)
             if file is not None:
                 found[camera] = file
-            elif not self._is_phantom(key):
+            elif self._listing(FILMS.format(key)):
                 raise BadEpisode(f"camera {camera} has no video for episode {index}")
         return found
 
-    def _is_phantom(self, key: str) -> bool:
-        return next(self.root.glob(f"videos/*/{key}/*.mp4"), None) is None
-
-    def _find(self, template: str, pattern: str, index: int, key: str) -> Found | None:
+    def _find(self, template: str, pattern: str, file: str, index: int, key: str) -> Found | None:
         chunk = index // int(self.info.get("chunks_size") or 1000)
         try:
             name = self.info[template].format(episode_chunk=chunk, episode_index=index, video_key=key)
@@ -194,16 +206,24 @@ class _Dataset:
             name = ""
         if name and ".." not in Path(name).parts and (self.root / name).is_file():
             return Found(self.root / name, as_templated=True)
-        file = next(iter(sorted(self.root.glob(pattern))), None)
-        return Found(file, as_templated=False) if file else None
+        searched = self._listing(pattern).get(file)
+        return Found(searched, as_templated=False) if searched and searched.is_file() else None
+
+    def _listing(self, pattern: str) -> dict[str, Path]:
+        """The first file of each name that a pattern leads to: folders of thousands are listed once, not each time."""
+        if pattern not in self._listings:
+            files = sorted(self.root.glob(pattern), reverse=True)
+            self._listings[pattern] = {file.name: file for file in files}
+        return self._listings[pattern]
 
     def repairs(self, index: int, table: pa.Table) -> list[str]:
         notes = []
-        found = [("data_path", self.table(index)), *(("video_path", file) for file in self.videos(index).values())]
+        videos = self.videos(index)
+        found = [("data_path", self.table(index)), *(("video_path", file) for file in videos.values())]
         for template in dict.fromkeys(name for name, file in found if not file.as_templated):
             notes.append(f"{template} in info.json leads to no file; found by searching")
-        for key, camera in self.cameras("video"):
-            if self._is_phantom(key):
+        for _, camera in self.cameras("video"):
+            if camera not in videos:
                 notes.append(f"camera {camera} is named in info.json, but has no file; dropped")
         if "frame_index" not in table.column_names:
             notes.append("no frame_index; rows are taken in order")
@@ -295,6 +315,22 @@ def _kind(name: str) -> Any:
     if re.search(r"joint|motor|arm|leg|hand|neck|waist|shoulder|elbow|wrist|finger", name):
         return "joint"
     return "other"
+
+
+def _read(file: Path) -> list[Finding]:
+    return [Finding(file_digest(file))]
+
+
+def _joined(digests: Iterable[str]) -> str:
+    return hashlib.sha256(b"".join(map(bytes.fromhex, digests))).hexdigest()
+
+
+def _above(table: Path) -> _Dataset:
+    """The data set that a table belongs to."""
+    root = next((parent for parent in table.parents if detect(parent)), None)
+    if root is None:
+        raise BadEpisode("no meta/info.json above the table")
+    return _dataset(root)
 
 
 def _dataset(root: Path) -> _Dataset:

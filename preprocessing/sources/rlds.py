@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from preprocessing.episode import ActionBlock, BadEpisode, Episode, EpisodeRef, Video
+from preprocessing.sources.memory import findings
 from preprocessing.sources.tfrecord import Feature, parse_example, read_record, records
 from preprocessing.video import decode_image, images_video
 
@@ -50,10 +51,14 @@ def detect(path: Path) -> bool:
 
 
 def scan(path: Path) -> Iterator[EpisodeRef]:
-    for shard in _shards(path):
+    for shard, found in findings("rlds", _shards(path), lambda shard: list(records(shard))):
         missing = None if (shard.parent / "features.json").is_file() else "no features.json beside the shard"
-        for record in records(shard):
-            yield EpisodeRef(str(shard.absolute()), "rlds", record.index, record.digest, record.problem or missing)
+        for index, record in enumerate(found):
+            yield EpisodeRef(str(shard.absolute()), "rlds", index, record.digest, record.problem or missing)
+
+
+def digest(ref: EpisodeRef) -> str:
+    return hashlib.sha256(read_record(Path(ref.uri), ref.index)).hexdigest()
 
 
 def load(ref: EpisodeRef) -> Episode:

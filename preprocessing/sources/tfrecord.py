@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,6 +18,7 @@ import google_crc32c
 import numpy as np
 
 from preprocessing.episode import BadEpisode
+from preprocessing.sources.memory import Finding
 
 MAX_RECORD_BYTES = 2**30
 PIECE = 2**20
@@ -26,17 +26,8 @@ PIECE = 2**20
 Feature = np.ndarray | list[bytes]
 
 
-@dataclass(frozen=True)
-class Record:
-    """One record of a file, hashed and checked but not kept."""
-
-    index: int
-    digest: str
-    problem: str | None
-
-
-def records(shard: Path) -> Iterator[Record]:
-    """Every record of a shard with the digest of its bytes, in constant memory.
+def records(shard: Path) -> Iterator[Finding]:
+    """Every record of a shard, in order: hashed and checked, but not kept.
 
     A bad checksum of the data costs that record only. After a bad length nobody knows where the next record
     starts, so the rest of the shard becomes one problem.
@@ -45,18 +36,18 @@ def records(shard: Path) -> Iterator[Record]:
         index = start = 0
         size = shard.stat().st_size
         if size == 0:
-            yield Record(0, hashlib.sha256(b"").hexdigest(), "the shard is empty")
+            yield Finding(hashlib.sha256(b"").hexdigest(), "the shard is empty")
         while start < size:
             length = _length(file)
             if length is None:
                 digest, _ = _hash(file, start, size - start)
                 what = "its header is cut off" if size - start < 12 else "its length has a wrong checksum"
-                yield Record(index, digest, f"record {index} at byte {start} of {shard.name}: {what}")
+                yield Finding(digest, f"record {index} at byte {start} of {shard.name}: {what}")
                 return
             if start + length + 16 > size:
                 digest, _ = _hash(file, start, size - start)
                 cut = f"cut off, {size - start} bytes of {length + 16} are there"
-                yield Record(index, digest, f"record {index} at byte {start} of {shard.name} is {cut}")
+                yield Finding(digest, f"record {index} at byte {start} of {shard.name} is {cut}")
                 return
             digest, crc = _hash(file, start + 12, length)
             problem = None
@@ -65,7 +56,7 @@ def records(shard: Path) -> Iterator[Record]:
             elif _masked(crc) != struct.unpack("<I", file.read(4))[0]:
                 problem = "has a wrong checksum: its bytes were damaged"
             where = f"record {index} at byte {start} of {shard.name}"
-            yield Record(index, digest, problem and f"{where} {problem}")
+            yield Finding(digest, problem and f"{where} {problem}")
             start += length + 16
             file.seek(start)
             index += 1

@@ -6,11 +6,11 @@ A file is recognised by its suffix, or by its first bytes where the name says no
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from preprocessing.episode import BadEpisode, Episode, EpisodeRef
+from preprocessing.sources.memory import Finding, file_digest, findings
 from preprocessing.video import open_video, probe_video
 
 SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".gif"}
@@ -22,15 +22,12 @@ def detect(path: Path) -> bool:
 
 
 def scan(path: Path) -> Iterator[EpisodeRef]:
-    for file in _files(path):
-        with file.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        problem = None
-        try:
-            probe_video(file)
-        except BadEpisode as error:
-            problem = str(error)
-        yield EpisodeRef(str(file.absolute()), "video", 0, digest, problem)
+    for file, [finding] in findings("video", _files(path), _read):
+        yield EpisodeRef(str(file.absolute()), "video", 0, finding.digest, finding.problem)
+
+
+def digest(ref: EpisodeRef) -> str:
+    return file_digest(Path(ref.uri))
 
 
 def load(ref: EpisodeRef) -> Episode:
@@ -48,6 +45,15 @@ def load(ref: EpisodeRef) -> Episode:
         embodiment="video",
         repairs=(chosen,) if info.streams > 1 else (),
     )
+
+
+def _read(file: Path) -> list[Finding]:
+    problem = None
+    try:
+        probe_video(file)
+    except BadEpisode as error:
+        problem = str(error)
+    return [Finding(file_digest(file), problem)]
 
 
 def _files(path: Path) -> Iterator[Path]:
