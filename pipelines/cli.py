@@ -13,7 +13,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -53,9 +53,17 @@ def ingest(
     source: Annotated[list[str], typer.Argument(help="Folders or files: RLDS, LeRobot, HDF5, videos.")],
     store: Store,
     format: Annotated[str, typer.Option(help="auto, or one of rlds, lerobot, hdf5, video.")] = "auto",
-    encoder: Annotated[str, typer.Option(help="tiny, sdxl-vae, taesdxl, a hub id or a folder.")] = "tiny",
+    encoder: Annotated[
+        list[str] | None, typer.Option(help="tiny (if left out), sdxl-vae, taesdxl, a hub id or a folder; any number.")
+    ] = None,
+    precision: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Of the encoders; bfloat16 is faster on GPUs.")
+    ] = "float32",
     image_size: Annotated[int, typer.Option(help="Frames are resized to this many pixels, a multiple of 8.")] = 128,
+    fps: Annotated[float | None, typer.Option(min=0.01, help="Thin videos without actions to this rate.")] = None,
     contract: Annotated[Path | None, typer.Option(help="YAML that overrides what readers find.")] = None,
+    max_bad: Annotated[float, typer.Option(min=0, max=1, help="Stop when more than this share is bad.")] = 0.5,
+    retry: Annotated[bool, typer.Option(help="Try again what was quarantined before.")] = False,
     address: Address = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -68,9 +76,13 @@ def ingest(
         source,
         store,
         format=format,
-        encoder=encoder,
+        encoders=encoder,
+        precision=precision,
         image_size=image_size,
+        fps=fps,
         contract=promise,
+        max_bad=max_bad,
+        retry=retry,
         dry_run=dry_run,
         address=address,
         verbose=VERBOSE,
@@ -82,6 +94,9 @@ def ingest(
         f"{'would ingest' if dry_run else 'ingested'} {counts['new']} episodes ({counts['already']} already there, "
         f"{counts['quarantined']} quarantined), {report.frames} frames, {report.seconds:.0f} s"
     )
+    if report.bound_by:
+        shares = ", ".join(f"{name}rs waited {share:.0%} of the time" for name, share in report.waiting.items())
+        say(f"bound by {report.bound_by}: {shares}")
     if report.removed:
         say(f"{report.removed} episodes were removed from this store, and stay out")
     say(f"snapshot {report.snapshot}")

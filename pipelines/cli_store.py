@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -125,12 +126,19 @@ def tag(
     uri: StoreArgument,
     name: Annotated[str, typer.Argument(metavar="NAME")],
     snapshot: Snapshot = None,
+    delete: Annotated[bool, typer.Option("--delete", help="Take the name away, so that gc may collect.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Give a snapshot a name that never moves; it is kept as long as the name."""
     from preprocessing.store import LatentStore
 
-    tagged = LatentStore.open(uri).tag(name, snapshot)
+    store = LatentStore.open(uri)
+    if delete:
+        store.untag(name)
+        say(f"no tag {name} any more")
+        answer({"tag": None, "snapshot": None}, as_json)
+        return
+    tagged = store.tag(name, snapshot)
     say(f"{name} is {tagged}")
     answer({"tag": name, "snapshot": tagged}, as_json)
 
@@ -168,11 +176,61 @@ def remove(
     answer({"snapshot": store.snapshot().id, "removed": removed}, as_json)
 
 
-@store_app.command("gc")
-def gc(uri: StoreArgument, as_json: AsJson = False) -> None:
-    """Delete what no snapshot reaches, if it is older than a day."""
+@store_app.command("statistics")
+def statistics(uri: StoreArgument, snapshot: Snapshot = None, as_json: AsJson = False) -> None:
+    """Mean, deviation, range and quantiles of every action and proprioception column, by embodiment."""
+    from preprocessing.statistics import merge
+    from preprocessing.store import LatentStore
+    from preprocessing.windows import by_embodiment
+
+    rows = [row for row in LatentStore.open(uri).snapshot(snapshot).rows() if row["statistics"] is not None]
+    answered: dict[str, list[dict[str, Any]]] = {}
+    for name, members in by_embodiment(rows).items():
+        total = merge(row["statistics"] for row in members)
+        columns = [f"action[{i}]" for i in range(members[0]["action_dim"])]
+        columns += [f"{part['name']}[{i}]" for part in members[0]["proprio"] for i in range(part["width"])]
+        low, middle, high = (total.quantile(rank) for rank in (0.01, 0.5, 0.99))
+        numbers = {"mean": total.mean, "std": total.std, "min": total.min, "q01": low, "q50": middle, "q99": high}
+        numbers["max"] = total.max
+        say(f"{name}: {len(members)} episodes, {total.count} steps")
+        say(" " * 24 + "".join(f"{number:>10}" for number in numbers))
+        for i, column in enumerate(columns):
+            say(f"{column:>24}" + "".join(f"{values[i]:10.4g}" for values in numbers.values()))
+        answered[name] = [
+            {"column": column, **{number: float(values[i]) for number, values in numbers.items()}}
+            for i, column in enumerate(columns)
+        ]
+    answer(answered, as_json)
+
+
+@store_app.command("export")
+def export(
+    uri: StoreArgument,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Gets a parquet table and zarr arrays.")],
+    snapshot: Snapshot = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a snapshot as plain zarr and parquet, for programs that know nothing of this one."""
+    from tqdm import tqdm
+
+    from preprocessing.export import export as run
     from preprocessing.store import LatentStore
 
-    freed = LatentStore.open(uri).collect_garbage()
-    say(f"freed {freed} bytes")
-    answer({"bytes": freed}, as_json)
+    state = LatentStore.open(uri).snapshot(snapshot)
+    count = run(state, folder, lambda rows: tqdm(rows, "export", unit="ep", delay=1))
+    say(f"{count} episodes of snapshot {state.id} are in {folder}")
+    answer({"snapshot": state.id, "episodes": count, "folder": str(folder)}, as_json)
+
+
+@store_app.command("gc")
+def gc(
+    uri: StoreArgument,
+    keep_days: Annotated[int, typer.Option(min=1, help="Snapshots younger than this stay readable.")] = 30,
+    as_json: AsJson = False,
+) -> None:
+    """Forget old snapshots that are neither tagged nor the newest, and delete what nothing reaches any more."""
+    from preprocessing.store import LatentStore
+
+    forgotten, freed = LatentStore.open(uri).collect_garbage(datetime.timedelta(days=keep_days))
+    say(f"forgot {forgotten} snapshots, freed {freed / 1e6:.1f} MB")
+    answer({"snapshots": forgotten, "bytes": freed}, as_json)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from pipelines import checkpoint
 from pipelines.checkpoint import Settings
-from pipelines.pretrain import by_embodiment, tracked, training_rows
+from pipelines.pretrain import tracked, training_rows
 from pipelines.recipe import Recipe
 from preprocessing.episode import UserError
 from preprocessing.store import LatentStore
-from preprocessing.windows import describe
+from preprocessing.windows import by_embodiment, describe
 
 
 def plan(initial: Path, store_uri: str, recipe: Recipe, snapshot_id: str | None = None) -> Settings:
@@ -30,7 +30,7 @@ def plan(initial: Path, store_uri: str, recipe: Recipe, snapshot_id: str | None 
             f"ingest with: uwm ingest SOURCE --store {store_uri} --encoder {settings.encoder}"
         )
     rows = training_rows(all_rows, recipe, store_uri)
-    shape = snapshot.read([{**rows[0]["cameras"][0]["segments"][0], "count": 1}]).shape
+    shape = snapshot.shape(rows[0]["cameras"][0]["segments"][0])
     if (shape[1], *shape[2:]) != (settings.model.latent_channels, *settings.model.latent_size):
         size = settings.model.latent_size[0] * 8
         raise UserError(f"{store_uri}: latents are {shape[1:]}, not the model's; ingest with --image-size {size}")

@@ -14,7 +14,7 @@ from pipelines.recipe import Recipe
 from pipelines.training import train
 from preprocessing.episode import UserError
 from preprocessing.store import LatentStore, Snapshot
-from preprocessing.windows import describe, split
+from preprocessing.windows import by_embodiment, describe, split
 from uwm_model.config import DiffusionConfig, ModelConfig
 
 SPARE_EMBODIMENTS = 4  # free slots, so that finetuning can bring robots that pretraining has not seen
@@ -30,7 +30,7 @@ def plan(store_uri: str, recipe: Recipe, snapshot_id: str | None = None) -> Sett
     }
     if unknown := sorted(set(recipe.mixture) - set(embodiments)):
         raise UserError(f"mixture: no embodiment {unknown[0]} in the store; it holds {', '.join(embodiments)}")
-    shape = snapshot.read([{**rows[0]["cameras"][0]["segments"][0], "count": 1}]).shape
+    shape = snapshot.shape(rows[0]["cameras"][0]["segments"][0])
     derived: dict[str, Any] = {
         "cameras": slots,
         "latent_channels": shape[1],
@@ -57,9 +57,9 @@ def plan(store_uri: str, recipe: Recipe, snapshot_id: str | None = None) -> Sett
 
 
 def choose_encoder(snapshot: Snapshot, name: str | None) -> str:
-    """The digest of the one encoder of that name in the store; UserError where there is none, or several."""
-    table = snapshot.episodes().select(["encoder", "encoder_digest"]).to_pylist()
-    digests = {row["encoder_digest"]: row["encoder"] for row in table if name in (None, row["encoder"])}
+    """The digest of the one encoder of that name or digest in the store; UserError where there is none, or several."""
+    table = snapshot.episodes(["encoder", "encoder_digest"]).to_pylist()
+    digests = {row["encoder_digest"]: row["encoder"] for row in table if name in (None, *row.values())}
     if not digests:
         held = ", ".join(sorted({row["encoder"] for row in table}))
         raise UserError(
@@ -67,7 +67,9 @@ def choose_encoder(snapshot: Snapshot, name: str | None) -> str:
         )
     if len(digests) > 1:
         names = ", ".join(f"{named} ({digest})" for digest, named in digests.items())
-        raise UserError(f"{snapshot.uri}: holds latents of several encoders: {names}; choose with encoder=NAME")
+        raise UserError(
+            f"{snapshot.uri}: holds latents of several encoders: {names}; choose with encoder=NAME or DIGEST"
+        )
     return next(iter(digests))
 
 
@@ -78,13 +80,6 @@ def training_rows(rows: list[dict[str, Any]], recipe: Recipe, store_uri: str) ->
         held = sorted({row["instruction"] for row in rows if row["instruction"]})
         raise UserError(f"{store_uri}: no episode with instructions {recipe.instructions}; it holds {held}")
     return chosen
-
-
-def by_embodiment(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(row["embodiment"], []).append(row)
-    return groups
 
 
 def pretrain(
@@ -112,6 +107,9 @@ def tracked(
     tags = {"kind": kind, "store": settings.store, "snapshot": settings.snapshot, "parent": settings.parent or ""}
     run_id = tracking.start_run("unified-world-models", recipe.name, tags)
     settings.run_id = run_id
+    LatentStore.open(settings.store).tag(
+        f"run-{run_id}", settings.snapshot
+    )  # kept for as long as anybody asks what it saw
     folder = output.resolve() / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{run_id[:6]}"
     folder.mkdir(parents=True)
     resolved = recipe.model_dump() | {"model": settings.model_dump()["model"]}

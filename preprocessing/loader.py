@@ -8,6 +8,7 @@ processes, no copies between them.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -154,14 +155,21 @@ def _flat_files(snapshot: Snapshot, rows: list[dict[str, Any]]) -> tuple[np.ndar
             building = root / f"building-{name}"
             shutil.rmtree(building, ignore_errors=True)
             building.mkdir()
-            with (building / "latents.f16").open("wb") as latents, (building / "steps.f32").open("wb") as steps:
-                for row in tqdm(rows, "cache", unit=" episodes", leave=False, delay=2):
-                    for camera in row["cameras"]:
-                        latents.write(snapshot.read(camera["segments"]).tobytes())
-                    if row["steps"]["count"]:
-                        steps.write(snapshot.read([row["steps"]]).tobytes())
-                steps.write(np.zeros(1, np.float32).tobytes())  # never empty: a memory map of nothing is an error
+            segments = [at for row in rows for camera in row["cameras"] for at in camera["segments"]]
+            _copy(snapshot, segments, building / "latents.f16", np.float16)
+            _copy(snapshot, [row["steps"] for row in rows if row["steps"]["count"]], building / "steps.f32", np.float32)
             building.rename(folder)
-    shape = snapshot.read([{**rows[0]["cameras"][0]["segments"][0], "count": 1}]).shape[1:]
+    shape = snapshot.shape(rows[0]["cameras"][0]["segments"][0])[1:]
     latents_map = np.memmap(folder / "latents.f16", np.float16, "r").reshape(-1, *shape)
     return latents_map, np.memmap(folder / "steps.f32", np.float32, "r")
+
+
+def _copy(snapshot: Snapshot, locations: list[dict[str, Any]], path: Path, dtype: type) -> None:
+    """These locations one after the other in a flat file, read in the order in which the store has them."""
+    starts = np.cumsum([0, *(math.prod(snapshot.shape(at)) for at in locations)])
+    # Never empty, for a memory map of nothing is an error.
+    flat = np.memmap(path, dtype, "w+", shape=(max(1, int(starts[-1])),))
+    pieces = snapshot.read_each(locations)
+    for i, rows in tqdm(pieces, f"cache {path.stem}", len(locations), unit=" segments", leave=False, delay=2):
+        flat[starts[i] : starts[i + 1]] = rows.ravel()
+    flat.flush()

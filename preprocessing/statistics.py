@@ -1,26 +1,88 @@
-"""Normalisation of actions and proprioception, from statistics that merge.
+"""Statistics that merge, and the normalisation of actions and proprioception that follows from them.
 
-Each episode carries count, mean, M2, minimum and maximum of its columns (Chan et al. 1979 for the merge), so the
-statistics of any subset of any snapshot need no pass over the data and never go stale.
+Each episode carries, for each of its arrays, count, mean, M2, minimum, maximum and a quantile sketch of every column,
+so the statistics of any subset of any snapshot need no pass over the data and never go stale. Moments merge as in Chan
+et al. 1979. The sketch is a t-digest (Dunning and Ertl 2019) with fixed knots: the values at RANKS, which lie closer
+together towards both tails, each standing for the share of the data around it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 MINIMUM_RANGE = 1e-3  # a column that hardly moves is not blown up to [-1, 1]
+RANKS = (1 - np.cos(np.linspace(0, np.pi, 33))) / 2  # the t-digest's scale k1; 0 is the minimum, 1 the maximum
+SHARES = np.diff(np.concatenate([[0], (RANKS[1:] + RANKS[:-1]) / 2, [1]]))  # of the data, for each knot
 
 
-def column_statistics(steps: np.ndarray) -> dict[str, list[float]]:
-    """mean, m2 (sum of squared deviations), min and max of each column of float ``[T, D]``, T > 0."""
-    wide = steps.astype(np.float64)
-    mean = wide.mean(0)
-    columns = {"mean": mean, "m2": ((wide - mean) ** 2).sum(0), "min": wide.min(0), "max": wide.max(0)}
-    return {name: values.tolist() for name, values in columns.items()}
+@dataclass(frozen=True)
+class Statistics:
+    """Of an array's columns; every field but ``count`` is float ``[D]``, ``quantiles`` is float32 ``[D, 33]``."""
+
+    count: int
+    mean: np.ndarray
+    m2: np.ndarray  # sum of squared deviations from the mean
+    min: np.ndarray
+    max: np.ndarray
+    quantiles: np.ndarray
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> Statistics:
+        """Of numbers ``[N, D]`` with N > 0."""
+        ordered = np.sort(values.astype(np.float32), axis=0)
+        mean = ordered.mean(0, dtype=np.float64)
+        m2 = np.square(ordered - mean).sum(0)
+        place = RANKS * (len(ordered) - 1)  # between two of the ordered values
+        below, share = np.floor(place).astype(int), (place % 1)[:, None]
+        knots = ordered[below] * (1 - share) + ordered[np.minimum(below + 1, len(ordered) - 1)] * share
+        low, high = ordered[0].astype(np.float64), ordered[-1].astype(np.float64)
+        return cls(len(ordered), mean, m2, low, high, knots.T.astype(np.float32))
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> Statistics:
+        """Of a row of the store's ``statistics`` tables."""
+        mean, m2, low, high = (np.asarray(row[name], np.float64) for name in ("mean", "m2", "min", "max"))
+        knots = np.asarray(row["quantiles"], np.float32).reshape(len(mean), len(RANKS))
+        return cls(row["count"], mean, m2, low, high, knots)
+
+    def to_row(self) -> dict[str, Any]:
+        lists = {name: getattr(self, name).tolist() for name in ("mean", "m2", "min", "max")}
+        return {"count": self.count, **lists, "quantiles": self.quantiles.ravel().tolist()}
+
+    @property
+    def std(self) -> np.ndarray:
+        return np.sqrt(self.m2 / self.count)
+
+    def quantile(self, rank: float) -> np.ndarray:
+        """The value ``[D]`` below which this share of the data lies, within about 2 % of rank, closer at the tails."""
+        return np.array([np.interp(rank, RANKS, knots) for knots in self.quantiles])
+
+
+def merge(parts: Iterable[Statistics]) -> Statistics:
+    """Of all the data that the parts describe; ValueError where there is no part."""
+    rows = list(parts)
+    if not rows:
+        raise ValueError("no statistics to merge")
+    if len(rows) == 1:
+        return rows[0]
+    counts = np.array([row.count for row in rows], np.float64)
+    means = np.stack([row.mean for row in rows])
+    mean = counts @ means / counts.sum()
+    m2 = np.sum([row.m2 for row in rows], axis=0) + counts @ (means - mean) ** 2
+    low = np.min([row.min for row in rows], axis=0)
+    high = np.max([row.max for row in rows], axis=0)
+    knots = np.concatenate([row.quantiles for row in rows], axis=1)  # [D, parts * knots]
+    weights = np.outer(counts, SHARES).ravel()
+    order = np.argsort(knots, axis=1)
+    ordered, weight = np.take_along_axis(knots, order, axis=1), weights[order]
+    rank = (np.cumsum(weight, axis=1) - weight / 2) / counts.sum()
+    merged = np.stack([np.interp(RANKS, *column) for column in zip(rank, ordered, strict=True)])
+    merged[:, 0], merged[:, -1] = low, high
+    return Statistics(int(counts.sum()), mean, m2, low, high, merged.astype(np.float32))
 
 
 @dataclass(frozen=True)
@@ -43,28 +105,13 @@ class Normalizer:
         return asdict(self)
 
 
-def merge(rows: Iterable[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Statistics of all episodes of ``rows`` (catalogue rows of one step width) together."""
-    count, mean, m2 = 0, np.zeros(()), np.zeros(())
-    low, high = np.full((), np.inf), np.full((), -np.inf)
-    for row in rows:
-        added, other = row["frames"], np.asarray(row["mean"])
-        delta = other - mean
-        total = count + added
-        mean = mean + delta * added / total
-        m2 = m2 + np.asarray(row["m2"]) + delta**2 * count * added / total
-        low, high = np.minimum(low, row["min"]), np.maximum(high, row["max"])
-        count = total
-    if not count:
-        raise ValueError("no episode to take statistics of")
-    return {"mean": mean, "std": np.sqrt(m2 / count), "min": low, "max": high}
-
-
-def normalizers(rows: list[dict[str, Any]]) -> tuple[Normalizer, Normalizer]:
-    """(action, proprio) normalisers of one embodiment's catalogue rows."""
-    total, split = merge(rows), rows[0]["action_dim"]
-    low, high = total["min"][:split], total["max"][:split]
+def normalizers(parts: Sequence[Statistics], action_dim: int) -> tuple[Normalizer, Normalizer]:
+    """(action, proprio) normalisers from the steps' statistics of one embodiment's episodes; empty for video alone."""
+    if not parts:
+        return Normalizer((), ()), Normalizer((), ())
+    total = merge(parts)
+    low, high = total.min[:action_dim], total.max[:action_dim]
     half = np.maximum((high - low) / 2, MINIMUM_RANGE)
     action = Normalizer(tuple((low + high) / 2), tuple(half))
-    proprio = Normalizer(tuple(total["mean"][split:]), tuple(np.maximum(total["std"][split:], MINIMUM_RANGE)))
-    return action, proprio
+    deviation = np.maximum(total.std[action_dim:], MINIMUM_RANGE)
+    return action, Normalizer(tuple(total.mean[action_dim:]), tuple(deviation))

@@ -1,123 +1,106 @@
 """The latent store: zarr v3 arrays under Icechunk transactions, with a catalogue of columns.
 
-Layout of one repository (every group is written once and never changed):
+Layout of one repository (everything is written once, by one commit, and never changed but by ``remove``):
 
-    data/PART/TASK/latents_CxHxW   float16 [N, C, h, w]   chunks of 64 frames, each segment starts on a chunk
-    data/PART/TASK/steps_D         float32 [N, D]         action columns, then proprio columns
-    catalogue/PART                 uint8 [bytes]          an Arrow table, one row an episode (CATALOGUE below)
-    quarantine/PART                uint8 [bytes]          an Arrow table, one row a refused input
-    removed/PART                   uint8 [bytes]          an Arrow table, one row an episode taken out for good
+    data/GROUP/latents_CxHxW   float16 [N, C, h, w]   segments one after the other, chunks of 4 MiB
+    data/GROUP/steps_D         float32 [N, D]         action columns, then proprio columns
+    catalogue/PART             uint8 [bytes]          an Arrow table, one row an episode and encoding
+    statistics/PART            uint8 [bytes]          one row an array of those: moments and quantiles
+    quarantine/PART            uint8 [bytes]          one row a refused input
+    removed/PART               uint8 [bytes]          one row an episode taken out for good
 
-A *part* is one ingest, a *task* one writer in it; disjoint groups never conflict, so the driver merges the
-writers' forks and commits once: a reader sees all of an ingest or none of it. A *segment* is up to 64
-consecutive frames of one camera. Every location carries a digest of its bytes, which ``verify`` compares.
-Why Icechunk: docs/design/store.md.
+A *group* is what one write task wrote, a *part* what one commit added; disjoint groups never conflict, so writers fork,
+and whoever commits merges the forks: a reader sees all of a commit or none of it. A *segment* is up to 64 consecutive
+frames of one camera. Every location carries a checksum of its bytes, which every read compares. The columns are in
+:mod:`preprocessing.catalogue`; the commit protocol and its reasons in docs/design/store.md.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import hashlib
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import icechunk
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import zarr
-from filelock import FileLock
 
-from preprocessing.episode import FRAMES_PER_CHUNK, UserError
+from preprocessing.catalogue import REMOVED, TABLES, parts, write_table
+from preprocessing.episode import UserError
+from preprocessing.snapshot import Snapshot, checksum
+from preprocessing.storage import Place, parse
 
-icechunk.set_logs_filter("error")  # it warns of concurrent local commits, which the lock below rules out
+icechunk.set_logs_filter("error")  # it warns of concurrent local commits, which the lock around them rules out
 warnings.filterwarnings("ignore", module="zarr")  # its notices on unstabilised dtypes do not concern a user
 
-LOCATION = pa.struct([("array", pa.string()), ("start", pa.int64()), ("count", pa.int64()), ("digest", pa.string())])
-CATALOGUE = pa.schema(
-    [
-        ("key", pa.string()),  # what makes it this work and no other: episode, contract, encoder, image size
-        ("id", pa.string()),
-        ("uri", pa.string()),
-        ("index", pa.int64()),
-        ("format", pa.string()),
-        ("frames", pa.int64()),
-        ("fps", pa.float64()),
-        ("embodiment", pa.string()),
-        ("instruction", pa.string()),
-        ("success", pa.bool_()),
-        ("encoder", pa.string()),  # as it was named to uwm ingest
-        ("encoder_digest", pa.string()),  # its weights, settings and precision
-        ("cameras", pa.list_(pa.struct([("name", pa.string()), ("segments", pa.list_(LOCATION))]))),
-        ("steps", LOCATION),
-        ("action_dim", pa.int64()),
-        ("action_layout", pa.string()),  # JSON list of ActionBlock
-        ("proprio", pa.list_(pa.struct([("name", pa.string()), ("width", pa.int64())]))),
-        ("mean", pa.list_(pa.float64())),  # over the episode's steps, one number a column; mergeable
-        ("m2", pa.list_(pa.float64())),
-        ("min", pa.list_(pa.float64())),
-        ("max", pa.list_(pa.float64())),
-        ("contract", pa.string()),  # JSON of the DataContract that was given; null where none was
-        ("repairs", pa.list_(pa.string())),
-    ]
-)
-QUARANTINE = pa.schema(
-    [
-        ("key", pa.string()),
-        ("id", pa.string()),
-        ("uri", pa.string()),
-        ("index", pa.int64()),
-        ("reason", pa.string()),
-        ("reader", pa.string()),  # version that refused these bytes for good; null where trying again may help
-    ]
-)
-REMOVED = pa.schema([("id", pa.string()), ("uri", pa.string()), ("index", pa.int64())])
 GC_MARGIN = datetime.timedelta(hours=24)  # younger objects may belong to an ingest that is still writing
+CHUNK_BYTES = 4 * 2**20  # large enough that reading is bound by the disk and not by the number of chunks
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What one commit added: fewer episodes than were offered, where another ingest had brought some in meanwhile."""
+
+    snapshot: str
+    keys: frozenset[str]  # of the catalogue rows
+
+
+@dataclass(frozen=True)
+class Location:
+    """Rows ``[start, start + count)`` of one array, and the CRC-32C of their bytes in hexadecimal."""
+
+    array: str
+    start: int
+    count: int
+    checksum: str
 
 
 class LatentStore:
-    """A store at a folder (``/path`` or ``file://``).
+    """A store at a URI (``/path``, ``file:///path``, ``s3://bucket/prefix``).
 
     ``create`` makes an empty one where nothing is; ``open`` raises UserError where there is none.
     """
 
-    def __init__(self, uri: str, repository: icechunk.Repository):
-        self.uri = uri
+    def __init__(self, place: Place, repository: icechunk.Repository):
+        self.place = place
+        self.uri = place.uri
         self.repository = repository
 
     @classmethod
     def open(cls, uri: str) -> LatentStore:
-        folder = local_folder(uri)
-        if not folder.is_dir():
-            raise UserError(f"{uri}: no store here; make one with: uwm ingest SOURCE --store {uri}")
-        try:
-            return cls(str(folder), icechunk.Repository.open(icechunk.local_filesystem_storage(str(folder))))
-        except icechunk.IcechunkError:
-            raise UserError(f"{uri}: not a latent store; give a folder that uwm ingest made") from None
+        place = parse(uri)
+        match place.content():
+            case "nothing":
+                raise UserError(f"{uri}: no store here; make one with: uwm ingest SOURCE --store {uri}")
+            case "something else":
+                raise UserError(f"{uri}: not a latent store; give a place that uwm ingest made")
+        return cls(place, icechunk.Repository.open(place.storage()))
 
     @classmethod
     def create(cls, uri: str) -> LatentStore:
-        """Open the store at ``uri``, or make an empty one there if the folder is missing or empty."""
-        folder = local_folder(uri)
-        if folder.is_file():
-            return cls.open(uri)
-        folder.mkdir(parents=True, exist_ok=True)
-        with _lock(folder):
-            if any(folder.iterdir()):
-                return cls.open(uri)
-            repository = icechunk.Repository.create(icechunk.local_filesystem_storage(str(folder)))
-            session = repository.writable_session("main")
+        """Open the store at ``uri``, or make an empty one there if nothing is there yet."""
+        place = parse(uri)
+        with place.commit_lock():
+            if place.content() == "nothing":
+                try:
+                    icechunk.Repository.create(place.storage())
+                except icechunk.IcechunkError:  # somebody else was quicker, or the answer was lost
+                    if place.content() != "store":
+                        raise
+            store = cls.open(uri)
             # Made now, for two ingests that each made one would conflict.
-            for group in ("data", "catalogue", "quarantine", "removed"):
-                zarr.create_group(session.store, path=group)
-            session.commit("new store")
-        return cls(str(folder), repository)
+            session = store.repository.writable_session("main")
+            root = zarr.open_group(session.store, mode="a")
+            for group in ("data", *TABLES):
+                root.require_group(group)
+            if session.has_uncommitted_changes:
+                with contextlib.suppress(icechunk.ConflictError):  # likewise
+                    session.commit("new store")
+        return store
 
     def snapshot(self, snapshot_id: str | None = None) -> Snapshot:
         """The head of the store, or the pinned state of an id or a tag; UserError where there is neither."""
@@ -156,10 +139,15 @@ class LatentStore:
         Raises UserError where that would bring removed episodes back.
         """
         target = self.snapshot(snapshot_id)
-        with _lock(Path(self.uri)):
-            if returning := self.snapshot().removed() - target.removed():
+        with self.place.commit_lock():
+            head = self.snapshot()
+            if returning := head.removed() - target.removed():
                 raise UserError(f"{self.uri}: {len(returning)} episodes were removed since {snapshot_id}; not undone")
-            self.repository.reset_branch("main", target.id)
+            try:
+                self.repository.reset_branch("main", target.id, from_snapshot_id=head.id)
+            except icechunk.IcechunkError:  # it may have been done, and the answer lost
+                if self.snapshot().id != target.id:
+                    raise
 
     def tag(self, name: str, snapshot_id: str | None = None) -> str:
         """Give a snapshot (the head if None) a name that never moves; returns its id. UserError where it is taken."""
@@ -167,9 +155,61 @@ class LatentStore:
         try:
             self.repository.create_tag(name, target)
         except (icechunk.IcechunkError, ValueError) as error:
-            why = "names a snapshot already" if name in self.repository.list_tags() else f"is no tag ({error})"
+            taken = name in self.repository.list_tags()
+            if taken and self.repository.lookup_tag(name) == target:  # as asked for: by us, where the answer was lost
+                return target
+            why = "names a snapshot already" if taken else f"is no tag ({error})"
             raise UserError(f"{self.uri}: {name} {' '.join(why.split())}; choose another name") from None
         return target
+
+    def untag(self, name: str) -> None:
+        """Take a name away, so that its snapshot may be collected; the name cannot be given again."""
+        if name not in self.repository.list_tags():
+            raise UserError(f"{self.uri}: no tag {name}; list them with: uwm store log {self.uri}")
+        self.repository.delete_tag(name)
+
+    def fork(self) -> icechunk.ForkSession:
+        """A picklable session for one writer. What it writes is seen by nobody until ``commit`` gets it back."""
+        return self.repository.writable_session("main").fork()
+
+    def commit(
+        self,
+        name: str,
+        forks: Sequence[icechunk.ForkSession],
+        episodes: list[dict[str, Any]],
+        statistics: list[dict[str, Any]],
+        quarantine: list[dict[str, Any]],
+        unused: Sequence[dict[str, Any]] = (),
+    ) -> Commit:
+        """Make the writers' arrays and these rows (CATALOGUE, STATISTICS, QUARANTINE) visible at once.
+
+        Episodes that somebody else brought in or took out since are left out, and blanked like ``unused`` locations.
+        ``name`` is unique to this commit: asked for again after an error that left its end unknown, it is made once.
+        """
+
+        def change(store: Any, head: Snapshot) -> tuple[str, dict[str, int]] | None:
+            known, removed = head.keys(), head.removed()
+            new, blank = [], list(unused)
+            for row in episodes:
+                if row["key"] in known or row["id"] in removed:
+                    blank += _places(row)
+                else:
+                    known.add(row["key"])
+                    new.append(row)
+            if not (new or quarantine):
+                return None
+            _blank(store, blank)
+            keys = {row["key"] for row in new}
+            part = _part(store, name)
+            write_table(store, "catalogue", part, new)
+            write_table(store, "statistics", part, [row for row in statistics if row["key"] in keys])
+            write_table(store, "quarantine", part, quarantine)
+            frames = sum(row["frames"] for row in new)
+            counts = {"episodes": len(new), "frames": frames, "quarantined": len(quarantine)}
+            return f"ingest {len(new)} episodes", counts
+
+        head = self._commit(name, change, forks)
+        return Commit(head.id, frozenset(head.keys(name)))
 
     def remove(self, ids: list[str], sources: list[str]) -> list[dict[str, Any]]:
         """Take episodes out for good, by id (or the beginning of one) and by source (a URI, or a folder of them).
@@ -177,9 +217,7 @@ class LatentStore:
         Returns a row (REMOVED) for each. Later ingests pass them by. Their latents and steps are blanked in the new
         head; what earlier snapshots hold is theirs until they are collected. UserError where a name fits nothing.
         """
-        head = self.snapshot()
-        gone = head.removed()
-        rows = [row for row in head.catalogue().to_pylist() if row["id"] not in gone]
+        rows = self.snapshot().episodes().to_pylist()
         hint = f"list them with: uwm store episodes {self.uri}"
         chosen: dict[str, dict[str, Any]] = {}
         for start in ids:
@@ -193,219 +231,100 @@ class LatentStore:
                 raise UserError(f"{self.uri}: no episode comes from {source}; {hint}")
             chosen |= found
         removed = [{key: row[key] for key in REMOVED.names} for row in chosen.values()]
-        session = self.repository.writable_session("main")
-        for row in rows:
-            if row["id"] in chosen:
-                for at in [*(at for camera in row["cameras"] for at in camera["segments"]), row["steps"]]:
-                    if at["count"]:
-                        zarr.open_array(session.store, path=at["array"])[at["start"] : at["start"] + at["count"]] = 0
-        _write_table(session, f"removed/{_new_part()}", pa.Table.from_pylist(removed, schema=REMOVED))
-        with _lock(Path(self.uri)):
-            counts = {"removed": len(removed)}
-            session.commit(f"remove {len(removed)} episodes", metadata=counts, rebase_with=icechunk.ConflictDetector())
+
+        name = uuid.uuid4().hex
+
+        def change(store: Any, head: Snapshot) -> tuple[str, dict[str, int]]:
+            rows = [row for row in head.episodes().to_pylist() if row["id"] in chosen]
+            _blank(store, [at for row in rows for at in _places(row)])
+            write_table(store, "removed", _part(store, name), removed)
+            return f"remove {len(removed)} episodes", {"removed": len(removed)}
+
+        self._commit(name, change)
         return removed
 
-    def collect_garbage(self) -> int:
-        """Delete what no snapshot reaches and is older than a day; returns the bytes freed."""
-        before = datetime.datetime.now(datetime.UTC) - GC_MARGIN
-        return self.repository.garbage_collect(before).bytes_deleted
+    def collect_garbage(self, keep: datetime.timedelta) -> tuple[int, int]:
+        """Forget snapshots older than ``keep`` (a day at least) that are neither the head nor tagged, then delete what
+        nothing reaches and is older than a day. Returns the snapshots forgotten and the bytes freed.
+        """
+        now = self.place.now()
+        with self.place.commit_lock():
+            forgotten = self.repository.expire_snapshots(now - max(keep, GC_MARGIN))
+            freed = self.repository.garbage_collect(now - GC_MARGIN).bytes_deleted
+        return len(forgotten), freed
 
-    def begin(self) -> Transaction:
-        return Transaction(self)
+    def _commit(
+        self,
+        name: str,
+        change: Callable[[Any, Snapshot], tuple[str, dict[str, int]] | None],
+        forks: Sequence[icechunk.ForkSession] = (),
+    ) -> Snapshot:
+        """Apply ``change`` (which gives message and counts, or None for nothing to do) to the head, whole or not.
 
-
-@dataclass(frozen=True)
-class Location:
-    """Rows ``[start, start + count)`` of one array, and the digest of their bytes."""
-
-    array: str
-    start: int
-    count: int
-    digest: str
-
-
-class Transaction:
-    """One ingest: forks go out to writers, come back, and become visible in one commit or not at all."""
-
-    def __init__(self, store: LatentStore):
-        self.part = _new_part()
-        self._store = store
-        self._session = store.repository.writable_session("main")
-
-    def fork(self) -> icechunk.ForkSession:
-        """A picklable session for one writer; merged by ``commit``."""
-        return self._session.fork()
-
-    def commit(
-        self, forks: Iterable[Any], episodes: list[dict[str, Any]], quarantine: list[dict[str, Any]], message: str
-    ) -> str:
-        """Make the writers' arrays and these rows (CATALOGUE, QUARANTINE) visible; returns the snapshot id."""
-        self._session.merge(*forks)
-        _write_table(self._session, f"catalogue/{self.part}", pa.Table.from_pylist(episodes, schema=CATALOGUE))
-        if quarantine:
-            _write_table(self._session, f"quarantine/{self.part}", pa.Table.from_pylist(quarantine, schema=QUARANTINE))
-        counts = {
-            "episodes": len(episodes),
-            "frames": sum(row["frames"] for row in episodes),
-            "quarantined": len(quarantine),
-        }
-        with _lock(Path(self._store.uri)):
-            return self._session.commit(message, metadata=counts, rebase_with=icechunk.ConflictDetector())
+        Where another commit comes first, all is done again on top of it: what is known and removed may have changed. A
+        conflict may also be this commit itself, if the answer to it was lost on the way: its name tells.
+        """
+        with self.place.commit_lock():
+            while True:
+                session = self.repository.writable_session("main")
+                head = Snapshot(self.uri, session.snapshot_id)
+                if head.has_part(name):
+                    return head
+                if forks:
+                    session.merge(*forks)
+                done = change(session.store, head)
+                if done is None:
+                    return head
+                message, counts = done
+                try:
+                    return Snapshot(self.uri, session.commit(message, metadata=counts))
+                except icechunk.ConflictError:
+                    continue
 
 
-def write_segments(fork: icechunk.ForkSession, part: str, arrays: list[np.ndarray]) -> list[Location]:
-    """Write latents (float16 ``[n, C, h, w]``) and steps (float32 ``[n, D]``) of one task; where each went.
+def write_segments(fork: icechunk.ForkSession, arrays: list[np.ndarray]) -> list[Location]:
+    """Write latents (float16 ``[n, C, h, w]``) and steps (float32 ``[n, D]``) as one group; where each went.
 
-    Arrays of one shape share a zarr array; segments of latents start on a chunk boundary.
+    Arrays of one shape lie one after the other in one zarr array, without gaps.
     """
-    group = f"data/{part}/{uuid.uuid4().hex[:8]}"
+    group = f"data/{uuid.uuid4().hex}"
     locations = [Location("", 0, 0, "")] * len(arrays)  # where an array is empty, nothing is written
     for shape in dict.fromkeys(array.shape[1:] for array in arrays if array.size):
-        is_latents = len(shape) == 3
-        align = FRAMES_PER_CHUNK if is_latents else 1
-        name = f"{'latents' if is_latents else 'steps'}_{'x'.join(map(str, shape))}"
+        kind = "latents" if len(shape) == 3 else "steps"
+        path = f"{group}/{kind}_{'x'.join(map(str, shape))}"
         members = [i for i, array in enumerate(arrays) if array.shape[1:] == shape]
-        starts, end = [], 0
+        joined = np.concatenate([arrays[i] for i in members], dtype=np.float16 if kind == "latents" else np.float32)
+        start = 0
         for i in members:
-            starts.append(end)
-            end += -(-len(arrays[i]) // align) * align
-        buffer = np.zeros((end, *shape), np.float16 if is_latents else np.float32)
-        for i, start in zip(members, starts, strict=True):
-            rows = buffer[start : start + len(arrays[i])]
-            rows[:] = arrays[i]
-            locations[i] = Location(f"{group}/{name}", start, len(rows), _digest(rows))
-        chunk = min(FRAMES_PER_CHUNK if is_latents else 4096, max(end, 1))
+            stop = start + len(arrays[i])
+            locations[i] = Location(path, start, stop - start, checksum(joined[start:stop]))
+            start = stop
+        row_bytes = joined.nbytes // len(joined)
         array = zarr.create_array(
             fork.store,
-            name=f"{group}/{name}",
-            shape=buffer.shape,
-            chunks=(chunk, *shape),
-            dtype=buffer.dtype,
+            name=path,
+            shape=joined.shape,
+            chunks=(min(len(joined), max(1, CHUNK_BYTES // row_bytes)), *shape),
+            dtype=joined.dtype,
             compressors=None,  # float16 latents do not compress
         )
-        array[:] = buffer
+        array[:] = joined
     return locations
 
 
-class Snapshot:
-    """A pinned, read-only state of a store. Cheap to pickle: a uri and an id."""
-
-    def __init__(self, uri: str, snapshot_id: str):
-        self.uri = uri
-        self.id = snapshot_id
-
-    def episodes(self) -> pa.Table:
-        """The catalogue, one row an episode and encoding, in the order in which they were ingested.
-
-        Two ingests of the same data at the same time each leave a part; the first part's row counts.
-        """
-        table, gone = self.catalogue(), self.removed()
-        seen: set[str] = set()
-        keep = []
-        for key, episode in zip(table["key"].to_pylist(), table["id"].to_pylist(), strict=True):
-            keep.append(key not in seen and episode not in gone)
-            seen.add(key)
-        return table if all(keep) else table.filter(pa.array(keep))
-
-    def catalogue(self) -> pa.Table:
-        """Every row that an ingest wrote, those of removed episodes and doubles included."""
-        return self._tables("catalogue", CATALOGUE)
-
-    def removed(self) -> set[str]:
-        """Ids of the episodes that were taken out for good."""
-        return set(self._tables("removed", REMOVED)["id"].to_pylist())
-
-    def diff(self, older: Snapshot) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Catalogue rows that are here and not in ``older``, and those that are there and not here."""
-        mine, theirs = ({row["key"]: row for row in at.episodes().to_pylist()} for at in (self, older))
-        return (
-            [row for key, row in mine.items() if key not in theirs],
-            [row for key, row in theirs.items() if key not in mine],
-        )
-
-    def rows(self, encoder_digest: str) -> list[dict[str, Any]]:
-        """Catalogue rows of one encoder; of an episode ingested under several contracts, the newest."""
-        table = self.episodes()
-        encoded = table.filter(pc.equal(table["encoder_digest"], encoder_digest))
-        return list({row["id"]: row for row in encoded.to_pylist()}.values())
-
-    def quarantine(self) -> list[dict[str, Any]]:
-        """Inputs refused so far and not ingested since, one row (QUARANTINE) each."""
-        ingested = set(self.episodes()["id"].to_pylist())
-        latest = {row["key"]: row for row in self._tables("quarantine", QUARANTINE).to_pylist()}
-        return [row for row in latest.values() if row["id"] not in ingested]
-
-    def read(self, locations: list[dict[str, Any]]) -> np.ndarray:
-        """The rows of consecutive locations as one array, e.g. a camera's segments -> float16 ``[T, C, h, w]``."""
-        return np.concatenate([self._array(at["array"])[at["start"] : at["start"] + at["count"]] for at in locations])
-
-    def verify(self) -> Iterator[str]:
-        """Read everything the catalogue names and yield one line for each place whose bytes are not as written."""
-        for row in self.episodes().to_pylist():
-            places = [(camera["name"], at) for camera in row["cameras"] for at in camera["segments"]]
-            if row["steps"]["count"]:
-                places.append(("steps", row["steps"]))
-            for what, at in places:
-                with contextlib.suppress(Exception):  # unreadable is as bad as different
-                    if _digest(self.read([at])) == at["digest"]:
-                        continue
-                rows = f"rows {at['start']} to {at['start'] + at['count']} of {at['array']}"
-                yield f"episode {row['id']} ({row['uri']} #{row['index']}): {what}, {rows}"
-
-    def __getstate__(self) -> dict[str, str]:
-        return {"uri": self.uri, "id": self.id}
-
-    @property
-    def _session(self) -> icechunk.Session:
-        if "_opened" not in self.__dict__:
-            self._arrays: dict[str, zarr.Array] = {}
-            self._opened = LatentStore.open(self.uri).repository.readonly_session(snapshot_id=self.id)
-        return self._opened
-
-    def _array(self, path: str) -> zarr.Array:
-        session = self._session
-        if path not in self._arrays:
-            self._arrays[path] = zarr.open_array(session.store, path=path, mode="r")
-        return self._arrays[path]
-
-    def _tables(self, group: str, schema: pa.Schema) -> pa.Table:
-        parts = sorted(zarr.open_group(self._session.store, path=group, mode="r").array_keys())
-        return pa.concat_tables([schema.empty_table(), *(_read_table(self._session, f"{group}/{p}") for p in parts)])
+def _places(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every location that a catalogue row names."""
+    return [*(at for camera in row["cameras"] for at in camera["segments"]), row["steps"]]
 
 
-def local_folder(uri: str) -> Path:
-    """The folder that ``/path`` or ``file:///path`` names; UserError for any other scheme."""
-    parsed = urlparse(uri)
-    if parsed.scheme not in ("", "file"):
-        raise UserError(f"{uri}: stores live in a folder for now; give /path or file:///path")
-    return Path(parsed.path if parsed.scheme else uri).expanduser().resolve()
+def _blank(store: Any, locations: list[dict[str, Any]]) -> None:
+    """Overwrite these rows with zeros: a chunk that holds nothing else is gone with that."""
+    for at in locations:
+        if at["count"]:
+            zarr.open_array(store, path=at["array"])[at["start"] : at["start"] + at["count"]] = 0
 
 
-def _new_part() -> str:
-    """Sorts by time; never the same twice."""
-    return f"{datetime.datetime.now(datetime.UTC).strftime('%Y%m%dT%H%M%S%f')}-{uuid.uuid4().hex[:8]}"
-
-
-def _lock(folder: Path) -> FileLock:
-    # Icechunk's commit on a local file system is not safe against concurrent committers (on S3 it is). Beside the
-    # store, not in it: Icechunk only makes a repository in an empty folder.
-    return FileLock(folder.parent / f".{folder.name}.lock")
-
-
-def _digest(rows: np.ndarray) -> str:
-    return hashlib.blake2b(np.ascontiguousarray(rows).data, digest_size=8).hexdigest()
-
-
-def _write_table(session: icechunk.Session, path: str, table: pa.Table) -> None:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
-        writer.write_table(table)
-    data = np.frombuffer(sink.getvalue(), np.uint8)
-    zarr.create_array(session.store, name=path, shape=data.shape, chunks=data.shape, dtype="uint8", compressors=None)[
-        :
-    ] = data
-
-
-def _read_table(session: icechunk.Session, path: str) -> pa.Table:
-    data = np.asarray(zarr.open_array(session.store, path=path, mode="r")[:])
-    return pa.ipc.open_stream(pa.py_buffer(data.tobytes())).read_all()
+def _part(store: Any, name: str) -> str:
+    """The part of this commit. It sorts behind every part that is there, whatever anybody's clock says."""
+    last = max((names[-1] for names in (parts(store, group) for group in TABLES) if names), default="0")
+    return f"{int(last.partition('-')[0]) + 1:08d}-{name}"

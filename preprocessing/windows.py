@@ -51,7 +51,8 @@ def describe(name: str, rows: list[dict[str, Any]], index: int, slots: int) -> E
                     f"{_short(first[what])}; give one of them its own name with --contract (embodiment: NAME)"
                 )
     cameras = list(dict.fromkeys(camera["name"] for row in rows for camera in row["cameras"]))
-    action, proprio = normalizers(rows)
+    statistics = [row["statistics"] for row in rows if row["statistics"] is not None]
+    action, proprio = normalizers(statistics, first["action_dim"])
     return Embodiment(
         index=index,
         cameras=tuple(cameras[:slots]),
@@ -62,6 +63,14 @@ def describe(name: str, rows: list[dict[str, Any]], index: int, slots: int) -> E
         action_normalizer=action,
         proprio_normalizer=proprio,
     )
+
+
+def by_embodiment(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Catalogue rows by the name of their embodiment."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["embodiment"], []).append(row)
+    return groups
 
 
 def _agree(one: str, other: str) -> bool:

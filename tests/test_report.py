@@ -82,18 +82,16 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
 
 def _store(folder: Path) -> tuple[str, str]:
     store = LatentStore.create(str(folder))
-    transaction = store.begin()
-    fork = transaction.fork()
+    fork = store.fork()
     latents = {"front": np.zeros((10, 4, 8, 8), np.float16), "wrist": np.zeros((10, 4, 8, 8), np.float16)}
-    rows = [
-        write_episode(fork, transaction.part, "one", latents, np.zeros((10, 7), np.float32), 4, instruction=HOSTILE),
-        write_episode(fork, transaction.part, "two", latents, np.zeros((10, 7), np.float32), 4, repairs=["flipped"]),
-        write_episode(
-            fork, transaction.part, "clip", latents, np.zeros((10, 0), np.float32), 0, "video", instruction=None
-        ),
+    written = [
+        write_episode(fork, "one", latents, np.zeros((10, 7), np.float32), 4, instruction=HOSTILE),
+        write_episode(fork, "two", latents, np.zeros((10, 7), np.float32), 4, repairs=["flipped"]),
+        write_episode(fork, "clip", latents, np.zeros((10, 0), np.float32), 0, "video", instruction=None),
     ]
     refused = {"key": "k", "id": "bad", "uri": f"/raw/{HOSTILE}.mp4", "index": 0, "reason": "ends early", "reader": "1"}
-    return store.uri, transaction.commit([fork], rows, [refused], "ingest")
+    rows, statistics = [row for row, _ in written], [one for _, found in written for one in found]
+    return store.uri, store.commit("test", [fork], rows, statistics, [refused]).snapshot
 
 
 def _run(kind: str, snapshot: str, parent: str) -> str:

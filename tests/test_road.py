@@ -92,67 +92,6 @@ def test_latents_are_those_of_the_frames_in_order(road: Any) -> None:
     assert np.corrcoef(levels, np.arange(90))[0, 1] > 0.99
 
 
-def test_a_corrupt_file_is_quarantined_once_and_the_rest_goes_in(road: Any, tmp_path: Path, uwm: Uwm) -> None:
-    whole = write_video(tmp_path / "good.mp4", numbered(40)).read_bytes()
-    (tmp_path / "broken.mp4").write_bytes(whole[: len(whole) * 2 // 3])
-    store = tmp_path / "store"
-    arguments = ("ingest", tmp_path / "good.mp4", tmp_path / "broken.mp4", "--store", store, "--json")
-    code, report, err = uwm(*arguments)
-    assert code == 3 and report["episodes"] == {"new": 1, "already": 0, "quarantined": 1}
-    [bad] = report["quarantine"]
-    assert bad["uri"].endswith("broken.mp4") and bad["reason"] in err
-    code, again, _ = uwm(*arguments)
-    assert code == 3 and again["episodes"] == {"new": 0, "already": 1, "quarantined": 1}
-    assert again["snapshot"] == report["snapshot"]
-
-
-def test_a_long_ingest_commits_as_it_goes_and_goes_on_after_a_crash(
-    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from pipelines import ingest as module
-
-    raw = tmp_path / "raw"
-    raw.mkdir()
-    for number in range(3):
-        write_video(raw / f"{number}.mp4", numbered(20 + number))
-    whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
-    expected = ingest([str(raw)], whole, image_size=64)
-    monkeypatch.setattr(module, "FIRST_COMMIT", 2)
-    monkeypatch.setattr(module, "COMMIT_MINUTES", 0)
-    write = module._write
-
-    def dies_in_the_second(new: Any, *rest: Any) -> None:
-        if len(LatentStore.open(cut).log()) == 2:
-            raise OSError("no space left")
-        write(new, *rest)
-
-    monkeypatch.setattr(module, "_write", dies_in_the_second)
-    with pytest.raises(OSError, match="no space"):
-        ingest([str(raw)], cut, image_size=64)
-    assert LatentStore.open(cut).snapshot().episodes().num_rows == 2
-    monkeypatch.setattr(module, "_write", write)
-    again = ingest([str(raw)], cut, image_size=64)
-    assert again.episodes == {"new": 1, "already": 2, "quarantined": 0}
-    assert [entry["counts"].get("episodes") for entry in LatentStore.open(cut).log()][:2] == [1, 2]
-    stores = [LatentStore.open(uri).snapshot() for uri in (whole, cut)]
-    rows = [{row["id"]: row for row in store.episodes().to_pylist()} for store in stores]
-    assert rows[0].keys() == rows[1].keys() and expected.frames == sum(row["frames"] for row in rows[1].values())
-    for name in rows[0]:
-        one, other = (store.read(row[name]["cameras"][0]["segments"]) for store, row in zip(stores, rows, strict=True))
-        np.testing.assert_array_equal(one, other)
-
-
-def test_a_removed_episode_is_not_ingested_again(road: Any, tmp_path: Path, uwm: Uwm) -> None:
-    clip, store = write_video(tmp_path / "clip.mp4", numbered(40)), tmp_path / "store"
-    assert uwm("ingest", clip, "--store", store)[0] == 0
-    code, removed, _ = uwm("store", "remove", store, "--source", clip, "--json")
-    assert code == 0 and len(removed["removed"]) == 1
-    copy = shutil.copy(clip, tmp_path / "copy.mp4")
-    code, report, err = uwm("ingest", copy, "--store", store, "--json")
-    assert code == 0 and report["episodes"] == {"new": 0, "already": 0, "quarantined": 0}
-    assert report["removed"] == 1 and "stay out" in err and report["snapshot"] == removed["snapshot"]
-
-
 def test_training_lowers_nothing_it_should_not_and_tracks_what_it_read(road: Any) -> None:
     settings = checkpoint.load_settings(road["pretrained"])
     assert settings.snapshot == road["first"].snapshot and settings.step == 6

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import contextlib
+import datetime
 import multiprocessing
 import pickle
 from pathlib import Path
+from typing import Any
 
+import icechunk
 import numpy as np
 import pytest
-from rows import commit, fill, random_episode
+from rows import commit, fill, is_blank, random_episode
 
 from preprocessing.episode import UserError
 from preprocessing.store import LatentStore
@@ -14,17 +18,16 @@ from preprocessing.store import LatentStore
 
 def test_a_reader_sees_all_of_an_ingest_or_none(tmp_path: Path) -> None:
     store = LatentStore.create(str(tmp_path / "store"))
-    transaction = store.begin()
-    written = [random_episode(transaction, name, 70, ("front",)) for name in ("a", "b")]
+    written = [random_episode(store, name, 70, ("front",)) for name in ("a", "b")]
     assert store.snapshot().episodes().num_rows == 0
-    commit(transaction, written)
+    commit(store, written)
     assert store.snapshot().episodes()["id"].to_pylist() == ["a", "b"]
 
 
 def test_an_abandoned_ingest_leaves_no_trace_for_a_reader(tmp_path: Path) -> None:
     store = LatentStore.create(str(tmp_path / "store"))
     before = fill(store, ["a"])
-    random_episode(store.begin(), "b", 70, ("front",))
+    random_episode(store, "b", 70, ("front",))
     assert LatentStore.open(store.uri).snapshot().id == before
 
 
@@ -39,7 +42,10 @@ def test_what_is_read_is_what_was_written_across_segments(tmp_path: Path) -> Non
         expected = random.standard_normal((150, 4, 8, 8)).astype(np.float16)
         np.testing.assert_array_equal(snapshot.read(camera["segments"]), expected)
     np.testing.assert_array_equal(snapshot.read([row["steps"]]), random.standard_normal((150, 5)).astype(np.float32))
-    np.testing.assert_allclose(row["mean"], snapshot.read([row["steps"]]).mean(0), rtol=1e-5)
+    steps, front = (snapshot.statistics([row["key"]], array) for array in ("steps", "front"))
+    assert steps and front and snapshot.statistics([row["key"]], "elsewhere") is None
+    np.testing.assert_allclose(steps.mean, snapshot.read([row["steps"]]).mean(0), rtol=1e-5)
+    assert steps.count == 150 and front.count == 150 * 64 and front.mean.shape == (4,)
 
 
 def test_a_pinned_snapshot_does_not_move_and_rollback_is_a_new_head(tmp_path: Path) -> None:
@@ -54,10 +60,60 @@ def test_a_pinned_snapshot_does_not_move_and_rollback_is_a_new_head(tmp_path: Pa
 
 def test_two_ingests_begun_at_once_are_both_in(tmp_path: Path) -> None:
     store = LatentStore.create(str(tmp_path / "store"))
-    one, two = store.begin(), store.begin()
-    commit(one, [random_episode(one, "a", 70, ("front",))])
-    commit(two, [random_episode(two, "b", 70, ("front",)), random_episode(two, "a", 70, ("front",))])
-    assert sorted(store.snapshot().episodes()["id"].to_pylist()) == ["a", "b"]
+    one, two = ([random_episode(store, name, 70, ("front",)) for name in names] for names in (["a"], ["b", "a"]))
+    commit(store, one)
+    commit(store, two)
+    assert store.snapshot().episodes()["id"].to_pylist() == ["a", "b"]
+    assert not list(store.snapshot().verify())
+    [_, (_, double, _)] = two  # the second "a" takes no space
+    assert is_blank(store, store.snapshot().id, double["cameras"][0]["segments"])
+
+
+def test_a_commit_that_another_overtakes_is_done_again_on_top_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LatentStore.create(str(tmp_path / "store"))
+    late = [random_episode(store, name, 70, ("front",)) for name in ("a", "b", "c")]
+    fill(store, ["c"])
+    merge = icechunk.Session.merge
+
+    def overtaken(session: icechunk.Session, *forks: Any) -> None:
+        merge(session, *forks)
+        monkeypatch.setattr(icechunk.Session, "merge", merge)
+        other = LatentStore.open(store.uri)
+        monkeypatch.setattr(other.place.__class__, "commit_lock", lambda place: contextlib.nullcontext())
+        fill(other, ["a"])
+        other.remove(["c"], [])
+
+    monkeypatch.setattr(icechunk.Session, "merge", overtaken)
+    commit(store, late)
+    head = store.snapshot()
+    assert sorted(head.episodes()["id"].to_pylist()) == ["a", "b"] and head.removed() == {"c"}
+    assert [entry["counts"].get("episodes") for entry in store.log()][:4] == [1, None, 1, 1]
+    assert not list(head.verify())
+    for (_, row, _), kept in zip(late, (False, True, False), strict=True):  # those that are not needed take no space
+        assert is_blank(store, head.id, row["cameras"][0]["segments"]) != kept
+
+
+def test_a_commit_whose_answer_was_lost_is_made_once(tmp_path: Path) -> None:
+    store = LatentStore.create(str(tmp_path / "store"))
+    fork, row, statistics = random_episode(store, "a", 70, ("front",))
+    first = store.commit("the-name", [fork], [row], statistics, [])
+    again = store.commit("the-name", [fork], [row], statistics, [])
+    assert first == again and first.keys == {"key-a"}
+    assert not list(store.snapshot().verify()) and len(store.log()) == 2
+
+
+def test_what_was_written_for_nothing_takes_no_space(tmp_path: Path) -> None:
+    store = LatentStore.create(str(tmp_path / "store"))
+    (fork, row, statistics), (other, broken, _) = (random_episode(store, name, 640, ("front",)) for name in "ab")
+    unused = [*broken["cameras"][0]["segments"], broken["steps"]]
+    refused = {"key": "q", "id": "b", "uri": "/raw/b", "index": 0, "reason": "breaks", "reader": None}
+    store.commit("name", [fork, other], [row], statistics, [refused], unused)
+    store.repository.garbage_collect(datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=1))
+    kept = sum(file.stat().st_size for file in (tmp_path / "store" / "chunks").iterdir())
+    assert kept < 1.1 * (640 * 4 * 8 * 8 * 2 + 640 * 5 * 4)
+    assert [bad["id"] for bad in store.snapshot().quarantine()] == ["b"] and not list(store.snapshot().verify())
 
 
 def _ingest_one(uri: str, name: str) -> None:
@@ -92,6 +148,7 @@ def test_a_tag_pins_a_snapshot_and_never_moves(tmp_path: Path) -> None:
     second = fill(store, ["b"])
     assert store.snapshot("paper").id == first
     assert [entry["tags"] for entry in store.log()][:2] == [[], ["paper"]]
+    assert store.tag("paper", first) == first
     for name in ("paper", "with/slash"):
         with pytest.raises(UserError, match="choose another name") as caught:
             store.tag(name)
@@ -118,8 +175,8 @@ def test_a_removed_episode_is_blanked_and_stays_out(tmp_path: Path) -> None:
     assert not list(head.verify())
     for name, kept in (("apple", True), ("axe", False), ("bee", False)):
         where = [*rows[name]["cameras"][0]["segments"]], [rows[name]["steps"]]
-        assert [bool(head.read(places).any()) for places in where] == [kept, kept]
-    assert store.snapshot(before).read(rows["axe"]["cameras"][0]["segments"]).any()
+        assert [is_blank(store, head.id, places) for places in where] == [not kept, not kept]
+    assert not is_blank(store, before, rows["axe"]["cameras"][0]["segments"])
     fill(store, ["axe"])  # an ingest that did not know of the removal
     assert store.snapshot().episodes()["id"].to_pylist() == ["apple"]
     with pytest.raises(UserError, match="2 episodes were removed"):
@@ -129,8 +186,8 @@ def test_a_removed_episode_is_blanked_and_stays_out(tmp_path: Path) -> None:
 def test_garbage_collection_keeps_what_is_young(tmp_path: Path) -> None:
     store = LatentStore.create(str(tmp_path / "store"))
     fill(store, ["a"])
-    random_episode(store.begin(), "b", 70, ("front",))
-    assert store.collect_garbage() == 0
+    random_episode(store, "b", 70, ("front",))
+    assert store.collect_garbage(datetime.timedelta(0)) == (0, 0)
     assert not list(store.snapshot().verify())
 
 

@@ -4,11 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rows import fill, write_episode
+from rows import commit, fill, write_episode
 
 from preprocessing.episode import UserError
 from preprocessing.loader import LatentDataset, WindowShape
-from preprocessing.statistics import column_statistics, merge
 from preprocessing.store import LatentStore
 from preprocessing.windows import WindowSampler, describe, is_validation
 
@@ -20,16 +19,14 @@ def mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LatentDataset:
     """Frame t of an episode holds the number t: an arm of 3 actions with 2 cameras, and a video without actions."""
     monkeypatch.setenv("UWM_CACHE", str(tmp_path / "cache"))
     store = LatentStore.create(str(tmp_path / "store"))
-    transaction = store.begin()
-    fork = transaction.fork()
+    fork, fork_video = store.fork(), store.fork()
     count = np.arange(10)
     latents = np.broadcast_to(count[:, None, None, None], (10, 4, 8, 8)).astype(np.float16)
     steps = np.stack([count, -count, count * 0 + 7, count * 2, count * 3], axis=1).astype(np.float32)
-    arm = write_episode(fork, transaction.part, "arm-1", {"front": latents, "wrist": latents + 100}, steps, 3)
-    fork_video = transaction.fork()
+    arm = write_episode(fork, "arm-1", {"front": latents, "wrist": latents + 100}, steps, 3)
     nothing = np.zeros((10, 0), np.float32)
-    video = write_episode(fork_video, transaction.part, "video-1", {"video": latents}, nothing, 0, "video")
-    transaction.commit([fork, fork_video], [arm, video], [], "test")
+    video = write_episode(fork_video, "video-1", {"video": latents}, nothing, 0, "video")
+    commit(store, [(fork, *arm), (fork_video, *video)])
     rows = store.snapshot().rows("e" * 16)
     embodiments = {
         "arm": describe("arm", [rows[0]], 0, SHAPE.cameras),
@@ -96,16 +93,6 @@ def test_a_held_out_episode_stays_held_out_and_the_share_is_met() -> None:
     held = [name for name in names if is_validation(name, 0.1)]
     assert abs(len(held) / len(names) - 0.1) < 0.02
     assert all(is_validation(name, 0.2) for name in held)
-
-
-def test_statistics_merge_to_those_of_all_data_together() -> None:
-    random = np.random.default_rng(0)
-    parts = [random.standard_normal((n, 3)) * 5 + 2 for n in (4, 50, 1)]
-    total = merge([{"frames": len(part), **column_statistics(part)} for part in parts])
-    whole = np.concatenate(parts)
-    np.testing.assert_allclose(total["mean"], whole.mean(0))
-    np.testing.assert_allclose(total["std"], whole.std(0))
-    np.testing.assert_allclose(total["max"], whole.max(0))
 
 
 def test_episodes_of_one_embodiment_that_disagree_are_refused(tmp_path: Path) -> None:

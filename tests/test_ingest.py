@@ -1,0 +1,166 @@
+"""What an ingest promises of a store, on small files: real decode tasks, encoder actors and commits."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Uwm
+from formats import numbered, quadrants, write_demos, write_video
+from rows import differences
+
+from pipelines import ingest as verb
+from pipelines import ingest_job
+from pipelines.ingest import ingest
+from preprocessing import sources
+from preprocessing.encoders import encoder_digest, load_encoder
+from preprocessing.episode import UserError
+from preprocessing.store import LatentStore
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every few rows are written, and whatever is complete is committed twice a second."""
+    monkeypatch.setattr(ingest_job, "ROWS_PER_WRITE", 2)
+    monkeypatch.setattr(ingest_job, "COMMIT_MINUTES", 0)
+
+
+@pytest.mark.slow
+def test_encoders_share_one_pass_and_a_new_one_is_new_work_beside_the_old(tmp_path: Path) -> None:
+    from diffusers import AutoencoderTiny
+
+    raw, store, other = tmp_path / "raw", str(tmp_path / "store"), tmp_path / "other"
+    raw.mkdir()
+    write_demos(raw / "toy_demo.hdf5", demos=3, steps=20)
+    AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4).save_pretrained(other)
+    assert ingest([str(raw)], store, image_size=64).episodes["new"] == 3
+    write_video(raw / "clip.mp4", numbered(90))
+    both = ingest([str(raw)], store, image_size=64, encoders=["tiny", str(other)])
+    assert both.episodes == {"new": 4, "already": 0, "quarantined": 0} and both.bound_by
+    assert ingest([str(raw)], store, image_size=64, encoders=[str(other)]).episodes["already"] == 4
+    snapshot = LatentStore.open(store).snapshot()
+    assert len(snapshot.episodes(["id"])) == 8 and not list(snapshot.verify())
+    rows = {name: {row["id"]: row for row in snapshot.rows(encoder_digest(name))} for name in ("tiny", str(other))}
+    assert rows["tiny"].keys() == rows[str(other)].keys() and len(rows["tiny"]) == 4
+    for row, twin in zip(rows["tiny"].values(), (rows[str(other)][id] for id in rows["tiny"]), strict=True):
+        if row["format"] == "hdf5":
+            np.testing.assert_array_equal(snapshot.read([row["steps"]]), snapshot.read([twin["steps"]]))
+        latents, theirs = (snapshot.read(one["cameras"][0]["segments"]) for one in (row, twin))
+        assert latents.shape == theirs.shape and not np.array_equal(latents, theirs)
+        statistics = snapshot.statistics([row["key"]], row["cameras"][0]["name"])
+        assert statistics and statistics.count == row["frames"] * 64
+        np.testing.assert_allclose(statistics.mean, latents.mean((0, 2, 3), dtype=np.float64), atol=1e-4)
+        np.testing.assert_allclose(statistics.std, latents.std((0, 2, 3), dtype=np.float64), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_long_ingest_commits_as_it_goes_and_ends_with_the_same_store(tmp_path: Path, eager: None) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for number in range(6):
+        write_video(raw / f"{number}.mp4", quadrants(64)[None].repeat(600, 0) - np.uint8(number))
+    report = ingest([str(raw)], str(tmp_path / "eager"), image_size=64)
+    log = LatentStore.open(str(tmp_path / "eager")).log()
+    assert len(log) > 2 and sum(entry["counts"].get("episodes", 0) for entry in log) == 6 == report.episodes["new"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ingest_job, "COMMIT_MINUTES", 60)
+        ingest([str(raw)], str(tmp_path / "whole"), image_size=64)
+    assert len(LatentStore.open(str(tmp_path / "whole")).log()) == 2
+    assert not differences(str(tmp_path / "eager"), str(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_a_corrupt_file_is_quarantined_once_and_the_rest_goes_in(tmp_path: Path, uwm: Uwm) -> None:
+    whole = write_video(tmp_path / "good.mp4", numbered(40)).read_bytes()
+    (tmp_path / "broken.mp4").write_bytes(whole[: len(whole) * 2 // 3])
+    store = tmp_path / "store"
+    arguments = ("ingest", tmp_path / "good.mp4", tmp_path / "broken.mp4", "--store", store, "--json")
+    code, report, err = uwm(*arguments)
+    assert code == 3 and report["episodes"] == {"new": 1, "already": 0, "quarantined": 1}
+    [bad] = report["quarantine"]
+    assert bad["uri"].endswith("broken.mp4") and bad["reason"] in err
+    code, again, _ = uwm(*arguments)
+    assert code == 3 and again["episodes"] == {"new": 0, "already": 1, "quarantined": 1}
+    assert again["snapshot"] == report["snapshot"]
+    assert uwm("store", "quarantine", store, "--json")[1] == [bad]
+    assert uwm(*arguments, "--retry", "--dry-run")[1]["episodes"] == {"new": 1, "already": 1, "quarantined": 0}
+    (tmp_path / "broken.mp4").write_bytes(whole)  # mended: now it is a copy of the good one
+    assert uwm(*arguments)[1]["episodes"] == {"new": 0, "already": 2, "quarantined": 0}
+
+
+@pytest.mark.slow
+def test_too_many_bad_inputs_stop_the_job_and_keep_what_is_good(
+    tmp_path: Path, eager: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verb, "ENOUGH_TO_JUDGE", 3)
+    good = write_video(tmp_path / "0.mp4", numbered(40)).read_bytes()
+    for number in range(1, 5):
+        (tmp_path / f"{number}.mp4").write_bytes(good[: len(good) * 2 // 3 + number])
+    for number in range(5, 8):
+        write_video(tmp_path / f"{number}.mp4", quadrants(128)[None].repeat(3000, 0) - np.uint8(number))
+    store = str(tmp_path / "store")
+    with pytest.raises(UserError, match=r"4 of 8 episodes are bad, more than --max-bad 0\.4"):
+        ingest([str(tmp_path)], store, image_size=128, max_bad=0.4)
+    snapshot = LatentStore.open(store).snapshot()
+    names = [Path(uri).name for uri in snapshot.episodes(["uri"])["uri"].to_pylist()]
+    assert "0.mp4" in names and len(names) < 4
+    assert len(snapshot.quarantine()) == 4 and not list(snapshot.verify())
+
+
+@pytest.mark.slow
+def test_a_file_that_changes_or_disappears_while_it_is_read_does_not_go_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, count in (("changing", 30), ("vanishing", 31), ("staying", 32)):
+        write_video(tmp_path / f"{name}.mp4", numbered(count))
+    store, scan = str(tmp_path / "store"), sources.scan
+
+    def then_things_happen(*arguments: Any) -> Any:
+        refs = list(scan(*arguments))
+        write_video(tmp_path / "changing.mp4", numbered(33))
+        (tmp_path / "vanishing.mp4").unlink()
+        return refs
+
+    monkeypatch.setattr(sources, "scan", then_things_happen)
+    report = ingest([str(tmp_path)], store, image_size=64)
+    assert report.episodes == {"new": 1, "already": 0, "quarantined": 2}
+    reasons = {Path(row["uri"]).stem: row["reason"] for row in report.quarantine}
+    assert "changed while it was read" in reasons["changing"] and "No such file" in reasons["vanishing"]
+    monkeypatch.setattr(sources, "scan", scan)
+    again = ingest([str(tmp_path)], store, image_size=64)
+    assert again.episodes == {"new": 1, "already": 1, "quarantined": 0}
+    snapshot = LatentStore.open(store).snapshot()
+    assert {row["frames"] for row in snapshot.rows()} == {32, 33} and not list(snapshot.verify())
+    [row] = [row for row in snapshot.rows() if row["frames"] == 33]
+    seen = load_encoder("tiny").decode(snapshot.read(row["cameras"][0]["segments"])).reshape(33, -1).mean(1)
+    assert np.corrcoef(seen, np.arange(33))[0, 1] > 0.99
+
+
+@pytest.mark.slow
+def test_videos_are_thinned_on_request_and_each_rate_is_work_of_its_own(tmp_path: Path, uwm: Uwm) -> None:
+    write_video(tmp_path / "clip.mp4", numbered(60))  # at 20 frames a second
+    write_demos(tmp_path / "toy_demo.hdf5", demos=1, steps=20)
+    store = tmp_path / "store"
+    code, report, _ = uwm("ingest", tmp_path, "--store", store, "--image-size", "64", "--fps", "5", "--json")
+    assert code == 0 and report["episodes"]["new"] == 2
+    rows = {row["format"]: row for row in LatentStore.open(str(store)).snapshot().rows()}
+    assert (rows["video"]["frames"], rows["video"]["fps"], rows["hdf5"]["frames"]) == (15, 5.0, 20)
+    again = uwm("ingest", tmp_path, "--store", store, "--image-size", "64", "--dry-run", "--json")[1]
+    assert again["episodes"] == {"new": 1, "already": 1, "quarantined": 0}
+
+
+@pytest.mark.slow
+def test_a_removed_episode_is_not_ingested_again(tmp_path: Path, uwm: Uwm) -> None:
+    clip, store = write_video(tmp_path / "clip.mp4", numbered(40)), tmp_path / "store"
+    assert uwm("ingest", clip, "--store", store)[0] == 0
+    code, removed, _ = uwm("store", "remove", store, "--source", clip, "--json")
+    assert code == 0 and len(removed["removed"]) == 1
+    copy = shutil.copy(clip, tmp_path / "copy.mp4")
+    code, report, err = uwm("ingest", copy, "--store", store, "--json")
+    assert code == 0 and report["episodes"] == {"new": 0, "already": 0, "quarantined": 0}
+    assert report["removed"] == 1 and "stay out" in err and report["snapshot"] == removed["snapshot"]
