@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
-from preprocessing.store import Snapshot
+from preprocessing.cache import cache_folder
+from preprocessing.snapshot import Snapshot
 from preprocessing.windows import Embodiment, WindowSampler
 
 
@@ -147,7 +147,7 @@ def _flat_files(snapshot: Snapshot, rows: list[dict[str, Any]]) -> tuple[np.ndar
     Built under a lock by the first process of a machine that asks; a folder that is there is complete.
     """
     name = hashlib.sha256("".join(row["key"] for row in rows).encode()).hexdigest()[:24]
-    root = Path(os.environ.get("UWM_CACHE", "~/.cache/uwm")).expanduser()
+    root = cache_folder()
     root.mkdir(parents=True, exist_ok=True)
     folder = root / f"flat-{name}"
     with FileLock(root / f"flat-{name}.lock"):

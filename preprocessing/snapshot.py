@@ -40,19 +40,15 @@ class Snapshot:
             table = table.filter(pc.invert(pc.is_in(table["id"], pa.array(sorted(gone)))))
         return table if columns is None else table.select([*columns])
 
-    def keys(self, commit: str | None = None) -> set[str]:
-        """What makes each piece of finished work that work and no other, removed episodes included.
+    def parts(self, group: str, commit: str = "") -> list[str]:
+        """Names of a group's tables in the order of their commits; those of one commit, where it is named."""
+        return [part for part in parts(self._store, group) if part.endswith(f"-{commit}" if commit else "")]
 
-        Of all commits, or of the one with this name.
-        """
-        if commit is None:
-            return set(read_tables(self._store, "catalogue", ["key"])["key"].to_pylist())
-        mine = [part for part in parts(self._store, "catalogue") if part.endswith(f"-{commit}")]
-        return {key for part in mine for key in read_table(self._store, "catalogue", part, ["key"])["key"].to_pylist()}
-
-    def has_part(self, commit: str) -> bool:
-        """Whether the commit of this name is among those that led here."""
-        return any(part.endswith(f"-{commit}") for group in TABLES for part in parts(self._store, group))
+    def keys(self, part: str | None = None) -> set[str]:
+        """What makes each piece of finished work that work and no other, removed episodes too; of one part, or all."""
+        if part is not None:
+            return set(read_table(self._store, "catalogue", part, ["key"])["key"].to_pylist())
+        return set(read_tables(self._store, "catalogue", ["key"])["key"].to_pylist())
 
     def removed(self) -> set[str]:
         """Ids of the episodes that were taken out for good."""

@@ -69,6 +69,7 @@ class LatentStore:
         self.place = place
         self.uri = place.uri
         self.repository = repository
+        self._keys: dict[str, set[str]] = {}  # of catalogue parts, which never change
 
     @classmethod
     def open(cls, uri: str) -> LatentStore:
@@ -188,7 +189,7 @@ class LatentStore:
         """
 
         def change(store: Any, head: Snapshot) -> tuple[str, dict[str, int]] | None:
-            known, removed = head.keys(), head.removed()
+            known, removed = self._known(head), head.removed()
             new, blank = [], list(unused)
             for row in episodes:
                 if row["key"] in known or row["id"] in removed:
@@ -209,7 +210,7 @@ class LatentStore:
             return f"ingest {len(new)} episodes", counts
 
         head = self._commit(name, change, forks)
-        return Commit(head.id, frozenset(head.keys(name)))
+        return Commit(head.id, frozenset(key for part in head.parts("catalogue", name) for key in head.keys(part)))
 
     def remove(self, ids: list[str], sources: list[str]) -> list[dict[str, Any]]:
         """Take episodes out for good, by id (or the beginning of one) and by source (a URI, or a folder of them).
@@ -253,6 +254,11 @@ class LatentStore:
             freed = self.repository.garbage_collect(now - GC_MARGIN).bytes_deleted
         return len(forgotten), freed
 
+    def _known(self, head: Snapshot) -> set[str]:
+        """``head.keys()``, of which only those are read that came since the last time."""
+        self._keys = {part: self._keys.get(part) or head.keys(part) for part in head.parts("catalogue")}
+        return set().union(*self._keys.values())
+
     def _commit(
         self,
         name: str,
@@ -268,7 +274,7 @@ class LatentStore:
             while True:
                 session = self.repository.writable_session("main")
                 head = Snapshot(self.uri, session.snapshot_id)
-                if head.has_part(name):
+                if any(head.parts(group, name) for group in TABLES):
                     return head
                 if forks:
                     session.merge(*forks)
@@ -299,12 +305,12 @@ def write_segments(fork: icechunk.ForkSession, arrays: list[np.ndarray]) -> list
             stop = start + len(arrays[i])
             locations[i] = Location(path, start, stop - start, checksum(joined[start:stop]))
             start = stop
-        row_bytes = joined.nbytes // len(joined)
+        chunks = -(-joined.nbytes // CHUNK_BYTES)
         array = zarr.create_array(
             fork.store,
             name=path,
             shape=joined.shape,
-            chunks=(min(len(joined), max(1, CHUNK_BYTES // row_bytes)), *shape),
+            chunks=(-(-len(joined) // chunks), *shape),  # of one size, so that the last is not half empty
             dtype=joined.dtype,
             compressors=None,  # float16 latents do not compress
         )

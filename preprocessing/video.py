@@ -9,41 +9,30 @@ holds more than ``FRAMES_PER_CHUNK`` frames. Notable:
 - **One scaler.** Sizes are reached by area averaging in the same swscale pass that makes RGB, so nothing aliases.
 - **Honest ends.** A file that breaks, or that ends before the time its container declares, is a ``BadEpisode``.
 - **One thread a file.** An ingest is parallel by file; codec threads would only fight it for the cores.
-- **Thinned by time.** A lower rate keeps the frame on screen at each of its ticks, and of a file decodes little more
-  than what those lean on. Where that could go wrong, all is decoded, and the same frames come out.
+- **Thinned by time.** A lower rate keeps the frame on screen at each of its ticks (:mod:`preprocessing.thinning`).
 """
 
 from __future__ import annotations
 
 import io
-import math
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import partial
-from itertools import chain, islice, repeat
+from itertools import islice, repeat
 from pathlib import Path
-from typing import NamedTuple
 
 import av
 import numpy as np
-from av.packet import PktSideDataT
 from av.sidedata.sidedata import SideData
 from av.stream import Disposition
-from av.video.frame import PictureType
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from preprocessing.episode import FRAMES_PER_CHUNK, BadEpisode, Video
+from preprocessing.thinning import Choice, Seen, all_frames, frames_decoded, frames_needed, kept_before, times_kept
 
 MAX_IMAGE_PIXELS = 64 * 2**20  # a 30 kB PNG can unpack to gigabytes; no camera records more than this
 MAX_STILL = 100_000  # times that one frame may be kept; a clock that jumps by years would fill any store
-MAX_GROUP = 4096  # packets held at once; a stream without key frames is decoded whole instead
-EARLY = 0.001  # seconds that a frame may come after its moment: Matroska rounds times to milliseconds
-# Where a frame that no other leans on can be left out. HEVC's mark holds within one temporal layer only, and VP9 hands
-# on probabilities from such a frame as well.
-LEAVES_OUT = {"h264", "mpeg4", "mpeg2video", "mpeg1video"}
-STANDING: tuple[PktSideDataT, ...] = ("new_extradata", "param_change", "palette")  # told once, for all that follows
 
 
 @dataclass(frozen=True)
@@ -94,7 +83,7 @@ def images_video(images: Sequence[bytes]) -> Video:
         return _chunks(resize(decode_image(image)[None], size)[0] for image in images)
 
     def thin(share: float) -> Video:
-        return images_video([image for index, image in enumerate(images) if _kept(index, index + 1, share)])
+        return images_video([image for index, image in enumerate(images) if times_kept(index, index + 1, share)])
 
     return Video(frames, thin=thin)
 
@@ -130,7 +119,7 @@ def first_frames(video: Video, count: int) -> Video:
             left -= len(chunk)
 
     def thin(share: float) -> Video:
-        return first_frames(thinned(video, share), _kept_before(count, share))
+        return first_frames(thinned(video, share), kept_before(count, share))
 
     return Video(frames, turned=video.turned, thin=thin)
 
@@ -148,7 +137,7 @@ def thinned(video: Video, share: float) -> Video:
     def frames(size: int | None) -> Iterator[np.ndarray]:
         every = (frame for chunk in video.frames(size) for frame in chunk)
         # A view would keep the whole chunk that it came in.
-        return _chunks(frame.copy() for index, frame in enumerate(every) if _kept(index, index + 1, share))
+        return _chunks(frame.copy() for index, frame in enumerate(every) if times_kept(index, index + 1, share))
 
     return Video(frames, turned=video.turned)
 
@@ -210,35 +199,14 @@ def _best_stream(container: av.container.InputContainer) -> av.VideoStream:
     return max(streams, key=lambda s: (bool(s.disposition & Disposition.default), s.width * s.height, -s.index))
 
 
-@dataclass
-class _Seen:
-    """How much of a stream has gone by."""
-
-    frames: int = 0
-    end: float | None = None  # when the last frame stops being shown, in seconds of the stream's clock
-
-
-# The frames that are to come out, and how often each.
-_Choice = Callable[[av.container.InputContainer, av.VideoStream, _Seen], Iterator[tuple[av.VideoFrame, int]]]
-
-
-def _all_frames(
-    container: av.container.InputContainer, stream: av.VideoStream, seen: _Seen
-) -> Iterator[tuple[av.VideoFrame, int]]:
-    for frame in container.decode(stream):
-        yield frame, 1
-        seen.frames += 1
-        seen.end = _end(frame, stream)
-
-
-def _decode(path: Path | str, size: int | None, choose: _Choice = _all_frames) -> Iterator[np.ndarray]:
+def _decode(path: Path | str, size: int | None, choose: Choice = all_frames) -> Iterator[np.ndarray]:
     with _open(path) as container:
         stream = _best_stream(container)
         stream.thread_type = "NONE"
         stream.codec_context.thread_count = 1
         reformatter = VideoReformatter()
         shape: tuple[int, int] | None = None
-        seen = _Seen()
+        seen = Seen()
         try:
             for frame, times in choose(container, stream, seen):
                 if times > MAX_STILL:
@@ -281,15 +249,6 @@ def _ends_early(stream: av.VideoStream, count: int, end: float | None) -> bool:
         return end < declared_end - 0.5 * frame_time
     tag = _seconds(stream.metadata.get("DURATION", ""))
     return tag is not None and end < tag - 2 * frame_time
-
-
-def _end(frame: av.VideoFrame | av.Packet, stream: av.VideoStream) -> float | None:
-    """When this frame stops being shown, in seconds of the stream's clock."""
-    if frame.pts is None or frame.time_base is None:
-        return None
-    rate = stream.average_rate or stream.guessed_rate
-    shown = frame.duration * frame.time_base if frame.duration else (1 / rate if rate else 0)
-    return float(frame.pts * frame.time_base + shown)
 
 
 def _seconds(clock: str) -> float | None:
@@ -347,158 +306,8 @@ def _decode_share(path: Path | str, size: int | None, share: float) -> Iterator[
     """
     done = 0
     try:
-        for picture in _decode(path, size, partial(_frames_needed, share=share)):
+        for picture in _decode(path, size, partial(frames_needed, share=share)):
             yield picture
             done += 1
     except BadEpisode:
-        yield from islice(_decode(path, size, partial(_frames_decoded, share=share)), done, None)
-
-
-def _kept(begin: float, end: float, share: float) -> int:
-    """How many of the moments k / share fall to a frame that is shown from ``begin`` to ``end``, in frame times."""
-    return _kept_before(end, share) - _kept_before(begin, share)
-
-
-def _kept_before(time: float, share: float) -> int:
-    return math.ceil(max(0.0, time - 1e-6) * share)  # 216 * (7 / 24) is above 63
-
-
-def _frames_decoded(
-    container: av.container.InputContainer, stream: av.VideoStream, seen: _Seen, share: float
-) -> Iterator[tuple[av.VideoFrame, int]]:
-    """Chosen among all frames. One without a time, or with a time that is past, comes a frame time after the last."""
-    scale, early = _clock(stream)
-    told = _tells_times(container, stream)
-    first: float | None = None
-    shown: av.VideoFrame | None = None
-    begin = -1.0
-    for frame, _ in _all_frames(container, stream, seen):
-        end = begin + 1
-        if told and frame.pts is not None:
-            first = frame.pts + early if first is None else first
-            end = time if (time := (frame.pts - first) * scale) > begin else end
-        if shown is not None and (times := _kept(begin, end, share)):
-            yield shown, times
-        shown, begin = frame, end
-    if shown is not None and (times := _kept(begin, begin + (shown.duration * scale or 1), share)):
-        yield shown, times
-
-
-class _Unsure(BadEpisode):
-    """The packets do not tell which frames must be decoded."""
-
-
-class _Coded(NamedTuple):
-    """A frame before it is decoded, and when it is shown, in the stream's ticks."""
-
-    time: int
-    packet: av.Packet
-
-
-def _frames_needed(
-    container: av.container.InputContainer, stream: av.VideoStream, seen: _Seen, share: float
-) -> Iterator[tuple[av.VideoFrame, int]]:
-    """Chosen by the times of packets, and decoded with what they lean on. Raises _Unsure."""
-    if not _tells_times(container, stream):
-        raise _Unsure
-    scale, early = _clock(stream)
-    first: float | None = None
-    for group, ahead in _groups(container.demux(stream)):
-        coded = sorted((*group, *ahead[1:]))
-        shown = [index for index, (_, packet) in enumerate(coded) if not packet.is_discard]
-        if not shown:
-            continue  # an edit list hides them
-        last = coded[-1]
-        until = ahead[0].time if ahead else last.time + (last.packet.duration or 1 / scale)
-        ends = [*(time for time, _ in coded[1:]), until]
-        first = coded[shown[0]].time + early if first is None else first
-        kept = {}
-        for index in shown:
-            begin = coded[index].time
-            if times := _kept((begin - first) * scale, (ends[index] - first) * scale, share):
-                kept[begin] = times
-        if kept:
-            yield from _decode_group(stream.codec_context, [*group, *ahead], kept)
-        seen.frames += len(shown)
-        seen.end = _end(coded[shown[-1]].packet, stream)
-
-
-def _groups(packets: Iterable[av.Packet]) -> Iterator[tuple[list[_Coded], list[_Coded]]]:
-    """Each group of pictures, from a key frame to the next; and apart, that next one with the frames that it leads.
-
-    Those follow it in the file but are shown before it. They may lean on the group before, which then is an open one:
-    they belong to that group, and every group can be decoded without the one before.
-    """
-    group: list[_Coded] = []
-    ahead: list[_Coded] = []
-    for packet in packets:
-        if not packet.size:
-            continue  # the end of the file; in AVI also a frame that is shown once more
-        if packet.pts is None or packet.is_corrupt or any(map(packet.has_sidedata, STANDING)):
-            raise _Unsure
-        if len(group) + len(ahead) == MAX_GROUP:
-            raise _Unsure
-        coded = _Coded(packet.pts, packet)
-        if ahead and (packet.is_keyframe or coded.time > ahead[0].time):
-            yield _in_order(group, ahead)
-            group, ahead = ahead[:1], []
-        (ahead if ahead or (group and packet.is_keyframe) else group).append(coded)
-    if group:
-        yield _in_order(group, ahead)
-    if ahead:
-        yield ahead[:1], []
-
-
-def _in_order(group: list[_Coded], ahead: list[_Coded]) -> tuple[list[_Coded], list[_Coded]]:
-    """The same, if all are shown between the two key frames, each at a time of its own."""
-    times = [coded.time for coded in (*group, *ahead[1:])]
-    until = ahead[0].time if ahead else math.inf
-    if (
-        not group[0].packet.is_keyframe
-        or min(times) < group[0].time
-        or max(times) >= until
-        or len(set(times)) < len(times)
-    ):
-        raise _Unsure
-    return group, ahead
-
-
-def _decode_group(
-    codec: av.VideoCodecContext, packets: list[_Coded], kept: dict[int, int]
-) -> Iterator[tuple[av.VideoFrame, int]]:
-    """The frames of these times, in their order, and how often; nothing behind the last of them is decoded."""
-    last = max(index for index, coded in enumerate(packets) if coded.time in kept)
-    frames = _decoded(codec, packets[: last + 1], kept)
-    if not packets[0].packet.is_discard:
-        key = next(frames, None)
-        if key is None or key.pts != packets[0].time or key.pict_type in (PictureType.P, PictureType.B):
-            raise _Unsure  # a key frame by name only: refreshed by columns, or the index is broken
-        frames = chain([key], frames)
-    for time, times in kept.items():
-        for frame in frames:
-            if frame.pts == time:
-                yield frame, times
-                break
-        else:
-            raise _Unsure  # a packet that shows nothing, such as VP8's hidden frames
-    codec.flush_buffers()
-
-
-def _decoded(codec: av.VideoCodecContext, packets: list[_Coded], kept: Container[int]) -> Iterator[av.VideoFrame]:
-    """Without the frames that are neither kept nor needed for another."""
-    for time, packet in packets:
-        spare = codec.name in LEAVES_OUT and time not in kept and not packet.is_keyframe
-        codec.skip_frame = "NONREF" if spare else "DEFAULT"
-        yield from codec.decode(packet)
-    yield from codec.decode(None)
-
-
-def _tells_times(container: av.container.InputContainer, stream: av.VideoStream) -> bool:
-    """AVI stores no time of presentation; where frames are reordered, what FFmpeg says of them is a guess."""
-    return container.format.name != "avi" or not stream.codec_context.has_b_frames
-
-
-def _clock(stream: av.VideoStream) -> tuple[float, float]:
-    """Frame times in a tick of the stream's clock, and ticks in ``EARLY``."""
-    tick = stream.time_base or Fraction(1, 1000)
-    return float((stream.average_rate or stream.guessed_rate or 25) * tick), float(EARLY / tick)
+        yield from islice(_decode(path, size, partial(frames_decoded, share=share)), done, None)

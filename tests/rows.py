@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,46 +15,68 @@ from preprocessing.statistics import Statistics
 from preprocessing.store import LatentStore, write_segments
 
 
+@dataclass
+class Made:
+    """An episode to write: float16 latents [T, C, h, w] by camera, float32 steps [T, D]; ``columns`` replace others."""
+
+    name: str
+    latents: dict[str, np.ndarray]
+    steps: np.ndarray
+    action_dim: int
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+Written = tuple[dict[str, Any], list[dict[str, Any]]]  # catalogue row and statistics
+
+
 def write_episode(
-    fork: Any,
-    name: str,
-    latents: dict[str, np.ndarray],
-    steps: np.ndarray,
-    action_dim: int,
-    embodiment: str = "arm",
-    **columns: Any,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Writes float16 latents [T, C, h, w] by camera and float32 steps [T, D]; returns catalogue row and statistics."""
-    pieces = [(camera, values[at : at + 64]) for camera, values in latents.items() for at in range(0, len(values), 64)]
-    *where, steps_at = write_segments(fork, [piece for _, piece in pieces] + [steps])
-    segments: dict[str, list[dict[str, Any]]] = {}
-    for (camera, _), location in zip(pieces, where, strict=True):
-        segments.setdefault(camera, []).append(vars(location))
+    fork: Any, name: str, latents: dict[str, np.ndarray], steps: np.ndarray, action_dim: int, **columns: Any
+) -> Written:
+    return write_episodes(fork, [Made(name, latents, steps, action_dim, columns)])[0]
+
+
+def write_episodes(fork: Any, episodes: list[Made]) -> list[Written]:
+    """All of them as one group, as a write task does."""
+    arrays: list[np.ndarray] = []
+    for one in episodes:
+        arrays += [values[at : at + 64] for values in one.latents.values() for at in range(0, len(values), 64)]
+        arrays.append(one.steps)
+    places = iter([vars(location) for location in write_segments(fork, arrays)])
+    return [_described(one, places) for one in episodes]
+
+
+def _described(one: Made, places: Iterator[dict[str, Any]]) -> Written:
+    proprio_dim = one.steps.shape[1] - one.action_dim
+    cameras = [
+        {"name": camera, "segments": [next(places) for _ in range(0, len(values), 64)]}
+        for camera, values in one.latents.items()
+    ]
     row = {
-        "key": f"key-{name}",
-        "id": name,
-        "uri": f"/raw/{name}",
+        "key": f"key-{one.name}",
+        "id": one.name,
+        "uri": f"/raw/{one.name}",
         "index": 0,
         "format": "hdf5",
-        "frames": len(steps),
+        "frames": len(one.steps),
         "fps": 10.0,
-        "embodiment": embodiment,
+        "embodiment": "arm",
         "instruction": "close the drawer",
         "success": True,
         "encoder": "tiny",
         "encoder_digest": "e" * 16,
-        "cameras": [{"name": camera, "segments": found} for camera, found in segments.items()],
-        "steps": vars(steps_at),
-        "action_dim": action_dim,
+        "cameras": cameras,
+        "steps": next(places),
+        "action_dim": one.action_dim,
         "action_layout": json.dumps([]),
-        "proprio": [{"name": "state", "width": steps.shape[1] - action_dim}] if steps.shape[1] > action_dim else [],
+        "proprio": [{"name": "state", "width": proprio_dim}] if proprio_dim else [],
         "contract": None,
         "repairs": [],
-        **columns,
+        **one.columns,
     }
-    arrays = {camera: values.transpose(0, 2, 3, 1).reshape(-1, values.shape[1]) for camera, values in latents.items()}
-    arrays |= {"steps": steps} if steps.size else {}
-    return row, [{"key": row["key"], "array": name, **Statistics.of(v).to_row()} for name, v in arrays.items()]
+    columns = {name: values.transpose(0, 2, 3, 1).reshape(-1, values.shape[1]) for name, values in one.latents.items()}
+    columns |= {"steps": one.steps} if one.steps.size else {}
+    statistics = [{"key": row["key"], "array": name, **Statistics.of(v).to_row()} for name, v in columns.items()]
+    return row, statistics
 
 
 def fill(store: LatentStore, names: list[str], frames: int = 70, cameras: tuple[str, ...] = ("front",)) -> str:

@@ -47,7 +47,14 @@ class S3:
 
 @pytest.fixture(scope="session")
 def s3() -> Iterator[S3]:
-    """The server, for the whole session; and this process's environment gives its credentials and no others."""
+    """One server for all tests."""
+    with server() as running:
+        yield running
+
+
+@contextlib.contextmanager
+def server() -> Iterator[S3]:
+    """A server of its own, as long as the block; and this process's environment gives its credentials and no others."""
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="weed-") as folder:
         for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION"):
             patch.delenv(name, raising=False)
@@ -59,9 +66,9 @@ def s3() -> Iterator[S3]:
         patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         with _weed(Path(folder)) as port:
-            server = S3(port)
-            boto3.client("s3", endpoint_url=server.endpoint).create_bucket(Bucket=server.bucket)
-            yield server
+            running = S3(port)
+            boto3.client("s3", endpoint_url=running.endpoint).create_bucket(Bucket=running.bucket)
+            yield running
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,6 @@ def test_each_reader_and_version_finds_for_itself(
     assert read_by(files, "one") == read_by(files, "other") == ["a", "b", "c"]
     monkeypatch.setattr(memory, "version", lambda _: "next")
     assert read_by(files, "one") == ["a", "b", "c"]
-    monkeypatch.undo()
 
 
 def test_a_file_whose_name_is_no_text_is_remembered(tmp_path: Path, later: None) -> None:

@@ -87,7 +87,7 @@ def _store(folder: Path) -> tuple[str, str]:
     written = [
         write_episode(fork, "one", latents, np.zeros((10, 7), np.float32), 4, instruction=HOSTILE),
         write_episode(fork, "two", latents, np.zeros((10, 7), np.float32), 4, repairs=["flipped"]),
-        write_episode(fork, "clip", latents, np.zeros((10, 0), np.float32), 0, "video", instruction=None),
+        write_episode(fork, "clip", latents, np.zeros((10, 0), np.float32), 0, embodiment="video", instruction=None),
     ]
     refused = {"key": "k", "id": "bad", "uri": f"/raw/{HOSTILE}.mp4", "index": 0, "reason": "ends early", "reader": "1"}
     rows, statistics = [row for row, _ in written], [one for _, found in written for one in found]

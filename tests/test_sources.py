@@ -38,11 +38,6 @@ from preprocessing.sources.tfrecord import parse_example
 real = pytest.mark.skipif(not REAL.exists(), reason=f"no real data at {REAL}")
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("UWM_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
 def refs_of(path: Path) -> list[EpisodeRef]:
     return [ref for format, found in find(path) for ref in scan(format, found)]
 

@@ -17,8 +17,8 @@ from PIL import Image
 
 from preprocessing import sources
 from preprocessing.episode import FRAMES_PER_CHUNK, BadEpisode, DataContract, Video
+from preprocessing.thinning import EARLY
 from preprocessing.video import (
-    EARLY,
     decode_image,
     first_frames,
     images_video,
@@ -427,7 +427,7 @@ def test_avi_tells_no_times_so_its_frames_are_counted(tmp_path):
 def test_a_stream_without_key_frames_is_not_held_until_its_end(tmp_path, monkeypatch):
     path = film(tmp_path / "a.mp4", "libx264", **FILMS["one-group.mp4"][1])
     expected = at_rate(path, 7)
-    monkeypatch.setattr("preprocessing.video.MAX_GROUP", 59)
+    monkeypatch.setattr("preprocessing.thinning.MAX_GROUP", 59)
     assert np.array_equal(at_rate(path, 7), expected)
 
 

@@ -25,7 +25,7 @@ def mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LatentDataset:
     steps = np.stack([count, -count, count * 0 + 7, count * 2, count * 3], axis=1).astype(np.float32)
     arm = write_episode(fork, "arm-1", {"front": latents, "wrist": latents + 100}, steps, 3)
     nothing = np.zeros((10, 0), np.float32)
-    video = write_episode(fork_video, "video-1", {"video": latents}, nothing, 0, "video")
+    video = write_episode(fork_video, "video-1", {"video": latents}, nothing, 0, embodiment="video")
     commit(store, [(fork, *arm), (fork_video, *video)])
     rows = store.snapshot().rows("e" * 16)
     embodiments = {

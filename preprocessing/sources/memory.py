@@ -24,6 +24,8 @@ from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
+from preprocessing.cache import cache_folder
+
 AT_REST = 2 * 10**9  # nanoseconds: the coarsest clock of a file system, FAT's, ticks every two seconds
 LOOK_AHEAD = 256  # files that are asked for together, and read before their turn
 SAVE_EVERY = 5.0  # seconds of reading that a crash may cost
@@ -45,8 +47,9 @@ def findings(
 ) -> Iterator[tuple[Path, list[Finding]]]:
     """Each file, in order, with what ``reader`` once found in it, or what ``read`` finds now.
 
-    ``read`` is called in as many threads as there are processors, since hashing and decoding leave Python's lock. A
-    file that it cannot open is a finding with a problem.
+    ``read`` is called in as many threads as there are processors: reading and hashing leave Python's lock. (Libraries
+    may have a lock of their own, as HDF5 has, whose unpacking runs in one thread at a time.) A file that cannot be
+    opened is a finding with a problem.
     """
     waiting = iter(files)
     memory = _Memory(reader)
@@ -183,4 +186,4 @@ def _connect(place: Path | str) -> sqlite3.Connection:
 
 
 def _path() -> Path:
-    return Path(os.environ.get("UWM_CACHE", "~/.cache/uwm")).expanduser() / "scans.sqlite"
+    return cache_folder() / "scans.sqlite"
