@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 UWM = .venv/bin/uwm
 
-.PHONY: install demo test bench-vae check lock
+.PHONY: install demo test bench-vae bench-store bench-ingest check lock
 install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
@@ -18,6 +18,9 @@ test: install
 
 bench-vae: install # PLACES="folder ..." adds other frames
 	.venv/bin/python tests/bench_vae.py $(PLACES)
+
+bench-store bench-ingest: bench-%: install
+	.venv/bin/python tests/bench_$*.py
 
 check: install
 	.venv/bin/ruff check .

@@ -22,7 +22,8 @@ SHIPPED = Path(__file__).parent / "weights" / "tiny_vae"
 HUB = {"sdxl-vae": "stabilityai/sdxl-vae", "taesdxl": "madebyollin/taesdxl"}
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "config.json")
 CLASSES = ("AutoencoderTiny", "AutoencoderKL")
-BATCH = 32  # frames in one pass: enough to fill a device, and a bound on memory
+# Frames in one pass. On a CPU larger ones are slower: the system clears their memory anew each time.
+BATCH = {"cpu": 8, "cuda": 32}
 
 
 class Encoder:
@@ -33,6 +34,7 @@ class Encoder:
 
         self.digest = _digest(folder, precision)
         self._device = device
+        self._batch = BATCH[torch.device(device).type]
         self._dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
         kind = _config(folder)["_class_name"]
         diffusers.utils.logging.set_verbosity_error()  # it warns of settings that it wrote itself
@@ -50,8 +52,8 @@ class Encoder:
         if height % self.stride or width % self.stride:
             raise UserError(f"frames are {height} x {width}: choose an image size that {self.stride} divides")
         parts = []
-        for start in range(0, len(frames), BATCH):
-            batch = torch.tensor(frames[start : start + BATCH], device=self._device).permute(0, 3, 1, 2)
+        for start in range(0, len(frames), self._batch):
+            batch = torch.tensor(frames[start : start + self._batch], device=self._device).permute(0, 3, 1, 2)
             encoded = self._vae.encode(
                 (batch.to(self._dtype) / 127.5 - 1).contiguous(memory_format=torch.channels_last)
             )
@@ -63,9 +65,9 @@ class Encoder:
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """float ``[N, channels, h, w]`` -> uint8 ``[N, h * stride, w * stride, 3]`` RGB."""
         parts = []
-        for start in range(0, len(latents), BATCH):
+        for start in range(0, len(latents), self._batch):
             batch = (
-                torch.tensor(latents[start : start + BATCH], device=self._device).float() / self._scale + self._shift
+                torch.tensor(latents[start : start + self._batch], device=self._device).float() / self._scale + self._shift
             )
             images = self._vae.decode(batch.to(self._dtype)).sample.float()
             parts.append(((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy())

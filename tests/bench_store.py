@@ -67,7 +67,7 @@ def catalogue(folder: Path) -> list[tuple[str, str]]:
     found = []
     for count in (10_000, 100_000):
         there = len(store.snapshot().keys())
-        for at in tqdm(range(there, count, 1000), f"{count} episodes", leave=False):
+        for at in tqdm(range(there, count, 1000), f"{count} episodes", leave=False, disable=None):
             add(store, range(at, at + 1000), 2, 2, TINY)
         more = [add(store, range(10**6 + i, 10**6 + i + 1), 2, 2, TINY) for i in range(count, count + 5)]
         found.append((f"commit of one more episode at {count:,}, median of 5", f"{np.median(more):.3f} s"))
@@ -87,7 +87,7 @@ def catalogue(folder: Path) -> list[tuple[str, str]]:
 def reading(folder: Path) -> list[tuple[str, str]]:
     """1 GB of latents: bulk reads of a pinned snapshot, and what the space is used for."""
     store = LatentStore.create(str(folder / "large"))
-    for at in tqdm(range(0, 1680, 60), "1 GB of latents", leave=False):
+    for at in tqdm(range(0, 1680, 60), "1 GB of latents", leave=False, disable=None):
         add(store, range(at, at + 60), 150, 2, LATENT)
     nbytes, seconds = bulk(store)
     path = flat(folder / "plain", nbytes)
@@ -138,7 +138,7 @@ def aligned(folder: Path, chunks: int) -> float:
 def remote(folder: Path) -> list[tuple[str, str]]:
     with server() as s3:
         store = LatentStore.create(s3.uri("large"))
-        for at in tqdm(range(0, 420, 60), "256 MB on S3", leave=False):
+        for at in tqdm(range(0, 420, 60), "256 MB on S3", leave=False, disable=None):
             add(store, range(at, at + 60), 150, 2, LATENT)
         nbytes, seconds = bulk(store)
         client, body = boto3.client("s3", endpoint_url=s3.endpoint), bytes(8 * 2**20)
