@@ -22,7 +22,7 @@ def show(uri: StoreArgument, snapshot: Snapshot = None, as_json: AsJson = False)
 
     state = LatentStore.open(uri).snapshot(snapshot)
     groups: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in state.episodes().to_pylist():
+    for row in state.episodes(("embodiment", "encoder", "frames", "cameras")).to_pylist():
         group = groups.setdefault(
             (row["embodiment"], row["encoder"]),
             {"embodiment": row["embodiment"], "encoder": row["encoder"], "episodes": 0, "frames": 0, "cameras": []},
@@ -63,7 +63,7 @@ def episodes(uri: StoreArgument, snapshot: Snapshot = None, as_json: AsJson = Fa
 
     kept = ("id", "uri", "index", "format", "frames", "fps", "cameras", "action_dim", "proprio", "instruction")
     rows = []
-    for row in LatentStore.open(uri).snapshot(snapshot).episodes().to_pylist():
+    for row in LatentStore.open(uri).snapshot(snapshot).episodes((*kept, "embodiment")).to_pylist():
         row["cameras"] = [camera["name"] for camera in row["cameras"]]
         row["proprio"] = {part["name"]: part["width"] for part in row["proprio"]}
         rows.append({key: row[key] for key in (*kept, "embodiment")})

@@ -66,10 +66,8 @@ class Encoder:
         """float ``[N, channels, h, w]`` -> uint8 ``[N, h * stride, w * stride, 3]`` RGB."""
         parts = []
         for start in range(0, len(latents), self._batch):
-            batch = (
-                torch.tensor(latents[start : start + self._batch], device=self._device).float() / self._scale + self._shift
-            )
-            images = self._vae.decode(batch.to(self._dtype)).sample.float()
+            batch = torch.tensor(latents[start : start + self._batch], device=self._device).float()
+            images = self._vae.decode((batch / self._scale + self._shift).to(self._dtype)).sample.float()
             parts.append(((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy())
         return np.concatenate(parts)
 

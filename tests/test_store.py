@@ -191,6 +191,36 @@ def test_garbage_collection_keeps_what_is_young(tmp_path: Path) -> None:
     assert not list(store.snapshot().verify())
 
 
+def test_garbage_collection_forgets_what_is_old_and_keeps_what_is_tagged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LatentStore.create(str(tmp_path / "store"))
+    tagged, forgotten = fill(store, ["a", "gone"], frames=640), fill(store, ["b"], frames=640)
+    store.tag("paper", tagged)
+    store.remove(["gone"], [])
+    head = store.snapshot()
+
+    def size() -> int:
+        return sum(file.stat().st_size for file in (tmp_path / "store").rglob("*") if file.is_file())
+
+    full, month = size(), datetime.timedelta(days=30)
+    assert store.collect_garbage(month)[0] == 0 and store.snapshot(forgotten).episodes().num_rows == 3
+    now = datetime.datetime.now(datetime.UTC)
+    monkeypatch.setattr(type(store.place), "now", lambda place: now + 40 * datetime.timedelta(days=1))
+    count, _ = store.collect_garbage(month)
+    assert count >= 1 and store.snapshot().id == head.id
+    with pytest.raises(UserError, match="no snapshot"):
+        LatentStore.open(store.uri).snapshot(forgotten)
+    for kept, ids in (("paper", ["a", "gone"]), (head.id, ["a", "b"])):
+        snapshot = LatentStore.open(store.uri).snapshot(kept)
+        assert snapshot.episodes(["id"])["id"].to_pylist() == ids and not list(snapshot.verify())
+    store.untag("paper")
+    with pytest.raises(UserError, match="no tag paper"):
+        store.untag("paper")
+    assert store.collect_garbage(month)[1] > 640 * 4 * 8 * 8 * 2  # what was removed, and held by the tag alone
+    assert size() < 0.8 * full and not list(LatentStore.open(store.uri).snapshot().verify())
+
+
 @pytest.mark.parametrize("uri", ["missing", "folder", "file", "s3://bucket/x"])
 def test_what_is_not_a_store_is_refused_in_one_line(tmp_path: Path, uri: str) -> None:
     (tmp_path / "folder").mkdir()
