@@ -94,7 +94,7 @@ def run(work: list[Work], plan: Plan, committer: Committer, meter: Any) -> None:
         batch_size=ROWS_PER_PASS,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=max(1, int(gpus / GPU_SHARE) or cpus)),
-        num_cpus=0.7,
+        num_cpus=0.25 if gpus else 0.7,
         num_gpus=GPU_SHARE if gpus else 0,
         max_restarts=-1,
         max_task_retries=3,

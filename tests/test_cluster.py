@@ -26,10 +26,10 @@ UWM = Path(sys.executable).with_name("uwm")
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Any]:
-    """A cluster of two nodes, as another process would have started it."""
+    """A cluster of two nodes, as another process would have started it, one with a GPU as far as Ray knows."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1, "include_dashboard": False})
     cluster.add_node(num_cpus=1)
     yield cluster
     cluster.shutdown()
