@@ -79,9 +79,12 @@ def episodes(uri: StoreArgument, snapshot: Snapshot = None, as_json: AsJson = Fa
 @store_app.command("verify")
 def verify(uri: StoreArgument, snapshot: Snapshot = None, as_json: AsJson = False) -> None:
     """Read every byte back and compare it with its digest; exit code 1 where one differs."""
+    from tqdm import tqdm
+
     from preprocessing.store import LatentStore
 
-    damage = list(LatentStore.open(uri).snapshot(snapshot).verify())
+    state = LatentStore.open(uri).snapshot(snapshot)
+    damage = list(state.verify(lambda pieces: tqdm(pieces, "verify", unit=" pieces", leave=False, delay=1)))
     for line in damage:
         say(f"damaged: {line}")
     say(f"{len(damage)} damaged places" if damage else "every byte is as it was written")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -78,11 +78,9 @@ class Snapshot:
         if encoder_digest is not None:
             table = table.filter(pc.equal(table["encoder_digest"], encoder_digest))
         newest = {row["id"]: row for row in table.to_pylist()}
-        steps = {
-            row["key"]: Statistics.from_row(row)
-            for row in read_tables(self._store, "statistics").to_pylist()
-            if row["array"] == "steps"
-        }
+        statistics = read_tables(self._store, "statistics")
+        of_steps = statistics.filter(pc.equal(statistics["array"], "steps")).to_pylist()
+        steps = {row["key"]: Statistics.from_row(row) for row in of_steps}
         return [row | {"statistics": steps.get(row["key"])} for row in newest.values()]
 
     def statistics(self, keys: Iterable[str], array: str) -> Statistics | None:
@@ -124,10 +122,11 @@ class Snapshot:
         """Of the rows of a location, without reading them."""
         return (location["count"], *self._array(location["array"]).shape[1:])
 
-    def verify(self) -> Iterator[str]:
+    def verify(self, progress: Callable[[list[Any]], Iterable[Any]] = iter) -> Iterator[str]:
         """Read everything back and yield one line for each place whose bytes are not as written.
 
-        A line names the episode, the camera (or "steps"), the array, and its rows and chunks.
+        A line names the episode, the camera (or "steps"), the array, and its rows and chunks. ``progress`` wraps the
+        list of pieces that are read.
         """
         tables: dict[str, list[dict[str, Any]]] = {group: [] for group in TABLES}
         for group, schema in TABLES.items():
@@ -151,7 +150,7 @@ class Snapshot:
                 places += [(at, f"{episode}: {what}") for what, at in segments]
         places.sort(key=lambda place: (place[0]["array"], place[0]["start"]))
         locations = [at for at, _ in places]
-        for batch in _batches(locations):
+        for batch in progress([*_batches(locations)]):
             try:
                 data = self._rows(locations, batch)
             except Exception:  # which of its chunks it is shows below
