@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,10 +26,12 @@ from ray.data import ActorPoolStrategy, DataContext, Datasink
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from preprocessing import sources
-from preprocessing.encoders import Precision, load_encoder
 from preprocessing.episode import BadEpisode, DataContract, Episode, EpisodeRef
 from preprocessing.statistics import Statistics, merge
 from preprocessing.store import LatentStore, write_segments
+
+if TYPE_CHECKING:
+    from preprocessing.encoders import Precision
 
 BLOCK_BYTES = 16 * 2**20  # rows travel in blocks of about this size
 ROWS_PER_PASS = 8  # of up to 64 frames: what an encoder gets at once
@@ -204,7 +206,9 @@ class Encode:
     """An actor that holds the frozen VAEs and replaces frames by latents, the frames of all its rows in one go."""
 
     def __init__(self, plan: Plan, meter: Any):
-        import torch
+        import torch  # takes seconds, which the workers that only decode or write are spared
+
+        from preprocessing.encoders import load_encoder
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._encoders = {name: load_encoder(name, device, plan.precision) for name in plan.encoders}

@@ -2,6 +2,8 @@
 
 Latents are standardised: about zero mean and unit deviation over all channels. They are deterministic (the mode of a
 posterior, never a sample), so that the same frame always has the same latents.
+
+Torch is imported by what computes: an ingest that has nothing to do is over before it would be there.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from preprocessing.episode import UserError
 
@@ -31,6 +32,7 @@ class Encoder:
 
     def __init__(self, folder: Path, device: str, precision: Precision):
         import diffusers
+        import torch
 
         self.digest = _digest(folder, precision)
         self._device = device
@@ -45,30 +47,33 @@ class Encoder:
         self.channels = int(vae.config.latent_channels)
         self.stride = 2 ** (len(vae.config.get("block_out_channels") or vae.config.encoder_block_out_channels) - 1)
 
-    @torch.inference_mode()
     def encode(self, frames: np.ndarray) -> np.ndarray:
         """uint8 ``[N, H, W, 3]`` RGB -> float16 ``[N, channels, H/stride, W/stride]``."""
+        import torch
+
         _, height, width, _ = frames.shape
         if height % self.stride or width % self.stride:
             raise UserError(f"frames are {height} x {width}: choose an image size that {self.stride} divides")
         parts = []
-        for start in range(0, len(frames), self._batch):
-            batch = torch.tensor(frames[start : start + self._batch], device=self._device).permute(0, 3, 1, 2)
-            encoded = self._vae.encode(
-                (batch.to(self._dtype) / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-            )
-            latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-            parts.append(((latents.float() - self._shift) * self._scale).half().cpu().numpy())
+        with torch.inference_mode():
+            for start in range(0, len(frames), self._batch):
+                batch = torch.tensor(frames[start : start + self._batch], device=self._device).permute(0, 3, 1, 2)
+                images = (batch.to(self._dtype) / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+                encoded = self._vae.encode(images)
+                latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+                parts.append(((latents.float() - self._shift) * self._scale).half().cpu().numpy())
         return np.concatenate(parts)
 
-    @torch.inference_mode()
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """float ``[N, channels, h, w]`` -> uint8 ``[N, h * stride, w * stride, 3]`` RGB."""
+        import torch
+
         parts = []
-        for start in range(0, len(latents), self._batch):
-            batch = torch.tensor(latents[start : start + self._batch], device=self._device).float()
-            images = self._vae.decode((batch / self._scale + self._shift).to(self._dtype)).sample.float()
-            parts.append(((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy())
+        with torch.inference_mode():
+            for start in range(0, len(latents), self._batch):
+                batch = torch.tensor(latents[start : start + self._batch], device=self._device).float()
+                images = self._vae.decode((batch / self._scale + self._shift).to(self._dtype)).sample.float()
+                parts.append(((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy())
         return np.concatenate(parts)
 
 
