@@ -11,6 +11,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JS
 Snapshot = Annotated[str | None, typer.Option(help="Snapshot id or tag to read; the newest if left out.", metavar="ID")]
 
 
+class Refused(Exception):
+    """A promotion gate's answer was no; exit code 4."""
+
+
 def say(line: str) -> None:
     typer.echo(line, err=True)
 

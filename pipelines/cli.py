@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from pipelines.answer import AsJson, Snapshot, answer, say
+from pipelines.answer import AsJson, Refused, Snapshot, answer, say
 from pipelines.cli_store import store_app
 from preprocessing.episode import DataContract, UserError
 
@@ -261,8 +261,6 @@ def _trained(run_id: str, folder: Path, as_json: bool, **more: Any) -> None:
 
 
 def main() -> None:
-    from pipelines.promote import Refused
-
     try:
         app(standalone_mode=True)
     except (UserError, ConnectionError, ModuleNotFoundError) as error:

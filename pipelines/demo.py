@@ -17,11 +17,12 @@ import typer
 from infra import tracking
 from infra.cluster import cluster
 from pipelines import checkpoint
+from pipelines.answer import Refused
 from pipelines.evaluate import evaluate
 from pipelines.finetune import finetune
 from pipelines.ingest import ingest
 from pipelines.pretrain import pretrain
-from pipelines.promote import Promotion, Refused, promote
+from pipelines.promote import Promotion, promote
 from pipelines.recipe import load_recipe
 from pipelines.record import record
 from pipelines.register import register

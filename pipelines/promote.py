@@ -10,13 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from infra import registry, tracking
+from pipelines.answer import Refused
 from preprocessing.episode import UserError
 
 SUCCESS = "success_rate."
-
-
-class Refused(Exception):
-    """The gate's answer was no; exit code 4."""
 
 
 @dataclass

@@ -16,12 +16,13 @@ from rows import fill
 
 from infra import registry, tracking
 from pipelines import checkpoint
+from pipelines.answer import Refused
 from pipelines.evaluate import evaluate
 from pipelines.finetune import finetune
 from pipelines.ingest import ingest
 from pipelines.policy import Policy
 from pipelines.pretrain import pretrain
-from pipelines.promote import Refused, promote
+from pipelines.promote import promote
 from pipelines.recipe import load_recipe
 from pipelines.register import register
 from preprocessing.episode import UserError
