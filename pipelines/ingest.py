@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from infra.cluster import Meter, cluster, watch
-from pipelines.ingest_job import READER, Committer, Plan, Work, run
+from pipelines.ingest_job import READER, Committer, Plan, Work, on_this_node, run
 from preprocessing import sources
 from preprocessing.encoders import Precision, encoder_digest
 from preprocessing.episode import DataContract, EpisodeRef, UserError
@@ -129,7 +129,8 @@ def _new_work(
 
 
 def _run(store: LatentStore, work: list[Work], plan: Plan, max_bad: float, report: IngestReport) -> None:
-    meter = Meter.remote()  # type: ignore[attr-defined]
+    # Commits keep time by reading it: it has to live as long as the driver.
+    meter = Meter.options(scheduling_strategy=on_this_node(), max_restarts=-1).remote()  # type: ignore[attr-defined]
     committer = Committer(store, work, plan, most_bad=max(ENOUGH_TO_JUDGE - 1, max_bad * len(work)))
     with tqdm(total=len(work), desc="ingest", unit="ep", mininterval=0.5) as bar:
 

@@ -38,6 +38,7 @@ ROWS_PER_PASS = 8  # of up to 64 frames: what an encoder gets at once
 ROWS_PER_WRITE = 256
 COMMIT_MINUTES = 2  # of work that a crash may cost
 COMMIT_EPISODES = 4096
+RETRIES = 100  # about one a second until Ray notices, within a minute, that the node of an actor is gone
 GPU_SHARE = 0.5  # two actors a device: one copies frames while the other computes
 READER = version("unified-world-models")
 
@@ -99,9 +100,14 @@ def run(work: list[Work], plan: Plan, committer: Committer, meter: Any) -> None:
         num_cpus=0.25 if gpus else 0.7,
         num_gpus=GPU_SHARE if gpus else 0,
         max_restarts=-1,
-        max_task_retries=3,
+        max_task_retries=RETRIES,
     )
     latents.write_datasink(LatentSink(committer), ray_remote_args={"num_cpus": 0.25})
+
+
+def on_this_node() -> NodeAffinitySchedulingStrategy:
+    """For an actor that no other node's end is to take away."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def decode(batch: pa.Table, plan: Plan, meter: Any) -> Iterator[pa.Table]:
@@ -339,8 +345,7 @@ class Committer:
 
     def __init__(self, store: LatentStore, work: list[Work], plan: Plan, most_bad: float):
         self.store = store
-        node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.inbox = Inbox.options(scheduling_strategy=node).remote()  # type: ignore[attr-defined]
+        self.inbox = Inbox.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]
         self.snapshot: str | None = None
         self.episodes = self.already = self.frames = 0
         self.quarantine: list[dict[str, Any]] = []
@@ -350,7 +355,7 @@ class Committer:
         self._plan = plan
         self._most_bad = most_bad
         self._pending: dict[str, _Pending] = {}
-        self._forks: list[tuple[ForkSession, set[str]]] = []
+        self._forks: list[tuple[ForkSession, list[dict[str, Any]]]] = []  # not committed yet, and their rows
         self._batch: _Batch | None = None
         self._lock = threading.Lock()
         self._last_commit = time.monotonic()
@@ -386,7 +391,7 @@ class Committer:
 
     def _receive(self) -> None:
         for written in ray.get(self.inbox.take.remote()):
-            self._forks.append((written["fork"], {row["episode"] for row in written["rows"]}))
+            self._forks.append((written["fork"], written["rows"]))
             for row in written["rows"]:
                 if row["episode"] not in self._left:
                     continue
@@ -413,7 +418,10 @@ class Committer:
 
     def _gather(self, complete: list[str]) -> _Batch:
         batch = _Batch(complete)
-        batch.forks = [fork for fork, episodes in self._forks if not episodes.isdisjoint(complete)]
+        for fork, rows in self._forks:
+            if not {row["episode"] for row in rows}.isdisjoint(complete):
+                batch.forks.append(fork)
+                batch.unused += [row["place"] for row in rows if row["episode"] not in self._left]
         for episode in complete:
             one, pending = self._work[episode], self._pending[episode]
             assert pending.record is not None
@@ -438,9 +446,16 @@ class Committer:
         self.frames += sum(frames.values())
         self.already += len({row["id"] for row in batch.rows} - frames.keys())
         self.quarantine += batch.quarantine
-        self._forks = [(fork, episodes) for fork, episodes in self._forks if episodes.isdisjoint(batch.episodes)]
         for episode in batch.episodes:
             del self._left[episode], self._pending[episode]
+        # Nothing was committed where all were doubles: then episodes that are still to come need their forks again.
+        again = not (commit.keys or batch.quarantine)
+        self._forks = [
+            (fork, rows)
+            for fork, rows in self._forks
+            if not any(fork is done for done in batch.forks)
+            or (again and any(row["episode"] in self._left for row in rows))
+        ]
         if len(self.quarantine) > self._most_bad:
             self.too_bad = True
             self.inbox.stop.remote()

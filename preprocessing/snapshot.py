@@ -129,17 +129,24 @@ class Snapshot:
         list of pieces that are read.
         """
         tables: dict[str, list[dict[str, Any]]] = {group: [] for group in TABLES}
+        listed = 0
         for group, schema in TABLES.items():
             try:
                 names = parts(self._store, group)
             except Exception as error:
                 yield f"tables of {group} cannot be listed: {error}"
                 continue
+            listed += len(names)
             for part in names:
                 try:
                     tables[group] += read_table(self._store, group, part, schema.names).to_pylist()
                 except DamagedError as error:
                     yield str(error)
+        try:
+            if (written := self._tables()) != listed:  # a damaged list can be a shorter one
+                yield f"{listed} tables are listed, but {written} were written"
+        except Exception as error:
+            yield f"snapshot {self.id} cannot be read: {error}"
         gone = {row["id"] for row in tables["removed"]}
         places = []
         for row in tables["catalogue"]:
@@ -163,6 +170,11 @@ class Snapshot:
                     if checksum(rows) == at["checksum"]:
                         continue
                 yield f"{what}, {self._where(at)}"
+
+    def _tables(self) -> int:
+        """How many tables there are, by the metadata of the commit."""
+        repository = icechunk.Repository.open(parse(self.uri).storage())
+        return next(iter(repository.ancestry(snapshot_id=self.id))).metadata.get("tables", 0)
 
     def _rows(self, locations: Sequence[dict[str, Any]], batch: list[int]) -> np.ndarray:
         """The rows of one array from the first of these locations to the last."""

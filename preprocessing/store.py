@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Sequence
@@ -38,6 +39,7 @@ icechunk.set_logs_filter("error")  # it warns of concurrent local commits, which
 warnings.filterwarnings("ignore", module="zarr")  # its notices on unstabilised dtypes do not concern a user
 
 GC_MARGIN = datetime.timedelta(hours=24)  # younger objects may belong to an ingest that is still writing
+LARGEST_SKEW = datetime.timedelta(minutes=10)  # Icechunk accepts no commit whose clock and the storage's differ by more
 CHUNK_BYTES = 4 * 2**20  # large enough that reading is bound by the disk and not by the number of chunks
 
 
@@ -127,7 +129,7 @@ class LatentStore:
                 "parent": info.parent_id,
                 "time": info.written_at.isoformat(timespec="seconds"),
                 "message": info.message,
-                "counts": dict(info.metadata),
+                "counts": {key: value for key, value in info.metadata.items() if key != "tables"},
                 "tags": tags.get(info.id, []),
             }
             for info in self.repository.ancestry(branch="main")
@@ -282,10 +284,19 @@ class LatentStore:
                 if done is None:
                     return head
                 message, counts = done
+                counts["tables"] = sum(len(parts(session.store, group)) for group in TABLES)
+                self._wait_for(head)
                 try:
                     return Snapshot(self.uri, session.commit(message, metadata=counts))
                 except icechunk.ConflictError:
                     continue
+
+    def _wait_for(self, head: Snapshot) -> None:
+        """Icechunk refuses a commit older than its parent: where that one's clock is ahead, ours has to get there."""
+        info = next(iter(self.repository.ancestry(snapshot_id=head.id)))
+        ahead = info.written_at - datetime.datetime.now(datetime.UTC)
+        if ahead > datetime.timedelta(0):
+            time.sleep(min(ahead, LARGEST_SKEW).total_seconds())
 
 
 def write_segments(fork: icechunk.ForkSession, arrays: list[np.ndarray]) -> list[Location]:
