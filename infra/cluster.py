@@ -20,6 +20,7 @@ os.environ.setdefault("RAY_DEDUP_LOGS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 @contextlib.contextmanager
@@ -79,6 +80,11 @@ def _silent_start(verbose: bool) -> Iterator[None]:
         finally:
             os.dup2(kept, 2)
             os.close(kept)
+
+
+def on_this_node() -> NodeAffinitySchedulingStrategy:
+    """For an actor that no other node's end is to take away."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 @ray.remote(num_cpus=0)

@@ -15,8 +15,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from infra.cluster import Meter, cluster, watch
-from pipelines.ingest_job import READER, Committer, Plan, Work, on_this_node, run
+from infra.cluster import Meter, cluster, on_this_node, watch
+from pipelines.committer import Committer
+from pipelines.ingest_job import READER, Plan, Work, run
 from preprocessing import sources
 from preprocessing.encoders import Precision, encoder_digest
 from preprocessing.episode import DataContract, EpisodeRef, UserError

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +16,8 @@ from conftest import Uwm
 from formats import numbered, quadrants, write_demos, write_video
 from rows import differences
 
+from pipelines import committer, ingest_job
 from pipelines import ingest as verb
-from pipelines import ingest_job
 from pipelines.ingest import ingest
 from preprocessing import sources
 from preprocessing.encoders import encoder_digest, load_encoder
@@ -27,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every few rows are written, and whatever is complete is committed twice a second."""
     monkeypatch.setattr(ingest_job, "ROWS_PER_WRITE", 2)
-    monkeypatch.setattr(ingest_job, "COMMIT_MINUTES", 0)
+    monkeypatch.setattr(committer, "COMMIT_MINUTES", 0)
 
 
 @pytest.mark.slow
@@ -68,7 +72,7 @@ def test_a_long_ingest_commits_as_it_goes_and_ends_with_the_same_store(tmp_path:
     log = LatentStore.open(str(tmp_path / "eager")).log()
     assert len(log) > 2 and sum(entry["counts"].get("episodes", 0) for entry in log) == 6 == report.episodes["new"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ingest_job, "COMMIT_MINUTES", 60)
+        patch.setattr(committer, "COMMIT_MINUTES", 60)
         ingest([str(raw)], str(tmp_path / "whole"), image_size=64)
     assert len(LatentStore.open(str(tmp_path / "whole")).log()) == 2
     assert not differences(str(tmp_path / "eager"), str(tmp_path / "whole"))
@@ -99,11 +103,19 @@ def test_too_many_bad_inputs_stop_the_job_and_keep_what_is_good(
 ) -> None:
     monkeypatch.setattr(verb, "ENOUGH_TO_JUDGE", 3)
     good = write_video(tmp_path / "0.mp4", numbered(40)).read_bytes()
-    for number in range(1, 5):
+    for number, frames in ((1, 1000), (6, 3000), (7, 3000)):
+        write_video(tmp_path / f"{number}.mp4", quadrants(128)[None].repeat(frames, 0) - np.uint8(number))
+    for number in range(2, 6):
         (tmp_path / f"{number}.mp4").write_bytes(good[: len(good) * 2 // 3 + number])
-    for number in range(5, 8):
-        write_video(tmp_path / f"{number}.mp4", quadrants(128)[None].repeat(3000, 0) - np.uint8(number))
-    store = str(tmp_path / "store")
+    store, decode = str(tmp_path / "store"), ingest_job.decode
+
+    def bad_ones_last(batch: Any, **arguments: Any) -> Any:
+        bad = json.loads(batch["ref"][0].as_py())["uri"][-5] in "2345"
+        while bad and not LatentStore.open(store).snapshot().episodes(["id"]).num_rows:
+            time.sleep(0.1)
+        yield from decode(batch, **arguments)
+
+    monkeypatch.setattr(ingest_job, "decode", bad_ones_last)
     with pytest.raises(UserError, match=r"4 of 8 episodes are bad, more than --max-bad 0\.4"):
         ingest([str(tmp_path)], store, image_size=128, max_bad=0.4)
     snapshot = LatentStore.open(store).snapshot()
@@ -139,6 +151,30 @@ def test_a_file_that_changes_or_disappears_while_it_is_read_does_not_go_in(
     [row] = [row for row in snapshot.rows() if row["frames"] == 33]
     seen = load_encoder("tiny").decode(snapshot.read(row["cameras"][0]["segments"])).reshape(33, -1).mean(1)
     assert np.corrcoef(seen, np.arange(33))[0, 1] > 0.99
+
+
+@pytest.mark.slow
+def test_a_file_that_kills_its_reader_every_time_is_quarantined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("deadly", "good"):
+        write_video(tmp_path / f"{name}.mp4", np.tile(numbered(100), (2, 1, 1, 1)) + np.uint8(len(name)))
+    decode = ingest_job.decode
+
+    def die(batch: Any, **arguments: Any) -> Any:
+        for rows in decode(batch, **arguments):
+            yield rows
+            if "deadly" in batch["ref"][0].as_py():
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(ingest_job, "decode", die)
+    report = ingest([str(tmp_path)], str(tmp_path / "store"), image_size=64)
+    assert report.episodes == {"new": 1, "already": 0, "quarantined": 1}
+    assert "died 3 times" in report.quarantine[0]["reason"]
+    monkeypatch.setattr(ingest_job, "decode", decode)
+    again = ingest([str(tmp_path)], str(tmp_path / "store"), image_size=64)
+    assert again.episodes == {"new": 1, "already": 1, "quarantined": 0}
+    assert not list(LatentStore.open(str(tmp_path / "store")).snapshot().verify())
 
 
 @pytest.mark.slow
