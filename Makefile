@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 UWM = .venv/bin/uwm
 
-.PHONY: install demo test bench-vae bench-store bench-ingest check lock
+.PHONY: install demo test soak bench-vae bench-store bench-ingest check lock
 install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
@@ -15,6 +15,9 @@ demo: install
 
 test: install
 	.venv/bin/python -m pytest
+
+soak: install # kills drivers, workers and a node, fills a disk, breaks a network
+	.venv/bin/python -m pytest -m soak
 
 bench-vae: install # PLACES="folder ..." adds other frames
 	.venv/bin/python tests/bench_vae.py $(PLACES)

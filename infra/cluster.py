@@ -35,8 +35,9 @@ def cluster(address: str | None = None, verbose: bool = False) -> Iterator[None]
         return
     if not verbose:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+        for name in ("ray", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it logs as an error, it raises too
     # "local", not None: after a crash a stale file would send us to a cluster that is gone.
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     _knock(address)

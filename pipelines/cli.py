@@ -276,7 +276,7 @@ def main() -> None:
             raise
         lines = str(error).strip().splitlines() or [""]
         cause = lines[-1] if type(error).__module__.startswith("ray") else lines[0]  # Ray's begin with a traceback
-        _fail(f"failed: {type(error).__name__}: {cause} (-v shows more)", 1)
+        _fail(f"failed: {type(error).__name__}: {cause.strip('` |->')} (-v shows more)", 1)
 
 
 def _fail(line: str, code: int) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 COMMIT_MINUTES = 2  # of work that a crash may cost
 COMMIT_EPISODES = 4096
+FAILURES = 3  # commits in a row, that stop a job
 
 
 class Committer:
@@ -39,6 +40,7 @@ class Committer:
         self.episodes = self.already = self.frames = 0
         self.quarantine: list[dict[str, Any]] = []
         self.too_bad = False
+        self.failure: Exception | None = None  # of commits, that made it stop the job
         self._work = {one.ref.id: one for one in work}
         self._left = {one.ref.id: place for place, one in enumerate(work)}  # not committed yet
         self._plan = plan
@@ -48,6 +50,7 @@ class Committer:
         self._batch: _Batch | None = None
         self._lock = threading.Lock()
         self._last_commit = time.monotonic()
+        self._failed = 0  # commits in a row
 
     def start(self) -> None:
         self._last_commit = time.monotonic()
@@ -59,8 +62,15 @@ class Committer:
             complete = self._complete()
             late = time.monotonic() - self._last_commit > COMMIT_MINUTES * 60
             if complete and (late or len(complete) >= COMMIT_EPISODES):
-                self._commit(complete)
-                complete = []
+                try:
+                    self._commit(complete)
+                except Exception as error:
+                    self._failed += 1
+                    if self._failed == FAILURES:  # whatever else it encoded would be lost too
+                        self.failure = error
+                        self.inbox.stop.remote()
+                    raise
+                self._failed, complete = 0, []
             return len(self._work) - len(self._left) + len(complete)
 
     def keep(self) -> None:

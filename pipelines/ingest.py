@@ -147,6 +147,11 @@ def _run(store: LatentStore, work: list[Work], plan: Plan, max_bad: float, repor
                 run(work, plan, committer, meter)
             except BaseException as error:
                 committer.keep()
+                if committer.failure:
+                    reason = str(committer.failure).strip().splitlines()[0]
+                    raise UserError(
+                        f"stopped: commits failed ({reason}); ingest again when they can be made"
+                    ) from error
                 if not committer.too_bad:
                     raise
                 bad = len(committer.quarantine)

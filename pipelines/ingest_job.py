@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+import icechunk
 import numpy as np
 import pyarrow as pa
 import ray
@@ -25,7 +26,7 @@ from pipelines.committer import Committer
 from preprocessing import sources
 from preprocessing.episode import BadEpisode, DataContract, Episode, EpisodeRef
 from preprocessing.statistics import Statistics
-from preprocessing.store import write_segments
+from preprocessing.store import LatentStore, write_segments
 
 if TYPE_CHECKING:
     from preprocessing.encoders import Precision
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 16 * 2**20  # rows travel in blocks of about this size
 ROWS_PER_PASS = 8  # of up to 64 frames: what an encoder gets at once
 ROWS_PER_WRITE = 256
+WRITE_TRIES = 5
 RETRIES = 100  # about one a second until Ray notices, within a minute, that the node of an actor is gone
 TRIES = 3  # to read an episode that takes its process with it
 GPU_SHARE = 0.5  # two actors a device: one copies frames while the other computes
@@ -98,7 +100,8 @@ def run(work: list[Work], plan: Plan, committer: Committer, meter: Any) -> None:
         max_restarts=-1,
         max_task_retries=RETRIES,
     )
-    latents.write_datasink(LatentSink(committer), ray_remote_args={"num_cpus": 0.25})
+    again = {"max_retries": WRITE_TRIES, "retry_exceptions": [icechunk.IcechunkError]}
+    latents.write_datasink(LatentSink(committer), ray_remote_args={"num_cpus": 0.25, **again})
 
 
 def decode(batch: pa.Table, plan: Plan, meter: Any, inbox: Any) -> Iterator[pa.Table]:
@@ -244,10 +247,10 @@ class LatentSink(Datasink):
     def __init__(self, committer: Committer):
         self._committer = committer
         self._inbox = committer.inbox
-        self._fork = committer.store.fork()
+        self._uri = committer.store.uri
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_fork": self._fork, "_inbox": self._inbox}  # what a write task needs; the rest stays on the driver
+        return {"_uri": self._uri, "_inbox": self._inbox}  # what a write task needs; the rest stays on the driver
 
     @property
     def min_rows_per_write(self) -> int:
@@ -264,12 +267,13 @@ class LatentSink(Datasink):
                 kind = np.float32 if row["camera"] is None else np.float16
                 rows.append(row)
                 arrays.append(np.frombuffer(buffer, kind).reshape(row["shape"]))
-        for row, values, place in zip(rows, arrays, write_segments(self._fork, arrays), strict=True):
+        fork = LatentStore.open(self._uri).fork()  # of today's head: gc may have taken that of a long job's beginning
+        for row, values, place in zip(rows, arrays, write_segments(fork, arrays), strict=True):
             row["place"] = asdict(place)
             if values.size:
                 columns = np.moveaxis(values, 1, -1).reshape(-1, values.shape[1])  # channels of latents
                 row["statistics"] = Statistics.of(columns).to_row()
-        if not ray.get(self._inbox.put.remote(ctx.task_idx, {"fork": self._fork, "rows": rows})):
+        if not ray.get(self._inbox.put.remote(ctx.task_idx, {"fork": fork, "rows": rows})):
             raise Stopped
 
     def on_write_complete(self, write_result: Any) -> None:

@@ -14,7 +14,9 @@ import contextlib
 import datetime
 import email.utils
 import functools
+import os
 import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,8 +76,9 @@ class Folder:
         return "store" if self.path.is_dir() and icechunk.Repository.exists(self.storage()) else "something else"
 
     def now(self) -> datetime.datetime:
-        """The time of the clock that dates what is written there."""
-        return datetime.datetime.now(datetime.UTC)
+        """The time of the clock that dates what is written there: a file server's may not be this machine's."""
+        with tempfile.NamedTemporaryFile(dir=self.path.parent) as file:
+            return datetime.datetime.fromtimestamp(os.fstat(file.fileno()).st_mtime, datetime.UTC)
 
     @contextlib.contextmanager
     def commit_lock(self) -> Iterator[None]:
@@ -179,6 +182,8 @@ class Bucket:
             return f"the server refuses the credentials ({code}); {HOW_TO_SIGN_IN}"
         if code in ("AccessDenied", "403"):
             return "access denied; these credentials need to list, read, write and delete under this prefix"
+        if code == "RequestTimeTooSkewed":
+            return "this machine's clock is not the server's; set it"
         return f"the server answers {code}; is it an S3 server, and well?"
 
 

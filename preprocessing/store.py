@@ -40,6 +40,7 @@ warnings.filterwarnings("ignore", module="zarr")  # its notices on unstabilised 
 
 GC_MARGIN = datetime.timedelta(hours=24)  # younger objects may belong to an ingest that is still writing
 LARGEST_SKEW = datetime.timedelta(minutes=10)  # Icechunk accepts no commit whose clock and the storage's differ by more
+FIRST_SNAPSHOT = "1CECHNKREP0F1RSTCMT0"  # of every repository, by Icechunk's specification: there is nothing in it
 CHUNK_BYTES = 4 * 2**20  # large enough that reading is bound by the disk and not by the number of chunks
 
 
@@ -80,21 +81,27 @@ class LatentStore:
             case "nothing":
                 raise UserError(f"{uri}: no store here; make one with: uwm ingest SOURCE --store {uri}")
             case "something else":
-                raise UserError(f"{uri}: not a latent store; give a place that uwm ingest made")
-        return cls(place, icechunk.Repository.open(place.storage()))
+                raise _not_a_store(uri)
+        store = cls(place, icechunk.Repository.open(place.storage()))
+        if store.repository.lookup_branch("main") == FIRST_SNAPSHOT:
+            raise UserError(f"{uri}: a store is being made here, or was left half-made; uwm ingest goes on with it")
+        return store
 
     @classmethod
     def create(cls, uri: str) -> LatentStore:
         """Open the store at ``uri``, or make an empty one there if nothing is there yet."""
         place = parse(uri)
         with place.commit_lock():
-            if place.content() == "nothing":
-                try:
-                    icechunk.Repository.create(place.storage())
-                except icechunk.IcechunkError:  # somebody else was quicker, or the answer was lost
-                    if place.content() != "store":
-                        raise
-            store = cls.open(uri)
+            match place.content():
+                case "something else":
+                    raise _not_a_store(uri)
+                case "nothing":
+                    try:
+                        icechunk.Repository.create(place.storage())
+                    except icechunk.IcechunkError:  # somebody else was quicker, or the answer was lost
+                        if place.content() != "store":
+                            raise
+            store = cls(place, icechunk.Repository.open(place.storage()))
             # Made now, for two ingests that each made one would conflict.
             session = store.repository.writable_session("main")
             root = zarr.open_group(session.store, mode="a")
@@ -290,13 +297,27 @@ class LatentStore:
                     return Snapshot(self.uri, session.commit(message, metadata=counts))
                 except icechunk.ConflictError:
                     continue
+                except icechunk.IcechunkError:
+                    self._compare_clocks()
+                    raise
 
     def _wait_for(self, head: Snapshot) -> None:
         """Icechunk refuses a commit older than its parent: where that one's clock is ahead, ours has to get there."""
         info = next(iter(self.repository.ancestry(snapshot_id=head.id)))
         ahead = info.written_at - datetime.datetime.now(datetime.UTC)
-        if ahead > datetime.timedelta(0):
-            time.sleep(min(ahead, LARGEST_SKEW).total_seconds())
+        if ahead > LARGEST_SKEW:
+            self._compare_clocks()
+            date = f"{info.written_at:%Y-%m-%d %H:%M}"
+            raise UserError(f"{self.uri}: its newest snapshot is of {date} UTC, which is to come; roll back to another")
+        time.sleep(max(ahead.total_seconds(), 0))
+
+    def _compare_clocks(self) -> None:
+        drift = datetime.datetime.now(datetime.UTC) - self.place.now()
+        if abs(drift) > LARGEST_SKEW:
+            minutes = (
+                f"{abs(drift).total_seconds() / 60:.0f} minutes {'ahead' if drift.total_seconds() > 0 else 'late'}"
+            )
+            raise UserError(f"{self.uri}: this machine's clock is {minutes}; set it, then try again") from None
 
 
 def write_segments(fork: icechunk.ForkSession, arrays: list[np.ndarray]) -> list[Location]:
@@ -327,6 +348,10 @@ def write_segments(fork: icechunk.ForkSession, arrays: list[np.ndarray]) -> list
         )
         array[:] = joined
     return locations
+
+
+def _not_a_store(uri: str) -> UserError:
+    return UserError(f"{uri}: not a latent store; give a place that uwm ingest made")
 
 
 def _places(row: dict[str, Any]) -> list[dict[str, Any]]:

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from conftest import Uwm
 from formats import numbered, quadrants, write_demos, write_video
-from rows import differences
 
 from pipelines import committer, ingest_job
 from pipelines import ingest as verb
@@ -62,39 +61,59 @@ def test_encoders_share_one_pass_and_a_new_one_is_new_work_beside_the_old(tmp_pa
         np.testing.assert_allclose(statistics.std, latents.std((0, 2, 3), dtype=np.float64), rtol=1e-4)
 
 
-@pytest.mark.slow
-def test_a_long_ingest_commits_as_it_goes_and_ends_with_the_same_store(tmp_path: Path, eager: None) -> None:
-    raw = tmp_path / "raw"
-    raw.mkdir()
-    for number in range(6):
-        write_video(raw / f"{number}.mp4", quadrants(64)[None].repeat(600, 0) - np.uint8(number))
-    report = ingest([str(raw)], str(tmp_path / "eager"), image_size=64)
-    log = LatentStore.open(str(tmp_path / "eager")).log()
-    assert len(log) > 2 and sum(entry["counts"].get("episodes", 0) for entry in log) == 6 == report.episodes["new"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(committer, "COMMIT_MINUTES", 60)
-        ingest([str(raw)], str(tmp_path / "whole"), image_size=64)
-    assert len(LatentStore.open(str(tmp_path / "whole")).log()) == 2
-    assert not differences(str(tmp_path / "eager"), str(tmp_path / "whole"))
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder ``raw`` of a video, a broken copy of it and a demonstration, and the store ``store`` of its ingest."""
+    folder = tmp_path_factory.mktemp("mixed")
+    (folder / "raw").mkdir()
+    whole = write_video(folder / "raw" / "clip.mp4", numbered(60)).read_bytes()  # at 20 frames a second
+    (folder / "raw" / "broken.mp4").write_bytes(whole[: len(whole) * 2 // 3])
+    write_demos(folder / "raw" / "toy_demo.hdf5", demos=1, steps=20)
+    report = ingest([str(folder / "raw")], str(folder / "store"), image_size=64, fps=5)
+    assert report.episodes == {"new": 2, "already": 0, "quarantined": 1}
+    return folder
+
+
+@pytest.fixture
+def again(mixed: Path, tmp_path: Path) -> Path:
+    """A copy of ``mixed``, to be changed."""
+    return shutil.copytree(mixed, tmp_path / "copy")
+
+
+OPTIONS = ("--image-size", "64", "--fps", "5", "--json")
 
 
 @pytest.mark.slow
-def test_a_corrupt_file_is_quarantined_once_and_the_rest_goes_in(tmp_path: Path, uwm: Uwm) -> None:
-    whole = write_video(tmp_path / "good.mp4", numbered(40)).read_bytes()
-    (tmp_path / "broken.mp4").write_bytes(whole[: len(whole) * 2 // 3])
-    store = tmp_path / "store"
-    arguments = ("ingest", tmp_path / "good.mp4", tmp_path / "broken.mp4", "--store", store, "--json")
+def test_a_corrupt_file_is_quarantined_once_and_the_rest_goes_in(mixed: Path, again: Path, uwm: Uwm) -> None:
+    head = LatentStore.open(str(mixed / "store")).snapshot().id
+    arguments = ("ingest", mixed / "raw", "--store", again / "store", *OPTIONS)
     code, report, err = uwm(*arguments)
-    assert code == 3 and report["episodes"] == {"new": 1, "already": 0, "quarantined": 1}
+    assert code == 3 and report["episodes"] == {"new": 0, "already": 2, "quarantined": 1}
     [bad] = report["quarantine"]
-    assert bad["uri"].endswith("broken.mp4") and bad["reason"] in err
-    code, again, _ = uwm(*arguments)
-    assert code == 3 and again["episodes"] == {"new": 0, "already": 1, "quarantined": 1}
-    assert again["snapshot"] == report["snapshot"]
-    assert uwm("store", "quarantine", store, "--json")[1] == [bad]
-    assert uwm(*arguments, "--retry", "--dry-run")[1]["episodes"] == {"new": 1, "already": 1, "quarantined": 0}
-    (tmp_path / "broken.mp4").write_bytes(whole)  # mended: now it is a copy of the good one
-    assert uwm(*arguments)[1]["episodes"] == {"new": 0, "already": 2, "quarantined": 0}
+    assert bad["uri"].endswith("broken.mp4") and bad["reason"] in err and report["snapshot"] == head
+    assert uwm("store", "quarantine", again / "store", "--json")[1] == [bad]
+    assert uwm(*arguments, "--retry", "--dry-run")[1]["episodes"] == {"new": 1, "already": 2, "quarantined": 0}
+    shutil.copy(again / "raw" / "clip.mp4", again / "raw" / "broken.mp4")  # mended: now it is a copy of the good one
+    report = uwm("ingest", again / "raw", "--store", again / "store", *OPTIONS)[1]
+    assert report["episodes"] == {"new": 0, "already": 3, "quarantined": 0}
+
+
+@pytest.mark.slow
+def test_videos_are_thinned_on_request_and_each_rate_is_work_of_its_own(mixed: Path, uwm: Uwm) -> None:
+    rows = {row["format"]: row for row in LatentStore.open(str(mixed / "store")).snapshot().rows()}
+    assert (rows["video"]["frames"], rows["video"]["fps"], rows["hdf5"]["frames"]) == (15, 5.0, 20)
+    every = ("ingest", mixed / "raw", "--store", mixed / "store", "--image-size", "64", "--dry-run", "--json")
+    assert uwm(*every)[1]["episodes"] == {"new": 1, "already": 1, "quarantined": 1}
+
+
+@pytest.mark.slow
+def test_a_removed_episode_is_not_ingested_again(mixed: Path, again: Path, uwm: Uwm) -> None:
+    code, removed, _ = uwm("store", "remove", again / "store", "--source", mixed / "raw" / "clip.mp4", "--json")
+    assert code == 0 and len(removed["removed"]) == 1
+    copy = shutil.copy(mixed / "raw" / "clip.mp4", again / "renamed.mp4")
+    code, report, err = uwm("ingest", copy, "--store", again / "store", *OPTIONS)
+    assert code == 0 and report["episodes"] == {"new": 0, "already": 0, "quarantined": 0}
+    assert report["removed"] == 1 and "stay out" in err and report["snapshot"] == removed["snapshot"]
 
 
 @pytest.mark.slow
@@ -125,12 +144,30 @@ def test_too_many_bad_inputs_stop_the_job_and_keep_what_is_good(
 
 
 @pytest.mark.slow
-def test_a_file_that_changes_or_disappears_while_it_is_read_does_not_go_in(
+def test_a_store_that_takes_no_commits_stops_a_long_job_early(
+    tmp_path: Path, eager: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, frames in enumerate((100, 1500, 1500, 1500)):
+        write_video(tmp_path / f"{number}.mp4", quadrants(128)[None].repeat(frames, 0) - np.uint8(number))
+    asked = []
+
+    def refuse(store: LatentStore, *arguments: Any) -> None:
+        asked.append(arguments)
+        raise PermissionError("the key was revoked")
+
+    monkeypatch.setattr(LatentStore, "commit", refuse)
+    with pytest.raises(PermissionError, match="revoked"):
+        ingest([str(tmp_path)], str(tmp_path / "store"), image_size=128)
+    assert len(asked) > 3 and len(asked[-1][2]) < 4  # its last breath came before all was encoded
+
+
+@pytest.mark.slow
+def test_files_that_change_vanish_or_kill_their_reader_stay_out_until_they_do_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, count in (("changing", 30), ("vanishing", 31), ("staying", 32)):
+    for name, count in (("changing", 30), ("deadly", 100), ("staying", 32), ("vanishing", 31)):
         write_video(tmp_path / f"{name}.mp4", numbered(count))
-    store, scan = str(tmp_path / "store"), sources.scan
+    store, scan, decode = str(tmp_path / "store"), sources.scan, ingest_job.decode
 
     def then_things_happen(*arguments: Any) -> Any:
         refs = list(scan(*arguments))
@@ -138,65 +175,25 @@ def test_a_file_that_changes_or_disappears_while_it_is_read_does_not_go_in(
         (tmp_path / "vanishing.mp4").unlink()
         return refs
 
-    monkeypatch.setattr(sources, "scan", then_things_happen)
-    report = ingest([str(tmp_path)], store, image_size=64)
-    assert report.episodes == {"new": 1, "already": 0, "quarantined": 2}
-    reasons = {Path(row["uri"]).stem: row["reason"] for row in report.quarantine}
-    assert "changed while it was read" in reasons["changing"] and "No such file" in reasons["vanishing"]
-    monkeypatch.setattr(sources, "scan", scan)
-    again = ingest([str(tmp_path)], store, image_size=64)
-    assert again.episodes == {"new": 1, "already": 1, "quarantined": 0}
-    snapshot = LatentStore.open(store).snapshot()
-    assert {row["frames"] for row in snapshot.rows()} == {32, 33} and not list(snapshot.verify())
-    [row] = [row for row in snapshot.rows() if row["frames"] == 33]
-    seen = load_encoder("tiny").decode(snapshot.read(row["cameras"][0]["segments"])).reshape(33, -1).mean(1)
-    assert np.corrcoef(seen, np.arange(33))[0, 1] > 0.99
-
-
-@pytest.mark.slow
-def test_a_file_that_kills_its_reader_every_time_is_quarantined(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("deadly", "good"):
-        write_video(tmp_path / f"{name}.mp4", np.tile(numbered(100), (2, 1, 1, 1)) + np.uint8(len(name)))
-    decode = ingest_job.decode
-
     def die(batch: Any, **arguments: Any) -> Any:
         for rows in decode(batch, **arguments):
             yield rows
             if "deadly" in batch["ref"][0].as_py():
                 os.kill(os.getpid(), signal.SIGKILL)
 
+    monkeypatch.setattr(sources, "scan", then_things_happen)
     monkeypatch.setattr(ingest_job, "decode", die)
-    report = ingest([str(tmp_path)], str(tmp_path / "store"), image_size=64)
-    assert report.episodes == {"new": 1, "already": 0, "quarantined": 1}
-    assert "died 3 times" in report.quarantine[0]["reason"]
+    report = ingest([str(tmp_path)], store, image_size=64)
+    assert report.episodes == {"new": 1, "already": 0, "quarantined": 3}
+    reasons = {Path(row["uri"]).stem: row["reason"] for row in report.quarantine}
+    assert "changed while it was read" in reasons["changing"] and "No such file" in reasons["vanishing"]
+    assert "died 3 times" in reasons["deadly"]
+    monkeypatch.setattr(sources, "scan", scan)
     monkeypatch.setattr(ingest_job, "decode", decode)
-    again = ingest([str(tmp_path)], str(tmp_path / "store"), image_size=64)
-    assert again.episodes == {"new": 1, "already": 1, "quarantined": 0}
-    assert not list(LatentStore.open(str(tmp_path / "store")).snapshot().verify())
-
-
-@pytest.mark.slow
-def test_videos_are_thinned_on_request_and_each_rate_is_work_of_its_own(tmp_path: Path, uwm: Uwm) -> None:
-    write_video(tmp_path / "clip.mp4", numbered(60))  # at 20 frames a second
-    write_demos(tmp_path / "toy_demo.hdf5", demos=1, steps=20)
-    store = tmp_path / "store"
-    code, report, _ = uwm("ingest", tmp_path, "--store", store, "--image-size", "64", "--fps", "5", "--json")
-    assert code == 0 and report["episodes"]["new"] == 2
-    rows = {row["format"]: row for row in LatentStore.open(str(store)).snapshot().rows()}
-    assert (rows["video"]["frames"], rows["video"]["fps"], rows["hdf5"]["frames"]) == (15, 5.0, 20)
-    again = uwm("ingest", tmp_path, "--store", store, "--image-size", "64", "--dry-run", "--json")[1]
-    assert again["episodes"] == {"new": 1, "already": 1, "quarantined": 0}
-
-
-@pytest.mark.slow
-def test_a_removed_episode_is_not_ingested_again(tmp_path: Path, uwm: Uwm) -> None:
-    clip, store = write_video(tmp_path / "clip.mp4", numbered(40)), tmp_path / "store"
-    assert uwm("ingest", clip, "--store", store)[0] == 0
-    code, removed, _ = uwm("store", "remove", store, "--source", clip, "--json")
-    assert code == 0 and len(removed["removed"]) == 1
-    copy = shutil.copy(clip, tmp_path / "copy.mp4")
-    code, report, err = uwm("ingest", copy, "--store", store, "--json")
-    assert code == 0 and report["episodes"] == {"new": 0, "already": 0, "quarantined": 0}
-    assert report["removed"] == 1 and "stay out" in err and report["snapshot"] == removed["snapshot"]
+    again = ingest([str(tmp_path)], store, image_size=64)
+    assert again.episodes == {"new": 2, "already": 1, "quarantined": 0}
+    snapshot = LatentStore.open(store).snapshot()
+    assert {row["frames"] for row in snapshot.rows()} == {32, 33, 100} and not list(snapshot.verify())
+    [row] = [row for row in snapshot.rows() if row["frames"] == 33]
+    seen = load_encoder("tiny").decode(snapshot.read(row["cameras"][0]["segments"])).reshape(33, -1).mean(1)
+    assert np.corrcoef(seen, np.arange(33))[0, 1] > 0.99

@@ -231,5 +231,8 @@ def test_what_is_not_a_store_is_refused_in_one_line(tmp_path: Path, uri: str) ->
             attempt(uri if "://" in uri else str(tmp_path / uri))
         assert "\n" not in str(caught.value) and uri in str(caught.value)
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["note.txt"]
+    icechunk.Repository.create(icechunk.local_filesystem_storage(str(tmp_path / "new")))  # and then it was killed
+    with pytest.raises(UserError, match="half-made"):
+        LatentStore.open(str(tmp_path / "new"))
     with pytest.raises(UserError, match="no snapshot"):
         LatentStore.create(str(tmp_path / "new")).snapshot("nonsense")
