@@ -18,6 +18,8 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 os.environ.setdefault("RAY_DEDUP_LOGS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Between two tasks Ray would end a worker after a second, and the next costs seconds of a core to start.
+os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

@@ -20,11 +20,11 @@ import icechunk
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, DataContext, Datasink
+from ray.data import ActorPoolStrategy, DataContext, Datasink, ExecutionResources
 
 from pipelines.committer import Committer
 from preprocessing import sources
-from preprocessing.episode import BadEpisode, DataContract, Episode, EpisodeRef
+from preprocessing.episode import FRAMES_PER_CHUNK, BadEpisode, DataContract, Episode, EpisodeRef
 from preprocessing.statistics import Statistics
 from preprocessing.store import LatentStore, write_segments
 
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 16 * 2**20  # rows travel in blocks of about this size
 ROWS_PER_PASS = 8  # of up to 64 frames: what an encoder gets at once
+PASSES_AHEAD = 8  # of each encoder: frames and latents that wait in Ray's object store; with 4 encoders starve
 ROWS_PER_WRITE = 256
 WRITE_TRIES = 5
-RETRIES = 100  # about one a second until Ray notices, within a minute, that the node of an actor is gone
 TRIES = 3  # to read an episode that takes its process with it
 GPU_SHARE = 0.5  # two actors a device: one copies frames while the other computes
 READER = version("unified-world-models")
@@ -81,6 +81,10 @@ def run(work: list[Work], plan: Plan, committer: Committer, meter: Any) -> None:
     context.print_on_execution_start = False
     cpus = int(ray.cluster_resources().get("CPU", 1))
     gpus = ray.cluster_resources().get("GPU", 0)
+    actors = max(1, int(gpus / GPU_SHARE) or cpus)
+    pass_bytes = ROWS_PER_PASS * FRAMES_PER_CHUNK * plan.image_size**2 * 3
+    ahead = actors * PASSES_AHEAD * max(pass_bytes, BLOCK_BYTES)
+    context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=ahead)
     items = [{"ref": json.dumps(asdict(one.ref)), "encoders": list(one.keys), "fps": one.fps or 0.0} for one in work]
     frames = ray.data.from_items(items, override_num_blocks=min(len(items), 512)).map_batches(
         decode,  # type: ignore[arg-type]
@@ -94,11 +98,9 @@ def run(work: list[Work], plan: Plan, committer: Committer, meter: Any) -> None:
         fn_constructor_args=(plan, meter),
         batch_size=ROWS_PER_PASS,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=max(1, int(gpus / GPU_SHARE) or cpus)),
+        compute=ActorPoolStrategy(size=actors),
         num_cpus=0.25 if gpus else 0.7,
         num_gpus=GPU_SHARE if gpus else 0,
-        max_restarts=-1,
-        max_task_retries=RETRIES,
     )
     again = {"max_retries": WRITE_TRIES, "retry_exceptions": [icechunk.IcechunkError]}
     latents.write_datasink(LatentSink(committer), ray_remote_args={"num_cpus": 0.25, **again})

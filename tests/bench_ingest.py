@@ -1,10 +1,10 @@
 """``make bench-ingest``: how near an ingest comes to its slower half, and what memory it takes. Writes
 docs/benchmarks/ingest.md.
 
-Decoding alone and encoding alone run on the same cores, in the same batches and with the same number of processes as
-the ingest. Its own rate is that of the frames it takes longer for twice as many files, so that what a start costs
-(Ray, the encoders) is told apart. Memory is the largest sum, at any moment, of what Ray's workers hold of their own and
-of its object store.
+Decoding alone and encoding alone run on the same cores, frames and batches and with the same number of processes as the
+ingest; before, between and after the ingests, since a machine's speed drifts. An ingest's own rate is that of the
+frames which the longer of two does more in the time that it takes more, so that what a start costs (Ray, the encoders)
+is told apart.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,8 @@ from preprocessing.video import open_video
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "ingest.md"
 UWM = Path(sys.executable).with_name("uwm")
 SIZE = 128
-FILES, FRAMES = 8, 900  # a file: half a minute
-LONG, SHORT = 2 * 3600, 60  # seconds of video at 30 frames a second
+FEW, MANY, FRAMES = 8, 24, 900  # films, and frames of each: half a minute
+MINUTES = 1, 40, 120  # of video at 30 frames a second
 
 
 def film(path: Path, frames: int, size: tuple[int, int], seed: int) -> Path:
@@ -58,16 +59,28 @@ def decode(path: Path) -> int:
     return sum(len(frames) for frames in open_video(path).frames(SIZE))
 
 
-def encode(frames: int) -> float:
-    """Seconds that one process of one thread takes, in passes as the ingest's actors make them."""
+def encode(path: Path) -> float:
+    """Seconds that one process of one thread takes for a film, in passes as the ingest's actors make them."""
     torch.set_num_threads(1)
     encoder = load_encoder("tiny")
-    batch = np.random.default_rng(0).integers(0, 256, (ROWS_PER_PASS * FRAMES_PER_CHUNK, SIZE, SIZE, 3), np.uint8)
-    encoder.encode(batch[:32])
+    frames = np.concatenate([*open_video(path).frames(SIZE)])
+    encoder.encode(frames[:32])
     began = time.perf_counter()
-    for at in range(0, frames, len(batch)):
-        encoder.encode(batch[: min(len(batch), frames - at)])
+    for start in range(0, len(frames), ROWS_PER_PASS * FRAMES_PER_CHUNK):
+        encoder.encode(frames[start : start + ROWS_PER_PASS * FRAMES_PER_CHUNK])
     return time.perf_counter() - began
+
+
+def alone(files: list[Path], processes: int) -> tuple[float, float]:
+    """Seconds a frame of decoding and of encoding, by as many processes at once."""
+    with get_context("spawn").Pool(processes) as pool:
+        pool.map(len, [()] * processes)  # processes are up
+        began = time.perf_counter()
+        decoded = sum(pool.imap_unordered(decode, files))
+        decoding = (time.perf_counter() - began) / decoded
+        chosen = files[: len(files) // processes * processes]
+        encoding = sum(pool.map(encode, chosen, 1)) / processes / (len(chosen) * FRAMES)
+    return decoding, encoding
 
 
 def plain_loop(path: Path, folder: Path, frames: int) -> float:
@@ -89,44 +102,15 @@ def ingest(raw: Path, store: Path, size: int = SIZE) -> dict[str, Any]:
     return json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
 
 
-def throughput(folder: Path, processes: int) -> list[str]:
-    for name, count in (("once", FILES), ("twice", 2 * FILES)):
-        (folder / name).mkdir()
-        for number in range(count):
-            film(folder / name / f"{number}.mp4", FRAMES, (320, 240), seed=1000 * count + number)
-    frames = FILES * FRAMES
-    files = sorted((folder / "once").iterdir())
-    with get_context("spawn").Pool(processes) as pool:
-        pool.map(len, [()] * processes)  # processes are up
-        began = time.perf_counter()
-        assert sum(pool.imap_unordered(decode, files)) == frames
-        decoding = frames / (time.perf_counter() - began)
-        encoding = frames / max(pool.map(encode, [frames // processes] * processes, 1))
-    torch.set_num_threads(processes)
-    loop = plain_loop(files[0], folder / "plain.zarr", 300)
-    once, twice = (ingest(folder / name, folder / f"store-{name}") for name in ("once", "twice"))
-    rate = frames / (twice["seconds"] - once["seconds"])
-    whole = twice["frames"] / twice["seconds"]
-    return [
-        "| what | frames/s | the ingest is |",
-        "|---|---|---|",
-        f"| decoding alone | {decoding:.0f} | {rate / decoding:.2f} times as fast |",
-        f"| encoding alone | {encoding:.0f} | {rate / encoding:.2f} times as fast |",
-        f"| a plain loop of decode, encode, append | {loop:.0f} | {rate / loop:.1f} times as fast |",
-        f"| **ingest**, {frames:,} frames more | {rate:.0f} | |",
-        f"| ingest of {twice['frames']:,} frames, start and end included | {whole:.0f} | |",
-        "",
-        f"The larger ingest said: encoders waited {twice['waiting']['encode']:.0%} of the time, "
-        f"decoders {twice['waiting']['decode']:.0%}.",
-    ]
-
-
 class Watch:
-    """The largest sum of private memory of Ray's workers and shared memory of its object store, bytes."""
+    """What an ingest takes of the machine, while the block runs: CPU seconds by kind, and the most memory, bytes.
+
+    Memory is the largest sum of what Ray's workers hold of their own and of its object store.
+    """
 
     def __enter__(self) -> Watch:
-        self.peak, self._done = 0, threading.Event()
-        self._thread = threading.Thread(target=self._look)
+        self.cpu, self.peak, self._done = Counter[str](), 0, threading.Event()
+        self._thread = threading.Thread(target=self._loop)
         self._thread.start()
         return self
 
@@ -134,32 +118,86 @@ class Watch:
         self._done.set()
         self._thread.join()
 
-    def _look(self) -> None:
-        while not self._done.wait(0.25):
-            total, shared = 0, 0
-            for process in Path("/proc").iterdir():
+    def _loop(self) -> None:
+        used: dict[str, float] = {}  # CPU seconds of each process when it was last seen
+        while not self._done.wait(0.5):
+            own, shared, first = 0, 0, not used
+            for process in Path("/proc").glob("[0-9]*"):
                 try:
-                    if process.name.isdigit() and (process / "cmdline").read_bytes().startswith(b"ray::"):
-                        fields = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
-                        total += int(fields["RssAnon"].split()[0]) * 1024
-                        shared = max(shared, int(fields["RssShmem"].split()[0]) * 1024)
-                except (OSError, KeyError):  # it has just ended
+                    title = (process / "cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
+                    times = (process / "stat").read_text().rpartition(")")[2].split()[11:13]  # user, system
+                    fields = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+                except OSError:  # it has just ended
                     continue
-            self.peak = max(self.peak, total + shared)
+                seconds = sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+                kind = "encoding" if "Encode" in title else "decoding" if "decode" in title else "all else"
+                self.cpu[kind] += seconds - used.get(process.name, seconds if first else 0.0)
+                used[process.name] = seconds
+                if title.startswith("ray::"):
+                    own += int(fields["RssAnon"].split()[0]) * 1024
+                    shared = max(shared, int(fields["RssShmem"].split()[0]) * 1024)
+            self.peak = max(self.peak, own + shared)
+
+
+def throughput(folder: Path, processes: int) -> list[str]:
+    for count in (FEW, MANY):
+        (folder / f"{count}").mkdir()
+        for number in range(count):
+            film(folder / f"{count}" / f"{number}.mp4", FRAMES, (320, 240), seed=1000 * count + number)
+    files = sorted((folder / f"{FEW}").iterdir())
+    apart, ingests = [alone(files, processes)], []
+    for count in (FEW, MANY):
+        with Watch() as watch:
+            ingests.append((ingest(folder / f"{count}", folder / f"store-{count}"), watch.cpu))
+        apart.append(alone(files, processes))
+    torch.set_num_threads(processes)
+    loop = plain_loop(files[0], folder / "plain.zarr", 300)
+    decoding, encoding = (len(apart) / sum(seconds) for seconds in zip(*apart, strict=True))
+    (few, cpu_few), (many, cpu_many) = ingests
+    frames, seconds = many["frames"] - few["frames"], many["seconds"] - few["seconds"]
+    rate, whole = frames / seconds, many["frames"] / many["seconds"]
+    shares = ", ".join(
+        f"{kind} {(cpu_many[kind] - cpu_few[kind]) / (processes * seconds):.0%}"
+        for kind in ("encoding", "decoding", "all else")
+    )
+    return [
+        "| what | frames/s | the ingest is |",
+        "|---|---|---|",
+        f"| decoding alone | {decoding:.0f} | {rate / decoding:.2f} times as fast |",
+        f"| encoding alone | {encoding:.0f} | {rate / encoding:.2f} times as fast |",
+        f"| a plain loop of decode, encode, append | {loop:.0f} | {rate / loop:.1f} times as fast |",
+        f"| **ingest**, {frames:,} frames more | {rate:.0f} | |",
+        f"| ingest of {many['frames']:,} frames, start and end included | {whole:.0f} | |",
+        "",
+        f"Encoding alone, before, between and after: {', '.join(f'{1 / each:.0f}' for _, each in apart)} frames/s.",
+        "",
+        f"The cores' time in those {frames:,} frames: {shares}. Decoding and encoding on the same cores, with nothing "
+        f"else, would be {1 / (1 + encoding / decoding):.2f} times as fast as encoding alone. All else is Ray: its "
+        "driver, a dozen small processes, and this machine's own; their number does not grow with the cores.",
+        "",
+        f"The larger ingest said: encoders waited {many['waiting']['encode']:.0%} of the time, "
+        f"decoders {many['waiting']['decode']:.0%}.",
+    ]
 
 
 def memory(folder: Path) -> list[str]:
     lines = ["| video | largest memory of workers and object store |", "|---|---|"]
     peaks = []
-    for seconds in (SHORT, LONG):
-        (folder / f"{seconds}").mkdir()
-        film(folder / f"{seconds}" / "film.mp4", seconds * 30, (64, 64), seed=0)
+    for minutes in MINUTES:
+        (folder / f"{minutes} min").mkdir()
+        film(folder / f"{minutes} min" / "film.mp4", minutes * 60 * 30, (64, 64), seed=0)
         with Watch() as watch:
-            report = ingest(folder / f"{seconds}", folder / f"store-{seconds}", size=32)
-        assert report["frames"] == seconds * 30
+            report = ingest(folder / f"{minutes} min", folder / f"store of {minutes} min", size=32)
+        assert report["frames"] == minutes * 60 * 30
         peaks.append(watch.peak)
-        lines.append(f"| {seconds / 60:.0f} min, {report['frames']:,} frames of 32 x 32 | {watch.peak / 1e6:.0f} MB |")
-    return [*lines, "", f"The long one takes {peaks[1] / peaks[0]:.2f} times the memory of the short one."]
+        lines.append(f"| {minutes} min, {report['frames']:,} frames of 32 x 32 | {watch.peak / 1e6:.0f} MB |")
+    first, middle, last = peaks
+    return [
+        *lines,
+        "",
+        f"The longest takes {last / middle:.2f} times the memory of the middle one and {last / first:.2f} times that "
+        "of the shortest, which ends before Ray's buffers are full.",
+    ]
 
 
 def main() -> None:
@@ -170,7 +208,7 @@ def main() -> None:
         heading = (
             f"# Ingesting\n\n`make bench-ingest` on {processes} CPU cores, torch {torch.__version__}, encoder tiny."
         )
-        films = f"{FILES} and {2 * FILES} films of 320 x 240, H.264, {FRAMES} frames each, at {SIZE} x {SIZE}."
+        films = f"{FEW} and {MANY} films of 320 x 240, H.264, {FRAMES} frames each, at {SIZE} x {SIZE}."
         speed = throughput(folder, processes)
         lines = [heading, "", "## Throughput", "", films, "", *speed, "", "## Memory", "", *memory(folder), ""]
     PAGE.parent.mkdir(exist_ok=True)
