@@ -137,10 +137,12 @@ def _run(store: LatentStore, work: list[Work], plan: Plan, max_bad: float, repor
 
         def show(values: dict[str, float]) -> None:
             report.waiting = _waiting(values)
-            bar.n = committer.tick()
-            rate = values.get("frames", 0) / (bar.format_dict["elapsed"] or 1)
-            waits = ", ".join(f"{name}rs wait {share:.0%}" for name, share in report.waiting.items())
-            bar.set_postfix_str(f"{values.get('frames', 0):.0f} frames, {rate:.0f} frames/s, {waits}")
+            bar.n = max(committer.tick(), min(int(values.get("episodes", 0)), len(work)))
+            if frames := values.get("frames"):
+                waits = ", ".join(f"{name}rs wait {share:.0%}" for name, share in report.waiting.items())
+                bar.set_postfix_str(f"{frames:.0f} frames, {frames / bar.format_dict['elapsed']:.0f} frames/s, {waits}")
+            else:
+                bar.set_postfix_str("starting")
 
         with watch(meter, show):
             try:

@@ -225,6 +225,7 @@ class Encode:
         data = [value.as_buffer() for value in batch["data"]]
         rows = batch.drop_columns(["data"]).to_pylist()
         done = [row | {"data": bytes(data[i])} for i, row in enumerate(rows) if row["camera"] is None]
+        self._meter.add.remote(episodes=len(done))
         for name, encoder in self._encoders.items():
             mine = [i for i, row in enumerate(rows) if name in row["encoders"]]
             if not mine:

@@ -314,10 +314,9 @@ class LatentStore:
     def _compare_clocks(self) -> None:
         drift = datetime.datetime.now(datetime.UTC) - self.place.now()
         if abs(drift) > LARGEST_SKEW:
-            minutes = (
-                f"{abs(drift).total_seconds() / 60:.0f} minutes {'ahead' if drift.total_seconds() > 0 else 'late'}"
-            )
-            raise UserError(f"{self.uri}: this machine's clock is {minutes}; set it, then try again") from None
+            minutes, where = drift.total_seconds() / 60, "ahead" if drift > LARGEST_SKEW else "late"
+            message = f"{self.uri}: this machine's clock is {abs(minutes):.0f} minutes {where}; set it, then try again"
+            raise UserError(message) from None
 
 
 def write_segments(fork: icechunk.ForkSession, arrays: list[np.ndarray]) -> list[Location]:

@@ -2,21 +2,21 @@
 docs/benchmarks/ingest.md.
 
 Decoding alone and encoding alone run on the same cores, frames and batches and with the same number of processes as the
-ingest; before, between and after the ingests, since a machine's speed drifts. An ingest's own rate is that of the
-frames which the longer of two does more in the time that it takes more, so that what a start costs (Ray, the encoders)
-is told apart.
+ingest; before and after each, since a machine's speed drifts. An ingest's rate is read off its own progress line, while
+it goes steadily: what its start costs (Ray, the encoders) is told apart.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from preprocessing.video import open_video
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "ingest.md"
 UWM = Path(sys.executable).with_name("uwm")
 SIZE = 128
-FEW, MANY, FRAMES = 8, 24, 900  # films, and frames of each: half a minute
+FILMS, FRAMES, ROUNDS = 16, 900, 3  # films of half a minute
 MINUTES = 1, 40, 120  # of video at 30 frames a second
 
 
@@ -97,86 +97,93 @@ def plain_loop(path: Path, folder: Path, frames: int) -> float:
     raise ValueError(f"{path} has fewer than {frames} frames")
 
 
-def ingest(raw: Path, store: Path, size: int = SIZE) -> dict[str, Any]:
-    command = [UWM, "ingest", raw, "--store", store, "--image-size", str(size), "--json"]
-    return json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
+@dataclass
+class Ingest:
+    """``uwm ingest``: its answer; seconds, frames and CPU seconds by kind at each update of its progress line; and the
+    largest sum of what Ray's workers hold of their own and of its object store, bytes."""
+
+    report: dict[str, Any] = field(default_factory=dict)
+    moments: list[tuple[float, int, Counter[str]]] = field(default_factory=list)
+    peak: int = 0
+
+    def steady(self) -> tuple[float, dict[str, float]]:
+        """Frames a second between the first and the last tenth of all frames, and cores in use by kind."""
+        last = self.moments[-1][1]
+        seconds, frames, cpu = zip(*(at for at in self.moments if 0.1 < at[1] / last < 0.9), strict=True)
+        rate = float(np.polyfit(seconds, frames, 1)[0])
+        return rate, {kind: (cpu[-1][kind] - cpu[0][kind]) / (seconds[-1] - seconds[0]) for kind in cpu[-1]}
 
 
-class Watch:
-    """What an ingest takes of the machine, while the block runs: CPU seconds by kind, and the most memory, bytes.
+def ingest(raw: Path, store: Path, size: int = SIZE) -> Ingest:
+    command = [UWM, "ingest", raw, "--store", store, "--image-size", f"{size}", "--max-bad", "0", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout and process.stderr
+    run, cpu, used = Ingest(), Counter[str](), dict[str, float]()
+    for line in process.stderr:
+        working, memory = processes_now()
+        for pid, (kind, seconds) in working.items():  # a worker decodes now and writes later
+            cpu[kind] += seconds - used.get(pid, seconds)
+            used[pid] = seconds
+        run.peak = max(run.peak, memory)
+        if found := re.search(r"(\d+) frames,", line):
+            run.moments.append((time.monotonic(), int(found[1]), cpu.copy()))
+    run.report = json.loads(process.stdout.read().splitlines()[-1])
+    assert process.wait() == 0
+    return run
 
-    Memory is the largest sum of what Ray's workers hold of their own and of its object store.
-    """
 
-    def __enter__(self) -> Watch:
-        self.cpu, self.peak, self._done = Counter[str](), 0, threading.Event()
-        self._thread = threading.Thread(target=self._loop)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _loop(self) -> None:
-        used: dict[str, float] = {}  # CPU seconds of each process when it was last seen
-        while not self._done.wait(0.5):
-            own, shared, first = 0, 0, not used
-            for process in Path("/proc").glob("[0-9]*"):
-                try:
-                    title = (process / "cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
-                    times = (process / "stat").read_text().rpartition(")")[2].split()[11:13]  # user, system
-                    fields = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
-                except OSError:  # it has just ended
-                    continue
-                seconds = sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
-                kind = "encoding" if "Encode" in title else "decoding" if "decode" in title else "all else"
-                self.cpu[kind] += seconds - used.get(process.name, seconds if first else 0.0)
-                used[process.name] = seconds
-                if title.startswith("ray::"):
-                    own += int(fields["RssAnon"].split()[0]) * 1024
-                    shared = max(shared, int(fields["RssShmem"].split()[0]) * 1024)
-            self.peak = max(self.peak, own + shared)
+def processes_now() -> tuple[dict[str, tuple[str, float]], int]:
+    """What each process of this machine is at, and its CPU seconds so far; the memory of Ray's workers, bytes."""
+    working, own, shared = dict[str, tuple[str, float]](), 0, 0
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            title = (process / "cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
+            times = (process / "stat").read_text().rpartition(")")[2].split()[11:13]  # user, system
+            fields = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+        except OSError:  # it has just ended
+            continue
+        kind = "encoding" if "Encode" in title else "decoding" if "decode" in title else "all else"
+        working[process.name] = kind, sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+        if title.startswith("ray::"):
+            own += int(fields["RssAnon"].split()[0]) * 1024
+            shared = max(shared, int(fields["RssShmem"].split()[0]) * 1024)
+    return working, own + shared
 
 
 def throughput(folder: Path, processes: int) -> list[str]:
-    for count in (FEW, MANY):
-        (folder / f"{count}").mkdir()
-        for number in range(count):
-            film(folder / f"{count}" / f"{number}.mp4", FRAMES, (320, 240), seed=1000 * count + number)
-    files = sorted((folder / f"{FEW}").iterdir())
-    apart, ingests = [alone(files, processes)], []
-    for count in (FEW, MANY):
-        with Watch() as watch:
-            ingests.append((ingest(folder / f"{count}", folder / f"store-{count}"), watch.cpu))
-        apart.append(alone(files, processes))
+    (folder / "films").mkdir()
+    for number in range(FILMS):
+        film(folder / "films" / f"{number}.mp4", FRAMES, (320, 240), seed=number)
+    files = sorted((folder / "films").iterdir())[: FILMS // 2]
     torch.set_num_threads(processes)
-    loop = plain_loop(files[0], folder / "plain.zarr", 300)
+    apart, loops, ingests = [alone(files, processes)], [], []
+    for number in range(ROUNDS):
+        ingests.append(ingest(folder / "films", folder / f"store-{number}"))
+        loops.append(plain_loop(files[0], folder / f"plain-{number}.zarr", 300))
+        apart.append(alone(files, processes))
+    rates, cores = zip(*(run.steady() for run in ingests), strict=True)
+    rate, loop = np.mean(rates), np.mean(loops)
     decoding, encoding = (len(apart) / sum(seconds) for seconds in zip(*apart, strict=True))
-    (few, cpu_few), (many, cpu_many) = ingests
-    frames, seconds = many["frames"] - few["frames"], many["seconds"] - few["seconds"]
-    rate, whole = frames / seconds, many["frames"] / many["seconds"]
-    shares = ", ".join(
-        f"{kind} {(cpu_many[kind] - cpu_few[kind]) / (processes * seconds):.0%}"
-        for kind in ("encoding", "decoding", "all else")
-    )
+    whole = np.mean([run.report["frames"] / run.report["seconds"] for run in ingests])
+    shares = ", ".join(f"{kind} {np.mean([each[kind] for each in cores]) / processes:.0%}" for kind in cores[0])
+    waits = ", ".join(f"{name}rs {share:.0%}" for name, share in ingests[-1].report["waiting"].items())
     return [
         "| what | frames/s | the ingest is |",
         "|---|---|---|",
         f"| decoding alone | {decoding:.0f} | {rate / decoding:.2f} times as fast |",
         f"| encoding alone | {encoding:.0f} | {rate / encoding:.2f} times as fast |",
         f"| a plain loop of decode, encode, append | {loop:.0f} | {rate / loop:.1f} times as fast |",
-        f"| **ingest**, {frames:,} frames more | {rate:.0f} | |",
-        f"| ingest of {many['frames']:,} frames, start and end included | {whole:.0f} | |",
+        f"| **ingest**, while it goes steadily | {rate:.0f} | |",
+        f"| ingest of {FILMS * FRAMES:,} frames, start and end included | {whole:.0f} | |",
         "",
-        f"Encoding alone, before, between and after: {', '.join(f'{1 / each:.0f}' for _, each in apart)} frames/s.",
+        f"Means of {ROUNDS} rounds. The ingests: {', '.join(f'{each:.0f}' for each in rates)} frames/s; encoding "
+        f"alone, before, between and after them: {', '.join(f'{1 / each:.0f}' for _, each in apart)}.",
         "",
-        f"The cores' time in those {frames:,} frames: {shares}. Decoding and encoding on the same cores, with nothing "
-        f"else, would be {1 / (1 + encoding / decoding):.2f} times as fast as encoding alone. All else is Ray: its "
-        "driver, a dozen small processes, and this machine's own; their number does not grow with the cores.",
+        f"The cores' time meanwhile: {shares}. Decoding and encoding on the same cores, with nothing else, would be "
+        f"{1 / (1 + encoding / decoding):.2f} times as fast as encoding alone. All else is Ray: its driver, a dozen "
+        "small processes, and this machine's own; their number does not grow with the cores.",
         "",
-        f"The larger ingest said: encoders waited {many['waiting']['encode']:.0%} of the time, "
-        f"decoders {many['waiting']['decode']:.0%}.",
+        f"Of their time waited: {waits}.",
     ]
 
 
@@ -186,11 +193,10 @@ def memory(folder: Path) -> list[str]:
     for minutes in MINUTES:
         (folder / f"{minutes} min").mkdir()
         film(folder / f"{minutes} min" / "film.mp4", minutes * 60 * 30, (64, 64), seed=0)
-        with Watch() as watch:
-            report = ingest(folder / f"{minutes} min", folder / f"store of {minutes} min", size=32)
-        assert report["frames"] == minutes * 60 * 30
-        peaks.append(watch.peak)
-        lines.append(f"| {minutes} min, {report['frames']:,} frames of 32 x 32 | {watch.peak / 1e6:.0f} MB |")
+        run = ingest(folder / f"{minutes} min", folder / f"store of {minutes} min", size=32)
+        assert run.report["frames"] == minutes * 60 * 30
+        peaks.append(run.peak)
+        lines.append(f"| {minutes} min, {run.report['frames']:,} frames of 32 x 32 | {run.peak / 1e6:.0f} MB |")
     first, middle, last = peaks
     return [
         *lines,
@@ -208,7 +214,7 @@ def main() -> None:
         heading = (
             f"# Ingesting\n\n`make bench-ingest` on {processes} CPU cores, torch {torch.__version__}, encoder tiny."
         )
-        films = f"{FEW} and {MANY} films of 320 x 240, H.264, {FRAMES} frames each, at {SIZE} x {SIZE}."
+        films = f"{FILMS} films of 320 x 240, H.264, {FRAMES} frames each, at {SIZE} x {SIZE}."
         speed = throughput(folder, processes)
         lines = [heading, "", "## Throughput", "", films, "", *speed, "", "## Memory", "", *memory(folder), ""]
     PAGE.parent.mkdir(exist_ok=True)
