@@ -9,6 +9,7 @@ complete every few minutes. Nothing is held longer than that: memory does not gr
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import time
 from collections.abc import Iterable, Iterator
@@ -75,6 +76,7 @@ class Plan:
 
 def run(work: list[Work], plan: Plan, committer: Committer, meter: Any) -> None:
     """Everything from raw files to the last commit. Raises what stopped it, after committing what was complete."""
+    gc.collect()  # a job that failed in this process may hold its encoders, and their cores, in a cycle of objects
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = BLOCK_BYTES

@@ -56,7 +56,11 @@ def test_ctrl_c_ends_an_ingest_with_one_line_and_nothing_half_written(tmp_path: 
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     with log.open("w") as stderr:
         process = subprocess.Popen(
-            [UWM, "ingest", tmp_path, "--store", store], env=environment, stderr=stderr, start_new_session=True
+            [UWM, "ingest", tmp_path, "--store", store],
+            env=environment,
+            stderr=stderr,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
         )
     deadline = time.monotonic() + 120
     while not re.search(r"[1-9]\d* frames", text := log.read_text()):
