@@ -35,6 +35,7 @@ class Seen:
 
     frames: int = 0
     end: float | None = None  # when the last frame stops being shown, in seconds of the stream's clock
+    whole: bool = True  # all of it is to go by
 
 
 # The frames that are to come out, and how often each.

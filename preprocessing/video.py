@@ -48,8 +48,8 @@ class VideoInfo:
 
 def probe_video(path: Path | str) -> VideoInfo:
     """Reads the header only. Raises BadEpisode where that is impossible or there is no video in the file."""
-    with _open(path) as container:
-        stream = _best_stream(container)
+    with open_container(path) as container:
+        stream = best_stream(container)
         rate = stream.average_rate or stream.guessed_rate
         if not rate:
             raise BadEpisode("declares no frame rate")
@@ -68,10 +68,10 @@ def open_video(path: Path | str) -> Video:
     """The best video stream of a file. Nothing is opened before somebody iterates."""
 
     def frames(size: int | None) -> Iterator[np.ndarray]:
-        return _chunks(_decode(path, size))
+        return chunks(decode(path, size))
 
     def thin(share: float) -> Video:
-        return Video(lambda size: _chunks(_decode_share(path, size, share)))
+        return Video(lambda size: chunks(_decode_share(path, size, share)))
 
     return Video(frames, thin=thin)
 
@@ -80,7 +80,7 @@ def images_video(images: Sequence[bytes]) -> Video:
     """JPEG or PNG files, one a frame, all of one size."""
 
     def frames(size: int | None) -> Iterator[np.ndarray]:
-        return _chunks(resize(decode_image(image)[None], size)[0] for image in images)
+        return chunks(resize(decode_image(image)[None], size)[0] for image in images)
 
     def thin(share: float) -> Video:
         return images_video([image for index, image in enumerate(images) if times_kept(index, index + 1, share)])
@@ -137,7 +137,7 @@ def thinned(video: Video, share: float) -> Video:
     def frames(size: int | None) -> Iterator[np.ndarray]:
         every = (frame for chunk in video.frames(size) for frame in chunk)
         # A view would keep the whole chunk that it came in.
-        return _chunks(frame.copy() for index, frame in enumerate(every) if times_kept(index, index + 1, share))
+        return chunks(frame.copy() for index, frame in enumerate(every) if times_kept(index, index + 1, share))
 
     return Video(frames, turned=video.turned)
 
@@ -165,7 +165,7 @@ def resize(frames: np.ndarray, size: int | None) -> np.ndarray:
     return np.stack([np.asarray(Image.fromarray(frame).resize((size, size), method)) for frame in frames])
 
 
-def _chunks(frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+def chunks(frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
     chunk: list[np.ndarray] = []
     for frame in frames:
         if chunk and frame.shape != chunk[0].shape:
@@ -178,7 +178,7 @@ def _chunks(frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         yield np.stack(chunk)
 
 
-def _open(path: Path | str) -> av.container.InputContainer:
+def open_container(path: Path | str) -> av.container.InputContainer:
     try:
         return av.open(str(path), metadata_errors="replace")  # a title in Latin-1 is no reason to refuse
     except av.FFmpegError as error:
@@ -191,7 +191,7 @@ def _video_streams(container: av.container.InputContainer) -> list[av.VideoStrea
     return [s for s in streams if s.codec_context is not None]
 
 
-def _best_stream(container: av.container.InputContainer) -> av.VideoStream:
+def best_stream(container: av.container.InputContainer) -> av.VideoStream:
     """The stream its author marked as default; among several, the one with the most pixels, then the first."""
     streams = _video_streams(container)
     if not streams:
@@ -199,9 +199,9 @@ def _best_stream(container: av.container.InputContainer) -> av.VideoStream:
     return max(streams, key=lambda s: (bool(s.disposition & Disposition.default), s.width * s.height, -s.index))
 
 
-def _decode(path: Path | str, size: int | None, choose: Choice = all_frames) -> Iterator[np.ndarray]:
-    with _open(path) as container:
-        stream = _best_stream(container)
+def decode(path: Path | str, size: int | None, choose: Choice = all_frames) -> Iterator[np.ndarray]:
+    with open_container(path) as container:
+        stream = best_stream(container)
         stream.thread_type = "NONE"
         stream.codec_context.thread_count = 1
         reformatter = VideoReformatter()
@@ -218,7 +218,7 @@ def _decode(path: Path | str, size: int | None, choose: Choice = all_frames) -> 
             raise BadEpisode(f"{_declared(stream)}breaks after {seen.frames}: {error.strerror}") from None
         if seen.frames == 0:
             raise BadEpisode("holds no frame that can be decoded")
-        if _ends_early(stream, seen.frames, seen.end):
+        if seen.whole and _ends_early(stream, seen.frames, seen.end):
             raise BadEpisode(f"{_declared(stream)}ends after {seen.frames}: the file is cut off")
 
 
@@ -306,8 +306,8 @@ def _decode_share(path: Path | str, size: int | None, share: float) -> Iterator[
     """
     done = 0
     try:
-        for picture in _decode(path, size, partial(frames_needed, share=share)):
+        for picture in decode(path, size, partial(frames_needed, share=share)):
             yield picture
             done += 1
     except BadEpisode:
-        yield from islice(_decode(path, size, partial(frames_decoded, share=share)), done, None)
+        yield from islice(decode(path, size, partial(frames_decoded, share=share)), done, None)

@@ -43,9 +43,11 @@ class Finding:
 
 
 def findings(
-    reader: str, files: Iterable[Path], read: Callable[[Path], list[Finding]]
+    reader: str | Callable[[Path], str], files: Iterable[Path], read: Callable[[Path], list[Finding]]
 ) -> Iterator[tuple[Path, list[Finding]]]:
     """Each file, in order, with what ``reader`` once found in it, or what ``read`` finds now.
+
+    ``reader`` names all that decides what is found beside the file; a function, where that differs by file.
 
     ``read`` is called in as many threads as there are processors: reading and hashing leave Python's lock. (Libraries
     may have a lock of their own, as HDF5 has, whose unpacking runs in one thread at a time.) A file that cannot be
@@ -106,8 +108,8 @@ def _stamp(status: os.stat_result) -> str:
 class _Memory:
     """The rows of one reader. Another version of it may find something else, and has rows of its own."""
 
-    def __init__(self, reader: str):
-        self._reader = f"{reader} {version('unified-world-models')}"
+    def __init__(self, reader: str | Callable[[Path], str]):
+        self._name = reader
         self._month = int(time.time() / MONTH)
         self._new: list[tuple[bytes, str, str, str, int]] = []
         self._saved = time.monotonic()
@@ -119,7 +121,7 @@ class _Memory:
         try:
             with self._database:
                 self._database.execute("BEGIN")  # one lock for all: on a network's disk each one takes milliseconds
-                rows = [self._database.execute(query, (_name(file), self._reader)).fetchone() for file in files]
+                rows = [self._database.execute(query, (_name(file), self._reader(file))).fetchone() for file in files]
         except sqlite3.Error as error:
             self._database = _after(error)
             return {}
@@ -135,9 +137,13 @@ class _Memory:
 
     def keep(self, file: Path, stamp: str, found: list[Finding]) -> None:
         digests = " ".join(finding.digest for finding in found)
-        self._new.append((_name(file), self._reader, stamp, digests, self._month))
+        self._new.append((_name(file), self._reader(file), stamp, digests, self._month))
         if time.monotonic() - self._saved > SAVE_EVERY:
             self._save()
+
+    def _reader(self, file: Path) -> str:
+        name = self._name if isinstance(self._name, str) else self._name(file)
+        return f"{name} {version('unified-world-models')}"
 
     def close(self) -> None:
         self._save()
