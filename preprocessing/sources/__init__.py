@@ -19,11 +19,22 @@ from types import ModuleType
 from urllib.parse import unquote, urlsplit
 
 from preprocessing.episode import BadEpisode, DataContract, Episode, EpisodeRef, UserError, Video
-from preprocessing.sources import hdf5, lerobot, rlds, video
+from preprocessing.sources import aloha, calvin, hdf5, lerobot, rlds, video
 from preprocessing.video import thinned, upside_down
 
-FORMATS: dict[str, ModuleType] = {"rlds": rlds, "lerobot": lerobot, "hdf5": hdf5, "video": video}
-CLOSED = {"rlds", "lerobot"}  # a data set's folder: what lies below it is its own (LeRobot's MP4 files are no episodes)
+FORMATS: dict[str, ModuleType] = {
+    "rlds": rlds,
+    "lerobot": lerobot,
+    "calvin": calvin,
+    "aloha": aloha,
+    "hdf5": hdf5,
+    "video": video,
+}
+CLOSED = {
+    "rlds",
+    "lerobot",
+    "calvin",
+}  # a data set's folder: what lies below it is its own (LeRobot's MP4 files are no episodes)
 
 
 def find(path: str | Path, format: str = "auto") -> list[tuple[str, Path]]:
@@ -176,6 +187,8 @@ def _known(wanted: list[str]) -> str:
     means = {
         "rlds": "rlds (features.json and *.tfrecord-* files)",
         "lerobot": "lerobot (meta/info.json)",
+        "calvin": "calvin (ep_start_end_ids.npy)",
+        "aloha": "aloha (ALOHA or ACT *.hdf5)",
         "hdf5": "hdf5 (robomimic or LIBERO *.hdf5)",
         "video": "video (*.mp4, *.mkv, *.webm, ...)",
     }

@@ -6,16 +6,14 @@ renders with OpenGL, whose first row is the lowest, and LIBERO stores them so: i
 ``macros_image_convention`` is ``opengl``, and they are turned here.
 
 An episode's index is its place among the demonstrations in natural order (``demo_2`` before ``demo_10``); its digest
-covers the values of its data sets and the attributes that change what they mean, so that a repacked file is the same.
-A file decides nothing beyond itself: soft and external links, external storage and virtual data sets are not followed.
+covers the values of its data sets and the attributes that change what they mean.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +21,20 @@ import h5py
 import numpy as np
 
 from preprocessing.episode import ActionBlock, BadEpisode, Episode, EpisodeRef, Video
+from preprocessing.sources.hdf5_files import child, digest_of, frames_reader, hdf5_files, json_of, own, text
 from preprocessing.sources.memory import Finding, file_digest, findings
 from preprocessing.video import sliced_video, upside_down
 
-SIGNATURE = b"\x89HDF\r\n\x1a\n"
-SUFFIXES = (".hdf5", ".h5")
 DEFAULT_FPS = 20.0  # robosuite's control rate, and LIBERO's
-PIECE_BYTES = 2**24
 ATTRIBUTES = ("macros_image_convention", "env_args", "problem_info", "language_instruction", "robot", "fps", "ep_meta")
 
 
 def detect(path: Path) -> bool:
-    return any(True for _ in _files(path))
+    return any(True for _ in hdf5_files(path, "demonstrations"))
 
 
 def scan(path: Path) -> Iterator[EpisodeRef]:
-    for file, found in findings("hdf5", _files(path), _read):
+    for file, found in findings("hdf5", hdf5_files(path, "demonstrations"), _read):
         for index, demo in enumerate(found):
             yield EpisodeRef(str(file.absolute()), "hdf5", index, demo.digest, demo.problem)
 
@@ -54,12 +50,12 @@ def load(ref: EpisodeRef) -> Episode:
     with h5py.File(path, "r") as file:
         data = _data(file)
         name = _name(data, ref)
-        demo = _child(data, name, h5py.Group)
-        obs = _child(demo, "obs", h5py.Group)
-        action = _child(demo, "actions", h5py.Dataset)[()].astype(np.float32)
+        demo = child(data, name, h5py.Group)
+        obs = child(demo, "obs", h5py.Group)
+        action = child(demo, "actions", h5py.Dataset)[()].astype(np.float32)
         if action.ndim != 2:
             raise BadEpisode(f"actions have shape {action.shape}, not one vector a step")
-        env = _json(_attribute(data, demo, "env_args"))
+        env = json_of(_attribute(data, demo, "env_args"))
         fps, robot, repairs = _fps(data, demo, env), _robot(data, demo, env), list[str]()
         if fps is None:
             fps = DEFAULT_FPS
@@ -67,8 +63,8 @@ def load(ref: EpisodeRef) -> Episode:
         if robot is None:
             repairs.append("robot unknown")
 
-        inside = {key: value for key in sorted(obs) if isinstance(value := _own(obs, key), h5py.Dataset)}
-        repairs += [f"obs/{key} is a link and not followed" for key in sorted(obs) if _own(obs, key) is None]
+        inside = {key: value for key in sorted(obs) if isinstance(value := own(obs, key), h5py.Dataset)}
+        repairs += [f"obs/{key} is a link and not followed" for key in sorted(obs) if own(obs, key) is None]
         images = {k: d for k, d in inside.items() if d.ndim == 4 and d.shape[-1] == 3 and d.dtype == np.uint8}
         vectors = {k: d for k, d in inside.items() if d.ndim in (1, 2) and d.dtype.kind == "f"}
         lengths = {len(dataset) for dataset in (*images.values(), *vectors.values())}
@@ -79,10 +75,10 @@ def load(ref: EpisodeRef) -> Episode:
             raise BadEpisode(f"{steps} actions, but observations of lengths {sorted(lengths)}")
 
         proprio = {key: d[:steps].reshape(steps, -1).astype(np.float32) for key, d in vectors.items()}
-        bottom_up = _text(_attribute(data, demo, "macros_image_convention")) == "opengl"
+        bottom_up = text(_attribute(data, demo, "macros_image_convention")) == "opengl"
         cameras: dict[str, Video] = {}
         for key in images:
-            video = sliced_video(steps, _reader(path, f"data/{name}/obs/{key}"))
+            video = sliced_video(steps, frames_reader(path, f"data/{name}/obs/{key}"))
             cameras[_camera_name(key, images)] = upside_down(video) if bottom_up else video
         if bottom_up and images:
             repairs.append("images are stored bottom-up (opengl); turned upright")
@@ -98,19 +94,6 @@ def load(ref: EpisodeRef) -> Episode:
             embodiment=robot or "unknown",
             repairs=tuple(repairs),
         )
-
-
-def _reader(path: Path, name: str) -> Callable[[int, int], np.ndarray]:
-    """The file is opened for each slice: an open handle would outlive the consumer and cannot be sent anywhere."""
-
-    def read(start: int, stop: int) -> np.ndarray:
-        try:
-            with h5py.File(path, "r") as file:
-                return file[name][start:stop]
-        except (OSError, KeyError) as error:
-            raise BadEpisode(f"{name} cannot be read from frame {start}: {error}") from None
-
-    return read
 
 
 def _camera_name(key: str, images: dict[str, Any]) -> str:
@@ -136,19 +119,16 @@ def _layout(width: int) -> tuple[ActionBlock, ...]:
 def _instruction(data: h5py.Group, demo: h5py.Group) -> str | None:
     candidates = (
         _attribute(data, demo, "language_instruction"),
-        _json(_attribute(data, demo, "problem_info")).get("language_instruction"),
-        _json(_attribute(data, demo, "ep_meta")).get("lang"),  # RoboCasa
+        json_of(_attribute(data, demo, "problem_info")).get("language_instruction"),
+        json_of(_attribute(data, demo, "ep_meta")).get("lang"),  # RoboCasa
     )
-    for text in map(_text, candidates):
-        if text:
-            return text
-    return None
+    return next(filter(None, map(text, candidates)), None)
 
 
 def _success(demo: h5py.Group) -> bool | None:
     """The sparse reward is 1 where the task is done; ``dones`` may also mark a mere end, so it is asked second."""
     for name, reached in (("rewards", 1.0), ("dones", 1.0)):
-        values = _own(demo, name)
+        values = own(demo, name)
         if isinstance(values, h5py.Dataset) and values.size:
             return bool((values[()] >= reached).any())
     return None
@@ -163,28 +143,11 @@ def _fps(data: h5py.Group, demo: h5py.Group, env: dict[str, Any]) -> float | Non
 
 def _robot(data: h5py.Group, demo: h5py.Group, env: dict[str, Any]) -> str | None:
     robots = env.get("env_kwargs", {}).get("robots")
-    return _text(_attribute(data, demo, "robot")) or _text(robots)
+    return text(_attribute(data, demo, "robot")) or text(robots)
 
 
 def _attribute(data: h5py.Group, demo: h5py.Group, name: str) -> Any:
     return demo.attrs.get(name, data.attrs.get(name))
-
-
-def _text(value: Any) -> str:
-    """HDF5 strings come as str, bytes or arrays of one; LIBERO also writes lists of words or of one sentence."""
-    if isinstance(value, bytes):
-        value = value.decode(errors="replace")
-    elif isinstance(value, np.ndarray | list | tuple):
-        value = " ".join(_text(part) for part in value)
-    return value.strip().strip('"') if isinstance(value, str) else ""
-
-
-def _json(value: Any) -> dict[str, Any]:
-    try:
-        parsed = json.loads(_text(value) or "{}")
-    except ValueError:
-        return {}
-    return parsed if isinstance(parsed, dict) else {}
 
 
 def _read(file: Path) -> list[Finding]:
@@ -205,35 +168,16 @@ def _finding(file: Path, data: h5py.Group, name: str) -> Finding:
 
 
 def _digest(data: h5py.Group, name: str) -> str:
-    demo = _child(data, name, h5py.Group)
-    sha = hashlib.sha256()
-    for attribute in ATTRIBUTES:
-        if (value := _attribute(data, demo, attribute)) is not None:
-            sha.update(f"{attribute}={_text(value) or value};".encode())
-    for key, dataset in _datasets(demo, ""):
-        sha.update(f"{key} {dataset.dtype.str} {dataset.shape};".encode())
-        rows = max(1, PIECE_BYTES // max(1, dataset.nbytes // max(1, len(dataset) if dataset.ndim else 1)))
-        for start in range(0, len(dataset) if dataset.ndim else 1, rows):
-            piece = dataset[start : start + rows] if dataset.ndim else dataset[()]
-            sha.update(repr(piece).encode() if dataset.dtype.hasobject else np.ascontiguousarray(piece).tobytes())
-    return sha.hexdigest()
-
-
-def _datasets(group: h5py.Group, prefix: str) -> Iterator[tuple[str, h5py.Dataset]]:
-    for key in sorted(group):
-        child = _own(group, key)
-        if isinstance(child, h5py.Group):
-            yield from _datasets(child, f"{prefix}{key}/")
-        elif isinstance(child, h5py.Dataset) and child.shape is not None:
-            yield f"{prefix}{key}", child
+    demo = child(data, name, h5py.Group)
+    return digest_of(demo, {name: _attribute(data, demo, name) for name in ATTRIBUTES})
 
 
 def _data(file: h5py.File) -> h5py.Group:
-    return _child(file, "data", h5py.Group)
+    return child(file, "data", h5py.Group)
 
 
 def _demos(data: h5py.Group) -> list[str]:
-    names = [name for name in data if isinstance(_own(data, name), h5py.Group)]
+    names = [name for name in data if isinstance(own(data, name), h5py.Group)]
     if not names:
         raise BadEpisode("data/ holds no demonstration")
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
@@ -244,32 +188,3 @@ def _name(data: h5py.Group, ref: EpisodeRef) -> str:
     if ref.index >= len(names):
         raise BadEpisode(f"the file has {len(names)} demonstrations now, fewer than when it was listed")
     return names[ref.index]
-
-
-def _child(group: h5py.Group, name: str, kind: type) -> Any:
-    child = _own(group, name)
-    if not isinstance(child, kind):
-        raise BadEpisode(f"no {'group' if kind is h5py.Group else 'data set'} {name!r} in {group.name}")
-    return child
-
-
-def _own(group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset | None:
-    """A member stored in this very file; None for one that is absent or lies, or may lie, in another."""
-    if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-        return None
-    child = group[name]
-    if isinstance(child, h5py.Dataset) and (child.is_virtual or child.external):
-        return None
-    return child
-
-
-def _files(path: Path) -> Iterator[Path]:
-    """The file itself, or the files directly in a folder: by name, or by the signature where the name says nothing."""
-    for file in [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file()):
-        if not file.name.startswith(".") and (file.suffix.lower() in SUFFIXES or _is_hdf5(file)):
-            yield file
-
-
-def _is_hdf5(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(SIGNATURE)) == SIGNATURE

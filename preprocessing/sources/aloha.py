@@ -1,0 +1,120 @@
+"""ALOHA and ACT recordings: one HDF5 file an episode, of two arms with seven joints each.
+
+``/action`` and ``/observations/{qpos, qvel, effort}`` have a row a step, ``/observations/images/CAMERA`` a picture:
+uint8 ``[T, H, W, 3]``, or, where the file says ``compress``, a JPEG file padded with zeros. Mobile ALOHA adds
+``/base_action``, the speeds of its base. The layout: https://github.com/tonyzhaozh/act (``record_sim_episodes.py``) and
+https://github.com/tonyzhaozh/aloha (``record_episodes.py``), which sends a command every 0.02 s and stores no rate.
+
+An episode's digest covers the values of all its data sets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from preprocessing.episode import ActionBlock, BadEpisode, Episode, EpisodeRef, Video
+from preprocessing.sources.hdf5_files import child, digest_of, frames_reader, hdf5_files, own, text
+from preprocessing.sources.memory import Finding, file_digest, findings
+from preprocessing.video import decode_image, sliced_video
+
+FPS = 50.0
+ARM = 7  # six joints and a gripper
+SENTENCES = ("language_instruction", "language_raw")  # no part of the layout, but what its users add
+
+
+def detect(path: Path) -> bool:
+    return any(True for _ in hdf5_files(path, "aloha"))
+
+
+def scan(path: Path) -> Iterator[EpisodeRef]:
+    for file, [found] in findings("aloha", hdf5_files(path, "aloha"), _read):
+        yield EpisodeRef(str(file.absolute()), "aloha", 0, found.digest, found.problem)
+
+
+def digest(ref: EpisodeRef) -> str:
+    with h5py.File(ref.uri, "r") as file:
+        return digest_of(file, {name: file.attrs.get(name) for name in SENTENCES})
+
+
+def load(ref: EpisodeRef) -> Episode:
+    path = Path(ref.uri)
+    with h5py.File(path, "r") as file:
+        observations = child(file, "observations", h5py.Group)
+        images = child(observations, "images", h5py.Group)
+        action = _vectors(child(file, "action", h5py.Dataset))
+        layout = _layout(action.shape[1])
+        if isinstance(base := own(file, "base_action"), h5py.Dataset):
+            speeds = _vectors(base)
+            action = np.concatenate([action, speeds[: len(action)]], axis=1)
+            layout += (ActionBlock(name="base", size=speeds.shape[1], mode="velocity"),)
+        members = {key: own(observations, key) for key in sorted(observations)}
+        proprio = {key: _vectors(rows) for key, rows in members.items() if isinstance(rows, h5py.Dataset)}
+        repairs = ["the control rate is not recorded; 50 Hz assumed, as ALOHA's is"]
+        cameras: dict[str, Video] = {}
+        for key in sorted(images):
+            pictures = child(images, key, h5py.Dataset)
+            if len(pictures) != len(action):
+                raise BadEpisode(f"{len(action)} actions, but {len(pictures)} pictures of {key}")
+            name = f"observations/images/{key}"
+            if pictures.ndim == 4 and pictures.dtype == np.uint8:
+                cameras[key] = sliced_video(len(pictures), frames_reader(path, name))
+            elif pictures.ndim <= 2:
+                cameras[key] = sliced_video(len(pictures), _unpacked(frames_reader(path, name)))
+        if any(child(images, key, h5py.Dataset).ndim <= 2 for key in cameras):
+            repairs.append("JPEG files hold blue for red, as ALOHA's tools write them; exchanged")
+        sentences = (file.attrs.get(name, own(file, name)) for name in SENTENCES)
+        found = [text(value[()] if isinstance(value, h5py.Dataset) else value) for value in sentences]
+    return Episode(
+        ref=ref,
+        fps=FPS,
+        cameras=cameras,
+        proprio=proprio,
+        action=action,
+        action_layout=layout,
+        instruction=next(filter(None, found), None),
+        success=None,
+        embodiment="aloha",
+        repairs=tuple(repairs),
+    )
+
+
+def _vectors(rows: h5py.Dataset) -> np.ndarray:
+    if rows.ndim != 2:
+        raise BadEpisode(f"{rows.name} has shape {rows.shape}, not one vector a step")
+    return rows[()].astype(np.float32)
+
+
+def _layout(width: int) -> tuple[ActionBlock, ...]:
+    """Positions of the joints that are to be reached; a gripper is open at 1."""
+    if width % ARM:
+        return (ActionBlock(name="action", size=width),)
+    names = ["left", "right"] if width == 2 * ARM else [f"arm_{number}" for number in range(width // ARM)]
+    blocks = []
+    for name in names:
+        blocks.append(ActionBlock(name=f"{name}_joints", size=ARM - 1, kind="joint", mode="absolute"))
+        blocks.append(
+            ActionBlock(name=f"{name}_gripper", size=1, kind="gripper", mode="absolute", gripper_one_means="open")
+        )
+    return tuple(blocks)
+
+
+def _unpacked(read: Callable[[int, int], np.ndarray]) -> Callable[[int, int], np.ndarray]:
+    """OpenCV takes three channels for blue, green, red. ALOHA gives it red, green, blue, and gets them back that way;
+    any other program sees them exchanged."""
+
+    def pictures(start: int, stop: int) -> np.ndarray:
+        return np.stack([decode_image(np.asarray(row, np.uint8).tobytes())[..., ::-1] for row in read(start, stop)])
+
+    return pictures
+
+
+def _read(file: Path) -> list[Finding]:
+    try:
+        with h5py.File(file, "r") as opened:
+            return [Finding(digest_of(opened, {name: opened.attrs.get(name) for name in SENTENCES}))]
+    except (OSError, RuntimeError) as error:
+        return [Finding(file_digest(file), f"cannot be read: {error}")]

@@ -1,0 +1,164 @@
+"""CALVIN: a file a step, ``episode_0358482.npz``, and a table of which steps are recorded in one go.
+
+A split's folder (``training``, ``validation``) holds ``ep_start_end_ids.npy`` with the first and last step of each
+recording, and ``lang_annotations/auto_lang_ann.npy`` with sentences for some stretches of them. Where there are
+sentences, each such stretch is an episode: they overlap, so that recordings beside them would hold the same frames
+twice. Where there are none, each recording is one. The layout: https://github.com/mees/calvin/tree/main/dataset.
+
+Actions are the relative ones that CALVIN's policies are trained on: ``rel_actions``, the motion of the tool in the
+frame of the world, 50 times as large in metres and 20 times in radians, cut off at 1. An episode's digest covers the
+files of its steps and its sentence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from preprocessing.episode import ActionBlock, BadEpisode, Episode, EpisodeRef, UserError
+from preprocessing.sources.memory import Finding, file_digest, findings
+from preprocessing.sources.pickles import read_npy
+from preprocessing.video import sliced_video
+
+FPS = 30.0
+RANGES = "ep_start_end_ids.npy"
+SENTENCES = Path("lang_annotations") / "auto_lang_ann.npy"
+CAMERAS = {"rgb_static": "static", "rgb_gripper": "gripper"}
+MAX_BYTES = 2**26  # of one array of one step
+MAX_STEPS = 10**7  # of one episode
+LAYOUT = (
+    ActionBlock(name="position", size=3, kind="position", mode="delta", frame="base"),
+    ActionBlock(name="rotation", size=3, kind="rotation", representation="euler_xyz", mode="delta", frame="base"),
+    ActionBlock(name="gripper", size=1, kind="gripper", mode="absolute", gripper_one_means="open"),
+)
+
+
+def detect(path: Path) -> bool:
+    return (path / RANGES).is_file()
+
+
+def scan(path: Path) -> Iterator[EpisodeRef]:
+    folder = path.absolute()
+    stretches = _stretches(folder)
+    files = dict.fromkeys(file for stretch in stretches for file in stretch.files(folder))
+    found, known = findings("calvin", files, _read), dict[Path, Finding]()
+    for index, stretch in enumerate(stretches):
+        steps = list(stretch.files(folder))
+        for file in steps:
+            while file not in known:
+                step, [known[step]] = next(found)
+        problem = next((f"{file.name} {known[file].problem}" for file in steps if known[file].problem), None)
+        joined = stretch.digest(known[file].digest for file in steps)
+        yield EpisodeRef(str(folder / RANGES), "calvin", index, joined, problem)
+
+
+def digest(ref: EpisodeRef) -> str:
+    folder, stretch = _stretch(ref)
+    return stretch.digest(map(file_digest, stretch.files(folder)))
+
+
+def load(ref: EpisodeRef) -> Episode:
+    folder, stretch = _stretch(ref)
+    files = list(stretch.files(folder))
+    with zipfile.ZipFile(files[0]) as first:
+        cameras = {name: camera for name, camera in CAMERAS.items() if f"{name}.npy" in first.namelist()}
+    return Episode(
+        ref=ref,
+        fps=FPS,
+        cameras={camera: sliced_video(len(files), _pictures(files, name)) for name, camera in cameras.items()},
+        proprio={"robot_obs": _vectors(files, "robot_obs")},
+        action=_vectors(files, "rel_actions"),
+        action_layout=LAYOUT,
+        instruction=stretch.sentence,
+        success=None,
+        embodiment="panda",
+    )
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Steps that were recorded one after the other, and what was done in them."""
+
+    first: int
+    last: int
+    sentence: str | None
+
+    def files(self, folder: Path) -> Iterator[Path]:
+        return (folder / f"episode_{step:07d}.npz" for step in range(self.first, self.last + 1))
+
+    def digest(self, steps: Iterable[str]) -> str:
+        return hashlib.sha256(json.dumps([[*steps], self.sentence]).encode()).hexdigest()
+
+
+def _stretch(ref: EpisodeRef) -> tuple[Path, Stretch]:
+    folder = Path(ref.uri).parent
+    stretches = _stretches(folder)
+    if ref.index >= len(stretches):
+        raise BadEpisode(f"{folder} has {len(stretches)} episodes now, fewer than when it was listed")
+    return folder, stretches[ref.index]
+
+
+@lru_cache(maxsize=1)  # CALVIN's largest split has 23,000
+def _listed(file: Path, _changed: int) -> list[Stretch]:
+    try:
+        if file.name == RANGES:
+            return [_checked(first, last, None) for first, last in read_npy(file.read_bytes()).tolist()]
+        table = read_npy(file.read_bytes())
+        pairs = zip(table["info"]["indx"], table["language"]["ann"], strict=True)
+        return [_checked(first, last, str(sentence)) for (first, last), sentence in pairs]
+    except (OSError, BadEpisode, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: no list of episodes ({error}); restore the file") from None
+
+
+def _stretches(folder: Path) -> list[Stretch]:
+    file = folder / SENTENCES if (folder / SENTENCES).is_file() else folder / RANGES
+    return _listed(file, file.stat().st_mtime_ns)
+
+
+def _checked(first: Any, last: Any, sentence: str | None) -> Stretch:
+    if not 0 <= int(first) <= int(last) < int(first) + MAX_STEPS:
+        raise ValueError(f"steps {first} to {last}")
+    return Stretch(int(first), int(last), sentence)
+
+
+def _vectors(files: list[Path], name: str) -> np.ndarray:
+    rows = [_array(file, name) for file in files]
+    if any(row.ndim != 1 or row.shape != rows[0].shape for row in rows):
+        raise BadEpisode(f"{name} is not one vector a step")
+    return np.stack(rows).astype(np.float32)
+
+
+def _pictures(files: list[Path], name: str) -> Callable[[int, int], np.ndarray]:
+    def read(start: int, stop: int) -> np.ndarray:
+        pictures = [_array(file, name) for file in files[start:stop]]
+        if any(picture.dtype != np.uint8 or picture.shape[2:] != (3,) for picture in pictures):
+            raise BadEpisode(f"{name} is no picture of three bytes a pixel")
+        return np.stack(pictures)
+
+    return read
+
+
+def _array(file: Path, name: str) -> np.ndarray:
+    try:
+        with zipfile.ZipFile(file) as arrays:
+            member = arrays.getinfo(f"{name}.npy")
+            if member.file_size > MAX_BYTES:
+                raise BadEpisode(f"{name} in {file.name} unpacks to {member.file_size} bytes")
+            return np.asarray(read_npy(arrays.read(member)))
+    except KeyError:
+        raise BadEpisode(f"{file.name} holds no {name}") from None
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError) as error:
+        raise BadEpisode(f"{file.name} cannot be read: {error}") from None
+
+
+def _read(file: Path) -> list[Finding]:
+    return [Finding(file_digest(file))]

@@ -1,0 +1,127 @@
+"""HDF5 files from outside: which kind of recording they are, what is in them, and its digest.
+
+A file decides nothing beyond itself: soft and external links, external storage and virtual data sets are not followed.
+A digest covers values, not bytes, so that a repacked file is the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import h5py
+import numpy as np
+
+from preprocessing.episode import BadEpisode
+
+SIGNATURE = b"\x89HDF\r\n\x1a\n"
+SUFFIXES = (".hdf5", ".h5")
+PIECE_BYTES = 2**24
+
+Kind = Literal["aloha", "demonstrations"]
+
+
+def hdf5_files(path: Path, kind: Kind) -> Iterator[Path]:
+    """The file itself, or the files directly in a folder: by name, or by the signature where the name says nothing.
+
+    What nobody else knows is taken for demonstrations, whose reader says what is wrong with it.
+    """
+    for file in [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file()):
+        named = file.suffix.lower() in SUFFIXES
+        if not file.name.startswith(".") and (named or _is_hdf5(file)) and _kind(file) == kind:
+            yield file
+
+
+def _is_hdf5(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(SIGNATURE)) == SIGNATURE
+
+
+def _kind(path: Path) -> Kind:
+    try:
+        with h5py.File(path, "r") as file:
+            if isinstance(own(file, "observations"), h5py.Group) and isinstance(own(file, "action"), h5py.Dataset):
+                return "aloha"
+    except (OSError, RuntimeError):
+        pass
+    return "demonstrations"
+
+
+def child(group: h5py.Group, name: str, kind: type) -> Any:
+    """A member of this kind; BadEpisode where there is none."""
+    member = own(group, name)
+    if not isinstance(member, kind):
+        raise BadEpisode(f"no {'group' if kind is h5py.Group else 'data set'} {name!r} in {group.name}")
+    return member
+
+
+def own(group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset | None:
+    """A member stored in this very file; None for one that is absent or lies, or may lie, in another."""
+    if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+        return None
+    member = group[name]
+    if isinstance(member, h5py.Dataset) and (member.is_virtual or member.external):
+        return None
+    return member
+
+
+def text(value: Any) -> str:
+    """HDF5 strings come as str, bytes or arrays of one; LIBERO also writes lists of words or of one sentence."""
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
+    elif isinstance(value, np.ndarray | list | tuple):
+        value = " ".join(text(part) for part in value)
+    return value.strip().strip('"') if isinstance(value, str) else ""
+
+
+def json_of(value: Any) -> dict[str, Any]:
+    try:
+        parsed = json.loads(text(value) or "{}")
+    except ValueError:
+        return {}
+    return parsed if isinstance(parsed, dict) else {}
+
+
+def digest_of(group: h5py.Group, attributes: dict[str, Any]) -> str:
+    """Of the values of all data sets below a group, and of these attributes, which change what they mean."""
+    sha = hashlib.sha256()
+    for name, value in attributes.items():
+        if value is not None:
+            sha.update(f"{name}={text(value) or value};".encode())
+    for key, dataset in _datasets(group, ""):
+        sha.update(f"{key} {dataset.dtype.str} {dataset.shape};".encode())
+        rows = max(1, PIECE_BYTES // max(1, dataset.nbytes // max(1, len(dataset) if dataset.ndim else 1)))
+        for start in range(0, len(dataset) if dataset.ndim else 1, rows):
+            piece = dataset[start : start + rows] if dataset.ndim else dataset[()]
+            if not dataset.dtype.hasobject:
+                sha.update(np.ascontiguousarray(piece).tobytes())
+                continue
+            for value in np.ravel(piece):  # text, or rows of different lengths
+                data = value if isinstance(value, bytes) else np.asarray(value).tobytes()
+                sha.update(len(data).to_bytes(8, "little") + data)
+    return sha.hexdigest()
+
+
+def _datasets(group: h5py.Group, prefix: str) -> Iterator[tuple[str, h5py.Dataset]]:
+    for key in sorted(group):
+        member = own(group, key)
+        if isinstance(member, h5py.Group):
+            yield from _datasets(member, f"{prefix}{key}/")
+        elif isinstance(member, h5py.Dataset) and member.shape is not None:
+            yield f"{prefix}{key}", member
+
+
+def frames_reader(path: Path, name: str) -> Callable[[int, int], np.ndarray]:
+    """The file is opened for each slice: an open handle would outlive the consumer and cannot be sent anywhere."""
+
+    def read(start: int, stop: int) -> np.ndarray:
+        try:
+            with h5py.File(path, "r") as file:
+                return file[name][start:stop]
+        except (OSError, KeyError) as error:
+            raise BadEpisode(f"{name} cannot be read from frame {start}: {error}") from None
+
+    return read
