@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import av
 import h5py
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
@@ -182,6 +184,78 @@ def write_lerobot(folder: Path, rows: int = 12, frames: int | None = None, episo
     return folder
 
 
+def as_lerobot_v3(source: Path, folder: Path, per_file: int = 3, shift: int = 0) -> Path:
+    """A v2 data set in the layout of v3.0: episodes joined in files of ``per_file``, films without encoding again.
+
+    ``shift`` is added to the numbers that joining data sets changes.
+    """
+    info = json.loads((source / "meta" / "info.json").read_text())
+    lines = [json.loads(line) for line in (source / "meta" / "tasks.jsonl").read_text().splitlines()]
+    tasks = {line["task_index"]: line["task"] for line in lines}
+    tables = sorted(source.glob("data/*/*.parquet"), key=lambda path: path.name)
+    episodes: list[dict] = []
+    for number in range(0, len(tables), per_file):
+        place = f"chunk-000/file-{number // per_file:03d}"
+        joined = []
+        for index, path in enumerate(tables[number : number + per_file], number):
+            table = pq.read_table(path)
+            before = episodes[-1]["dataset_to_index"] if episodes else 0
+            row = {"episode_index": index, "length": table.num_rows, "data/chunk_index": 0}
+            row |= {"data/file_index": number // per_file, "stats/action/mean": [0.0]}
+            row |= {"dataset_from_index": before, "dataset_to_index": before + table.num_rows}
+            if "task_index" in table.column_names:
+                row["tasks"] = [tasks[task] for task in dict.fromkeys(table["task_index"].to_pylist())]
+                at = table.column_names.index("task_index")
+                table = table.set_column(at, "task_index", pc.add(table["task_index"], shift))
+            kept = [name for name in table.column_names if name not in ("episode_index", "index")]
+            table = table.select(kept).append_column("episode_index", pa.array([index] * table.num_rows))
+            joined.append(table.append_column("index", pa.array(range(before, before + table.num_rows))))
+            episodes.append(row)
+        (folder / "data" / place).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.concat_tables(joined), folder / "data" / f"{place}.parquet")
+        for key in [key for key, feature in info["features"].items() if feature["dtype"] == "video"]:
+            films = [next(iter(source.glob(f"videos/*/{key}/{path.stem}.mp4")), None) for path in tables]
+            if not any(films):
+                continue
+            (folder / "videos" / key / place).parent.mkdir(parents=True, exist_ok=True)
+            ends = join_films(films[number : number + per_file], folder / "videos" / key / f"{place}.mp4")
+            for index, (begin, end) in enumerate(zip([0.0, *ends], ends, strict=False), number):
+                episodes[index] |= {f"videos/{key}/chunk_index": 0, f"videos/{key}/file_index": number // per_file}
+                episodes[index] |= {f"videos/{key}/from_timestamp": begin, f"videos/{key}/to_timestamp": end}
+    (folder / "meta" / "episodes" / "chunk-000").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(episodes), folder / "meta" / "episodes" / "chunk-000" / "file-000.parquet")
+    sentences = {"task_index": [task + shift for task in tasks], "__index_level_0__": list(tasks.values())}
+    pq.write_table(pa.table(sentences), folder / "meta" / "tasks.parquet")
+    info |= {
+        "codebase_version": "v3.0",
+        "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+        "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
+    }
+    (folder / "meta" / "info.json").write_text(json.dumps(info))
+    if (source / "meta" / "modality.json").exists():
+        shutil.copy(source / "meta" / "modality.json", folder / "meta")
+    return folder
+
+
+def join_films(films: list[Path], path: Path) -> list[float]:
+    """One film after the other, their packets as they are. Returns when each ends, in seconds."""
+    ends = [0.0]
+    with av.open(str(path), "w") as joined:
+        stream = None
+        for film in films:
+            with av.open(str(film)) as container:
+                source = container.streams.video[0]
+                stream = stream or joined.add_stream_from_template(source)
+                offset = round(ends[-1] / source.time_base)
+                for packet in container.demux(source):
+                    if packet.size:
+                        packet.pts, packet.dts = packet.pts + offset, packet.dts + offset
+                        packet.stream = stream
+                        joined.mux(packet)
+                ends.append(ends[-1] + float(source.frames / source.average_rate))
+    return ends[1:]
+
+
 # -------------------------------------------------------------------------------------------------------- HDF5
 
 
@@ -204,3 +278,47 @@ def write_demos(path: Path, demos: int = 2, steps: int = 5, frames: int | None =
             demo["obs/joint_states"] = rng.normal(size=(frames, 7))
             demo["obs/height"] = rng.normal(size=frames)
     return path
+
+
+def write_aloha(path: Path, pictures: np.ndarray, compress: bool = False, **more: np.ndarray) -> Path:
+    """As ``record_episodes.py`` of ALOHA writes: JPEG files of pictures whose channels OpenCV takes for B, G, R."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    steps, rng = len(pictures), np.random.default_rng(0)
+    with h5py.File(path, "w") as file:
+        file.attrs["sim"], file.attrs["compress"] = False, compress
+        for key in ("action", "observations/qpos", "observations/qvel"):
+            file[key] = rng.normal(size=(steps, 14)).astype(np.float32)
+        for key, values in more.items():
+            file[key] = values
+        if compress:
+            files = [jpeg(picture[..., ::-1]) for picture in pictures]
+            longest = max(map(len, files))
+            rows = [np.frombuffer(data.ljust(longest, b"\0"), np.uint8) for data in files]
+            file["observations/images/cam_high"] = np.stack(rows)
+            file["compress_len"] = np.array([[len(data) for data in files]], np.float64)
+        else:
+            file["observations/images/cam_high"] = pictures
+    return path
+
+
+def write_calvin(folder: Path, pictures: np.ndarray, first: int = 358482, sentences: dict | None = None) -> Path:
+    """A split as CALVIN has it: a file a step, and a pickled table of sentences by (first, last) step."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for step, picture in enumerate(pictures, first):
+        np.savez(
+            folder / f"episode_{step:07d}.npz",
+            rgb_static=picture,
+            rgb_gripper=picture[::2, ::2],
+            depth_static=np.zeros(picture.shape[:2], np.float32),
+            actions=rng.normal(size=7),
+            rel_actions=rng.normal(size=7),
+            robot_obs=rng.normal(size=15),
+        )
+    np.save(folder / "ep_start_end_ids.npy", np.array([[first, first + len(pictures) - 1]]))
+    if sentences:
+        (folder / "lang_annotations").mkdir()
+        language = {"ann": list(sentences.values()), "task": ["x"] * len(sentences), "emb": np.zeros((1, 1, 384))}
+        table = {"language": language, "info": {"episodes": [], "indx": list(sentences)}}
+        np.save(folder / "lang_annotations" / "auto_lang_ann.npy", table)  # type: ignore[arg-type]
+    return folder

@@ -18,11 +18,14 @@ import pyarrow.parquet as pq
 import pytest
 from formats import (
     REAL,
+    as_lerobot_v3,
     encode_example,
     jpeg,
     numbered,
     quadrants,
     rlds_episode,
+    write_aloha,
+    write_calvin,
     write_demos,
     write_lerobot,
     write_rlds,
@@ -33,6 +36,7 @@ from hypothesis import strategies as st
 
 from preprocessing.episode import ActionBlock, BadEpisode, DataContract, Episode, EpisodeRef, UserError
 from preprocessing.sources import digest, find, load, scan
+from preprocessing.sources.pickles import read_pickle
 from preprocessing.sources.tfrecord import parse_example
 
 real = pytest.mark.skipif(not REAL.exists(), reason=f"no real data at {REAL}")
@@ -89,10 +93,14 @@ def test_content_tells_where_the_name_does_not(tmp_path):
     [
         ("missing", "auto", "no such file or folder"),
         ("empty", "auto", "empty folder"),
-        ("text", "auto", "no known format; expected rlds .* or lerobot .* or hdf5 .* or video"),
+        (
+            "text",
+            "auto",
+            "no known format; expected rlds .* or lerobot .* or calvin .* or aloha .* or hdf5 .* or video",
+        ),
         ("text/a.txt", "auto", "no known format"),
         ("text", "hdf5", "holds nothing of format hdf5"),
-        ("text", "rosbag", "no such format; one of auto, rlds, lerobot, hdf5, video"),
+        ("text", "rosbag", "no such format; one of auto, rlds, lerobot, calvin, aloha, hdf5, video"),
     ],
 )
 def test_one_line_for_a_wrong_path(tmp_path, name, format, says):
@@ -403,12 +411,72 @@ def test_images_inside_the_table(tmp_path):
     assert np.abs(frames_of(episode, "image")[2].astype(int) - quadrants(32)).mean() < 4
 
 
-def test_other_versions_and_broken_metadata_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"LeRobot v3.0 is not read yet; convert"):
-        refs_of(write_lerobot(tmp_path / "x", episodes=1, codebase_version="v3.0"))
+def test_broken_metadata_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"LeRobot v1.6 is not read; convert"):
+        refs_of(write_lerobot(tmp_path / "x", episodes=1, codebase_version="v1.6"))
     (tmp_path / "x" / "meta" / "info.json").write_text("{")
     with pytest.raises(UserError, match=r"not a LeRobot info.json"):
         refs_of(tmp_path / "x")
+    with pytest.raises(UserError, match=r"no table of episodes"):
+        refs_of(write_lerobot(tmp_path / "y", episodes=1, codebase_version="v3.0"))
+
+
+def same(one: Episode, other: Episode) -> bool:
+    """But for where they are."""
+    assert one.cameras.keys() == other.cameras.keys() and one.proprio.keys() == other.proprio.keys()
+    assert np.array_equal(one.action, other.action)
+    assert all(np.array_equal(values, other.proprio[name]) for name, values in one.proprio.items())
+    assert all(np.array_equal(frames_of(one, camera), frames_of(other, camera)) for camera in one.cameras)
+    names = ("fps", "action_layout", "instruction", "success", "embodiment")
+    return [getattr(one, name) for name in names] == [getattr(other, name) for name in names]
+
+
+def test_many_episodes_in_a_file(tmp_path):
+    apart = episodes_of(write_lerobot(tmp_path / "v2", rows=70, episodes=5))
+    joined = episodes_of(as_lerobot_v3(tmp_path / "v2", tmp_path / "v3", per_file=3))
+    assert all(same(one, other) for one, other in zip(apart, joined, strict=True))
+    assert [episode.repairs for episode in joined] == [()] * 5
+    assert all(digest(episode.ref) == episode.ref.digest for episode in joined)
+
+
+def test_an_episode_stays_itself_whatever_it_is_joined_with(tmp_path):
+    write_lerobot(tmp_path / "two", rows=70, episodes=2)
+    write_lerobot(tmp_path / "five", rows=70, episodes=5)
+    two = refs_of(as_lerobot_v3(tmp_path / "two", tmp_path / "a", per_file=2))
+    five = refs_of(as_lerobot_v3(tmp_path / "five", tmp_path / "b", per_file=4, shift=7))
+    assert [ref.id for ref in two] == [ref.id for ref in five[:2]]
+    assert len({ref.id for ref in five}) == 5
+
+
+def test_path_templates_of_joined_files(tmp_path):
+    folder = as_lerobot_v3(write_lerobot(tmp_path / "v2", episodes=1), tmp_path / "v3")
+    info = json.loads((folder / "meta" / "info.json").read_text())
+    for wrong in ("{chunk_index:9999999999d}.parquet", "{chunk_index.real}.parquet", "../v2/meta/info.json", None):
+        (folder / "meta" / "info.json").write_text(json.dumps(info | {"data_path": wrong}))
+        (episode,) = episodes_of(folder)
+        assert episode.repairs == ("data_path in info.json leads to no file; found by default",)
+
+
+def test_joined_files_that_lie_cost_their_episodes_only(tmp_path):
+    folder = as_lerobot_v3(write_lerobot(tmp_path / "v2", rows=40, episodes=6), tmp_path / "v3", per_file=2)
+    (folder / "videos/observation.images.top/chunk-000/file-001.mp4").unlink()
+    film = folder / "videos/observation.images.top/chunk-000/file-002.mp4"
+    listed = folder / "meta/episodes/chunk-000/file-000.parquet"
+    rows = pq.read_table(listed).to_pylist()
+    rows[4]["videos/observation.images.top/from_timestamp"] = 1.0
+    pq.write_table(pa.Table.from_pylist(rows[:5]), listed)
+    refs = refs_of(folder)
+    assert [(ref.index, ref.problem) for ref in refs[:4]] == [
+        (0, None),
+        (1, None),
+        (2, "camera top has no video for episode 2"),
+        (3, "camera top has no video for episode 3"),
+    ]
+    with pytest.raises(BadEpisode, match="top declares 20 frames, the table has 40 rows"):
+        load(refs[4])
+    assert refs[5].index == 5 and "does not list it" in refs[5].problem
+    film.write_bytes(film.read_bytes()[: film.stat().st_size // 2])
+    assert "file-002.mp4" in refs_of(folder)[4].problem
 
 
 @real
@@ -427,6 +495,13 @@ def test_real_gr1():
         assert "no frame_index; rows are taken in order" in episode.repairs
         assert "timestamps start at 0.050 s; frames and rows are paired by order" in episode.repairs
     assert "video_path in info.json leads to no file; found by searching" in episodes[1].repairs
+
+
+@real
+def test_real_gr1_joined(tmp_path):
+    """The real episodes in the layout of v3.0, their films joined without encoding again."""
+    joined = episodes_of(as_lerobot_v3(REAL / "gr1_lerobot_v2", tmp_path / "v3"))
+    assert all(same(one, other) for one, other in zip(episodes_of(REAL / "gr1_lerobot_v2"), joined, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------ HDF5
@@ -504,6 +579,109 @@ def test_broken_hdf5(tmp_path):
     assert len([load(ref) for ref in refs if not ref.problem]) == 2
     with pytest.raises(BadEpisode, match="no group 'data'"):
         load(next(ref for ref in refs if ref.uri.endswith("other.h5")))
+
+
+# ----------------------------------------------------------------------------------------------------------- ALOHA
+
+
+@pytest.mark.parametrize("compress", [True, False])
+def test_aloha(tmp_path, compress):
+    pictures = numbered(70)
+    pictures[:, :32, :32] = 220, 30, 30
+    write_aloha(tmp_path / "episode_0.hdf5", pictures, compress, base_action=np.ones((70, 2)))
+    write_demos(tmp_path / "demos.hdf5")
+    [(kind, _), (other, _)] = find(tmp_path)
+    assert (kind, other) == ("aloha", "hdf5")
+    [ref] = scan("aloha", tmp_path)
+    episode = load(ref)
+    assert np.abs(frames_of(episode, "cam_high").astype(int) - pictures).mean() < 2
+    rng = np.random.default_rng(0)
+    assert np.array_equal(episode.action[:, :14], rng.normal(size=(70, 14)).astype(np.float32))
+    assert np.array_equal(episode.proprio["qpos"], rng.normal(size=(70, 14)).astype(np.float32))
+    assert sizes(episode.action_layout) == {
+        "left_joints": 6, "left_gripper": 1, "right_joints": 6, "right_gripper": 1, "base": 2
+    }  # fmt: skip
+    assert (episode.fps, episode.embodiment) == (50, "aloha")
+    assert any("blue for red" in repair for repair in episode.repairs) == compress
+    assert digest(ref) == ref.digest
+
+
+def test_aloha_that_does_not_fit(tmp_path):
+    path = write_aloha(tmp_path / "episode_0.hdf5", numbered(5))
+    with h5py.File(path, "r+") as file:
+        del file["action"]
+        file["action"] = np.zeros((6, 14))
+    with pytest.raises(BadEpisode, match="6 actions, but 5 pictures of cam_high"):
+        load(*scan("aloha", path))
+
+
+# ---------------------------------------------------------------------------------------------------------- CALVIN
+
+
+def test_calvin(tmp_path):
+    pictures = numbered(100, 32)
+    pictures[:, :8, :8] = 220, 30, 30
+    folder = write_calvin(tmp_path / "D" / "training", pictures)
+    (whole,) = episodes_of(tmp_path)
+    assert np.array_equal(frames_of(whole, "static"), pictures)
+    assert np.array_equal(frames_of(whole, "gripper"), pictures[:, ::2, ::2])
+    rows = [np.load(file) for file in sorted(folder.glob("episode_*.npz"))]
+    assert np.array_equal(whole.action, np.stack([row["rel_actions"] for row in rows]).astype(np.float32))
+    assert np.array_equal(whole.proprio["robot_obs"], np.stack([row["robot_obs"] for row in rows]).astype(np.float32))
+    assert (whole.fps, whole.embodiment, whole.instruction) == (30, "panda", None)
+    assert sizes(whole.action_layout) == {"position": 3, "rotation": 3, "gripper": 1}
+    assert digest(whole.ref) == whole.ref.digest
+
+
+def test_stretches_with_a_sentence(tmp_path):
+    said = {(5, 40): "push the blöck", (30, 94): "open the drawer"}
+    episodes = episodes_of(write_calvin(tmp_path / "x", numbered(100, 16), first=0, sentences=said))
+    assert [(episode.instruction, len(episode.action)) for episode in episodes] == [
+        ("push the blöck", 36),
+        ("open the drawer", 65),
+    ]
+    assert np.array_equal(frames_of(episodes[1], "static"), numbered(100, 16)[30:95])
+
+
+def test_steps_that_are_gone_or_bombs(tmp_path):
+    folder = write_calvin(tmp_path / "x", numbered(9, 16), first=0, sentences={(0, 3): "a", (4, 6): "b", (7, 8): "c"})
+    (folder / "episode_0000002.npz").unlink()
+    np.savez_compressed(folder / "episode_0000005.npz", rel_actions=np.zeros(2**24), robot_obs=np.zeros(15))
+    lost, bomb, whole = refs_of(folder)
+    assert "episode_0000002" in lost.problem and load(whole).instruction == "c"
+    with pytest.raises(BadEpisode, match=r"rel_actions in episode_0000005.npz unpacks to 134217"):
+        load(bomb)
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles_are_read_as_data(protocol, capsys):
+    arrays = [np.arange(6).reshape(2, 3).T, np.array(["a", None, [1]], object), np.zeros((0, 3)), np.array("é")]
+    arrays += [np.arange(3, dtype=">f4"), np.array([True])]
+    held = {"arrays": arrays, "pair": (1, 2.5), "bytes": b"\xff", "scalar": np.float32(3), "type": np.dtype("<i4")}
+    held["again"] = held["arrays"]
+    found = read_pickle(pickle.dumps(held, protocol))
+    for array, expected in zip(found["arrays"], arrays, strict=True):
+        assert array.dtype == expected.dtype and array.shape == expected.shape and np.all(array == expected)
+    assert found["again"] is found["arrays"]
+    assert [found[key] for key in ("pair", "bytes", "scalar", "type")] == [(1, 2.5), b"\xff", 3, np.dtype("<i4")]
+    with pytest.raises(BadEpisode, match=r"it asks for .*print"):
+        read_pickle(pickle.dumps({"a": Evil()}, protocol))
+    assert not capsys.readouterr().out
+
+
+@given(st.binary(max_size=60), st.integers(0, 400))
+@settings(max_examples=300, deadline=None)
+def test_no_pickle_breaks_its_reader_in_another_way(noise, at):
+    data = bytearray(pickle.dumps({"a": [np.arange(9.0), np.array([None, "b"], object)], "b": np.int8(1)}, 4))
+    data[at : at + len(noise)] = noise
+    for broken in (noise, bytes(data)):
+        with contextlib.suppress(BadEpisode):
+            read_pickle(broken)
 
 
 # ---------------------------------------------------------------------------------------------------------- videos
