@@ -651,6 +651,9 @@ def test_steps_that_are_gone_or_bombs(tmp_path):
     assert "episode_0000002" in lost.problem and load(whole).instruction == "c"
     with pytest.raises(BadEpisode, match=r"rel_actions in episode_0000005.npz unpacks to 134217"):
         load(bomb)
+    (folder / "episode_0000007.npz").write_bytes(b"PK\3\4 and no more")
+    with pytest.raises(BadEpisode, match=r"episode_0000007.npz cannot be read"):
+        load(whole)
 
 
 class Evil:

@@ -12,6 +12,7 @@ files of its steps and its sentence.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import zipfile
@@ -69,7 +70,7 @@ def digest(ref: EpisodeRef) -> str:
 def load(ref: EpisodeRef) -> Episode:
     folder, stretch = _stretch(ref)
     files = list(stretch.files(folder))
-    with zipfile.ZipFile(files[0]) as first:
+    with _opened(files[0]) as first:
         cameras = {name: camera for name, camera in CAMERAS.items() if f"{name}.npy" in first.namelist()}
     return Episode(
         ref=ref,
@@ -148,15 +149,21 @@ def _pictures(files: list[Path], name: str) -> Callable[[int, int], np.ndarray]:
 
 
 def _array(file: Path, name: str) -> np.ndarray:
+    with _opened(file) as arrays:
+        if f"{name}.npy" not in arrays.namelist():
+            raise BadEpisode(f"{file.name} holds no {name}")
+        member = arrays.getinfo(f"{name}.npy")
+        if member.file_size > MAX_BYTES:
+            raise BadEpisode(f"{name} in {file.name} unpacks to {member.file_size} bytes")
+        return np.asarray(read_npy(arrays.read(member)))
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[zipfile.ZipFile]:
     try:
-        with zipfile.ZipFile(file) as arrays:
-            member = arrays.getinfo(f"{name}.npy")
-            if member.file_size > MAX_BYTES:
-                raise BadEpisode(f"{name} in {file.name} unpacks to {member.file_size} bytes")
-            return np.asarray(read_npy(arrays.read(member)))
-    except KeyError:
-        raise BadEpisode(f"{file.name} holds no {name}") from None
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError) as error:
+        with zipfile.ZipFile(file) as opened:
+            yield opened
+    except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError) as error:
         raise BadEpisode(f"{file.name} cannot be read: {error}") from None
 
 

@@ -36,12 +36,13 @@ def read_npy(data: bytes) -> Any:
     try:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, kind = read(file)
+        shape, fortran, kind = read(file)
         if kind.hasobject:
             values = read_pickle(data[file.tell() :])
             return values.item() if shape == () else values
-        return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, TypeError, SyntaxError, EOFError, OverflowError, MemoryError) as error:
+        # NumPy itself would take memory for as many values as the header says, before it reads one.
+        return np.frombuffer(data, kind, offset=file.tell()).reshape(shape, order="F" if fortran else "C")
+    except (ValueError, TypeError, SyntaxError, EOFError, OverflowError) as error:
         raise BadEpisode(f"a .npy file that cannot be read: {' '.join(str(error).split())}") from None
 
 
