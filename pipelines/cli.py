@@ -19,7 +19,8 @@ import typer
 
 from pipelines.answer import AsJson, Refused, Snapshot, answer, say
 from pipelines.cli_store import store_app
-from preprocessing.episode import DataContract, UserError
+from preprocessing.contract import DataContract
+from preprocessing.episode import UserError
 
 app = typer.Typer(
     help="Raw robot logs and videos to a promoted Unified World Model policy.",
@@ -71,7 +72,7 @@ def ingest(
     """Bring raw logs and videos into a store; what it already holds is not encoded again."""
     from pipelines.ingest import ingest as run
 
-    promise = DataContract.from_yaml(contract) if contract else None
+    promise = DataContract.load(contract) if contract else None
     report = run(
         source,
         store,

@@ -30,7 +30,8 @@ from pipelines.policy import Policy, history
 from pipelines.recipe import Recipe
 from pipelines.training import dataset, to_batch
 from preprocessing import sources
-from preprocessing.episode import BadEpisode, DataContract, EpisodeRef, UserError
+from preprocessing.contract import DataContract
+from preprocessing.episode import BadEpisode, EpisodeRef, UserError
 from uwm_model.metrics import psnr, wilson_interval
 
 EXECUTED = 8  # actions of a chunk that are carried out before the policy looks again

@@ -19,8 +19,9 @@ from infra.cluster import Meter, cluster, on_this_node, watch
 from pipelines.committer import Committer
 from pipelines.ingest_job import READER, Plan, Work, run
 from preprocessing import sources
+from preprocessing.contract import DataContract
 from preprocessing.encoders import Precision, encoder_digest
-from preprocessing.episode import DataContract, EpisodeRef, UserError
+from preprocessing.episode import EpisodeRef, UserError
 from preprocessing.store import LatentStore
 
 STRIDE = 8  # pixels a latent, of every encoder there is a name for

@@ -25,7 +25,8 @@ from ray.data import ActorPoolStrategy, DataContext, Datasink, ExecutionResource
 
 from pipelines.committer import Committer
 from preprocessing import sources
-from preprocessing.episode import FRAMES_PER_CHUNK, BadEpisode, DataContract, Episode, EpisodeRef
+from preprocessing.contract import DataContract
+from preprocessing.episode import FRAMES_PER_CHUNK, BadEpisode, Episode, EpisodeRef
 from preprocessing.statistics import Statistics
 from preprocessing.store import LatentStore, write_segments
 

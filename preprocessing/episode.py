@@ -1,4 +1,4 @@
-"""The one record type that every format becomes, and what a data set promises about it.
+"""The one record type that every format becomes.
 
 A reader in :mod:`preprocessing.sources` lists :class:`EpisodeRef` cheaply (``scan``), and turns one of
 them into an :class:`Episode` (``load``). Nothing is decoded before someone iterates over ``Video.frames``.
@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 FRAMES_PER_CHUNK = 64
 
@@ -63,6 +61,12 @@ class Video:
     thin: Callable[[float], Video] | None = None
 
 
+# Of a rotation: angles about the fixed axes x, y, z in turn (what SciPy calls "xyz"), in radians; quaternions by where
+# their real part stands; a matrix by rows; its first two rows (arXiv 1812.07035, whose authors take columns: rows are
+# what PyTorch3D made common, and DROID's and Diffusion Policy's own code store).
+Representation = Literal["euler_xyz", "quaternion_xyzw", "quaternion_wxyz", "axis_angle", "matrix", "rotation_6d"]
+
+
 class ActionBlock(BaseModel):
     """A named run of columns of the action vector."""
 
@@ -71,45 +75,11 @@ class ActionBlock(BaseModel):
     name: str
     size: int = Field(gt=0)
     kind: Literal["position", "rotation", "gripper", "joint", "other"] = "other"
-    representation: str | None = None  # of a rotation: euler_xyz, quaternion_xyzw, axis_angle, rotation_6d
+    representation: Representation | None = None  # of a rotation
     mode: Literal["absolute", "delta", "velocity", "unknown"] = "unknown"
     frame: Literal["base", "tool", "unknown"] = "unknown"
-    gripper_one_means: Literal["open", "closed"] | None = None
-
-
-class DataContract(BaseModel):
-    """What a data set promises; given as YAML (``--contract``), each field set overrides what the reader found.
-
-    ``cameras`` maps the recorded name to the name in the store (a camera left out is dropped) and ``flip``
-    lists recorded names that are stored bottom-up. None leaves the reader's own finding.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    embodiment: str | None = None
-    fps: float | None = Field(default=None, gt=0, le=1000)
-    cameras: dict[str, str] | None = None
-    flip: tuple[str, ...] | None = None
-    action_layout: tuple[ActionBlock, ...] | None = None
-    instruction: str | None = None
-
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
-
-    @classmethod
-    def from_yaml(cls, path: Path) -> DataContract:
-        """Raises UserError where the file is missing, not YAML, or has an unknown key."""
-        try:
-            return cls.model_validate(yaml.safe_load(path.read_text()) or {})
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such contract file") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "top level"
-            raise UserError(f"{path}: {where}: {first['msg']}") from None
+    unit: Literal["m", "rad", "deg", "m/s", "rad/s", "scaled", "unknown"] = "unknown"  # scaled: to a range, often +-1
+    gripper_one_means: Literal["open", "closed"] | None = None  # the larger of its two ends
 
 
 @dataclass(frozen=True)
@@ -117,8 +87,11 @@ class Episode:
     """One trajectory or one video.
 
     ``proprio`` holds float32 ``[T, D]`` arrays by name, ``action`` float32 ``[T, A]`` or None for video
-    alone; row t of the action is what was commanded at frame t. T is the number of frames.
-    ``repairs`` lists what the reader had to mend or guess, one short sentence each.
+    alone; row t of the action is what was commanded at frame t. T is the number of frames. ``signals`` is whatever
+    else is recorded at each step, float32 ``[T, D]`` by its recorded name: other actions, rewards, a simulator's state.
+    ``texts`` holds every sentence by its field's name, ``instruction`` is one of them. ``dataset`` is the name that the
+    data set gives itself, ``split`` the part of it that this episode is in. ``repairs`` lists what the reader had to
+    mend or guess, one short sentence each.
     """
 
     ref: EpisodeRef
@@ -131,6 +104,10 @@ class Episode:
     success: bool | None
     embodiment: str
     repairs: tuple[str, ...] = ()
+    signals: dict[str, np.ndarray] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+    dataset: str | None = None
+    split: str | None = None
 
     @property
     def id(self) -> str:

@@ -108,6 +108,16 @@ def upside_down(video: Video) -> Video:
     return Video(frames, turned=not video.turned, thin=lambda share: upside_down(thinned(video, share)))
 
 
+def colours_exchanged(video: Video) -> Video:
+    """The same camera with red for blue and blue for red."""
+
+    def frames(size: int | None) -> Iterator[np.ndarray]:
+        for chunk in video.frames(size):
+            yield np.ascontiguousarray(chunk[..., ::-1])
+
+    return Video(frames, video.turned, lambda share: colours_exchanged(thinned(video, share)))
+
+
 def first_frames(video: Video, count: int) -> Video:
     """At most the first ``count`` frames. The rest is decoded all the same, so that a break in it is found."""
 

@@ -76,7 +76,7 @@ def test_ingesting_again_or_from_a_copy_encodes_nothing(road: Any, tmp_path: Pat
 def test_a_new_size_or_contract_is_new_work(road: Any, tmp_path: Path) -> None:
     clip = str(road["raw"] / "videos" / "clip.mp4")
     assert ingest([clip], road["store"], image_size=128, dry_run=True).episodes["new"] == 1
-    from preprocessing.episode import DataContract
+    from preprocessing.contract import DataContract
 
     contract = DataContract(embodiment="somebody")
     assert ingest([clip], road["store"], image_size=64, contract=contract, dry_run=True).episodes["new"] == 1

@@ -34,7 +34,8 @@ from formats import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preprocessing.episode import ActionBlock, BadEpisode, DataContract, Episode, EpisodeRef, UserError
+from preprocessing.contract import DataContract
+from preprocessing.episode import ActionBlock, BadEpisode, Episode, EpisodeRef, UserError
 from preprocessing.sources import digest, find, load, scan
 from preprocessing.sources.pickles import read_pickle
 from preprocessing.sources.tfrecord import parse_example
@@ -744,8 +745,8 @@ def test_a_contract_overrides_what_the_reader_found(tmp_path):
 @pytest.mark.parametrize(
     "contract, says",
     [
-        ({"cameras": {"wrist": "w"}}, "camera 'wrist' is not in .*; recorded are: agentview"),
-        ({"flip": ["wrist"]}, "camera 'wrist' is not in"),
+        ({"cameras": {"wrist": "w"}}, "'wrist' is not in .*; recorded are: agentview"),
+        ({"flip": ["wrist"]}, "'wrist' is not in"),
         ({"action_layout": [{"name": "a", "size": 6}]}, "action_layout has 6 columns, the actions of .* have 7"),
     ],
 )

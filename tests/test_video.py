@@ -16,7 +16,8 @@ from formats import REAL, jpeg, numbered, quadrants, write_demos, write_video
 from PIL import Image
 
 from preprocessing import sources
-from preprocessing.episode import FRAMES_PER_CHUNK, BadEpisode, DataContract, Video
+from preprocessing.contract import DataContract
+from preprocessing.episode import FRAMES_PER_CHUNK, BadEpisode, Video
 from preprocessing.thinning import EARLY
 from preprocessing.video import (
     decode_image,

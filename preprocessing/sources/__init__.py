@@ -6,7 +6,7 @@ process that sees the files, and ``digest(ref)`` hashes its bytes once more. To 
 name it in ``FORMATS``. What a scan finds in a file is remembered until the file changes
 (:mod:`preprocessing.sources.memory`).
 
-What a contract overrides is overridden here, once for all formats.
+What a contract overrides (:mod:`preprocessing.contract`) is overridden here, once for all formats.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from pathlib import Path
 from types import ModuleType
 from urllib.parse import unquote, urlsplit
 
-from preprocessing.episode import BadEpisode, DataContract, Episode, EpisodeRef, UserError, Video
+from preprocessing.contract import DataContract, shipped_for
+from preprocessing.episode import BadEpisode, Episode, EpisodeRef, UserError
 from preprocessing.sources import aloha, calvin, hdf5, lerobot, rlds, video
-from preprocessing.video import thinned, upside_down
+from preprocessing.video import thinned
 
 FORMATS: dict[str, ModuleType] = {
     "rlds": rlds,
@@ -85,7 +86,8 @@ def digest(ref: EpisodeRef) -> str:
 def load(ref: EpisodeRef, contract: DataContract | None = None, fps: float | None = None) -> Episode:
     """The episode, as the contract has it. Raises BadEpisode, or UserError where the contract does not fit.
 
-    Of a video alone at most ``fps`` frames a second are kept; a robot log keeps its control rate.
+    Without one, a shipped contract for the data set holds, unless its episodes are not what that one says. Of a video
+    alone at most ``fps`` frames a second are kept; a robot log keeps its control rate.
     """
     if ref.problem:
         raise BadEpisode(ref.problem)
@@ -96,7 +98,14 @@ def load(ref: EpisodeRef, contract: DataContract | None = None, fps: float | Non
         raise BadEpisode(f"cannot be read as {ref.format}: {type(error).__name__}: {error}") from error
     _check(episode)
     episode = replace(episode, embodiment=_slug(episode.embodiment))
-    episode = _override(episode, contract) if contract else episode
+    if contract:
+        episode = contract.apply(episode)
+    elif known := shipped_for(episode.dataset):
+        try:
+            episode = known.apply(episode)
+        except UserError as misfit:
+            guess = f"{episode.dataset} is not as the shipped contract {known.name} says; read as found ({misfit})"
+            episode = replace(episode, repairs=(*episode.repairs, guess))
     return _at_most(episode, fps) if fps else episode
 
 
@@ -107,40 +116,9 @@ def _at_most(episode: Episode, fps: float) -> Episode:
     return replace(episode, fps=fps, cameras=cameras)
 
 
-def _override(episode: Episode, contract: DataContract) -> Episode:
-    cameras, flip, layout = episode.cameras, contract.flip, contract.action_layout
-    recorded = ", ".join(sorted(cameras)) or "none"
-    for name in (*(contract.cameras or ()), *(flip or ())):
-        if name not in cameras:
-            raise UserError(f"contract: camera {name!r} is not in {episode.ref.uri}; recorded are: {recorded}")
-    if flip is not None:
-        cameras = {name: _turned(video, name in flip) for name, video in cameras.items()}
-    if contract.cameras is not None:
-        stored = list(contract.cameras.values())
-        if len(set(stored)) < len(stored):
-            raise UserError(f"contract: two cameras get one name: {', '.join(sorted(stored))}")
-        cameras = {new: cameras[name] for name, new in contract.cameras.items()}
-    if layout is None or episode.action is None:
-        layout = episode.action_layout
-    elif (total := sum(block.size for block in layout)) != (width := episode.action.shape[1]):
-        raise UserError(f"contract: action_layout has {total} columns, the actions of {episode.ref.uri} have {width}")
-    return replace(
-        episode,
-        cameras=cameras,
-        action_layout=layout,
-        fps=contract.fps or episode.fps,
-        instruction=contract.instruction or episode.instruction,
-        embodiment=contract.embodiment or episode.embodiment,
-    )
-
-
-def _turned(video: Video, turned: bool) -> Video:
-    return video if video.turned == turned else upside_down(video)
-
-
 def _check(episode: Episode) -> None:
     """What every reader owes: rows that belong together, and a layout of exactly the action's columns."""
-    rows = {name: len(values) for name, values in episode.proprio.items()}
+    rows = {name: len(values) for name, values in (episode.signals | episode.proprio).items()}
     if episode.action is not None:
         rows["action"] = len(episode.action)
         if sum(block.size for block in episode.action_layout) != episode.action.shape[1]:

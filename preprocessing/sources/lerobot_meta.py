@@ -14,9 +14,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from preprocessing.episode import ActionBlock, BadEpisode, EpisodeRef, UserError, Video
+from preprocessing.episode import ActionBlock, BadEpisode, EpisodeRef, Representation, UserError, Video
 
 NOT_AN_INSTRUCTION = {"valid", "invalid", ""}  # GR00T annotates validity through the same table of sentences
+
+# What Isaac-GR00T calls them; of its quaternions it does not say where the real part stands.
+ROTATIONS: dict[str, Representation] = {
+    "axis_angle": "axis_angle",
+    "euler_angles_rpy": "euler_xyz",
+    "matrix": "matrix",
+    "rotation_6d": "rotation_6d",
+}
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,7 @@ class Meta:
                     name=name,
                     size=part["end"] - part["start"],
                     kind="rotation" if rotation else _kind(name),
-                    representation=rotation,
+                    representation=ROTATIONS.get(str(rotation)),
                     mode="unknown" if "absolute" not in part else "absolute" if part["absolute"] else "delta",
                 )
             )
@@ -127,7 +135,7 @@ class Meta:
         for kind, run in groupby(names, lambda name: _kind(str(name))):
             size = len(list(run))
             before = sum(block.kind == kind for block in blocks)
-            euler = "euler_xyz" if kind == "rotation" and size == 3 else None
+            euler: Representation | None = "euler_xyz" if kind == "rotation" and size == 3 else None
             name = f"{kind}_{before + 1}" if before else kind
             blocks.append(ActionBlock(name=name, size=size, kind=kind, representation=euler))
         return tuple(blocks)
