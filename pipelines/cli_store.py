@@ -189,9 +189,9 @@ def statistics(uri: StoreArgument, snapshot: Snapshot = None, as_json: AsJson = 
     rows = [row for row in LatentStore.open(uri).snapshot(snapshot).rows() if row["statistics"] is not None]
     answered: dict[str, list[dict[str, Any]]] = {}
     for name, members in by_embodiment(rows).items():
-        total = merge(row["statistics"] for row in members)
         columns = [f"action[{i}]" for i in range(members[0]["action_dim"])]
         columns += [f"{part['name']}[{i}]" for part in members[0]["proprio"] for i in range(part["width"])]
+        total = merge(row["statistics"].first(len(columns)) for row in members)
         low, middle, high = (total.quantile(rank) for rank in (0.01, 0.5, 0.99))
         numbers = {"mean": total.mean, "std": total.std, "min": total.min, "q01": low, "q50": middle, "q99": high}
         numbers["max"] = total.max

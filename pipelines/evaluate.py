@@ -183,9 +183,10 @@ def _true_frames(
                 }
             except (BadEpisode, UserError, OSError):
                 decoded[index] = {}
-        future = min(at + shape.action_chunk + shape.future_frames - 1, row["frames"] - 1)
+        ahead = min(at + shape.action_chunk + shape.future_frames - 1, data.frames[index] - 1)
+        now, future = data.first[index] + at, data.first[index] + ahead
         yield {
-            policy.spec.cameras.index(name): (frames[at], frames[future])
+            policy.spec.cameras.index(name): (frames[now], frames[future])
             for name, frames in decoded[index].items()
             if len(frames) == row["frames"]
         }

@@ -17,6 +17,8 @@ import pyarrow as pa
 import zarr
 
 LOCATION = pa.struct([("array", pa.string()), ("start", pa.int64()), ("count", pa.int64()), ("checksum", pa.string())])
+NAMED = pa.list_(pa.struct([("name", pa.string()), ("width", pa.int64())]))  # columns of the steps, in their order
+SPAN = pa.struct([("first", pa.int64()), ("stop", pa.int64())])
 CATALOGUE = pa.schema(
     [
         ("key", pa.string()),  # what makes it this work and no other: episode, contract, encoder, image size, rate
@@ -35,9 +37,14 @@ CATALOGUE = pa.schema(
         ("steps", LOCATION),
         ("action_dim", pa.int64()),
         ("action_layout", pa.string()),  # JSON list of ActionBlock
-        ("proprio", pa.list_(pa.struct([("name", pa.string()), ("width", pa.int64())]))),
+        ("proprio", NAMED),
         ("contract", pa.string()),  # JSON of the DataContract that was given; null where none was
         ("repairs", pa.list_(pa.string())),
+        ("source", pa.string()),  # the data set, or the folder, that the episode was found in
+        ("split", pa.string()),  # the recorded one; "validation" is held out of training
+        ("signals", NAMED),  # what else was recorded at each step; behind the proprioception
+        ("texts", pa.list_(pa.struct([("name", pa.string()), ("text", pa.string())]))),  # every sentence, by its field
+        ("spans", pa.list_(SPAN)),  # the frames that training may use, no window over two of them; null: all
     ]
 )
 STATISTICS = pa.schema(
@@ -119,9 +126,16 @@ def read_table(store: Any, group: str, part: str, columns: Sequence[str]) -> pa.
         data = np.asarray(array[:])
         if _digest(data) != array.attrs["digest"]:
             raise ValueError("its digest is another")
-        fields = [TABLES[group].get_field_index(name) for name in columns]
+        written = pa.ipc.open_file(pa.py_buffer(data)).schema
+        fields = [index for name in columns if (index := written.get_field_index(name)) >= 0]
         options = pa.ipc.IpcReadOptions(included_fields=fields)
-        return pa.ipc.open_file(pa.py_buffer(data), options=options).read_all()
+        table = pa.ipc.open_file(pa.py_buffer(data), options=options).read_all()
+        for name in columns:  # an earlier version may have written fewer
+            if written.get_field_index(name) < 0:
+                table = table.append_column(
+                    TABLES[group].field(name), pa.nulls(len(table), TABLES[group].field(name).type)
+                )
+        return table.select([*columns])
     except Exception as error:  # zarr, Icechunk and Arrow each have their own for the same thing
         raise DamagedError(f"table {group}/{part} is not as it was written: {error}") from None
 

@@ -4,7 +4,7 @@ FOLDER/episodes.parquet        a row an episode and encoding: the catalogue's co
 FOLDER/episodes.zarr/GROUP     zarr v3, one group a row; its attributes are the row's columns
     latents/CAMERA               float16 [T, C, h, w]
     action                       float32 [T, A]
-    proprio/NAME                 float32 [T, D]
+    proprio/NAME, signals/NAME   float32 [T, D]
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ def export(snapshot: Snapshot, folder: Path, progress: Callable[[Iterable[Any]],
             steps, column = snapshot.read([row["steps"]]), row["action_dim"]
             if column:
                 _write(group, "action", steps[:, :column])
-            for part in row["proprio"]:
-                _write(group, f"proprio/{part['name']}", steps[:, column : column + part["width"]])
-                column += part["width"]
+            for kind in ("proprio", "signals"):
+                for part in row[kind] or ():
+                    _write(group, f"{kind}/{part['name'].strip('/')}", steps[:, column : column + part["width"]])
+                    column += part["width"]
     pq.write_table(pa.Table.from_pylist(described), building / "episodes.parquet")
     building.rename(folder)
     return len(rows)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from preprocessing.cache import cache_folder
 from preprocessing.snapshot import Snapshot
-from preprocessing.windows import Embodiment, WindowSampler
+from preprocessing.windows import Embodiment, WindowSampler, spans
 
 
 @dataclass(frozen=True)
@@ -39,31 +39,34 @@ class WindowShape:
 class LatentDataset:
     """Episodes of a pinned snapshot, ready to be gathered.
 
-    ``rows`` are catalogue rows of one encoder; ``embodiments`` says how each fills the model's slots.
+    ``rows`` are catalogue rows of one encoder; ``embodiments`` says how each fills the model's slots. An episode of
+    which several spans may be used counts as so many: ``rows`` then holds its row as often, ``first`` where each begins.
     """
 
     def __init__(
         self, snapshot: Snapshot, rows: list[dict[str, Any]], embodiments: dict[str, Embodiment], shape: WindowShape
     ):
-        self.rows, self.shape = rows, shape
-        if not rows:
+        used = [(row, first, stop) for row in rows for first, stop in spans(row)]
+        self.rows, self.shape = [row for row, _, _ in used], shape
+        if not used:
             return
         self._latents, self._steps = _flat_files(snapshot, rows)
-        self.frames = np.array([row["frames"] for row in rows])
+        latents_start, steps_start = _starts(rows)
+        rows = self.rows
+        self.first = np.array([first for _, first, _ in used])
+        self.frames = np.array([stop - first for _, first, stop in used])
         self.embodiment = np.array([embodiments[row["embodiment"]].index for row in rows])
         self._camera_start = np.full((len(rows), shape.cameras), -1)
         self._steps_start = np.zeros(len(rows), np.int64)
         self._action_dim = np.array([row["action_dim"] for row in rows])
-        self._proprio_dim = np.array([sum(part["width"] for part in row["proprio"]) for row in rows])
-        latent_end = steps_end = 0
-        for i, row in enumerate(rows):
+        self._proprio_dim = np.array([_width(row) - row["action_dim"] for row in rows])
+        for i, (row, first) in enumerate(zip(rows, self.first, strict=True)):
             slots = embodiments[row["embodiment"]].cameras
-            for camera in row["cameras"]:
+            for number, camera in enumerate(row["cameras"]):
                 if camera["name"] in slots:
-                    self._camera_start[i, slots.index(camera["name"])] = latent_end
-                latent_end += row["frames"]
-            self._steps_start[i] = steps_end
-            steps_end += row["frames"] * (self._action_dim[i] + self._proprio_dim[i])
+                    start = latents_start[row["key"]] + number * row["frames"]
+                    self._camera_start[i, slots.index(camera["name"])] = start + first
+            self._steps_start[i] = steps_start[row["key"]] + first * _width(row)
 
         top = 1 + max(spec.index for spec in embodiments.values())
         self._action_scale = _table(top, shape.action_dim, embodiments, "action_normalizer")
@@ -132,6 +135,21 @@ class LatentDataset:
         return self._steps[np.where(exists[:, None], where, 0)], exists
 
 
+def _width(row: dict[str, Any]) -> int:
+    """Columns of the steps that a model reads: actions and proprioception."""
+    return row["action_dim"] + sum(part["width"] for part in row["proprio"])
+
+
+def _starts(rows: list[dict[str, Any]]) -> tuple[dict[str, int], dict[str, int]]:
+    """Where each row's frames and numbers begin in the flat files, by its key."""
+    latents, steps, frames_end, numbers_end = {}, {}, 0, 0
+    for row in rows:
+        latents[row["key"]], steps[row["key"]] = frames_end, numbers_end
+        frames_end += row["frames"] * len(row["cameras"])
+        numbers_end += row["frames"] * _width(row)
+    return latents, steps
+
+
 def _table(top: int, width: int, embodiments: dict[str, Embodiment], which: str) -> tuple[np.ndarray, np.ndarray]:
     offset, scale = np.zeros((top, width)), np.ones((top, width))
     for spec in embodiments.values():
@@ -156,20 +174,36 @@ def _flat_files(snapshot: Snapshot, rows: list[dict[str, Any]]) -> tuple[np.ndar
             shutil.rmtree(building, ignore_errors=True)
             building.mkdir()
             segments = [at for row in rows for camera in row["cameras"] for at in camera["segments"]]
-            _copy(snapshot, segments, building / "latents.f16", np.float16)
-            _copy(snapshot, [row["steps"] for row in rows if row["steps"]["count"]], building / "steps.f32", np.float32)
+            stepping = [row for row in rows if row["steps"]["count"]]
+            _copy(snapshot, segments, [None] * len(segments), building / "latents.f16", np.float16)
+            _copy(
+                snapshot,
+                [row["steps"] for row in stepping],
+                [*map(_width, stepping)],
+                building / "steps.f32",
+                np.float32,
+            )
             building.rename(folder)
     shape = snapshot.shape(rows[0]["cameras"][0]["segments"][0])[1:]
     latents_map = np.memmap(folder / "latents.f16", np.float16, "r").reshape(-1, *shape)
     return latents_map, np.memmap(folder / "steps.f32", np.float32, "r")
 
 
-def _copy(snapshot: Snapshot, locations: list[dict[str, Any]], path: Path, dtype: type) -> None:
-    """These locations one after the other in a flat file, read in the order in which the store has them."""
-    starts = np.cumsum([0, *(math.prod(snapshot.shape(at)) for at in locations)])
+def _copy(
+    snapshot: Snapshot, locations: list[dict[str, Any]], columns: Sequence[int | None], path: Path, dtype: type
+) -> None:
+    """These locations one after the other in a flat file, read in the order in which the store has them.
+
+    Of each, only the first ``columns`` are kept; None keeps all.
+    """
+    shapes = [
+        (count, kept if kept is not None else width, *rest)
+        for (count, width, *rest), kept in zip(map(snapshot.shape, locations), columns, strict=True)
+    ]
+    starts = np.cumsum([0, *map(math.prod, shapes)])
     # Never empty, for a memory map of nothing is an error.
     flat = np.memmap(path, dtype, "w+", shape=(max(1, int(starts[-1])),))
     pieces = snapshot.read_each(locations)
     for i, rows in tqdm(pieces, f"cache {path.stem}", len(locations), unit=" segments", leave=False, delay=2):
-        flat[starts[i] : starts[i + 1]] = rows.ravel()
+        flat[starts[i] : starts[i + 1]] = rows[:, : columns[i]].ravel()
     flat.flush()

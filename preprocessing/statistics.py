@@ -57,6 +57,11 @@ class Statistics:
     def std(self) -> np.ndarray:
         return np.sqrt(self.m2 / self.count)
 
+    def first(self, columns: int) -> Statistics:
+        """Of the first columns alone."""
+        every = (self.mean, self.m2, self.min, self.max, self.quantiles)
+        return Statistics(self.count, *(values[:columns] for values in every))
+
     def quantile(self, rank: float) -> np.ndarray:
         """The value ``[D]`` below which this share of the data lies, within about 2 % of rank, closer at the tails."""
         return np.array([np.interp(rank, RANKS, knots) for knots in self.quantiles])
@@ -105,11 +110,14 @@ class Normalizer:
         return asdict(self)
 
 
-def normalizers(parts: Sequence[Statistics], action_dim: int) -> tuple[Normalizer, Normalizer]:
-    """(action, proprio) normalisers from the steps' statistics of one embodiment's episodes; empty for video alone."""
+def normalizers(parts: Sequence[Statistics], action_dim: int, proprio_dim: int) -> tuple[Normalizer, Normalizer]:
+    """(action, proprio) normalisers from the steps' statistics of one embodiment's episodes; empty for video alone.
+
+    The action's columns come first, then those of the proprioception; what is behind them is not normalised.
+    """
     if not parts:
         return Normalizer((), ()), Normalizer((), ())
-    total = merge(parts)
+    total = merge(part.first(action_dim + proprio_dim) for part in parts)
     low, high = total.min[:action_dim], total.max[:action_dim]
     half = np.maximum((high - low) / 2, MINIMUM_RANGE)
     action = Normalizer(tuple((low + high) / 2), tuple(half))

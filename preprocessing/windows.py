@@ -52,7 +52,8 @@ def describe(name: str, rows: list[dict[str, Any]], index: int, slots: int) -> E
                 )
     cameras = list(dict.fromkeys(camera["name"] for row in rows for camera in row["cameras"]))
     statistics = [row["statistics"] for row in rows if row["statistics"] is not None]
-    action, proprio = normalizers(statistics, first["action_dim"])
+    width = sum(part["width"] for part in first["proprio"])
+    action, proprio = normalizers(statistics, first["action_dim"], width)
     return Embodiment(
         index=index,
         cameras=tuple(cameras[:slots]),
@@ -92,13 +93,22 @@ def _short(value: Any) -> str:
 def split(
     rows: list[dict[str, Any]], instructions: list[str] | None, share: float, validation: bool
 ) -> list[dict[str, Any]]:
-    """The training or the held-out rows, of the given instructions alone where there are any given."""
+    """The training or the held-out rows, of the given instructions alone where there are any given.
+
+    What a data set itself holds out (its split is called validation) is never trained on.
+    """
     return [
         row
         for row in rows
         if (instructions is None or row["instruction"] in instructions)
-        and is_validation(row["id"], share) == validation
+        and (row["split"] == "validation" or is_validation(row["id"], share)) == validation
     ]
+
+
+def spans(row: dict[str, Any]) -> list[tuple[int, int]]:
+    """The frames ``[first, stop)`` of a catalogue row that windows may use; none reaches over two of them."""
+    found = [(span["first"], span["stop"]) for span in row["spans"] or ()]
+    return found if row["spans"] is not None else [(0, row["frames"])]
 
 
 def is_validation(episode_id: str, share: float) -> bool:

@@ -61,8 +61,8 @@ def test_statistics_survive_the_store_as_they_are() -> None:
 
 def test_a_column_that_hardly_moves_is_not_blown_up() -> None:
     values = np.array([[0.0, 5.0, 1.0], [2.0, 5.0, 3.0]])
-    action, proprio = normalizers([Statistics.of(values)], 2)
+    action, proprio = normalizers([Statistics.of(values)], 2, values.shape[1] - 2)
     np.testing.assert_allclose(action.apply(values[:, :2]), [[-1, 0], [1, 0]])
     np.testing.assert_allclose(proprio.apply(values[:, 2:]), [[-1], [1]])
     np.testing.assert_allclose(proprio.invert(proprio.apply(values[:, 2:])), values[:, 2:])
-    assert normalizers([], 0)[0].apply(np.zeros((4, 0))).shape == (4, 0)
+    assert normalizers([], 0, 0)[0].apply(np.zeros((4, 0))).shape == (4, 0)
