@@ -54,16 +54,27 @@ def ingest(
     source: Annotated[list[str], typer.Argument(help="Folders or files: RLDS, LeRobot, HDF5, videos.")],
     store: Store,
     format: Annotated[str, typer.Option(help="auto, or one of rlds, lerobot, hdf5, video.")] = "auto",
+    contract: Annotated[
+        str | None, typer.Option(help="What the data means: YAML, or a shipped one's name (uwm contract list).")
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="YAML, with all that follows and more.")] = "ingest",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set keys of the recipe; any number.")
+    ] = None,
     encoder: Annotated[
         list[str] | None, typer.Option(help="tiny (if left out), sdxl-vae, taesdxl, a hub id or a folder; any number.")
     ] = None,
     precision: Annotated[
-        Literal["float32", "bfloat16"], typer.Option(help="Of the encoders; bfloat16 is faster on GPUs.")
-    ] = "float32",
-    image_size: Annotated[int, typer.Option(help="Frames are resized to this many pixels, a multiple of 8.")] = 128,
-    fps: Annotated[float | None, typer.Option(min=0.01, help="Thin videos without actions to this rate.")] = None,
-    contract: Annotated[Path | None, typer.Option(help="YAML that overrides what readers find.")] = None,
-    max_bad: Annotated[float, typer.Option(min=0, max=1, help="Stop when more than this share is bad.")] = 0.5,
+        Literal["float32", "bfloat16"] | None, typer.Option(help="Of the encoders; bfloat16 is faster on GPUs.")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Frames are resized to this many pixels (128 if left out), a multiple of 8.")
+    ] = None,
+    fps: Annotated[float | None, typer.Option(help="Thin videos without actions to this rate.")] = None,
+    max_bad: Annotated[float | None, typer.Option(help="Stop when more than this share is bad (0.5).")] = None,
+    keep_broken: Annotated[
+        bool | None, typer.Option("--keep-broken", help="Of a broken video, keep what comes before the break.")
+    ] = None,
     retry: Annotated[bool, typer.Option(help="Try again what was quarantined before.")] = False,
     address: Address = None,
     dry_run: DryRun = False,
@@ -71,23 +82,24 @@ def ingest(
 ) -> None:
     """Bring raw logs and videos into a store; what it already holds is not encoded again."""
     from pipelines.ingest import ingest as run
+    from pipelines.recipe import IngestRecipe, load_recipe
 
-    promise = DataContract.load(contract) if contract else None
+    flags = {"encoder": encoder, "precision": precision, "image_size": image_size, "fps": fps}
+    flags |= {"max_bad": max_bad, "keep_broken": keep_broken}
+    given = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
     report = run(
         source,
         store,
+        load_recipe(recipe, [*(settings or []), *given], IngestRecipe),
         format=format,
-        encoders=encoder,
-        precision=precision,
-        image_size=image_size,
-        fps=fps,
-        contract=promise,
-        max_bad=max_bad,
+        contract=DataContract.load(contract) if contract else None,
         retry=retry,
         dry_run=dry_run,
         address=address,
         verbose=VERBOSE,
     )
+    for note in report.notes:
+        say(note)
     for bad in report.quarantine:
         say(f"quarantined {bad['uri']} #{bad['index']}: {bad['reason']}")
     counts = report.episodes

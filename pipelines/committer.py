@@ -13,7 +13,8 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 from icechunk import ForkSession
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 COMMIT_MINUTES = 2  # of work that a crash may cost
 COMMIT_EPISODES = 4096
 FAILURES = 3  # commits in a row, that stop a job
+READER = version("unified-world-models")
 
 
 class Committer:
@@ -127,10 +129,14 @@ class Committer:
                 batch.unused += [row["place"] for row in rows if row["episode"] not in self._left]
         for episode in complete:
             one, pending = self._work[episode], self._pending[episode]
-            if pending.refusal:
-                batch.quarantine.append(_quarantined(one, *pending.refusal))
+            if pending.record and (reason := self._plan.promises.broken_by(one.source, pending.record)):
+                pending.refusal = Refusal(reason, READER)
+            if pending.refusal or pending.record is None:
+                assert pending.refusal is not None
+                batch.quarantine.append(_quarantined(one, pending.refusal))
                 batch.unused += [row["place"] for found in pending.segments.values() for row in found.values()]
                 continue
+            self._plan.promises.add(one.source, pending.record)
             for encoder, key in one.keys.items():
                 row, statistics = _catalogued(one, pending, encoder, key, self._plan)
                 batch.rows.append(row)
@@ -158,9 +164,17 @@ class Committer:
             if not any(fork is done for done in batch.forks)
             or (again and any(row["episode"] in self._left for row in rows))
         ]
-        if len(self.quarantine) > self._most_bad:
+        if sum(not row["filter"] for row in self.quarantine) > self._most_bad:
             self.too_bad = True
             self.inbox.stop.remote()
+
+
+class Refusal(NamedTuple):
+    """Why an episode is not let in."""
+
+    reason: str
+    reader: str | None  # version that refused these bytes for good; None where trying again may help
+    filter: str | None = None  # that took it for not worth encoding; None where it cannot be read
 
 
 @ray.remote(num_cpus=0)
@@ -171,7 +185,7 @@ class Inbox:
         self._begun: Counter[str] = Counter()
         self._seen: set[int] = set()
         self._written: list[Any] = []
-        self._refused: dict[str, tuple[str, str | None]] = {}
+        self._refused: dict[str, Refusal] = {}
         self._stopped = False
 
     def begin(self, episode: str) -> int:
@@ -179,8 +193,8 @@ class Inbox:
         self._begun[episode] += 1
         return self._begun[episode]
 
-    def refuse(self, episode: str, reason: str, reader: str | None) -> None:
-        self._refused[episode] = " ".join(reason.split()), reader
+    def refuse(self, episode: str, refusal: Refusal) -> None:
+        self._refused[episode] = refusal._replace(reason=" ".join(refusal.reason.split()))
 
     def put(self, task: int, written: Any) -> bool:
         """Whether the job is to go on. A task that Ray ran twice is heard once."""
@@ -189,7 +203,7 @@ class Inbox:
             self._written.append(written)
         return not self._stopped
 
-    def take(self) -> tuple[list[Any], dict[str, tuple[str, str | None]]]:
+    def take(self) -> tuple[list[Any], dict[str, Refusal]]:
         taken = self._written, self._refused
         self._written, self._refused = [], {}
         return taken
@@ -202,7 +216,7 @@ class Inbox:
 class _Pending:
     """What has come of one episode so far."""
 
-    refusal: tuple[str, str | None] | None = None  # reason and reader
+    refusal: Refusal | None = None
     record: dict[str, Any] | None = None
     steps: dict[str, Any] | None = None
     segments: dict[tuple[str, str], dict[int, dict[str, Any]]] = field(default_factory=dict)  # by (encoder, camera)
@@ -230,9 +244,9 @@ class _Batch:
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
-def _quarantined(one: Work, reason: str, reader: str | None) -> dict[str, Any]:
+def _quarantined(one: Work, refusal: Refusal) -> dict[str, Any]:
     where = {"key": one.quarantine_key, "id": one.ref.id, "uri": one.ref.uri, "index": one.ref.index}
-    return {**where, "reason": reason, "reader": reader}
+    return where | refusal._asdict()
 
 
 def _catalogued(

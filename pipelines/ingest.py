@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,16 @@ from typing import Any
 from tqdm import tqdm
 
 from infra.cluster import Meter, cluster, on_this_node, watch
-from pipelines.committer import Committer
-from pipelines.ingest_job import READER, Plan, Work, run
+from pipelines.committer import READER, Committer
+from pipelines.ingest_job import Plan, Work, run
+from pipelines.recipe import IngestRecipe, load_recipe
 from preprocessing import sources
-from preprocessing.contract import DataContract
-from preprocessing.encoders import Precision, encoder_digest
+from preprocessing.contract import DataContract, Promises
+from preprocessing.encoders import encoder_digest
 from preprocessing.episode import EpisodeRef, UserError
+from preprocessing.snapshot import Snapshot
 from preprocessing.store import LatentStore
 
-STRIDE = 8  # pixels a latent, of every encoder there is a name for
 ENOUGH_TO_JUDGE = 10  # bad episodes, before their share can stop a job
 BUSY = 0.8  # encoders that compute so much of the time are what bounds an ingest
 
@@ -38,8 +40,19 @@ class IngestReport:
     frames: int = 0
     seconds: float = 0.0
     quarantine: list[dict[str, Any]] = field(default_factory=list)
+    filtered: list[dict[str, Any]] = field(default_factory=list)  # uri, index, filter, reason
     removed: int = 0  # episodes that were taken out of the store, and stay out
+    notes: list[str] = field(default_factory=list)
     waiting: dict[str, float] = field(default_factory=dict)  # share of their time that "decode" and "encode" waited
+
+    def refuse(self, row: dict[str, Any]) -> None:
+        """Count a row (QUARANTINE) of what was not let in."""
+        if row["filter"]:
+            self.filtered.append({key: row[key] for key in ("uri", "index", "filter", "reason")})
+            self.episodes["filtered"] += 1
+        else:
+            self.quarantine.append({key: row[key] for key in ("uri", "index", "reason")})
+            self.episodes["quarantined"] += 1
 
     @property
     def bound_by(self) -> str | None:
@@ -52,14 +65,10 @@ class IngestReport:
 def ingest(
     uris: list[str],
     store_uri: str,
+    recipe: IngestRecipe | None = None,
     *,
     format: str = "auto",
-    encoders: list[str] | None = None,
-    precision: Precision = "float32",
-    image_size: int = 128,
-    fps: float | None = None,
     contract: DataContract | None = None,
-    max_bad: float = 0.5,
     retry: bool = False,
     dry_run: bool = False,
     address: str | None = None,
@@ -67,25 +76,26 @@ def ingest(
 ) -> IngestReport:
     """Bring every episode under ``uris`` into the store. Raises UserError before anything is written.
 
-    ``encoders`` (``["tiny"]`` if left out) all encode in one pass over the decoded frames. Videos keep at most ``fps``
-    frames a second. Once more than the share ``max_bad`` of all new episodes is refused (ten at least), the job ends
-    with a UserError; what was good until then is committed. ``retry`` tries again what was refused before.
+    All encoders of the recipe encode in one pass over the decoded frames. Without a contract, a source that was
+    ingested before keeps the one it had. Once more than the share ``max_bad`` of all new episodes is refused (ten at
+    least), the job ends with a UserError; what was good until then is committed. ``retry`` tries again what was refused
+    before.
     """
     began = time.monotonic()
-    if image_size % STRIDE or image_size < 4 * STRIDE:
-        raise UserError(f"--image-size {image_size}: choose a multiple of {STRIDE}, at least {4 * STRIDE}")
+    recipe = recipe or load_recipe("ingest", [], IngestRecipe)
     places = [place for uri in uris for place in sources.find(uri, format)]
-    digests = {_in_full(name): encoder_digest(name, precision) for name in encoders or ["tiny"]}
-    plan = Plan(digests, precision, image_size, contract)
+    digests = {_in_full(name): encoder_digest(name, recipe.precision) for name in recipe.encoder}
     store = LatentStore.open(store_uri) if dry_run else LatentStore.create(store_uri)
     head = store.snapshot()
-    report = IngestReport(head.id, {"new": 0, "already": 0, "quarantined": 0})
-    refs = (ref for kind, path in places for ref in sources.scan(kind, path))
-    work = _new_work(tqdm(refs, "scan", unit=" episodes", leave=False, delay=1), store, plan, fps, retry, report)
+    report = IngestReport(head.id, {"new": 0, "already": 0, "quarantined": 0, "filtered": 0})
+    contracts = _contracts(head, [*map(_source, places)], contract, report)
+    plan = Plan(digests, recipe, contracts, _promises(head, contracts))
+    refs = ((_source((kind, path)), ref) for kind, path in places for ref in sources.scan(kind, path))
+    work = _new_work(tqdm(refs, "scan", unit=" episodes", leave=False, delay=1), store, plan, retry, report)
     report.episodes["new"] = len(work)
     if work and not dry_run:
         with cluster(address, verbose):
-            _run(store, work, plan, max_bad, report)
+            _run(store, work, plan, report)
     report.seconds = round(time.monotonic() - began, 2)
     return report
 
@@ -93,6 +103,45 @@ def ingest(
 def _in_full(encoder: str) -> str:
     """Workers, and whoever decodes later, stand elsewhere: a folder gets its whole path."""
     return str(Path(encoder).resolve()) if encoder != "tiny" and Path(encoder).is_dir() else encoder
+
+
+def _source(place: tuple[str, Path]) -> str:
+    """The folder whose episodes belong together."""
+    _, path = place
+    return str(path if path.is_dir() else path.parent)
+
+
+def _contracts(
+    head: Snapshot, names: list[str], given: DataContract | None, report: IngestReport
+) -> dict[str, DataContract | None]:
+    """The contract of each source: the one that is given, or the one that it was last ingested under."""
+    rows = head.episodes(("source", "contract")).to_pylist()
+    last = {row["source"]: row["contract"] for row in rows}
+    contracts = {}
+    for name in names:
+        before = DataContract.model_validate_json(last[name]) if last.get(name) else None
+        contracts[name] = given or before
+        if given and name in last and (before is None or before.digest != given.digest):
+            others = sum(row["source"] == name for row in rows)
+            what = ", ".join(given.changes(before or DataContract()))
+            report.notes.append(f"{name}: {others} episodes are there under another contract ({what}); read anew")
+        elif before and not given:
+            report.notes.append(f"{name}: read by the contract that it was ingested under before")
+    return contracts
+
+
+def _promises(head: Snapshot, contracts: dict[str, DataContract | None]) -> Promises:
+    """What the episodes that are there already promise of those that come."""
+    columns = ("source", "contract", "embodiment", "fps", "cameras", "proprio", "action_layout")
+    promises = Promises()
+    for row in head.episodes(columns).to_pylist():
+        if row["source"] in contracts and row["contract"] == _as_json(contracts[row["source"]]):
+            promises.add(row["source"], row)
+    return promises
+
+
+def _as_json(contract: DataContract | None) -> str | None:
+    return contract.model_dump_json() if contract else None
 
 
 def work_key(episode_id: str, contract: DataContract | None, encoder: str, image_size: int, fps: float | None) -> str:
@@ -103,7 +152,7 @@ def work_key(episode_id: str, contract: DataContract | None, encoder: str, image
 
 
 def _new_work(
-    refs: Any, store: LatentStore, plan: Plan, fps: float | None, retry: bool, report: IngestReport
+    refs: Iterable[tuple[str, EpisodeRef]], store: LatentStore, plan: Plan, retry: bool, report: IngestReport
 ) -> list[Work]:
     """What the store does not hold yet. Everything else is counted in the report."""
     head = store.snapshot()
@@ -112,25 +161,26 @@ def _new_work(
     refused = {row["key"]: row for row in head.quarantine() if row["reader"] == READER and not retry}
     seen: set[str] = set()
     work = []
-    ref: EpisodeRef
-    for ref in refs:
-        rate = fps if ref.format == "video" else None  # robot logs keep the rate of their actions
-        keys = {name: work_key(ref.id, plan.contract, d, plan.image_size, rate) for name, d in plan.encoders.items()}
+    for source, ref in refs:
+        contract, size = plan.contracts[source], plan.recipe.image_size
+        rate = plan.recipe.fps if ref.format == "video" else None  # robot logs keep the rate of their actions
+        keys = {name: work_key(ref.id, contract, d, size, rate) for name, d in plan.encoders.items()}
         missing = {name: key for name, key in keys.items() if key not in known}
-        quarantine_key = work_key(ref.id, plan.contract, "", 0, None)
+        quarantine_key = work_key(ref.id, contract, plan.strictness, 0, None)
         if ref.id in removed:
             report.removed += 1
         elif ref.id in seen or not missing:
             report.episodes["already"] += 1
         elif quarantine_key in refused:
-            _quarantine(report, refused[quarantine_key])
+            report.refuse(refused[quarantine_key])
         else:
-            work.append(Work(ref, missing, quarantine_key, rate))
+            work.append(Work(ref, source, missing, quarantine_key, rate))
         seen.add(ref.id)
     return work
 
 
-def _run(store: LatentStore, work: list[Work], plan: Plan, max_bad: float, report: IngestReport) -> None:
+def _run(store: LatentStore, work: list[Work], plan: Plan, report: IngestReport) -> None:
+    max_bad = plan.recipe.max_bad
     # Commits keep time by reading it: it has to live as long as the driver.
     meter = Meter.options(scheduling_strategy=on_this_node(), max_restarts=-1).remote()  # type: ignore[attr-defined]
     committer = Committer(store, work, plan, most_bad=max(ENOUGH_TO_JUDGE - 1, max_bad * len(work)))
@@ -168,7 +218,7 @@ def _run(store: LatentStore, work: list[Work], plan: Plan, max_bad: float, repor
     report.episodes["new"] = committer.episodes
     report.episodes["already"] += committer.already
     for row in committer.quarantine:
-        _quarantine(report, row)
+        report.refuse(row)
 
 
 def _waiting(values: dict[str, float]) -> dict[str, float]:
@@ -179,8 +229,3 @@ def _waiting(values: dict[str, float]) -> dict[str, float]:
         if worked + waited:
             shares[name] = round(waited / (worked + waited), 3)
     return shares
-
-
-def _quarantine(report: IngestReport, row: dict[str, Any]) -> None:
-    report.quarantine.append({key: row[key] for key in ("uri", "index", "reason")})
-    report.episodes["quarantined"] += 1

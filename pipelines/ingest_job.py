@@ -14,8 +14,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import icechunk
 import numpy as np
@@ -23,15 +22,13 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Datasink, ExecutionResources
 
-from pipelines.committer import Committer
-from preprocessing import sources
-from preprocessing.contract import DataContract
-from preprocessing.episode import FRAMES_PER_CHUNK, BadEpisode, Episode, EpisodeRef
+from pipelines.committer import READER, Committer, Refusal
+from pipelines.recipe import IngestRecipe
+from preprocessing import limits, sources
+from preprocessing.contract import DataContract, Promises
+from preprocessing.episode import FRAMES_PER_CHUNK, BadEpisode, Episode, EpisodeRef, UserError
 from preprocessing.statistics import Statistics
 from preprocessing.store import LatentStore, write_segments
-
-if TYPE_CHECKING:
-    from preprocessing.encoders import Precision
 
 BLOCK_BYTES = 16 * 2**20  # rows travel in blocks of about this size
 ROWS_PER_PASS = 8  # of up to 64 frames: what an encoder gets at once
@@ -40,8 +37,6 @@ ROWS_PER_WRITE = 256
 WRITE_TRIES = 5
 TRIES = 3  # to read an episode that takes its process with it
 GPU_SHARE = 0.5  # two actors a device: one copies frames while the other computes
-READER = version("unified-world-models")
-
 ROW = pa.schema(
     [
         ("episode", pa.string()),
@@ -60,6 +55,7 @@ class Work:
     """One episode to ingest: ``keys`` names the catalogue row that each encoder is to make of it."""
 
     ref: EpisodeRef
+    source: str
     keys: dict[str, str]
     quarantine_key: str
     fps: float | None  # at most so many frames a second, where it has no actions
@@ -70,9 +66,14 @@ class Plan:
     """What is the same for all episodes of an ingest."""
 
     encoders: dict[str, str]  # digest by name
-    precision: Precision
-    image_size: int
-    contract: DataContract | None
+    recipe: IngestRecipe
+    contracts: dict[str, DataContract | None]  # by source
+    promises: Promises  # of what is there, and, on the driver, of what has come in since
+
+    @property
+    def strictness(self) -> str:
+        """What decides whether an episode is let in, beside its bytes and its contract."""
+        return self.recipe.model_dump_json(include={"keep_broken", "limits"})
 
 
 def run(work: list[Work], plan: Plan, committer: Committer, meter: Any) -> None:
@@ -85,10 +86,13 @@ def run(work: list[Work], plan: Plan, committer: Committer, meter: Any) -> None:
     cpus = int(ray.cluster_resources().get("CPU", 1))
     gpus = ray.cluster_resources().get("GPU", 0)
     actors = max(1, int(gpus / GPU_SHARE) or cpus)
-    pass_bytes = ROWS_PER_PASS * FRAMES_PER_CHUNK * plan.image_size**2 * 3
+    pass_bytes = ROWS_PER_PASS * FRAMES_PER_CHUNK * plan.recipe.image_size**2 * 3
     ahead = actors * PASSES_AHEAD * max(pass_bytes, BLOCK_BYTES)
     context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=ahead)
-    items = [{"ref": json.dumps(asdict(one.ref)), "encoders": list(one.keys), "fps": one.fps or 0.0} for one in work]
+    items = [
+        {"ref": json.dumps(asdict(one.ref)), "source": one.source, "encoders": list(one.keys), "fps": one.fps or 0.0}
+        for one in work
+    ]
     frames = ray.data.from_items(items, override_num_blocks=min(len(items), 512)).map_batches(
         decode,  # type: ignore[arg-type]
         batch_size=1,
@@ -115,32 +119,37 @@ def decode(batch: pa.Table, plan: Plan, meter: Any, inbox: Any) -> Iterator[pa.T
     ref, encoders = EpisodeRef(**json.loads(work["ref"])), work["encoders"]
     counts: dict[str, int] = {}
     clock = _Clock(meter, "decode")
-    refusal = None
+    refusal: Refusal | None = None
+    limits.use(plan.recipe.limits)
     try:
         if ray.get(inbox.begin.remote(ref.id)) > TRIES:  # Ray itself would go on for ever
             raise RuntimeError(f"the process that read it died {TRIES} times; is it too large for memory?")
-        episode = sources.load(ref, plan.contract, work["fps"] or None)
+        episode = sources.load(ref, plan.contracts[work["source"]], work["fps"] or None)
+        if reason := plan.promises.broken_by(work["source"], _described(episode)):
+            raise BadEpisode(reason)
         for camera, video in episode.cameras.items():
             counts[camera] = 0
-            for frames in video.frames(plan.image_size):
+            for frames in video.frames(plan.recipe.image_size):
                 row = _row(ref.id, camera, encoders, counts[camera], frames)
                 counts[camera] += len(frames)
                 clock.wait()  # where the encoders are behind, Ray holds this task here
                 yield row
                 clock.work()
-        last = _record(episode, counts, plan)
+        last = _record(episode, counts, plan, work["source"])
         if sources.digest(ref) != ref.digest:
             raise BadEpisode("it changed while it was read; ingest it again when it is complete")
         clock.wait()
         yield last
     except BadEpisode as problem:
         # What its bytes are now is for the next run to see; only bytes that were read whole are refused for good.
-        refusal = str(problem), READER if _unchanged(ref) else None
+        refusal = Refusal(str(problem), READER if _unchanged(ref) else None)
+    except UserError as misfit:
+        refusal = Refusal(str(misfit), None)
     except Exception as error:  # one broken file must not end a job over thousands; the reason is kept
-        refusal = f"{type(error).__name__}: {error}", None
+        refusal = Refusal(f"{type(error).__name__}: {error}", None)
     if refusal:
         # Not as a row: of a task that is run again, Ray drops as many rows as it had of it before.
-        ray.get(inbox.refuse.remote(ref.id, *refusal))
+        ray.get(inbox.refuse.remote(ref.id, refusal))
 
 
 def _unchanged(ref: EpisodeRef) -> bool:
@@ -149,7 +158,23 @@ def _unchanged(ref: EpisodeRef) -> bool:
     return False
 
 
-def _record(episode: Episode, counts: dict[str, int], plan: Plan) -> pa.Table:
+def _described(episode: Episode) -> dict[str, Any]:
+    """The columns that say what an episode's numbers and pictures mean."""
+    return {
+        "fps": episode.fps,
+        "embodiment": episode.embodiment,
+        "cameras": list(episode.cameras),
+        "action_dim": 0 if episode.action is None else episode.action.shape[1],
+        "action_layout": json.dumps([block.model_dump() for block in episode.action_layout]),
+        "proprio": _widths(episode.proprio),
+    }
+
+
+def _widths(columns: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    return [{"name": name, "width": values.shape[1]} for name, values in columns.items()]
+
+
+def _record(episode: Episode, counts: dict[str, int], plan: Plan, source: str) -> pa.Table:
     tracks = {f"camera {camera}": count for camera, count in counts.items()}
     tracks |= {f"proprio {name}": len(values) for name, values in episode.proprio.items()}
     if episode.action is not None:
@@ -159,26 +184,29 @@ def _record(episode: Episode, counts: dict[str, int], plan: Plan) -> pa.Table:
         raise BadEpisode(f"its tracks do not have one common length: {lengths}")
     frames = next(iter(counts.values()))
 
-    columns = [] if episode.action is None else [episode.action]
-    steps = np.concatenate([*columns, *episode.proprio.values(), np.zeros((frames, 0))], axis=1, dtype=np.float32)
-    if not np.isfinite(steps).all():
+    columns = [*([] if episode.action is None else [episode.action]), *episode.proprio.values()]
+    if not all(np.isfinite(values).all() for values in columns):
         raise BadEpisode("its actions or proprioception hold NaN or infinity")
+    signals = {name: values for name, values in episode.signals.items() if np.isfinite(values).all()}
+    repairs = [f"{name} holds NaN or infinity; dropped" for name in episode.signals if name not in signals]
+    steps = np.concatenate([*columns, *signals.values(), np.zeros((frames, 0))], axis=1, dtype=np.float32)
+    contract = plan.contracts[source]
     record = {
+        **_described(episode),
         "id": episode.id,
         "uri": episode.ref.uri,
         "index": episode.ref.index,
         "format": episode.ref.format,
         "frames": frames,
-        "fps": episode.fps,
-        "embodiment": episode.embodiment,
         "instruction": episode.instruction,
         "success": episode.success,
         "cameras": counts,
-        "action_dim": 0 if episode.action is None else episode.action.shape[1],
-        "action_layout": json.dumps([block.model_dump() for block in episode.action_layout]),
-        "proprio": [{"name": name, "width": values.shape[1]} for name, values in episode.proprio.items()],
-        "contract": plan.contract.model_dump_json() if plan.contract else None,
-        "repairs": list(episode.repairs),
+        "contract": contract.model_dump_json() if contract else None,
+        "repairs": [*episode.repairs, *repairs],
+        "source": source,
+        "split": episode.split,
+        "signals": _widths(signals),
+        "texts": [{"name": name, "text": text} for name, text in episode.texts.items()],
     }
     return _row(episode.id, None, [], 0, steps, json.dumps(record))
 
@@ -217,7 +245,7 @@ class Encode:
         from preprocessing.encoders import load_encoder
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._encoders = {name: load_encoder(name, device, plan.precision) for name in plan.encoders}
+        self._encoders = {name: load_encoder(name, device, plan.recipe.precision) for name in plan.encoders}
         self._meter = meter
         self._clock: _Clock | None = None  # starts with the first rows: before, nobody was late
 

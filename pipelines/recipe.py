@@ -1,16 +1,42 @@
-"""Recipes: everything a training run is set by, typed, from YAML and ``KEY=VALUE``, unknown keys refused."""
+"""Recipes: all that an ingest or a training run is set by, typed, from YAML and ``KEY=VALUE``, unknown keys refused."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from preprocessing.encoders import Precision
 from preprocessing.episode import UserError
+from preprocessing.limits import Limits
 from uwm_model.config import DiffusionConfig, ModelConfig
+
+STRIDE = 8  # pixels a latent, of every encoder there is a name for
+
+
+class IngestRecipe(BaseModel):
+    """One ingest: which encoders, of which frames, and what is not worth encoding."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = "ingest"
+    encoder: list[str] = Field(default=["tiny"], min_length=1, description="all of them in one pass over the frames")
+    precision: Precision = "float32"
+    image_size: int = Field(default=128, description="pixels, a multiple of 8")
+    fps: float | None = Field(default=None, ge=0.01, description="thin videos without actions to this rate")
+    max_bad: float = Field(default=0.5, ge=0, le=1, description="stop when more than this share is bad")
+    keep_broken: bool = Field(default=False, description="of a broken video, keep what comes before the break")
+    limits: Limits = Limits()
+
+    @field_validator("image_size")
+    @classmethod
+    def _whole_latents(cls, value: int) -> int:
+        if value % STRIDE or value < 4 * STRIDE:
+            raise ValueError(f"choose a multiple of {STRIDE}, at least {4 * STRIDE}")
+        return value
 
 
 class Recipe(BaseModel):
@@ -53,7 +79,10 @@ class Recipe(BaseModel):
         return value
 
 
-def load_recipe(recipe: str | Path, overrides: list[str]) -> Recipe:
+Kind = TypeVar("Kind", Recipe, IngestRecipe)
+
+
+def load_recipe(recipe: str | Path, overrides: list[str], kind: type[Kind] = Recipe) -> Kind:  # type: ignore[assignment]
     """A shipped recipe's name or a YAML file, with ``KEY=VALUE`` on top (dots go into sections)."""
     shipped = Path(__file__).parent / "recipes" / f"{recipe}.yaml"
     path = shipped if shipped.is_file() else Path(recipe)
@@ -76,9 +105,11 @@ def load_recipe(recipe: str | Path, overrides: list[str]) -> Recipe:
             section = section.setdefault(parent, {})
         section[last] = yaml.safe_load(text)
     try:
-        return Recipe.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        known = f"; known keys: {', '.join(Recipe.model_fields)}" if first["type"] == "extra_forbidden" else ""
-        raise UserError(f"{recipe}: {where}: {first['msg']}{known}") from None
+        known = f"; known keys: {', '.join(kind.model_fields)}" if first["type"] == "extra_forbidden" else ""
+        given = "" if isinstance(first["input"], dict) else f" {first['input']}"
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{recipe}: {where}{given}: {message}{known}") from None

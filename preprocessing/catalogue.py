@@ -67,6 +67,7 @@ QUARANTINE = pa.schema(
         ("index", pa.int64()),
         ("reason", pa.string()),
         ("reader", pa.string()),  # version that refused these bytes for good; null where trying again may help
+        ("filter", pa.string()),  # that took it for not worth encoding; null where it could not be read
     ]
 )
 REMOVED = pa.schema([("id", pa.string()), ("uri", pa.string()), ("index", pa.int64())])

@@ -8,8 +8,9 @@ data set that gives itself a shipped contract's name is read by that contract, u
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,9 @@ from preprocessing.actions import with_rotations
 from preprocessing.episode import ActionBlock, Episode, Representation, UserError, Video
 from preprocessing.video import colours_exchanged, upside_down
 
+SAME_RATE = 0.05  # rates that differ by less are one: 30 and 29.97
+UNTOLD = {None, "unknown", "other"}  # what a block leaves open
+ABOUT = {"name", "datasets", "source"}  # what a contract says about itself
 SHIPPED = Path(__file__).parent / "contracts"
 
 
@@ -60,7 +64,7 @@ class DataContract(BaseModel):
     @property
     def digest(self) -> str:
         """Of what it says, whatever it is called and wherever that is known from."""
-        said = self.model_dump_json(exclude_none=True, exclude={"name", "datasets", "source"})
+        said = self.model_dump_json(exclude_none=True, exclude=ABOUT)
         return hashlib.sha256(said.encode()).hexdigest()[:16]
 
     @classmethod
@@ -80,6 +84,11 @@ class DataContract(BaseModel):
             where = ".".join(str(part) for part in first["loc"]) or "top level"
             known = f"; known keys: {', '.join(cls.model_fields)}" if first["type"] == "extra_forbidden" else ""
             raise UserError(f"{path}: {where}: {first['msg']}{known}") from None
+
+    def changes(self, other: DataContract) -> list[str]:
+        """Which fields say something else than in ``other``."""
+        names = [name for name in type(self).model_fields if name not in ABOUT]
+        return [name for name in names if getattr(self, name) != getattr(other, name)]
 
     def to_yaml(self) -> str:
         """Only what it says."""
@@ -158,6 +167,87 @@ class DataContract(BaseModel):
             if name not in recorded:
                 known = ", ".join(sorted(recorded)) or "none"
                 raise UserError(f"contract: {field}: {name!r} is not in {episode.ref.uri}; recorded are: {known}")
+
+
+class Promise(BaseModel):
+    """What is the same for all of an embodiment's episodes as they are stored, and for what its policy sees and does.
+
+    ``proprio`` is a width by name.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    fps: float
+    cameras: tuple[str, ...]
+    proprio: dict[str, int]
+    action_layout: tuple[ActionBlock, ...]
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Promise:
+        """Of an episode's catalogue row."""
+        return cls(
+            fps=row["fps"],
+            cameras=tuple(camera["name"] if isinstance(camera, dict) else camera for camera in row["cameras"]),
+            proprio={part["name"]: part["width"] for part in row["proprio"]},
+            action_layout=json.loads(row["action_layout"]),
+        )
+
+    def differences(self, other: Promise) -> list[str]:
+        """How ``other`` breaks it, a phrase each. What one leaves unknown the other may say, and cameras may differ.
+
+        Videos promise nothing.
+        """
+        if not (self.action_layout or self.proprio or other.action_layout or other.proprio):
+            return []
+        found = []
+        mine, theirs = (sum(block.size for block in one.action_layout) for one in (self, other))
+        if mine != theirs:
+            found.append(f"actions have {theirs} columns, not {mine}")
+        else:
+            found += _meanings(self.action_layout, other.action_layout)
+        for name in dict.fromkeys([*self.proprio, *other.proprio]):
+            if (width := other.proprio.get(name)) != (expected := self.proprio.get(name)):
+                found.append(f"proprioception {name} has {width or 'no'} columns, not {expected or 'any'}")
+        if abs(other.fps - self.fps) > SAME_RATE * self.fps:
+            found.append(f"the rate is {other.fps:g} Hz, not {self.fps:g}")
+        return found
+
+
+class Promises:
+    """By source and embodiment: what the first of its episodes promised holds for the others."""
+
+    def __init__(self) -> None:
+        self._promises: dict[tuple[str, str], Promise] = {}
+
+    def add(self, source: str, row: dict[str, Any]) -> None:
+        if (source, row["embodiment"]) not in self._promises:
+            self._promises[source, row["embodiment"]] = Promise.of(row)
+
+    def broken_by(self, source: str, row: dict[str, Any]) -> str | None:
+        """Why an episode's catalogue row does not belong with the others, if so."""
+        promise = self._promises.get((source, row["embodiment"]))
+        if not promise or not (differences := promise.differences(Promise.of(row))):
+            return None
+        return (
+            f"is not like the other {row['embodiment']} episodes of {source}: {'; '.join(differences)}; if that is "
+            f"right, give it a name of its own (--contract, embodiment: NAME)"
+        )
+
+
+def _meanings(mine: tuple[ActionBlock, ...], theirs: tuple[ActionBlock, ...]) -> Iterator[str]:
+    if [block.size for block in mine] != [block.size for block in theirs]:
+        if any(block.kind != "other" for block in (*mine, *theirs)):
+            yield f"actions are made of {_sizes(theirs)} columns, not of {_sizes(mine)}"
+        return
+    for a, b in zip(mine, theirs, strict=True):
+        for field in ("kind", "representation", "mode", "frame", "unit", "gripper_one_means"):
+            expected, found = getattr(a, field), getattr(b, field)
+            if expected != found and not {expected, found} & UNTOLD:
+                yield f"the action's {a.name} is {found} ({field}), not {expected}"
+
+
+def _sizes(layout: tuple[ActionBlock, ...]) -> str:
+    return " + ".join(str(block.size) for block in layout)
 
 
 def shipped_for(dataset: str | None) -> DataContract | None:

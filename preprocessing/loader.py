@@ -40,7 +40,7 @@ class LatentDataset:
     """Episodes of a pinned snapshot, ready to be gathered.
 
     ``rows`` are catalogue rows of one encoder; ``embodiments`` says how each fills the model's slots. An episode of
-    which several spans may be used counts as so many: ``rows`` then holds its row as often, ``first`` where each begins.
+    which several spans may be used counts as so many: ``rows`` holds its row as often, ``first`` where each begins.
     """
 
     def __init__(

@@ -215,7 +215,9 @@ class LatentStore:
             write_table(store, "statistics", part, [row for row in statistics if row["key"] in keys])
             write_table(store, "quarantine", part, quarantine)
             frames = sum(row["frames"] for row in new)
-            counts = {"episodes": len(new), "frames": frames, "quarantined": len(quarantine)}
+            filtered = sum(bool(row.get("filter")) for row in quarantine)
+            counts = {"episodes": len(new), "frames": frames}
+            counts |= {"quarantined": len(quarantine) - filtered, "filtered": filtered}
             return f"ingest {len(new)} episodes", counts
 
         head = self._commit(name, change, forks)

@@ -8,12 +8,12 @@ last frame the nearest frame stands in, and actions past the end are masked.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from preprocessing.contract import Promise
 from preprocessing.episode import UserError
 from preprocessing.statistics import Normalizer, normalizers
 
@@ -42,14 +42,13 @@ class Embodiment:
 def describe(name: str, rows: list[dict[str, Any]], index: int, slots: int) -> Embodiment:
     """The embodiment of these catalogue rows; UserError where its episodes do not agree with one another."""
     first = rows[0]
+    promise = Promise.of(first)
     for row in rows:
-        for what in ("action_dim", "proprio", "action_layout"):
-            same = _agree(row[what], first[what]) if what == "action_layout" else row[what] == first[what]
-            if not same:
-                raise UserError(
-                    f"embodiment {name}: {row['uri']} #{row['index']} has {what} {_short(row[what])}, others have "
-                    f"{_short(first[what])}; give one of them its own name with --contract (embodiment: NAME)"
-                )
+        if broken := promise.differences(Promise.of(row)):
+            raise UserError(
+                f"embodiment {name}: of {row['uri']} #{row['index']}, {'; '.join(broken)} as of {first['uri']}; "
+                f"give one of them its own name with --contract (embodiment: NAME)"
+            )
     cameras = list(dict.fromkeys(camera["name"] for row in rows for camera in row["cameras"]))
     statistics = [row["statistics"] for row in rows if row["statistics"] is not None]
     width = sum(part["width"] for part in first["proprio"])
@@ -72,22 +71,6 @@ def by_embodiment(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]
     for row in rows:
         groups.setdefault(row["embodiment"], []).append(row)
     return groups
-
-
-def _agree(one: str, other: str) -> bool:
-    """Whether two layouts (JSON lists of ActionBlock) can mean the same: what one leaves unknown, the other may say."""
-    blocks, others = json.loads(one), json.loads(other)
-    return len(blocks) == len(others) and all(
-        a[key] == b[key] or {a[key], b[key]} & {None, "unknown"}
-        for a, b in zip(blocks, others, strict=True)
-        for key in a
-        if key != "name"
-    )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 60 else f"{text[:57]}..."
 
 
 def split(

@@ -77,7 +77,7 @@ def test_a_dry_run_prints_the_resolved_recipe_and_writes_nothing(store: Path, tm
 
 def test_the_store_verbs(store: Path, uwm: Uwm) -> None:
     code, log, _ = uwm("store", "log", store, "--json")
-    assert code == 0 and log[0]["counts"] == {"episodes": 2, "frames": 140, "quarantined": 0}
+    assert code == 0 and log[0]["counts"] == {"episodes": 2, "frames": 140, "quarantined": 0, "filtered": 0}
     code, episodes, _ = uwm("store", "episodes", store, "--json")
     assert code == 0 and [row["id"] for row in episodes] == ["a", "b"]
     named = "id uri index format frames fps cameras action_dim proprio instruction embodiment"

@@ -19,6 +19,7 @@ from formats import numbered, quadrants, write_demos, write_video
 from pipelines import committer, ingest_job
 from pipelines import ingest as verb
 from pipelines.ingest import ingest
+from pipelines.recipe import IngestRecipe
 from preprocessing import sources
 from preprocessing.encoders import encoder_digest, load_encoder
 from preprocessing.episode import UserError
@@ -42,11 +43,11 @@ def test_encoders_share_one_pass_and_a_new_one_is_new_work_beside_the_old(tmp_pa
     raw.mkdir()
     write_demos(raw / "toy_demo.hdf5", demos=3, steps=20)
     AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4).save_pretrained(other)
-    assert ingest([str(raw)], store, image_size=64).episodes["new"] == 3
+    assert ingest([str(raw)], store, IngestRecipe(image_size=64)).episodes["new"] == 3
     write_video(raw / "clip.mp4", numbered(90))
-    both = ingest([str(raw)], store, image_size=64, encoders=["tiny", str(other)])
-    assert both.episodes == {"new": 4, "already": 0, "quarantined": 0} and both.bound_by
-    assert ingest([str(raw)], store, image_size=64, encoders=[str(other)]).episodes["already"] == 4
+    both = ingest([str(raw)], store, IngestRecipe(image_size=64, encoder=["tiny", str(other)]))
+    assert both.episodes == {"new": 4, "already": 0, "quarantined": 0, "filtered": 0} and both.bound_by
+    assert ingest([str(raw)], store, IngestRecipe(image_size=64, encoder=[str(other)])).episodes["already"] == 4
     snapshot = LatentStore.open(store).snapshot()
     assert len(snapshot.episodes(["id"])) == 8 and not list(snapshot.verify())
     rows = {name: {row["id"]: row for row in snapshot.rows(encoder_digest(name))} for name in ("tiny", str(other))}
@@ -70,8 +71,8 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     whole = write_video(folder / "raw" / "clip.mp4", numbered(60)).read_bytes()  # at 20 frames a second
     (folder / "raw" / "broken.mp4").write_bytes(whole[: len(whole) * 2 // 3])
     write_demos(folder / "raw" / "toy_demo.hdf5", demos=1, steps=20)
-    report = ingest([str(folder / "raw")], str(folder / "store"), image_size=64, fps=5)
-    assert report.episodes == {"new": 2, "already": 0, "quarantined": 1}
+    report = ingest([str(folder / "raw")], str(folder / "store"), IngestRecipe(image_size=64, fps=5))
+    assert report.episodes == {"new": 2, "already": 0, "quarantined": 1, "filtered": 0}
     return folder
 
 
@@ -89,14 +90,15 @@ def test_a_corrupt_file_is_quarantined_once_and_the_rest_goes_in(mixed: Path, ag
     head = LatentStore.open(str(mixed / "store")).snapshot().id
     arguments = ("ingest", mixed / "raw", "--store", again / "store", *OPTIONS)
     code, report, err = uwm(*arguments)
-    assert code == 3 and report["episodes"] == {"new": 0, "already": 2, "quarantined": 1}
+    assert code == 3 and report["episodes"] == {"new": 0, "already": 2, "quarantined": 1, "filtered": 0}
     [bad] = report["quarantine"]
     assert bad["uri"].endswith("broken.mp4") and bad["reason"] in err and report["snapshot"] == head
     assert uwm("store", "quarantine", again / "store", "--json")[1] == [bad]
-    assert uwm(*arguments, "--retry", "--dry-run")[1]["episodes"] == {"new": 1, "already": 2, "quarantined": 0}
+    expected = {"new": 1, "already": 2, "quarantined": 0, "filtered": 0}
+    assert uwm(*arguments, "--retry", "--dry-run")[1]["episodes"] == expected
     shutil.copy(again / "raw" / "clip.mp4", again / "raw" / "broken.mp4")  # mended: now it is a copy of the good one
     report = uwm("ingest", again / "raw", "--store", again / "store", *OPTIONS)[1]
-    assert report["episodes"] == {"new": 0, "already": 3, "quarantined": 0}
+    assert report["episodes"] == {"new": 0, "already": 3, "quarantined": 0, "filtered": 0}
 
 
 @pytest.mark.slow
@@ -104,7 +106,7 @@ def test_videos_are_thinned_on_request_and_each_rate_is_work_of_its_own(mixed: P
     rows = {row["format"]: row for row in LatentStore.open(str(mixed / "store")).snapshot().rows()}
     assert (rows["video"]["frames"], rows["video"]["fps"], rows["hdf5"]["frames"]) == (15, 5.0, 20)
     every = ("ingest", mixed / "raw", "--store", mixed / "store", "--image-size", "64", "--dry-run", "--json")
-    assert uwm(*every)[1]["episodes"] == {"new": 1, "already": 1, "quarantined": 1}
+    assert uwm(*every)[1]["episodes"] == {"new": 1, "already": 1, "quarantined": 1, "filtered": 0}
 
 
 @pytest.mark.slow
@@ -113,7 +115,7 @@ def test_a_removed_episode_is_not_ingested_again(mixed: Path, again: Path, uwm: 
     assert code == 0 and len(removed["removed"]) == 1
     copy = shutil.copy(mixed / "raw" / "clip.mp4", again / "renamed.mp4")
     code, report, err = uwm("ingest", copy, "--store", again / "store", *OPTIONS)
-    assert code == 0 and report["episodes"] == {"new": 0, "already": 0, "quarantined": 0}
+    assert code == 0 and report["episodes"] == {"new": 0, "already": 0, "quarantined": 0, "filtered": 0}
     assert report["removed"] == 1 and "stay out" in err and report["snapshot"] == removed["snapshot"]
 
 
@@ -137,7 +139,7 @@ def test_too_many_bad_inputs_stop_the_job_and_keep_what_is_good(
 
     monkeypatch.setattr(ingest_job, "decode", bad_ones_last)
     with pytest.raises(UserError, match=r"4 of 8 episodes are bad, more than --max-bad 0\.4"):
-        ingest([str(tmp_path)], store, image_size=128, max_bad=0.4)
+        ingest([str(tmp_path)], store, IngestRecipe(max_bad=0.4))
     snapshot = LatentStore.open(store).snapshot()
     names = [Path(uri).name for uri in snapshot.episodes(["uri"])["uri"].to_pylist()]
     assert "0.mp4" in names and len(names) < 4
@@ -160,10 +162,12 @@ def test_a_store_that_takes_no_commits_stops_a_long_job_early(
     gc.disable()  # nothing but the next ingest itself may free the cores that this one took
     try:
         with pytest.raises(PermissionError, match="revoked"):
-            ingest([str(tmp_path)], str(tmp_path / "store"), image_size=128)
+            ingest([str(tmp_path)], str(tmp_path / "store"))
         assert len(asked) > 3 and len(asked[-1][2]) < 4  # its last breath came before all was encoded
         monkeypatch.undo()
-        assert ingest([str(tmp_path / "0.mp4")], str(tmp_path / "store"), image_size=64).episodes["new"] == 1
+        assert (
+            ingest([str(tmp_path / "0.mp4")], str(tmp_path / "store"), IngestRecipe(image_size=64)).episodes["new"] == 1
+        )
     finally:
         gc.enable()
 
@@ -190,15 +194,15 @@ def test_files_that_change_vanish_or_kill_their_reader_stay_out_until_they_do_no
 
     monkeypatch.setattr(sources, "scan", then_things_happen)
     monkeypatch.setattr(ingest_job, "decode", die)
-    report = ingest([str(tmp_path)], store, image_size=64)
-    assert report.episodes == {"new": 1, "already": 0, "quarantined": 3}
+    report = ingest([str(tmp_path)], store, IngestRecipe(image_size=64))
+    assert report.episodes == {"new": 1, "already": 0, "quarantined": 3, "filtered": 0}
     reasons = {Path(row["uri"]).stem: row["reason"] for row in report.quarantine}
     assert "changed while it was read" in reasons["changing"] and "No such file" in reasons["vanishing"]
     assert "died 3 times" in reasons["deadly"]
     monkeypatch.setattr(sources, "scan", scan)
     monkeypatch.setattr(ingest_job, "decode", decode)
-    again = ingest([str(tmp_path)], store, image_size=64)
-    assert again.episodes == {"new": 2, "already": 1, "quarantined": 0}
+    again = ingest([str(tmp_path)], store, IngestRecipe(image_size=64))
+    assert again.episodes == {"new": 2, "already": 1, "quarantined": 0, "filtered": 0}
     snapshot = LatentStore.open(store).snapshot()
     assert {row["frames"] for row in snapshot.rows()} == {32, 33, 100} and not list(snapshot.verify())
     [row] = [row for row in snapshot.rows() if row["frames"] == 33]

@@ -23,7 +23,7 @@ from pipelines.ingest import ingest
 from pipelines.policy import Policy
 from pipelines.pretrain import pretrain
 from pipelines.promote import promote
-from pipelines.recipe import load_recipe
+from pipelines.recipe import IngestRecipe, load_recipe
 from pipelines.register import register
 from preprocessing.episode import UserError
 from preprocessing.store import LatentStore
@@ -45,7 +45,7 @@ def road(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Any:
         write_demos(raw / "hdf5" / "toy_demo.hdf5", demos=6, steps=20)
         write_lerobot(raw / "lerobot", rows=24, episodes=4)
         write_video(raw / "videos" / "clip.mp4", numbered(90))
-        first = ingest([str(raw)], store, image_size=64)
+        first = ingest([str(raw)], store, IngestRecipe(image_size=64))
         pre_run, pre = pretrain(store, load_recipe("small", ["steps=6", *SMALL, *TINY]), root / "runs")
         fine_run, fine = finetune(str(pre), store, load_recipe("finetune", ["steps=4", *SMALL]), root / "runs")
         yield {"root": root, "raw": raw, "store": store, "first": first, "pretrained": pre, "pretrain_run": pre_run,
@@ -53,7 +53,7 @@ def road(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Any:
 
 
 def test_an_ingest_brings_every_episode_in(road: Any) -> None:
-    assert road["first"].episodes == {"new": 11, "already": 0, "quarantined": 0}
+    assert road["first"].episodes == {"new": 11, "already": 0, "quarantined": 0, "filtered": 0}
     rows = LatentStore.open(road["store"]).snapshot().episodes().to_pylist()
     assert sorted(row["format"] for row in rows) == ["hdf5"] * 6 + ["lerobot"] * 4 + ["video"]
     assert {row["format"]: row["frames"] for row in rows} == {"hdf5": 20, "lerobot": 24, "video": 90}
@@ -66,20 +66,22 @@ def test_an_ingest_brings_every_episode_in(road: Any) -> None:
 
 
 def test_ingesting_again_or_from_a_copy_encodes_nothing(road: Any, tmp_path: Path) -> None:
-    again = ingest([str(road["raw"])], road["store"], image_size=64)
-    assert again.episodes == {"new": 0, "already": 11, "quarantined": 0}
+    again = ingest([str(road["raw"])], road["store"], IngestRecipe(image_size=64))
+    assert again.episodes == {"new": 0, "already": 11, "quarantined": 0, "filtered": 0}
     assert again.snapshot == road["first"].snapshot
     copy = shutil.copy(road["raw"] / "videos" / "clip.mp4", tmp_path / "renamed.mp4")
-    assert ingest([str(copy)], road["store"], image_size=64).episodes["new"] == 0
+    assert ingest([str(copy)], road["store"], IngestRecipe(image_size=64)).episodes["new"] == 0
 
 
 def test_a_new_size_or_contract_is_new_work(road: Any, tmp_path: Path) -> None:
     clip = str(road["raw"] / "videos" / "clip.mp4")
-    assert ingest([clip], road["store"], image_size=128, dry_run=True).episodes["new"] == 1
+    assert ingest([clip], road["store"], dry_run=True).episodes["new"] == 1
     from preprocessing.contract import DataContract
 
     contract = DataContract(embodiment="somebody")
-    assert ingest([clip], road["store"], image_size=64, contract=contract, dry_run=True).episodes["new"] == 1
+    assert (
+        ingest([clip], road["store"], IngestRecipe(image_size=64), contract=contract, dry_run=True).episodes["new"] == 1
+    )
 
 
 def test_latents_are_those_of_the_frames_in_order(road: Any) -> None:
@@ -194,10 +196,10 @@ def test_real_robot_logs_and_videos_go_into_one_store_and_one_run(
     store = tmp_path / "store"
     sources = [REAL / name for name in ("bridge_rlds", "gr1_lerobot_v2", "video")]
     code, report, _ = uwm("ingest", *sources, "--store", store, "--image-size", "64", "--json")
-    assert code == 3 and report["episodes"] == {"new": 33, "already": 0, "quarantined": 1}
+    assert code == 3 and report["episodes"] == {"new": 33, "already": 0, "quarantined": 1, "filtered": 0}
     assert report["quarantine"][0]["uri"].endswith("corrupted.mp4")
     code, again, _ = uwm("ingest", *sources, "--store", store, "--image-size", "64", "--json")
-    assert code == 3 and again["episodes"] == {"new": 0, "already": 33, "quarantined": 1}
+    assert code == 3 and again["episodes"] == {"new": 0, "already": 33, "quarantined": 1, "filtered": 0}
     code, episodes, _ = uwm("store", "episodes", store, "--json")
     assert code == 0 and len(episodes) == 33
     assert {row["action_dim"] for row in episodes} == {7, 44, 0}

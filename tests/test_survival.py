@@ -203,7 +203,7 @@ def test_workers_and_a_node_that_die(drivers: Drivers) -> None:
         wait_for(lambda: workers("Write", raylet), driver)
         drivers.cluster.remove_node(node, allow_graceful=False)
         report, _ = finish(driver)
-    assert report["episodes"] == {"new": episodes(drivers.reference), "already": 0, "quarantined": 0}
+    assert report["episodes"] == {"new": episodes(drivers.reference), "already": 0, "quarantined": 0, "filtered": 0}
     assert not differences(store, drivers.reference)
 
 
