@@ -180,6 +180,7 @@ class Promise(BaseModel):
     fps: float
     cameras: tuple[str, ...]
     proprio: dict[str, int]
+    action_dim: int
     action_layout: tuple[ActionBlock, ...]
 
     @classmethod
@@ -189,6 +190,7 @@ class Promise(BaseModel):
             fps=row["fps"],
             cameras=tuple(camera["name"] if isinstance(camera, dict) else camera for camera in row["cameras"]),
             proprio={part["name"]: part["width"] for part in row["proprio"]},
+            action_dim=row["action_dim"],
             action_layout=json.loads(row["action_layout"]),
         )
 
@@ -197,12 +199,11 @@ class Promise(BaseModel):
 
         Videos promise nothing.
         """
-        if not (self.action_layout or self.proprio or other.action_layout or other.proprio):
+        if not (self.action_dim or self.proprio or other.action_dim or other.proprio):
             return []
         found = []
-        mine, theirs = (sum(block.size for block in one.action_layout) for one in (self, other))
-        if mine != theirs:
-            found.append(f"actions have {theirs} columns, not {mine}")
+        if other.action_dim != self.action_dim:
+            found.append(f"actions have {other.action_dim} columns, not {self.action_dim}")
         else:
             found += _meanings(self.action_layout, other.action_layout)
         for name in dict.fromkeys([*self.proprio, *other.proprio]):

@@ -100,5 +100,5 @@ def test_episodes_of_one_embodiment_that_disagree_are_refused(tmp_path: Path) ->
     fill(store, ["a", "b"])
     rows = store.snapshot().rows("e" * 16)
     rows[1]["action_dim"] = 2
-    with pytest.raises(UserError, match="action_dim"):
+    with pytest.raises(UserError, match="actions have 2 columns, not 3"):
         describe("arm", rows, 0, 1)
