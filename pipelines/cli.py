@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from pipelines.answer import AsJson, Refused, Snapshot, answer, say
+from pipelines.cli_contract import contract_app
 from pipelines.cli_store import store_app
 from preprocessing.contract import DataContract
 from preprocessing.episode import UserError
@@ -29,6 +30,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(store_app, name="store")
+app.add_typer(contract_app, name="contract")
 
 Store = Annotated[str, typer.Option(help="Folder of the latent store.", metavar="URI")]
 Address = Annotated[str | None, typer.Option(help="A running Ray cluster; one is started here if left out.")]
