@@ -27,10 +27,8 @@ def _lines(measured: Measured, title: str) -> Iterator[str]:
     yield "# --contract and this file. A line that is left out leaves it to the reader."
     for repair, count in measured.repairs().most_common():
         yield f"# in {count} of {len(episodes)}: {repair}"
-    yield _entry(
-        "embodiment", _one(episode.embodiment for episode in episodes), _others(e.embodiment for e in episodes)
-    )
-    yield _entry("fps", _one(round(episode.fps, 3) for episode in episodes), _others(round(e.fps, 3) for e in episodes))
+    yield _entry("embodiment", episodes[0].embodiment, _others(episode.embodiment for episode in episodes))
+    yield _entry("fps", round(episodes[0].fps, 3), _others(round(episode.fps, 3) for episode in episodes))
     yield from _cameras(measured)
     yield from _columns("proprio", episodes, {name: None for e in episodes for name in e.proprio})
     yield from _action(measured)

@@ -87,10 +87,12 @@ def measure(
 
 
 def spread(refs: Sequence[EpisodeRef], count: int) -> list[EpisodeRef]:
-    """At most so many of the readable ones, evenly spread over all of them."""
+    """At most so many of the readable ones, evenly spread over all of them; then those that are there twice."""
     readable = [ref for ref in refs if not ref.problem]
     places = np.linspace(0, len(readable) - 1, min(count, len(readable))).round().astype(int)
-    return [readable[place] for place in places]
+    times = Counter(ref.id for ref in readable)
+    chosen = [readable[place] for place in places]
+    return [*chosen, *(ref for ref in readable if times[ref.id] > 1 and ref not in chosen)][: 2 * count]
 
 
 def _watch(episode: Episode, camera: str) -> tuple[int, np.ndarray]:
@@ -182,16 +184,13 @@ def check(measured: Measured) -> list[Remark]:
     for episode, camera in upside_down(measured):
         remarks.append(Remark(False, f"{_where(episode)}: camera {camera} looks upside down against other episodes"))
     if measured.twice:
-        remarks.append(
-            Remark(False, f"{measured.twice} episodes are there twice, byte for byte; each is ingested once")
-        )
+        remarks.append(Remark(False, f"{measured.twice} episodes are there twice, byte for byte; one of each is read"))
     names = sorted(measured.splits)
     for i, one in enumerate(names):
         for other in names[i + 1 :]:
             if both := measured.splits[one] & measured.splits[other]:
-                remarks.append(
-                    Remark(True, f"{len(both)} episodes are in {one} and in {other}: what is tested is trained on")
-                )
+                line = f"{len(both)} episodes are in {one} and in {other}: what is tested on is trained on"
+                remarks.append(Remark(True, line))
     for name in TERMINAL:
         flags = [episode.signals[name] for episode in measured.episodes if name in episode.signals]
         if missing := sum(not flag[-1].any() for flag in flags):
@@ -222,14 +221,9 @@ def _of_actions(measured: Measured) -> Iterable[Remark]:
     if lag is None:
         yield Remark(False, "no column of the actions moves anything that proprioception measures")
     elif lag.steps < 0:
-        late = f"{lag.proprio} moves {-lag.steps} steps before the action that should cause it"
-        yield Remark(
-            True, f"{late} (correlation {lag.correlation:.2f}): actions are off by that, or measured, not commanded"
-        )
-    elif lag.steps > 3:
-        yield Remark(
-            False, f"{lag.proprio} follows the action {lag.steps} steps later (correlation {lag.correlation:.2f})"
-        )
+        yield Remark(True, f"{lag.said}: actions are off by that many rows, or are measurements and no commands")
+    elif lag.steps > LATE:
+        yield Remark(False, f"{lag.said}: more than {LATE} steps are unusual")
     told = {block.mode for block in acting.action_layout if block.kind in ("position", "joint")} - {"unknown"}
     if lag and lag.correlation > 2 * RELATED and len(told) == 1:
         [mode] = told
