@@ -14,7 +14,7 @@ from filelock import FileLock
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.tracking import MlflowClient
-from mlflow.types import Schema, TensorSpec
+from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
 
 def register(
@@ -24,16 +24,19 @@ def register(
     code: Path,
     inputs: dict[str, tuple[str, tuple[int, ...]]],
     output: tuple[int, ...],
+    parameters: tuple[str, ...],
     model_config: dict[str, Any],
     tags: dict[str, str],
 ) -> str:
     """Log the checkpoint as a model of its run and register it; returns the version.
 
-    ``code`` is a models-from-code file; ``inputs`` gives (dtype, shape) by name, so that MLflow refuses any other.
+    ``code`` is a models-from-code file; ``inputs`` gives (dtype, shape) by name, so that MLflow refuses any other;
+    ``parameters`` are texts that may come with them.
     """
     signature = ModelSignature(
         inputs=Schema([TensorSpec(np.dtype(dtype), shape, key) for key, (dtype, shape) in inputs.items()]),
         outputs=Schema([TensorSpec(np.dtype("float32"), output)]),
+        params=ParamSchema([ParamSpec(name, DataType.string, "") for name in parameters]),
     )
     with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it would have predict's type hints, in place of the signature

@@ -200,10 +200,11 @@ def closed_loop(policy: Policy, env: str, episodes: int, output: Path, seed: int
     suite, _, task = env.partition(":")
     if suite != "metaworld":
         raise UserError(f"{env}: unknown suite {suite}; known: metaworld, e.g. --env metaworld:drawer-close")
-    from infra.simulators.metaworld import INSTRUCTIONS
+    from infra.simulators.metaworld import INSTRUCTIONS, PROMISE
 
     if task not in INSTRUCTIONS:
         raise UserError(f"{env}: no such Meta-World task; one of {', '.join(INSTRUCTIONS)}")
+    policy.accept(PROMISE, env)
     successes = 0
     with ProcessPoolExecutor(min(os.cpu_count() or 1, episodes), get_context("spawn")) as pool:
         try:

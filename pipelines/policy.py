@@ -11,6 +11,7 @@ import torch
 
 from pipelines import checkpoint
 from pipelines.training import to_batch
+from preprocessing.contract import Promise
 from preprocessing.encoders import load_encoder
 from preprocessing.episode import UserError
 from preprocessing.windows import Embodiment
@@ -38,6 +39,10 @@ class Policy:
     @property
     def spec(self) -> Embodiment:
         return self.settings.embodiments[self.embodiment]
+
+    def accept(self, promise: Promise, who: str) -> None:
+        """Raises UserError unless what ``who`` will show and carry out means what it meant in training."""
+        self.spec.promise.require(promise, who)
 
     @property
     def image_size(self) -> int:

@@ -1,7 +1,8 @@
 """The registered model: what MLflow loads from a model version, and serves.
 
 Input, by name: ``image.CAMERA`` uint8 [B, To, S, S, 3] and ``proprio.NAME`` float32 [B, To, D]. Output: float32
-actions [B, L, A] in the robot's units.
+actions [B, L, A] in the robot's units. With the parameter ``contract`` (JSON: fps, cameras, proprio, action_dim,
+action_layout) a robot says what it shows and carries out; where training knew it otherwise, it gets no action.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
 
 from pipelines.policy import Policy
+from preprocessing.contract import Promise
 
 
 class PolicyModel(PythonModel):
@@ -26,6 +28,8 @@ class PolicyModel(PythonModel):
         def part(prefix: str) -> dict[str, np.ndarray]:
             return {k.removeprefix(prefix): v for k, v in model_input.items() if k.startswith(prefix)}
 
+        if promise := (params or {}).get("contract"):
+            self._policy.accept(Promise.model_validate_json(promise), "the robot that asks")
         return self._policy.act(part("image."), part("proprio."))
 
 

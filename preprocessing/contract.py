@@ -213,6 +213,13 @@ class Promise(BaseModel):
             found.append(f"the rate is {other.fps:g} Hz, not {self.fps:g}")
         return found
 
+    def require(self, other: Promise, who: str) -> None:
+        """UserError where ``other`` breaks it, or has a camera that is not among these: what a policy asks for."""
+        found = self.differences(other)
+        found += [f"there is no camera {name}" for name in other.cameras if name not in self.cameras]
+        if found:
+            raise UserError(f"{who} does not keep the contract that this policy was trained under: {'; '.join(found)}")
+
 
 class Promises:
     """By source and embodiment: what the first of its episodes promised holds for the others."""

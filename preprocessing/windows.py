@@ -8,6 +8,7 @@ last frame the nearest frame stands in, and actions past the end are masked.
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,16 @@ class Embodiment:
     @property
     def proprio_dim(self) -> int:
         return sum(width for _, width in self.proprio)
+
+    @property
+    def promise(self) -> Promise:
+        return Promise(
+            fps=self.fps,
+            cameras=self.cameras,
+            proprio=dict(self.proprio),
+            action_dim=self.action_dim,
+            action_layout=json.loads(self.action_layout),
+        )
 
 
 def describe(name: str, rows: list[dict[str, Any]], index: int, slots: int) -> Embodiment:

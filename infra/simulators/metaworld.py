@@ -22,6 +22,9 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+from preprocessing.contract import Promise
+from preprocessing.episode import ActionBlock
+
 # Both are read once, when mujoco and Mesa are loaded. Mesa's software renderer starts a thread per core, which
 # is slower than one for pictures this small.
 os.environ.setdefault("MUJOCO_GL", "egl")
@@ -44,6 +47,17 @@ CAMERAS = ("agentview", "eye_in_hand")
 ACTION_REPEAT = 2
 FPS = 80 // ACTION_REPEAT
 HORIZON = 400 // ACTION_REPEAT  # steps that an episode may take; 400 at 80 Hz is what lerobot-eval allows
+
+PROMISE = Promise(
+    fps=FPS,
+    cameras=CAMERAS,
+    proprio={"state": 4},
+    action_dim=4,
+    action_layout=(
+        ActionBlock(name="position", size=3, kind="position", mode="delta", frame="base", unit="scaled"),
+        ActionBlock(name="gripper", size=1, kind="gripper", mode="absolute", gripper_one_means="closed"),
+    ),
+)
 
 INSTRUCTIONS = {
     "assembly": "put the ring on the peg",
