@@ -132,7 +132,7 @@ def _contracts(
 
 def _promises(head: Snapshot, contracts: dict[str, DataContract | None]) -> Promises:
     """What the episodes that are there already promise of those that come."""
-    columns = ("source", "contract", "embodiment", "fps", "cameras", "proprio", "action_layout")
+    columns = ("source", "contract", "embodiment", "fps", "cameras", "proprio", "action_dim", "action_layout")
     promises = Promises()
     for row in head.episodes(columns).to_pylist():
         if row["source"] in contracts and row["contract"] == _as_json(contracts[row["source"]]):
