@@ -20,6 +20,7 @@ from preprocessing.sources import load
 
 PICTURE = 16  # pixels a side, of the mean picture that tells up from down
 LAGS = range(-5, 6)
+CHANCE = 5.0  # standard deviations of the correlation of what is not related
 LATE = 3  # steps that a robot may well need to follow
 FEWEST = 8  # steps of an episode that can tell a lag
 RELATED = 0.3  # correlation from which an action column is taken to move something
@@ -125,7 +126,8 @@ def _lags_to(episodes: list[Episode], name: str) -> Iterable[Lag]:
         if len({part.shape[1] for part in (*commands,)}) > 1 or len({part.shape[1] for part in motions}) > 1:
             continue
         peaks = np.stack([_related(commands, motions, lag) for lag in LAGS])  # [lags, A]
-        moving = peaks.max(axis=0) > RELATED
+        by_chance = CHANCE / np.sqrt(sum(map(len, commands)))
+        moving = peaks.max(axis=0) > max(RELATED, by_chance)
         if moving.any():
             strength = peaks[:, moving].mean(axis=1)
             best = int(strength.argmax())
