@@ -13,23 +13,19 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import ray
 from icechunk import ForkSession
 
 from infra.cluster import on_this_node
+from pipelines.reading import READER, Plan, Refusal, Work
 from preprocessing.statistics import Statistics, merge
 from preprocessing.store import LatentStore
-
-if TYPE_CHECKING:
-    from pipelines.ingest_job import Plan, Work
 
 COMMIT_MINUTES = 2  # of work that a crash may cost
 COMMIT_EPISODES = 4096
 FAILURES = 3  # commits in a row, that stop a job
-READER = version("unified-world-models")
 
 
 class Committer:
@@ -167,14 +163,6 @@ class Committer:
         if sum(not row["filter"] for row in self.quarantine) > self._most_bad:
             self.too_bad = True
             self.inbox.stop.remote()
-
-
-class Refusal(NamedTuple):
-    """Why an episode is not let in."""
-
-    reason: str
-    reader: str | None  # version that refused these bytes for good; None where trying again may help
-    filter: str | None = None  # that took it for not worth encoding; None where it cannot be read
 
 
 @ray.remote(num_cpus=0)

@@ -17,8 +17,9 @@ from typing import Any
 from tqdm import tqdm
 
 from infra.cluster import Meter, cluster, on_this_node, watch
-from pipelines.committer import READER, Committer
-from pipelines.ingest_job import Plan, Work, run
+from pipelines.committer import Committer
+from pipelines.ingest_job import run
+from pipelines.reading import READER, Plan, Work
 from pipelines.recipe import IngestRecipe, load_recipe
 from preprocessing import sources
 from preprocessing.contract import DataContract, Promises

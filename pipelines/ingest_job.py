@@ -8,12 +8,11 @@ complete every few minutes. Nothing is held longer than that: memory does not gr
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import icechunk
@@ -22,11 +21,9 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Datasink, ExecutionResources
 
-from pipelines.committer import READER, Committer, Refusal
-from pipelines.recipe import IngestRecipe
-from preprocessing import limits, sources
-from preprocessing.contract import DataContract, Promises
-from preprocessing.episode import FRAMES_PER_CHUNK, BadEpisode, Episode, EpisodeRef, UserError
+from pipelines.committer import Committer
+from pipelines.reading import Plan, Reading, Work, refusal
+from preprocessing.episode import FRAMES_PER_CHUNK, EpisodeRef
 from preprocessing.statistics import Statistics
 from preprocessing.store import LatentStore, write_segments
 
@@ -48,32 +45,6 @@ ROW = pa.schema(
         ("record", pa.string()),  # JSON: a catalogue row without its places
     ]
 )
-
-
-@dataclass(frozen=True)
-class Work:
-    """One episode to ingest: ``keys`` names the catalogue row that each encoder is to make of it."""
-
-    ref: EpisodeRef
-    source: str
-    keys: dict[str, str]
-    quarantine_key: str
-    fps: float | None  # at most so many frames a second, where it has no actions
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is the same for all episodes of an ingest."""
-
-    encoders: dict[str, str]  # digest by name
-    recipe: IngestRecipe
-    contracts: dict[str, DataContract | None]  # by source
-    promises: Promises  # of what is there, and, on the driver, of what has come in since
-
-    @property
-    def strictness(self) -> str:
-        """What decides whether an episode is let in, beside its bytes and its contract."""
-        return self.recipe.model_dump_json(include={"keep_broken", "limits"})
 
 
 def run(work: list[Work], plan: Plan, committer: Committer, meter: Any) -> None:
@@ -114,101 +85,25 @@ def run(work: list[Work], plan: Plan, committer: Committer, meter: Any) -> None:
 
 
 def decode(batch: pa.Table, plan: Plan, meter: Any, inbox: Any) -> Iterator[pa.Table]:
-    """One episode as rows: its cameras' frames 64 at a time, then its record. A bad one's reason goes to the inbox."""
-    [work] = batch.to_pylist()
-    ref, encoders = EpisodeRef(**json.loads(work["ref"])), work["encoders"]
-    counts: dict[str, int] = {}
+    """One episode as rows: its cameras' frames 64 at a time, then its record. Why one is refused goes to the inbox."""
+    [item] = batch.to_pylist()
+    ref, encoders = EpisodeRef(**json.loads(item["ref"])), item["encoders"]
     clock = _Clock(meter, "decode")
-    refusal: Refusal | None = None
-    limits.use(plan.recipe.limits)
     try:
         if ray.get(inbox.begin.remote(ref.id)) > TRIES:  # Ray itself would go on for ever
             raise RuntimeError(f"the process that read it died {TRIES} times; is it too large for memory?")
-        episode = sources.load(ref, plan.contracts[work["source"]], work["fps"] or None)
-        if reason := plan.promises.broken_by(work["source"], _described(episode)):
-            raise BadEpisode(reason)
-        for camera, video in episode.cameras.items():
-            counts[camera] = 0
-            for frames in video.frames(plan.recipe.image_size):
-                row = _row(ref.id, camera, encoders, counts[camera], frames)
-                counts[camera] += len(frames)
-                clock.wait()  # where the encoders are behind, Ray holds this task here
-                yield row
-                clock.work()
-        last = _record(episode, counts, plan, work["source"])
-        if sources.digest(ref) != ref.digest:
-            raise BadEpisode("it changed while it was read; ingest it again when it is complete")
+        reading = Reading(ref, item["source"], item["fps"] or None, plan)
+        for camera, first, frames in reading.frames():
+            row = _row(ref.id, camera, encoders, first, frames)
+            clock.wait()  # where the encoders are behind, Ray holds this task here
+            yield row
+            clock.work()
+        record, steps = reading.record()
         clock.wait()
-        yield last
-    except BadEpisode as problem:
-        # What its bytes are now is for the next run to see; only bytes that were read whole are refused for good.
-        refusal = Refusal(str(problem), READER if _unchanged(ref) else None)
-    except UserError as misfit:
-        refusal = Refusal(str(misfit), None)
+        yield _row(ref.id, None, [], 0, steps, json.dumps(record))
     except Exception as error:  # one broken file must not end a job over thousands; the reason is kept
-        refusal = Refusal(f"{type(error).__name__}: {error}", None)
-    if refusal:
         # Not as a row: of a task that is run again, Ray drops as many rows as it had of it before.
-        ray.get(inbox.refuse.remote(ref.id, refusal))
-
-
-def _unchanged(ref: EpisodeRef) -> bool:
-    with contextlib.suppress(Exception):
-        return bool(ref.problem) or sources.digest(ref) == ref.digest
-    return False
-
-
-def _described(episode: Episode) -> dict[str, Any]:
-    """The columns that say what an episode's numbers and pictures mean."""
-    return {
-        "fps": episode.fps,
-        "embodiment": episode.embodiment,
-        "cameras": list(episode.cameras),
-        "action_dim": 0 if episode.action is None else episode.action.shape[1],
-        "action_layout": json.dumps([block.model_dump() for block in episode.action_layout]),
-        "proprio": _widths(episode.proprio),
-    }
-
-
-def _widths(columns: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    return [{"name": name, "width": values.shape[1]} for name, values in columns.items()]
-
-
-def _record(episode: Episode, counts: dict[str, int], plan: Plan, source: str) -> pa.Table:
-    tracks = {f"camera {camera}": count for camera, count in counts.items()}
-    tracks |= {f"proprio {name}": len(values) for name, values in episode.proprio.items()}
-    if episode.action is not None:
-        tracks["action"] = len(episode.action)
-    if not counts or len(set(tracks.values())) != 1 or 0 in tracks.values():
-        lengths = ", ".join(f"{name} {count}" for name, count in tracks.items()) or "no camera"
-        raise BadEpisode(f"its tracks do not have one common length: {lengths}")
-    frames = next(iter(counts.values()))
-
-    columns = [*([] if episode.action is None else [episode.action]), *episode.proprio.values()]
-    if not all(np.isfinite(values).all() for values in columns):
-        raise BadEpisode("its actions or proprioception hold NaN or infinity")
-    signals = {name: values for name, values in episode.signals.items() if np.isfinite(values).all()}
-    repairs = [f"{name} holds NaN or infinity; dropped" for name in episode.signals if name not in signals]
-    steps = np.concatenate([*columns, *signals.values(), np.zeros((frames, 0))], axis=1, dtype=np.float32)
-    contract = plan.contracts[source]
-    record = {
-        **_described(episode),
-        "id": episode.id,
-        "uri": episode.ref.uri,
-        "index": episode.ref.index,
-        "format": episode.ref.format,
-        "frames": frames,
-        "instruction": episode.instruction,
-        "success": episode.success,
-        "cameras": counts,
-        "contract": contract.model_dump_json() if contract else None,
-        "repairs": [*episode.repairs, *repairs],
-        "source": source,
-        "split": episode.split,
-        "signals": _widths(signals),
-        "texts": [{"name": name, "text": text} for name, text in episode.texts.items()],
-    }
-    return _row(episode.id, None, [], 0, steps, json.dumps(record))
+        ray.get(inbox.refuse.remote(ref.id, refusal(error, ref)))
 
 
 def _row(
