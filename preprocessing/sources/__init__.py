@@ -93,7 +93,7 @@ def load(ref: EpisodeRef, contract: DataContract | None = None, fps: float | Non
         raise BadEpisode(ref.problem)
     try:
         episode = FORMATS[ref.format].load(ref)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         # Bytes from outside can break a reader in more ways than it foresees; one bad file must not end an ingest.
         raise BadEpisode(f"cannot be read as {ref.format}: {type(error).__name__}: {error}") from error
     _check(episode)
