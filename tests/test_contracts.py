@@ -577,6 +577,7 @@ def test_the_wrong_width_is_no_rotation(given, wanted):
         ([1, 2, 3, 0, 0, 0], "rotation_6d"),
         ([1, 2, 3, -2, -4, -6], "rotation_6d"),
         (np.float32([0.1, 0.2, 0.3, 0.33, 0.66, 0.99]), "rotation_6d"),
+        (np.float32([1, 2, 3, 1000.1, 2000.2, 3000.3]), "rotation_6d"),
         ([0] * 9, "matrix"),
         ([1, 0, 0, 0, 1, 0, 0, 0, -1], "matrix"),
         ([np.nan, 0, 0], "euler_xyz"),
