@@ -22,9 +22,10 @@ from pipelines.ingest_job import run
 from pipelines.reading import READER, Plan, Work
 from pipelines.recipe import IngestRecipe, load_recipe
 from preprocessing import sources
-from preprocessing.contract import DataContract, Promises
+from preprocessing.contract import DataContract
 from preprocessing.encoders import encoder_digest
 from preprocessing.episode import EpisodeRef, UserError
+from preprocessing.promise import Promises
 from preprocessing.snapshot import Snapshot
 from preprocessing.store import LatentStore
 

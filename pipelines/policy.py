@@ -11,9 +11,9 @@ import torch
 
 from pipelines import checkpoint
 from pipelines.training import to_batch
-from preprocessing.contract import Promise
 from preprocessing.encoders import load_encoder
 from preprocessing.episode import UserError
+from preprocessing.promise import Promise
 from preprocessing.windows import Embodiment
 
 

@@ -15,7 +15,7 @@ from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
 
 from pipelines.policy import Policy
-from preprocessing.contract import Promise
+from preprocessing.promise import Promise
 
 
 class PolicyModel(PythonModel):

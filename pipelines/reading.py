@@ -13,8 +13,9 @@ import numpy as np
 
 from pipelines.recipe import IngestRecipe
 from preprocessing import limits, sources
-from preprocessing.contract import DataContract, Promises
+from preprocessing.contract import DataContract
 from preprocessing.episode import BadEpisode, Episode, EpisodeRef, UserError
+from preprocessing.promise import Promises
 
 READER = version("unified-world-models")
 
@@ -112,9 +113,7 @@ def _widths(columns: dict[str, np.ndarray]) -> list[dict[str, Any]]:
     return [{"name": name, "width": values.shape[1]} for name, values in columns.items()]
 
 
-def _record(
-    episode: Episode, counts: dict[str, int], plan: Plan, source: str
-) -> tuple[dict[str, Any], np.ndarray]:
+def _record(episode: Episode, counts: dict[str, int], plan: Plan, source: str) -> tuple[dict[str, Any], np.ndarray]:
     tracks = {f"camera {camera}": count for camera, count in counts.items()}
     tracks |= {f"proprio {name}": len(values) for name, values in episode.proprio.items()}
     if episode.action is not None:
@@ -149,5 +148,3 @@ def _record(
         "texts": [{"name": name, "text": text} for name, text in episode.texts.items()],
     }
     return record, steps
-
-

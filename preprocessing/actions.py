@@ -7,10 +7,14 @@ is not negative; angles about axes are those of SciPy's ``"xyz"`` (about fixed a
 
 from __future__ import annotations
 
-import numpy as np
-from scipy.spatial.transform import Rotation
+from typing import TYPE_CHECKING
 
-from preprocessing.episode import ActionBlock, BadEpisode, Representation
+import numpy as np
+
+from preprocessing.episode import ActionBlock, BadEpisode, Representation, UserError
+
+if TYPE_CHECKING:
+    from scipy.spatial.transform import Rotation
 
 WIDTHS: dict[Representation, int] = {
     "euler_xyz": 3,
@@ -21,6 +25,8 @@ WIDTHS: dict[Representation, int] = {
     "rotation_6d": 6,
 }
 
+PARALLEL = 1e-6  # float32 keeps directions no better than to a few 1e-7
+
 
 def convert_rotation(values: np.ndarray, given: Representation, wanted: Representation) -> np.ndarray:
     """float ``[T, WIDTHS[given]]`` to float64 ``[T, WIDTHS[wanted]]``; angles in radians.
@@ -30,6 +36,8 @@ def convert_rotation(values: np.ndarray, given: Representation, wanted: Represen
     values = np.asarray(values, np.float64)
     if values.ndim != 2 or values.shape[1] != WIDTHS[given]:
         raise BadEpisode(f"a rotation as {given} has {WIDTHS[given]} numbers, this one has shape {values.shape[1:]}")
+    if not np.isfinite(values).all():
+        raise BadEpisode("no rotation: holds numbers that are not finite")
     try:
         rotation = _rotation(values, given)
     except ValueError as error:
@@ -52,20 +60,30 @@ def convert_rotation(values: np.ndarray, given: Representation, wanted: Represen
 def with_rotations(
     action: np.ndarray, layout: tuple[ActionBlock, ...], wanted: Representation
 ) -> tuple[np.ndarray, tuple[ActionBlock, ...]]:
-    """The action float32 ``[T, A]`` with all its rotations as ``wanted``, and the layout that it then has."""
+    """The action float32 ``[T, A]`` with all its rotations as ``wanted``, and the layout that it then has.
+
+    UserError where they are scaled: then nobody knows their angles.
+    """
     parts, blocks, start = [], [], 0
     for block in layout:
         values = action[:, start : start + block.size]
         start += block.size
         if block.kind == "rotation" and block.representation and block.mode != "velocity":
-            values = convert_rotation(values, block.representation, wanted)
-            block = block.model_copy(update={"representation": wanted, "size": WIDTHS[wanted]})
+            if block.unit == "scaled":
+                raise UserError(f"contract: rotations: {block.name} is scaled, so that its angles are not known")
+            values = convert_rotation(
+                np.deg2rad(values) if block.unit == "deg" else values, block.representation, wanted
+            )
+            unit = "rad" if wanted in ("euler_xyz", "axis_angle") else "unknown"
+            block = block.model_copy(update={"representation": wanted, "size": WIDTHS[wanted], "unit": unit})
         parts.append(values)
         blocks.append(block)
     return np.concatenate(parts, axis=1).astype(np.float32), tuple(blocks)
 
 
 def _rotation(values: np.ndarray, given: Representation) -> Rotation:
+    from scipy.spatial.transform import Rotation  # takes half a second, which whoever converts nothing is spared
+
     match given:
         case "euler_xyz":
             return Rotation.from_euler("xyz", values)
@@ -80,12 +98,13 @@ def _rotation(values: np.ndarray, given: Representation) -> Rotation:
         case "rotation_6d":
             first, second = values[:, :3], values[:, 3:]
             x = _unit(first)
-            y = _unit(second - (x * second).sum(axis=1, keepdims=True) * x)
+            y = _unit(second)
+            y = _unit(y - (x * y).sum(axis=1, keepdims=True) * x)
             return Rotation.from_matrix(np.stack([x, y, np.cross(x, y)], axis=1))
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    if (lengths < 1e-8).any():
-        raise ValueError("two of its directions are one")
+    if (lengths < PARALLEL).any():
+        raise ValueError("one of its directions is nil, or both are one")
     return vectors / lengths

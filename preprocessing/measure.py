@@ -24,7 +24,7 @@ CHANCE = 5.0  # standard deviations of the correlation of what is not related
 LATE = 3  # steps that a robot may well need to follow
 FEWEST = 8  # steps of an episode that can tell a lag
 RELATED = 0.3  # correlation from which an action column is taken to move something
-TERMINAL = ("is_last", "is_terminal", "dones", "next.done")
+TERMINAL = ("is_last", "dones", "next.done")
 
 
 class Lag(NamedTuple):

@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from preprocessing.contract import Promise
 from preprocessing.episode import UserError
+from preprocessing.promise import Promise
 from preprocessing.statistics import Normalizer, normalizers
+
+HELD_OUT = ("val", "test")
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,13 @@ def split(
 ) -> list[dict[str, Any]]:
     """The training or the held-out rows, of the given instructions alone where there are any given.
 
-    What a data set itself holds out (its split is called validation) is never trained on.
+    What a data set itself holds out (its split is called something like "val" or "test") is never trained on.
     """
     return [
         row
         for row in rows
         if (instructions is None or row["instruction"] in instructions)
-        and (row["split"] == "validation" or is_validation(row["id"], share)) == validation
+        and ((row["split"] or "").startswith(HELD_OUT) or is_validation(row["id"], share)) == validation
     ]
 
 

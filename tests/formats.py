@@ -143,6 +143,63 @@ def rlds_episode(steps: int = 4, seed: int = 0) -> bytes:
     )
 
 
+def write_tfds(
+    folder: Path, name: str, fields: dict[str, str], episodes: list[dict], split: str = "train", version: str = "1.0.0"
+) -> Path:
+    """One shard, features.json and dataset_info.json of a data set whose fields are named as in the Examples.
+
+    A field is ``jpeg``, ``text``, ``string`` (as older TFDS wrote texts), or a dtype and a width: ``float64 7``.
+    An episode has arrays, pictures and sentences by field.
+    """
+
+    def feature(kind: str) -> dict:
+        dtype, *width = kind.split()
+        if dtype == "jpeg":
+            image = {"shape": {"dimensions": ["-1", "-1", "3"]}, "dtype": "uint8", "encodingFormat": "jpeg"}
+            return {"pythonClassName": "tensorflow_datasets.core.features.image_feature.Image", "image": image}
+        if dtype == "text":
+            return {"pythonClassName": "tensorflow_datasets.core.features.text_feature.Text", "text": {}}
+        shape = {"dimensions": width} if width else {}
+        name = "tensor_feature.Tensor" if width or dtype == "string" else "scalar.Scalar"
+        tensor = {"shape": shape, "dtype": dtype, "encoding": "none"}
+        return {"pythonClassName": f"tensorflow_datasets.core.features.{name}", "tensor": tensor}
+
+    root: dict = {}
+    for field_name, kind in fields.items():
+        *above, leaf = field_name.split("/")
+        node = root
+        for part in above:
+            node = node.setdefault(part, {})
+        node[leaf] = feature(kind)
+
+    def table(node: dict) -> dict:
+        if "pythonClassName" in node:
+            return node
+        return {
+            "pythonClassName": "f.FeaturesDict",
+            "featuresDict": {"features": {k: table(v) for k, v in node.items()}},
+        }
+
+    whole = table(root)
+    steps = whole["featuresDict"]["features"]["steps"]
+    whole["featuresDict"]["features"]["steps"] = {"pythonClassName": "d.Dataset", "sequence": {"feature": steps}}
+
+    def flat(values: object) -> list:
+        if isinstance(values, str):
+            return [values.encode()]
+        if isinstance(values, list):
+            return [value.encode() if isinstance(value, str) else value for value in values]
+        array = np.asarray(values)
+        return array.astype(np.float32 if array.dtype.kind == "f" else np.int64).ravel().tolist()
+
+    records = [encode_example({key: flat(values) for key, values in episode.items()}) for episode in episodes]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "features.json").write_text(json.dumps(whole))
+    (folder / "dataset_info.json").write_text(json.dumps({"name": name, "version": version, "fileFormat": "tfrecord"}))
+    (folder / f"{name}-{split}.tfrecord-00000-of-00001").write_bytes(b"".join(map(framed, records)))
+    return folder
+
+
 # ----------------------------------------------------------------------------------------------------- LeRobot
 
 
@@ -314,6 +371,7 @@ def write_calvin(folder: Path, pictures: np.ndarray, first: int = 358482, senten
             actions=rng.normal(size=7),
             rel_actions=rng.normal(size=7),
             robot_obs=rng.normal(size=15),
+            scene_obs=rng.normal(size=24),
         )
     np.save(folder / "ep_start_end_ids.npy", np.array([[first, first + len(pictures) - 1]]))
     if sentences:

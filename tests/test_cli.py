@@ -134,7 +134,7 @@ def test_imports_run_one_way(package: str) -> None:
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             for name in names:
                 top = name.partition(".")[0]
-                types = path.parent.name == "simulators" and name in ("preprocessing.contract", "preprocessing.episode")
+                types = path.parent.name == "simulators" and name in ("preprocessing.episode", "preprocessing.promise")
                 assert top not in siblings or types, f"{path}: imports {name}"
                 if top == "ray":
                     assert package == "pipelines" or path.name == "cluster.py", f"{path}: imports {name}"

@@ -38,7 +38,7 @@ def write_moving(
     with h5py.File(path, "w") as file:
         for index in range(demos):
             rng = np.random.default_rng([index, *path.stem.encode()])
-            moves = rng.normal(size=(40, 3))
+            moves = rng.normal(size=(40, 3)).clip(-2.5, 2.5) / 2.5
             places = np.concatenate([np.zeros((1, 3)), np.cumsum(moves, axis=0)])  # place t+1 is where move t leads
             actions = (places[1:] if absolute else moves)[np.clip(np.arange(40) - shift, 0, 39)]
             demo = file.create_group(f"data/demo_{index}")
@@ -65,7 +65,7 @@ def test_the_lags_of_real_robots() -> None:
     for found, mode in ((bridge, "delta"), (gr1, "absolute")):
         lag = find_lag(found.episodes)
         assert isinstance(lag, Lag) and lag.steps == 0 and lag.mode == mode and lag.correlation > 0.6
-    assert lines(bridge) == ""
+    assert lines(bridge) == "look: is_last is not set at the end of 25 of 25 episodes"
     assert "these never change: left_hand, left_leg, neck, right_hand[5], right_leg, waist" in lines(gr1)
 
 

@@ -29,6 +29,7 @@ from formats import (
     write_demos,
     write_lerobot,
     write_rlds,
+    write_tfds,
     write_video,
 )
 from hypothesis import given, settings
@@ -201,6 +202,135 @@ def test_rlds(tmp_path):
     assert "control rate unknown; 10 Hz assumed" in first.repairs
 
 
+TOY = {
+    "episode_metadata/file_path": "text",
+    "episode_metadata/success": "bool",
+    "steps/observation/image": "jpeg",
+    "steps/observation/state": "float32 3",
+    "steps/observation/contact": "bool",
+    "steps/observation/image_embedding": "float32 512",
+    "steps/observation/box": "float32 2 2",
+    "steps/observation/natural_language_instruction": "string",
+    "steps/action": "float32 2",
+    "steps/action_dict/joint_velocity": "float64 7",
+    "steps/wide": "int32 300",
+    "steps/reward": "float32",
+    "steps/is_last": "bool",
+    "steps/language_instruction": "text",
+    "steps/language_instruction_2": "text",
+}
+
+
+def toy_episode(steps: int = 3, **changed: object) -> dict:
+    rng = np.random.default_rng(0)
+    sizes = {name: [int(size) for size in kind.split()[1:]] for name, kind in TOY.items()}
+    numbers = {
+        name: rng.integers(2, size=(steps, *sizes[name])) if kind.startswith(("bool", "int")) else rng.normal(
+            size=(steps, *sizes[name])
+        )
+        for name, kind in TOY.items()
+        if name.startswith("steps/") and kind.split()[0] not in ("jpeg", "text", "string")
+    }  # fmt: skip
+    return numbers | {
+        "episode_metadata/file_path": "/a/b.npy",
+        "episode_metadata/success": np.array([True]),
+        "steps/observation/image": [jpeg(quadrants(32))] * steps,
+        "steps/observation/natural_language_instruction": ["", "wipe", "wipe"],
+        "steps/language_instruction": ["lift"] * steps,
+        "steps/language_instruction_2": [""] * steps,
+        **changed,
+    }
+
+
+def test_rlds_keeps_what_is_recorded_beside_the_action(tmp_path):
+    said = toy_episode()
+    (episode,) = episodes_of(write_tfds(tmp_path, "toy_set", TOY, [said], split="val"))
+    assert (episode.dataset, episode.split, episode.success) == ("toy_set", "val", True)
+    assert list(episode.proprio) == ["state"]
+    expected = {"observation/contact": 1, "action_dict/joint_velocity": 7, "reward": 1, "is_last": 1}
+    assert {name: values.shape[1] for name, values in episode.signals.items()} == expected
+    for name, values in episode.signals.items():
+        assert values.dtype == np.float32
+        assert np.allclose(values, said[f"steps/{name}"].reshape(3, -1)), name
+    assert episode.texts == {
+        "file_path": "/a/b.npy",
+        "language_instruction": "lift",
+        "language_instruction_2": "",
+        "observation/natural_language_instruction": "wipe",
+    }
+    assert episode.instruction == "lift"
+    assert "robot unknown; the data set's name stands for it" in episode.repairs
+
+
+@pytest.mark.parametrize(
+    "field, more, success",
+    [
+        ("success", {}, False),
+        ("aspects/success", {"aspects/has_aspects": 1}, False),
+        ("aspects/success", {"aspects/has_aspects": 0}, None),
+        ("aspects/feasible", {}, None),
+    ],
+)
+def test_rlds_success_where_it_was_judged(tmp_path, field, more, success):
+    fields = {name: kind for name, kind in TOY.items() if name != "episode_metadata/success"}
+    judged = {field: np.array([0]), **{name: np.array([value]) for name, value in more.items()}}
+    said = {name: values for name, values in toy_episode().items() if name in fields} | judged
+    (episode,) = episodes_of(write_tfds(tmp_path, "toy", fields | dict.fromkeys(judged, "bool"), [said]))
+    assert episode.success is success
+
+
+def test_a_name_and_a_split_from_the_shard_alone(tmp_path):
+    folder = write_rlds(tmp_path / "a", [rlds_episode()], name="some-robot")
+    assert [(e.dataset, e.split) for e in episodes_of(folder)] == [("some-robot", "train")]
+    shutil.move(folder / "some-robot-train.tfrecord-00000-of-00001", folder / "mine.tfrecord")
+    assert [(e.dataset, e.split) for e in episodes_of(folder)] == [("mine", None)]
+    (folder / "dataset_info.json").write_text("[1]")
+    assert [(e.dataset, e.split) for e in episodes_of(folder)] == [("mine", None)]
+
+
+def test_shards_that_are_missing_are_listed_once(tmp_path):
+    write_rlds(tmp_path, [rlds_episode()])
+    shard = tmp_path / "toy-train.tfrecord-00000-of-00001"
+    for name in ("train.tfrecord-00000-of-00004", "train.tfrecord-00002-of-00004", "train.tfrecord-00003-of-00004"):
+        shutil.copy(shard, tmp_path / f"toy-{name}")
+    shutil.copy(shard, tmp_path / "toy-val.tfrecord-00003-of-99999999999999")
+    problems = {Path(ref.uri).name: ref.problem for ref in refs_of(tmp_path) if ref.problem}
+    assert problems == {
+        "toy-train.tfrecord-00001-of-00004": "toy-train.tfrecord-00001-of-00004 is missing",
+        "toy-val.tfrecord-00000000000000-of-99999999999999": "toy-val.tfrecord-00000000000000-of-99999999999999 "
+        "is missing, and 99999999999997 more of its 99999999999999 shards",
+    }
+    (missing, _) = [ref for ref in refs_of(tmp_path) if ref.problem]
+    with pytest.raises(BadEpisode, match="00001-of-00004 is missing"):
+        load(missing)
+    assert not [ref for ref in refs_of(tmp_path / "toy-train.tfrecord-00003-of-00004") if ref.problem]
+
+
+def test_features_json_may_say_anything(tmp_path):
+    file = write_tfds(tmp_path, "toy", TOY, [toy_episode()]) / "features.json"
+    whole = file.read_bytes()
+    (ref,) = refs_of(tmp_path)
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.integers(0, len(whole)), st.binary(max_size=4), st.booleans())
+    def damage(at: int, noise: bytes, inserted: bool) -> None:
+        file.write_bytes(whole[:at] + noise + whole[at if inserted else at + len(noise) :])
+        with contextlib.suppress(BadEpisode, UserError):
+            episode = load(ref)
+            for camera in episode.cameras:
+                frames_of(episode, camera)
+
+    damage()
+
+
+@pytest.mark.parametrize("written", ["[]", "3", '{"featuresDict": 1}', '{"sequence": {"feature": [1]}}', "[" * 100_000])
+def test_features_json_of_another_kind(tmp_path, written):
+    (ref,) = refs_of(write_rlds(tmp_path, [rlds_episode()]))
+    (tmp_path / "features.json").write_text(written)
+    with pytest.raises(BadEpisode):
+        load(ref)
+
+
 def test_actions_in_parts_are_joined_in_the_order_of_their_names(tmp_path):
     def tensor(size: int) -> dict:
         return {"pythonClassName": "t.Tensor", "tensor": {"shape": {"dimensions": [str(size)]}, "dtype": "float32"}}
@@ -225,6 +355,8 @@ def test_actions_in_parts_are_joined_in_the_order_of_their_names(tmp_path):
     episode = load(good)
     assert episode.action.tolist() == [[8, 1, 2], [9, 3, 4]]
     assert sizes(episode.action_layout) == {"gripper": 1, "world": 2}
+    assert episode.signals["action/world"].tolist() == [[1, 2], [3, 4]]
+    assert episode.signals["action/gripper"].tolist() == [[8], [9]]
     assert episode.instruction is None
 
 
@@ -325,6 +457,12 @@ def test_real_bridge():
         assert "camera image_3 is black in every frame" in episode.repairs
         assert "has_image_0 is 0 although images exist; camera kept" in episode.repairs
         assert any("is_last is never 1" in repair for repair in episode.repairs)
+        assert not [repair for repair in episode.repairs if "unknown" in repair]
+        assert episode.action_layout[2].gripper_one_means == "open"
+        assert 0 <= episode.action[:, 6].min() <= episode.action[:, 6].max() <= 1
+        assert set(episode.signals) == {"discount", "is_first", "is_last", "is_terminal", "reward"}
+        assert (episode.dataset, episode.split, episode.success) == ("bridge_dataset", "train", None)
+        assert episode.texts["language_instruction"] == episode.instruction
     assert episodes[0].instruction == "put cup from counter or drying rack into sink"
 
 
@@ -341,6 +479,43 @@ def test_lerobot(tmp_path):
     assert (first.instruction, first.fps, first.embodiment) == ("push the cube", 20, "so100-follower")
     assert first.repairs == () and first.success is None
     assert first.id != second.id
+
+
+def test_lerobot_keeps_what_is_recorded_beside_the_action(tmp_path):
+    folder = write_lerobot(tmp_path / "x", frames=11, splits={"train": "0:1", "val": "1:2", "odd": 3})
+    (folder / "meta" / "tasks.jsonl").write_text(
+        '{"task_index": 0, "task": "push the cube"}\n{"task_index": 1, "task": "slowly"}\n'
+    )
+    for file in folder.glob("data/*/*.parquet"):
+        table = pq.read_table(file)
+        more = {
+            "next.reward": pa.array(np.arange(12.0)),
+            "next.done": pa.array([False] * 11 + [True]),
+            "annotation.human.style": pa.array([1] * 12),
+            "language_instruction_2": pa.array(["shove it"] * 12),
+            "observation.touched": pa.array([[i, 0] for i in range(12)]),
+            "action.joints": pa.array([[0.5, i] for i in range(12)], pa.list_(pa.float64(), 2)),
+            "ragged": pa.array([[1.0]] * 11 + [[1.0, 2.0]]),
+            "holes": pa.array([1.0] * 11 + [None]),
+        }
+        for name, column in more.items():
+            table = table.append_column(name, column)
+        pq.write_table(table.append_column("index", pa.array(range(12))), file)
+    first, second = episodes_of(folder)
+    widths = {name: values.shape for name, values in first.signals.items()}
+    assert widths == {
+        "timestamp": (11, 1), "next.reward": (11, 1), "next.done": (11, 1), "annotation.human.style": (11, 1),
+        "observation.touched": (11, 2), "action.joints": (11, 2),
+    }  # fmt: skip
+    assert first.signals["action.joints"].tolist() == [[0.5, i] for i in range(11)]
+    assert first.signals["next.reward"].ravel().tolist() == list(range(11))
+    assert first.texts == {
+        "annotation.human.style": "slowly", "language_instruction_2": "shove it", "task": "push the cube"
+    }  # fmt: skip
+    assert (first.split, second.split, first.dataset) == ("train", "val", None)
+    assert first.instruction == "push the cube"
+    assert "column ragged has rows of different lengths; left out" in first.repairs
+    assert "column holes has 1 empty rows; left out" in first.repairs
 
 
 def test_one_frame_too_many_or_few_is_cut(tmp_path):
@@ -558,6 +733,65 @@ def test_the_frame_after_the_last_action_is_dropped(tmp_path):
         load(ref)
 
 
+def test_libero_stores_what_is_seen_after_each_action(tmp_path):
+    path = write_demos(tmp_path / "a.hdf5", demos=1, steps=6)
+    pictures = numbered(6)[:, ::-1]  # the picture after action i is number i, the state before it i
+    with h5py.File(path, "a") as file:
+        file["data"].attrs["bddl_file_name"] = "libero/bddl_files/libero_90/KITCHEN_SCENE1_open_the_drawer.bddl"
+        demo = file["data/demo_0"]
+        del demo["obs/agentview_rgb"]
+        demo["obs/agentview_rgb"], demo["robot_states"] = pictures, np.arange(6.0)[:, None]
+        demo["states"], demo["rewards"] = np.arange(6.0)[:, None], np.arange(6) == 5
+        actions, joints = demo["actions"][()].astype(np.float32), demo["obs/joint_states"][()].astype(np.float32)
+    (episode,) = episodes_of(path)
+    assert np.array_equal(episode.action, actions[1:]) and np.array_equal(episode.proprio["joint_states"], joints[:5])
+    assert np.array_equal(frames_of(episode, "agentview"), numbered(6)[:5])
+    assert episode.signals["states"].ravel().tolist() == [1, 2, 3, 4, 5]  # from which action 1, 2, ... was taken
+    assert episode.signals["robot_states"].ravel().tolist() == [0, 1, 2, 3, 4]
+    assert episode.signals["rewards"].ravel().tolist() == [0, 0, 0, 0, 1] and episode.success
+    assert "LIBERO stores what is seen after each action; actions are moved up by a row" in episode.repairs
+    assert (episode.dataset, episode.fps, episode.embodiment) == ("libero_90", 20, "panda")
+    assert not [repair for repair in episode.repairs if "unknown" in repair]  # LIBERO's contract tells
+    assert [block.unit for block in episode.action_layout[:2]] == ["scaled", "scaled"]
+
+
+def test_hdf5_keeps_what_is_recorded_beside_the_action(tmp_path):
+    path = write_demos(tmp_path / "a.hdf5", demos=3)
+    rng = np.random.default_rng(5)
+    states, absolute = rng.normal(size=(6, 40)), rng.normal(size=(5, 10))
+    with h5py.File(path, "a") as file:
+        data = file["data"]
+        data["demo_0"].attrs["ep_meta"] = json.dumps({"lang": "open it"})
+        demo = data["demo_0"]
+        demo["states"], demo["actions_abs"] = states, absolute
+        demo["rewards"] = np.array([0, 0, 0, 1, 0], np.uint8)
+        demo["action_dict/rel_pos"] = absolute[:, :3]
+        demo["next_obs/height"], demo["matrices"] = np.zeros(5), np.zeros((5, 4, 4))
+        demo["short"], demo["names"] = np.zeros(3), np.array(["x"] * 5, "S")
+        file["mask/train"] = np.array(["demo_0", "demo_2"], "S")
+        file["mask/valid"] = np.array(["demo_1"], "S")
+        file["mask/20_percent"] = np.array(["demo_1"], "S")
+    first, second, third = episodes_of(path)
+    assert set(first.signals) == {"action_dict/rel_pos", "actions_abs", "dones", "rewards", "states"}
+    assert np.array_equal(first.signals["states"], states[:5].astype(np.float32))
+    assert np.array_equal(first.signals["actions_abs"], absolute.astype(np.float32))
+    assert first.signals["rewards"].ravel().tolist() == [0, 0, 0, 1, 0]
+    assert "states has one row more than actions; the last one is dropped" in first.repairs
+    assert "short has 3 rows for 5 actions; left out" in first.repairs
+    assert [episode.split for episode in (first, second, third)] == ["train", "valid", "train"]
+    assert first.texts == {"problem_info/language_instruction": "open the drawer", "ep_meta/lang": "open it"}
+
+
+def test_a_data_set_that_claims_more_than_memory_holds(tmp_path):
+    path = write_demos(tmp_path / "a.hdf5", demos=2)
+    with h5py.File(path, "a") as file:
+        file["data/demo_0"].create_dataset("huge", shape=(5, 2**30), chunks=(1, 1024), dtype="f4")
+    refs = [EpisodeRef(str(path), "hdf5", index, "") for index in range(2)]  # hashing them all would take minutes
+    with pytest.raises(BadEpisode, match=r"huge is \(5, 1073741824\) of float32"):
+        load(refs[0])
+    assert load(refs[1]).action is not None
+
+
 def test_links_to_other_files_are_not_followed(tmp_path):
     other = write_demos(tmp_path / "other.hdf5", demos=1)
     path = write_demos(tmp_path / "raw" / "a.hdf5", demos=1)
@@ -589,7 +823,8 @@ def test_broken_hdf5(tmp_path):
 def test_aloha(tmp_path, compress):
     pictures = numbered(70)
     pictures[:, :32, :32] = 220, 30, 30
-    write_aloha(tmp_path / "episode_0.hdf5", pictures, compress, base_action=np.ones((70, 2)))
+    more = {"base_action": np.ones((70, 2)), "rewards": np.arange(70.0), "goal": np.zeros(3)}
+    write_aloha(tmp_path / "episode_0.hdf5", pictures, compress, **more)
     write_demos(tmp_path / "demos.hdf5")
     [(kind, _), (other, _)] = find(tmp_path)
     assert (kind, other) == ("aloha", "hdf5")
@@ -603,6 +838,8 @@ def test_aloha(tmp_path, compress):
         "left_joints": 6, "left_gripper": 1, "right_joints": 6, "right_gripper": 1, "base": 2
     }  # fmt: skip
     assert (episode.fps, episode.embodiment) == (50, "aloha")
+    assert list(episode.signals) == ["rewards"] and episode.signals["rewards"][69] == 69
+    assert not [r for r in load(ref, DataContract(fps=25)).repairs if "control rate" in r]
     assert any("blue for red" in repair for repair in episode.repairs) == compress
     assert digest(ref) == ref.digest
 
@@ -631,6 +868,9 @@ def test_calvin(tmp_path):
     assert np.array_equal(whole.proprio["robot_obs"], np.stack([row["robot_obs"] for row in rows]).astype(np.float32))
     assert (whole.fps, whole.embodiment, whole.instruction) == (30, "panda", None)
     assert sizes(whole.action_layout) == {"position": 3, "rotation": 3, "gripper": 1}
+    assert np.array_equal(whole.signals["actions"], np.stack([row["actions"] for row in rows]).astype(np.float32))
+    assert np.array_equal(whole.signals["scene_obs"], np.stack([row["scene_obs"] for row in rows]).astype(np.float32))
+    assert (whole.split, whole.texts) == ("training", {})
     assert digest(whole.ref) == whole.ref.digest
 
 
@@ -641,6 +881,7 @@ def test_stretches_with_a_sentence(tmp_path):
         ("push the blöck", 36),
         ("open the drawer", 65),
     ]
+    assert [(e.texts, e.split) for e in episodes] == [({"language/ann": text}, None) for text in said.values()]
     assert np.array_equal(frames_of(episodes[1], "static"), numbered(100, 16)[30:95])
 
 

@@ -93,20 +93,25 @@ def load(ref: EpisodeRef, contract: DataContract | None = None, fps: float | Non
         raise BadEpisode(ref.problem)
     try:
         episode = FORMATS[ref.format].load(ref)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         # Bytes from outside can break a reader in more ways than it foresees; one bad file must not end an ingest.
         raise BadEpisode(f"cannot be read as {ref.format}: {type(error).__name__}: {error}") from error
     _check(episode)
+    episode = contract.apply(episode) if contract else _as_shipped(episode)
     episode = replace(episode, embodiment=_slug(episode.embodiment))
-    if contract:
-        episode = contract.apply(episode)
-    elif known := shipped_for(episode.dataset):
-        try:
-            episode = known.apply(episode)
-        except UserError as misfit:
-            guess = f"{episode.dataset} is not as the shipped contract {known.name} says; read as found ({misfit})"
-            episode = replace(episode, repairs=(*episode.repairs, guess))
     return _at_most(episode, fps) if fps else episode
+
+
+def _as_shipped(episode: Episode) -> Episode:
+    """By the first shipped contract for the data set that fits."""
+    misfits = []
+    for known in shipped_for(episode.dataset):
+        try:
+            return known.apply(episode)
+        except UserError as misfit:
+            guess = f"{episode.dataset} is not as the shipped contract {known.name} says ({misfit})"
+            misfits.append(f"{guess}; read as found")
+    return replace(episode, repairs=(*episode.repairs, *misfits))
 
 
 def _at_most(episode: Episode, fps: float) -> Episode:

@@ -17,12 +17,13 @@ import h5py
 import numpy as np
 
 from preprocessing.episode import ActionBlock, BadEpisode, Episode, EpisodeRef, Video
-from preprocessing.sources.hdf5_files import child, digest_of, frames_reader, hdf5_files, own, text
+from preprocessing.sources.hdf5_files import child, digest_of, frames_reader, hdf5_files, numbers, own, text
 from preprocessing.sources.memory import Finding, file_digest, findings
 from preprocessing.video import decode_image, sliced_video
 
 FPS = 50.0
 ARM = 7  # six joints and a gripper
+ACTIONS = ("action", "base_action")
 SENTENCES = ("language_instruction", "language_raw")  # no part of the layout, but what its users add
 
 
@@ -53,7 +54,7 @@ def load(ref: EpisodeRef) -> Episode:
             layout += (ActionBlock(name="base", size=speeds.shape[1], mode="velocity"),)
         members = {key: own(observations, key) for key in sorted(observations)}
         proprio = {key: _vectors(rows) for key, rows in members.items() if isinstance(rows, h5py.Dataset)}
-        repairs = ["the control rate is not recorded; 50 Hz assumed, as ALOHA's is"]
+        repairs = ["control rate unknown; 50 Hz assumed, as ALOHA's is"]
         cameras: dict[str, Video] = {}
         for key in sorted(images):
             pictures = child(images, key, h5py.Dataset)
@@ -66,8 +67,9 @@ def load(ref: EpisodeRef) -> Episode:
                 cameras[key] = sliced_video(len(pictures), _unpacked(frames_reader(path, name)))
         if any(child(images, key, h5py.Dataset).ndim <= 2 for key in cameras):
             repairs.append("JPEG files hold blue for red, as ALOHA's tools write them; exchanged")
-        sentences = (file.attrs.get(name, own(file, name)) for name in SENTENCES)
-        found = [text(value[()] if isinstance(value, h5py.Dataset) else value) for value in sentences]
+        sentences = {name: file.attrs.get(name, own(file, name)) for name in SENTENCES}
+        texts = {name: text(v[()] if isinstance(v, h5py.Dataset) else v) for name, v in sentences.items()}
+        signals = _signals(file, len(action))
     return Episode(
         ref=ref,
         fps=FPS,
@@ -75,17 +77,29 @@ def load(ref: EpisodeRef) -> Episode:
         proprio=proprio,
         action=action,
         action_layout=layout,
-        instruction=next(filter(None, found), None),
+        instruction=next(filter(None, texts.values()), None),
         success=None,
         embodiment="aloha",
         repairs=tuple(repairs),
+        signals=signals,
+        texts={name: sentence for name, sentence in texts.items() if sentence},
     )
 
 
 def _vectors(rows: h5py.Dataset) -> np.ndarray:
     if rows.ndim != 2:
         raise BadEpisode(f"{rows.name} has shape {rows.shape}, not one vector a step")
-    return rows[()].astype(np.float32)
+    return numbers(rows)
+
+
+def _signals(file: h5py.File, steps: int) -> dict[str, np.ndarray]:
+    """What recorders add beside the actions, a number or a vector a step."""
+    members = {key: own(file, key) for key in sorted(file) if key not in ACTIONS}
+    return {
+        key: numbers(rows).reshape(steps, -1)
+        for key, rows in members.items()
+        if isinstance(rows, h5py.Dataset) and rows.dtype.kind in "fiub" and rows.ndim in (1, 2) and len(rows) == steps
+    }
 
 
 def _layout(width: int) -> tuple[ActionBlock, ...]:

@@ -33,12 +33,16 @@ from preprocessing.video import sliced_video
 FPS = 30.0
 RANGES = "ep_start_end_ids.npy"
 SENTENCES = Path("lang_annotations") / "auto_lang_ann.npy"
+SIGNALS = ("actions", "scene_obs")  # absolute actions; what the simulator's doors, lamps and blocks are like
+SPLITS = ("training", "validation")
 CAMERAS = {"rgb_static": "static", "rgb_gripper": "gripper"}
 MAX_BYTES = 2**26  # of one array of one step
 MAX_STEPS = 10**7  # of one episode
 LAYOUT = (
-    ActionBlock(name="position", size=3, kind="position", mode="delta", frame="base"),
-    ActionBlock(name="rotation", size=3, kind="rotation", representation="euler_xyz", mode="delta", frame="base"),
+    ActionBlock(name="position", size=3, kind="position", mode="delta", frame="base", unit="scaled"),
+    ActionBlock(
+        name="rotation", size=3, kind="rotation", representation="euler_xyz", mode="delta", frame="base", unit="scaled"
+    ),
     ActionBlock(name="gripper", size=1, kind="gripper", mode="absolute", gripper_one_means="open"),
 )
 
@@ -71,17 +75,23 @@ def load(ref: EpisodeRef) -> Episode:
     folder, stretch = _stretch(ref)
     files = list(stretch.files(folder))
     with _opened(files[0]) as first:
-        cameras = {name: camera for name, camera in CAMERAS.items() if f"{name}.npy" in first.namelist()}
+        held = {name.removesuffix(".npy") for name in first.namelist()}
+    cameras = {name: camera for name, camera in CAMERAS.items() if name in held}
+    others = [name for name in SIGNALS if name in held]
+    vectors = _vectors(files, ["robot_obs", "rel_actions", *others])
     return Episode(
         ref=ref,
         fps=FPS,
         cameras={camera: sliced_video(len(files), _pictures(files, name)) for name, camera in cameras.items()},
-        proprio={"robot_obs": _vectors(files, "robot_obs")},
-        action=_vectors(files, "rel_actions"),
+        proprio={"robot_obs": vectors["robot_obs"]},
+        action=vectors["rel_actions"],
         action_layout=LAYOUT,
         instruction=stretch.sentence,
         success=None,
         embodiment="panda",
+        signals={name: vectors[name] for name in others},
+        texts={"language/ann": stretch.sentence} if stretch.sentence else {},
+        split=folder.name if folder.name in SPLITS else None,
     )
 
 
@@ -131,16 +141,23 @@ def _checked(first: Any, last: Any, sentence: str | None) -> Stretch:
     return Stretch(int(first), int(last), sentence)
 
 
-def _vectors(files: list[Path], name: str) -> np.ndarray:
-    rows = [_array(file, name) for file in files]
-    if any(row.ndim != 1 or row.shape != rows[0].shape for row in rows):
-        raise BadEpisode(f"{name} is not one vector a step")
-    return np.stack(rows).astype(np.float32)
+def _vectors(files: list[Path], names: list[str]) -> dict[str, np.ndarray]:
+    found: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for file in files:
+        with _opened(file) as arrays:
+            for name, rows in found.items():
+                rows.append(_array(file, arrays, name))
+                if rows[-1].ndim != 1 or rows[-1].shape != rows[0].shape:
+                    raise BadEpisode(f"{name} is not one vector a step")
+    return {name: np.stack(rows).astype(np.float32) for name, rows in found.items()}
 
 
 def _pictures(files: list[Path], name: str) -> Callable[[int, int], np.ndarray]:
     def read(start: int, stop: int) -> np.ndarray:
-        pictures = [_array(file, name) for file in files[start:stop]]
+        pictures = []
+        for file in files[start:stop]:
+            with _opened(file) as arrays:
+                pictures.append(_array(file, arrays, name))
         if any(picture.dtype != np.uint8 or picture.shape[2:] != (3,) for picture in pictures):
             raise BadEpisode(f"{name} is no picture of three bytes a pixel")
         return np.stack(pictures)
@@ -148,14 +165,13 @@ def _pictures(files: list[Path], name: str) -> Callable[[int, int], np.ndarray]:
     return read
 
 
-def _array(file: Path, name: str) -> np.ndarray:
-    with _opened(file) as arrays:
-        if f"{name}.npy" not in arrays.namelist():
-            raise BadEpisode(f"{file.name} holds no {name}")
-        member = arrays.getinfo(f"{name}.npy")
-        if member.file_size > MAX_BYTES:
-            raise BadEpisode(f"{name} in {file.name} unpacks to {member.file_size} bytes")
-        return np.asarray(read_npy(arrays.read(member)))
+def _array(file: Path, arrays: zipfile.ZipFile, name: str) -> np.ndarray:
+    if f"{name}.npy" not in arrays.namelist():
+        raise BadEpisode(f"{file.name} holds no {name}")
+    member = arrays.getinfo(f"{name}.npy")
+    if member.file_size > MAX_BYTES:
+        raise BadEpisode(f"{name} in {file.name} unpacks to {member.file_size} bytes")
+    return np.asarray(read_npy(arrays.read(member)))
 
 
 @contextlib.contextmanager

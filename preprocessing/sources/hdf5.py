@@ -3,7 +3,12 @@
 The layout: https://robomimic.github.io/docs/datasets/overview.html; LIBERO's additions are attributes of ``data``
 (https://github.com/Lifelong-Robot-Learning/LIBERO). Images are uint8 data sets ``[T, H, W, 3]`` under ``obs``. MuJoCo
 renders with OpenGL, whose first row is the lowest, and LIBERO stores them so: its attribute
-``macros_image_convention`` is ``opengl``, and they are turned here.
+``macros_image_convention`` is ``opengl``, and they are turned here. What else has a row a step is kept as a signal:
+rewards, other actions, the simulator's states. ``mask/train`` and ``mask/valid`` list robomimic's splits.
+
+LIBERO's tool (``scripts/create_dataset.py``) replays each action and then stores what is seen: row t of ``obs`` is from
+after action t, row t of everything else from before it. Such files name a ``bddl_file_name``; their actions are moved
+up by a row here, so that each stands beside what was seen when it was commanded.
 
 An episode's index is its place among the demonstrations in natural order (``demo_2`` before ``demo_10``); its digest
 covers the values of its data sets and the attributes that change what they mean.
@@ -21,11 +26,24 @@ import h5py
 import numpy as np
 
 from preprocessing.episode import ActionBlock, BadEpisode, Episode, EpisodeRef, Video
-from preprocessing.sources.hdf5_files import child, digest_of, frames_reader, hdf5_files, json_of, own, text
+from preprocessing.sources.hdf5_files import (
+    child,
+    datasets,
+    digest_of,
+    frames_reader,
+    hdf5_files,
+    json_of,
+    numbers,
+    own,
+    text,
+)
 from preprocessing.sources.memory import Finding, file_digest, findings
 from preprocessing.video import sliced_video, upside_down
 
 DEFAULT_FPS = 20.0  # robosuite's control rate, and LIBERO's
+OBSERVED = ("obs/", "next_obs/")  # the second holds the first again, one step later
+SEEN = ("robot_states",)  # what LIBERO takes from an observation, though it stands outside of obs
+SPLITS = ("train", "valid", "test")
 ATTRIBUTES = ("macros_image_convention", "env_args", "problem_info", "language_instruction", "robot", "fps", "ep_meta")
 
 
@@ -52,7 +70,7 @@ def load(ref: EpisodeRef) -> Episode:
         name = _name(data, ref)
         demo = child(data, name, h5py.Group)
         obs = child(demo, "obs", h5py.Group)
-        action = child(demo, "actions", h5py.Dataset)[()].astype(np.float32)
+        action = numbers(child(demo, "actions", h5py.Dataset))
         if action.ndim != 2:
             raise BadEpisode(f"actions have shape {action.shape}, not one vector a step")
         env = json_of(_attribute(data, demo, "env_args"))
@@ -74,7 +92,15 @@ def load(ref: EpisodeRef) -> Episode:
         elif lengths - {steps}:
             raise BadEpisode(f"{steps} actions, but observations of lengths {sorted(lengths)}")
 
-        proprio = {key: d[:steps].reshape(steps, -1).astype(np.float32) for key, d in vectors.items()}
+        proprio = {key: numbers(d)[:steps].reshape(steps, -1) for key, d in vectors.items()}
+        signals, left_out = _signals(demo, steps)
+        repairs += left_out
+        if _seen_afterwards(data, demo) and steps > 1:
+            steps -= 1
+            action, proprio = action[1:], {key: rows[:steps] for key, rows in proprio.items()}
+            signals = {key: rows[:steps] if key in SEEN else rows[1:] for key, rows in signals.items()}
+            repairs.append("LIBERO stores what is seen after each action; actions are moved up by a row")
+        texts = _texts(data, demo)
         bottom_up = text(_attribute(data, demo, "macros_image_convention")) == "opengl"
         cameras: dict[str, Video] = {}
         for key in images:
@@ -89,11 +115,19 @@ def load(ref: EpisodeRef) -> Episode:
             proprio=proprio,
             action=action,
             action_layout=_layout(action.shape[1]),
-            instruction=_instruction(data, demo),
+            instruction=next(filter(None, texts.values()), None),
             success=_success(demo),
             embodiment=robot or "unknown",
             repairs=tuple(repairs),
+            signals=signals,
+            texts=texts,
+            dataset=_suite(data, demo),
+            split=_split(file, name),
         )
+
+
+def _seen_afterwards(data: h5py.Group, demo: h5py.Group) -> bool:
+    return bool(text(_attribute(data, demo, "bddl_file_name")))
 
 
 def _camera_name(key: str, images: dict[str, Any]) -> str:
@@ -103,12 +137,13 @@ def _camera_name(key: str, images: dict[str, Any]) -> str:
 
 
 def _layout(width: int) -> tuple[ActionBlock, ...]:
-    """robosuite's OSC_POSE takes seven numbers, Meta-World's controller four; in both, +1 closes the gripper."""
-    position = ActionBlock(name="position", size=3, kind="position", mode="delta", frame="base")
+    """robosuite's OSC_POSE takes seven numbers, Meta-World's controller four: of a range that is set to +-1, where +1
+    closes the gripper."""
+    position = ActionBlock(name="position", size=3, kind="position", mode="delta", frame="base", unit="scaled")
     gripper = ActionBlock(name="gripper", size=1, kind="gripper", mode="absolute", gripper_one_means="closed")
     if width == 7:
-        rotation = ActionBlock(
-            name="rotation", size=3, kind="rotation", representation="axis_angle", mode="delta", frame="base"
+        rotation = position.model_copy(
+            update={"name": "rotation", "kind": "rotation", "representation": "axis_angle"},
         )
         return position, rotation, gripper
     if width == 4:
@@ -116,21 +151,55 @@ def _layout(width: int) -> tuple[ActionBlock, ...]:
     return (ActionBlock(name="action", size=width),)
 
 
-def _instruction(data: h5py.Group, demo: h5py.Group) -> str | None:
-    candidates = (
-        _attribute(data, demo, "language_instruction"),
-        json_of(_attribute(data, demo, "problem_info")).get("language_instruction"),
-        json_of(_attribute(data, demo, "ep_meta")).get("lang"),  # RoboCasa
-    )
-    return next(filter(None, map(text, candidates)), None)
+def _signals(demo: h5py.Group, steps: int) -> tuple[dict[str, np.ndarray], list[str]]:
+    """All vectors of the demonstration's steps outside of what is observed, and a sentence for each that misfits."""
+    signals, repairs = dict[str, np.ndarray](), list[str]()
+    for key, dataset in datasets(demo):
+        if key == "actions" or key.startswith(OBSERVED) or dataset.dtype.kind not in "fiub":
+            continue
+        if dataset.ndim not in (1, 2) or dataset.size == 0:
+            continue
+        if len(dataset) not in (steps, steps + 1):
+            repairs.append(f"{key} has {len(dataset)} rows for {steps} actions; left out")
+            continue
+        signals[key] = numbers(dataset)[:steps].reshape(steps, -1)
+        if len(dataset) > steps:
+            repairs.append(f"{key} has one row more than actions; the last one is dropped")
+    return signals, repairs
+
+
+def _texts(data: h5py.Group, demo: h5py.Group) -> dict[str, str]:
+    found = {
+        "language_instruction": _attribute(data, demo, "language_instruction"),
+        "problem_info/language_instruction": json_of(_attribute(data, demo, "problem_info")).get(
+            "language_instruction"
+        ),
+        "ep_meta/lang": json_of(_attribute(data, demo, "ep_meta")).get("lang"),  # RoboCasa
+    }
+    return {name: sentence for name, value in found.items() if (sentence := text(value))}
+
+
+def _suite(data: h5py.Group, demo: h5py.Group) -> str | None:
+    """LIBERO names the file that describes the task: ``.../bddl_files/libero_90/TASK.bddl``."""
+    suite = re.search(r"bddl_files/(\w+)/", text(_attribute(data, demo, "bddl_file_name")))
+    return suite[1] if suite else None
+
+
+def _split(file: h5py.File, name: str) -> str | None:
+    masks = own(file, "mask")
+    for split in SPLITS if isinstance(masks, h5py.Group) else ():
+        names = own(masks, split)
+        if isinstance(names, h5py.Dataset) and names.ndim == 1 and name in map(text, names[()]):
+            return split
+    return None
 
 
 def _success(demo: h5py.Group) -> bool | None:
     """The sparse reward is 1 where the task is done; ``dones`` may also mark a mere end, so it is asked second."""
-    for name, reached in (("rewards", 1.0), ("dones", 1.0)):
+    for name in ("rewards", "dones"):
         values = own(demo, name)
         if isinstance(values, h5py.Dataset) and values.size:
-            return bool((values[()] >= reached).any())
+            return bool((numbers(values) >= 1).any())
     return None
 
 
@@ -169,7 +238,8 @@ def _finding(file: Path, data: h5py.Group, name: str) -> Finding:
 
 def _digest(data: h5py.Group, name: str) -> str:
     demo = child(data, name, h5py.Group)
-    return digest_of(demo, {name: _attribute(data, demo, name) for name in ATTRIBUTES})
+    late = "afterwards" if _seen_afterwards(data, demo) else None
+    return digest_of(demo, {name: _attribute(data, demo, name) for name in ATTRIBUTES} | {"seen": late})
 
 
 def _data(file: h5py.File) -> h5py.Group:

@@ -20,6 +20,7 @@ from preprocessing.episode import BadEpisode
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 SUFFIXES = (".hdf5", ".h5")
 PIECE_BYTES = 2**24
+MAX_NUMBERS = 2**28  # of one name
 
 Kind = Literal["aloha", "demonstrations"]
 
@@ -68,6 +69,13 @@ def own(group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset | None:
     return member
 
 
+def numbers(dataset: h5py.Dataset) -> np.ndarray:
+    """Its values, unless it claims to hold more than memory does."""
+    if dataset.dtype.kind not in "fiub" or dataset.size > MAX_NUMBERS:
+        raise BadEpisode(f"{dataset.name} is {dataset.shape} of {dataset.dtype}, not a number or a vector a step")
+    return dataset[()].astype(np.float32)
+
+
 def text(value: Any) -> str:
     """HDF5 strings come as str, bytes or arrays of one; LIBERO also writes lists of words or of one sentence."""
     if isinstance(value, bytes):
@@ -91,7 +99,7 @@ def digest_of(group: h5py.Group, attributes: dict[str, Any]) -> str:
     for name, value in attributes.items():
         if value is not None:
             sha.update(f"{name}={text(value) or value};".encode())
-    for key, dataset in _datasets(group, ""):
+    for key, dataset in datasets(group):
         sha.update(f"{key} {dataset.dtype.str} {dataset.shape};".encode())
         rows = max(1, PIECE_BYTES // max(1, dataset.nbytes // max(1, len(dataset) if dataset.ndim else 1)))
         for start in range(0, len(dataset) if dataset.ndim else 1, rows):
@@ -105,11 +113,12 @@ def digest_of(group: h5py.Group, attributes: dict[str, Any]) -> str:
     return sha.hexdigest()
 
 
-def _datasets(group: h5py.Group, prefix: str) -> Iterator[tuple[str, h5py.Dataset]]:
+def datasets(group: h5py.Group, prefix: str = "") -> Iterator[tuple[str, h5py.Dataset]]:
+    """All below a group, by name."""
     for key in sorted(group):
         member = own(group, key)
         if isinstance(member, h5py.Group):
-            yield from _datasets(member, f"{prefix}{key}/")
+            yield from datasets(member, f"{prefix}{key}/")
         elif isinstance(member, h5py.Dataset) and member.shape is not None:
             yield f"{prefix}{key}", member
 

@@ -13,15 +13,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
 from preprocessing.episode import BadEpisode, Episode, EpisodeRef, UserError, Video
-from preprocessing.sources.lerobot_meta import Files, Film, Meta, matrix, read_meta
+from preprocessing.sources.lerobot_meta import Files, Film, Meta, instruction_of, matrix, read_meta, texts_of
 from preprocessing.sources.lerobot_v2 import FilesV2
 from preprocessing.sources.lerobot_v3 import FilesV3
 from preprocessing.video import first_frames, images_video
 
 STATE = "observation."
+PLACES = {"index", "episode_index", "frame_index", "task_index"}  # columns that say where a row belongs
 
 
 def detect(path: Path) -> bool:
@@ -56,11 +58,14 @@ def load(ref: EpisodeRef) -> Episode:
         if key in table.column_names:
             cameras[camera] = images_video([(image or {}).get("bytes") or b"" for image in table[key].to_pylist()])
 
-    proprio = {
-        key.removeprefix(STATE): matrix(table, key)[:frames]
+    texts = texts_of(table, files.tasks())
+    seen = [
+        key
         for key, feature in sorted(meta.features.items())
         if key.startswith(STATE) and key in table.column_names and feature["dtype"].startswith("float")
-    }
+    ]
+    proprio = {key.removeprefix(STATE): matrix(table, key)[:frames] for key in seen}
+    signals, left_out = _signals(table, {"action", *PLACES, *seen})
     action = matrix(table, "action")[:frames] if "action" in table.column_names else None
     return Episode(
         ref=ref,
@@ -69,11 +74,30 @@ def load(ref: EpisodeRef) -> Episode:
         proprio=proprio,
         action=action,
         action_layout=() if action is None else meta.action_layout(action.shape[1]),
-        instruction=meta.instruction(files.tasks(), table),
+        instruction=instruction_of(texts),
         success=_success(table),
         embodiment=str(meta.info.get("robot_type") or "unknown"),
-        repairs=(*files.repairs(ref.index), *_repairs(meta, films, table), *counted),
+        repairs=(*files.repairs(ref.index), *_repairs(meta, films, table), *counted, *left_out),
+        signals={name: values[:frames] for name, values in signals.items()},
+        texts=texts,
+        split=meta.split(ref.index),
     )
+
+
+def _signals(table: pa.Table, others: set[str]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """All other columns of numbers or of vectors, and a sentence for each that is neither in every row."""
+    signals, repairs = dict[str, np.ndarray](), list[str]()
+    for field in table.schema:
+        is_list = pa.types.is_list(field.type) or pa.types.is_fixed_size_list(field.type)
+        kind = field.type.value_type if is_list else field.type
+        number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+        if field.name in others or not number:
+            continue
+        try:
+            signals[field.name] = matrix(table, field.name)
+        except BadEpisode as error:
+            repairs.append(f"{error}; left out")
+    return signals, repairs
 
 
 def _repairs(meta: Meta, films: dict[str, Film], table: pa.Table) -> Iterator[str]:

@@ -85,16 +85,12 @@ class Meta:
         )
         return [(key, re.sub(r"^observation\.(images?\.)?", "", key)) for key in keys]
 
-    def instruction(self, tasks: dict[int, str], table: pa.Table) -> str | None:
-        """What a person asked for: the task description annotated, else the task, else another annotation."""
-        annotations = sorted(name for name in table.column_names if name.startswith("annotation."))
-        described = [name for name in annotations if name.endswith("task_description")]
-        for column in [*described, "task_index", *annotations]:
-            if column in table.column_names:
-                value = table[column][0].as_py()
-                text = value if isinstance(value, str) else tasks.get(value, "")
-                if text.strip() not in NOT_AN_INSTRUCTION:
-                    return text.strip()
+    def split(self, index: int) -> str | None:
+        """``{"train": "0:90", "val": "90:100"}`` counts episodes."""
+        splits = self.info.get("splits")
+        for name, span in splits.items() if isinstance(splits, dict) else ():
+            if (ends := re.fullmatch(r"(\d+):(\d+)", str(span))) and int(ends[1]) <= index < int(ends[2]):
+                return str(name)
         return None
 
     def action_layout(self, width: int) -> tuple[ActionBlock, ...]:
@@ -150,6 +146,29 @@ def read_meta(root: Path) -> Meta:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: not a LeRobot info.json ({error}); mend or restore the file") from None
     return Meta(root, info)
+
+
+def texts_of(table: pa.Table, tasks: dict[int, str]) -> dict[str, str]:
+    """The first sentence of each column that holds sentences or their numbers; "" where it asks for nothing."""
+    found = {}
+    for name in sorted(table.column_names):
+        first, kind = table[name][0].as_py(), table.schema.field(name).type
+        if name == "task_index" or (name.startswith("annotation.") and not isinstance(first, str)):
+            text = tasks.get(first) if isinstance(first, int) else None
+        elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+            text = first
+        else:
+            continue
+        text = (text or "").strip()
+        found["task" if name == "task_index" else name] = "" if text in NOT_AN_INSTRUCTION else text
+    return found
+
+
+def instruction_of(texts: dict[str, str]) -> str | None:
+    """What a person asked for: the task description annotated, else the task, else another annotation."""
+    annotations = [name for name in texts if name.startswith("annotation.")]
+    described = [name for name in annotations if name.endswith("task_description")]
+    return next((texts[name] for name in [*described, "task", *annotations] if texts.get(name)), None)
 
 
 def matrix(table: pa.Table, key: str) -> np.ndarray:

@@ -2,8 +2,10 @@
 
 A folder holds ``features.json`` and shards ``NAME-SPLIT.tfrecord-00000-of-00004``. Each record of a shard is one
 episode: names such as ``steps/observation/image_0`` with flat lists over all steps, to which ``features.json`` gives
-their shapes back. The convention: https://github.com/google-research/rlds; the files:
-https://www.tensorflow.org/datasets/external_tfrecord; the bytes: :mod:`preprocessing.sources.tfrecord`.
+their shapes back. The convention: https://github.com/google-research/rlds; the files around it:
+:mod:`preprocessing.sources.tfds`; the bytes: :mod:`preprocessing.sources.tfrecord`.
+
+RLDS records neither robot nor control rate, nor what the numbers of an action mean: contracts do.
 
 An episode's index is its record's number in the shard; its digest covers the record's bytes.
 """
@@ -11,39 +13,22 @@ An episode's index is its record's number in the shard; its digest covers the re
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from preprocessing.episode import ActionBlock, BadEpisode, Episode, EpisodeRef, Video
 from preprocessing.sources.memory import findings
+from preprocessing.sources.tfds import SHARD, Leaf, dataset_and_split, missing_shards, read_leaves
 from preprocessing.sources.tfrecord import Feature, parse_example, read_record, records
 from preprocessing.video import decode_image, images_video
 
-SHARD = re.compile(r"\.tfrecord(-\d+-of-\d+)?$")
 BLACK = 8  # JPEG noise around zero stays below this level
-
-# Robot and control rate by a part of the data set's name: RLDS itself records neither. Rates as published in the
-# Open X-Embodiment overview (arXiv 2310.08864).
-KNOWN = (
-    ("bridge", "widowx", 5.0),
-    ("fractal", "google-robot", 3.0),
-    ("rt_1", "google-robot", 3.0),
-    ("droid", "panda", 15.0),
-    ("taco_play", "panda", 15.0),
-    ("jaco_play", "jaco", 10.0),
-    ("kuka", "kuka-iiwa", 10.0),
-    ("berkeley_autolab_ur5", "ur5", 5.0),
-    ("language_table", "xarm", 10.0),
-    ("libero", "panda", 20.0),
-)
+WIDEST = 256  # what has more columns is an embedding, or a sentence in numbers
 INSTRUCTION_NAMES = ("language_instruction", "natural_language_instruction")
+OBSERVATION = "steps/observation/"
 
 
 def detect(path: Path) -> bool:
@@ -51,10 +36,13 @@ def detect(path: Path) -> bool:
 
 
 def scan(path: Path) -> Iterator[EpisodeRef]:
-    for shard, found in findings("rlds", _shards(path), lambda shard: list(records(shard))):
+    shards = _shards(path)
+    for shard, found in findings("rlds", shards, lambda shard: list(records(shard))):
         missing = None if (shard.parent / "features.json").is_file() else "no features.json beside the shard"
         for index, record in enumerate(found):
             yield EpisodeRef(str(shard.absolute()), "rlds", index, record.digest, record.problem or missing)
+    for shard, problem in missing_shards(shards) if path.is_dir() else ():
+        yield EpisodeRef(str(shard.absolute()), "rlds", 0, hashlib.sha256(problem.encode()).hexdigest(), problem)
 
 
 def digest(ref: EpisodeRef) -> str:
@@ -70,21 +58,12 @@ def load(ref: EpisodeRef) -> Episode:
         features = parse_example(data)
     except ValueError as error:
         raise BadEpisode(f"the record is not a tf.train.Example: {error}") from None
-    return _episode(ref, features, _leaves(shard.parent / "features.json"), _dataset_name(shard))
+    return _episode(ref, features, read_leaves(shard.parent / "features.json"))
 
 
-@dataclass(frozen=True)
-class Leaf:
-    """What features.json says about one flat list of the Example."""
-
-    kind: str  # the TFDS class: Tensor, Scalar, Image, Text
-    shape: tuple[int, ...] | None  # of one step; None where it varies
-    dtype: str
-    encoding: str
-
-
-def _episode(ref: EpisodeRef, features: dict[str, Feature], leaves: dict[str, Leaf], name: str) -> Episode:
-    repairs: list[str] = []
+def _episode(ref: EpisodeRef, features: dict[str, Feature], leaves: dict[str, Leaf]) -> Episode:
+    name, split = dataset_and_split(Path(ref.uri))
+    repairs = ["control rate unknown; 10 Hz assumed", "robot unknown; the data set's name stands for it"]
     steps = _count_steps(features, leaves)
     images, dropped = _images(features, leaves, steps)
     repairs += [f"camera {camera} is dropped: {why}" for camera, why in dropped.items()]
@@ -98,32 +77,27 @@ def _episode(ref: EpisodeRef, features: dict[str, Feature], leaves: dict[str, Le
     if isinstance(is_last, np.ndarray) and not is_last.any():
         repairs.append("is_last is never 1; the last step is taken to be the end")
 
-    observation = "steps/observation/"
-    proprio = {
-        key.removeprefix(observation).replace("/", "_"): _tensor(features, key, steps)
-        for key, leaf in sorted(leaves.items())
-        if key.startswith(observation) and _is_vector(leaf) and leaf.dtype.startswith("float") and "embed" not in key
-    }
-    embodiment, fps = next(((robot, rate) for part, robot, rate in KNOWN if part in name), (name, None))
-    if fps is None:
-        fps = 10.0
-        repairs.append("control rate unknown; 10 Hz assumed")
-    action, layout = _action(features, leaves, steps, name)
+    action, layout = _action(features, leaves, steps)
+    proprio, signals = _vectors(features, leaves, steps)
     instruction, changes = _instruction(features)
     if changes:
         repairs.append("the instruction changes within the episode; the first one is kept")
     cameras: dict[str, Video] = {camera: images_video(files) for camera, files in images.items()}
     return Episode(
         ref=ref,
-        fps=fps,
+        fps=10.0,
         cameras=cameras,
         proprio=proprio,
         action=action,
         action_layout=layout,
         instruction=instruction,
-        success=None,
-        embodiment=embodiment,
+        success=_success(features),
+        embodiment=name,
         repairs=tuple(repairs),
+        signals=signals,
+        texts=_texts(features, leaves),
+        dataset=name,
+        split=split,
     )
 
 
@@ -172,13 +146,19 @@ def _is_black(files: Sequence[bytes]) -> bool:
     return all(decode_image(data).max() <= BLACK for data in dict.fromkeys(files))
 
 
-def _is_vector(leaf: Leaf) -> bool:
-    return (
-        leaf.kind in ("Tensor", "Scalar")
-        and leaf.encoding == "none"
-        and leaf.shape is not None
-        and (len(leaf.shape) <= 1)
-    )
+def _vectors(
+    features: dict[str, Feature], leaves: dict[str, Leaf], steps: int
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Proprioception is what is observed in fractions; all other numbers of a step but its action are signals."""
+    proprio, signals = dict[str, np.ndarray](), dict[str, np.ndarray]()
+    for key, leaf in sorted(leaves.items()):
+        if not key.startswith("steps/") or key == "steps/action" or not leaf.width or "embed" in key:
+            continue
+        if key.startswith(OBSERVATION) and leaf.dtype.startswith("float"):
+            proprio[key.removeprefix(OBSERVATION).replace("/", "_")] = _tensor(features, key, steps)
+        elif leaf.width <= WIDEST and key in features:
+            signals[key.removeprefix("steps/")] = _tensor(features, key, steps)
+    return proprio, signals
 
 
 def _tensor(features: dict[str, Feature], key: str, steps: int) -> np.ndarray:
@@ -189,26 +169,44 @@ def _tensor(features: dict[str, Feature], key: str, steps: int) -> np.ndarray:
 
 
 def _action(
-    features: dict[str, Feature], leaves: dict[str, Leaf], steps: int, name: str
+    features: dict[str, Feature], leaves: dict[str, Leaf], steps: int
 ) -> tuple[np.ndarray | None, tuple[ActionBlock, ...]]:
+    """One vector, or its parts joined in the order of their names; a contract can join them in another."""
     if "steps/action" in leaves:
-        if not _is_vector(leaves["steps/action"]):
+        if not leaves["steps/action"].width:
             raise BadEpisode("steps/action is not one vector a step")
         action = _tensor(features, "steps/action", steps)
-        if "bridge" in name and action.shape[1] == 7:
-            return action, (
-                ActionBlock(name="position", size=3, kind="position", mode="delta"),
-                ActionBlock(name="rotation", size=3, kind="rotation", representation="euler_xyz", mode="delta"),
-                ActionBlock(name="gripper", size=1, kind="gripper", mode="absolute", gripper_one_means="open"),
-            )
         return action, (ActionBlock(name="action", size=action.shape[1]),)
-    keys = sorted(key for key, leaf in leaves.items() if key.startswith("steps/action/") and _is_vector(leaf))
+    keys = sorted(key for key, leaf in leaves.items() if key.startswith("steps/action/") and leaf.width)
     if not keys:
         return None, ()
     parts = [_tensor(features, key, steps) for key in keys]
     names = [key.removeprefix("steps/action/") for key in keys]
     layout = tuple(ActionBlock(name=n, size=p.shape[1]) for n, p in zip(names, parts, strict=True))
     return np.concatenate(parts, axis=1), layout
+
+
+def _success(features: dict[str, Feature]) -> bool | None:
+    """Where it was judged. Of RT-1's episodes people judged some, and ``has_aspects`` says which."""
+    judged = features.get("aspects/has_aspects")
+    for name in ("success", "episode_metadata/success", "aspects/success", "steps/success"):
+        values = features.get(name)
+        if name == "aspects/success" and not (isinstance(judged, np.ndarray) and judged.any()):
+            continue
+        if isinstance(values, np.ndarray) and values.size:
+            return bool(values.any())
+    return None
+
+
+def _texts(features: dict[str, Feature], leaves: dict[str, Leaf]) -> dict[str, str]:
+    """By field, the first that is not empty."""
+    found = {}
+    for key, leaf in sorted(leaves.items()):
+        values = features.get(key)
+        if leaf.is_text and isinstance(values, list):
+            texts = (value.decode(errors="replace").strip() for value in values)
+            found[key.removeprefix("steps/").removeprefix("episode_metadata/")] = next(filter(None, texts), "")
+    return found
 
 
 def _instruction(features: dict[str, Feature]) -> tuple[str | None, bool]:
@@ -219,41 +217,6 @@ def _instruction(features: dict[str, Feature]) -> tuple[str | None, bool]:
             if texts:
                 return texts[0], len(set(texts)) > 1
     return None, False
-
-
-def _leaves(path: Path) -> dict[str, Leaf]:
-    """features.json, flattened to the names that the Example uses."""
-    try:
-        root = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise BadEpisode(f"features.json cannot be read: {error}") from None
-    leaves: dict[str, Leaf] = {}
-
-    def walk(node: dict[str, Any], name: str, sequences: int) -> None:
-        if "featuresDict" in node:
-            for key, child in node["featuresDict"].get("features", {}).items():
-                walk(child, f"{name}/{key}" if name else key, sequences)
-        elif "sequence" in node:
-            walk(node["sequence"]["feature"], name, sequences + 1)
-        else:
-            kind = node.get("pythonClassName", "").rsplit(".", 1)[-1]
-            spec = node.get("tensor") or node.get("image") or {}
-            sizes = [int(size) for size in spec.get("shape", {}).get("dimensions", [])]
-            ragged = sequences > 1 or any(size < 0 for size in sizes)  # a list within each step has no fixed length
-            leaves[name] = Leaf(
-                kind, None if ragged else tuple(sizes), spec.get("dtype", ""), spec.get("encoding", "none")
-            )
-
-    walk(root, "", 0)
-    return leaves
-
-
-def _dataset_name(shard: Path) -> str:
-    try:
-        name = json.loads((shard.parent / "dataset_info.json").read_text())["name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        name = shard.name.split(".tfrecord")[0].rsplit("-", 1)[0]
-    return str(name)
 
 
 def _shards(path: Path) -> list[Path]:
