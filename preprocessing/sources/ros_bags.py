@@ -18,6 +18,7 @@ import re
 import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -89,12 +90,14 @@ def messages(recording: Path, topic: str | None = None) -> Iterator[Message]:
             if kind is None or problem:
                 raise BadEpisode(f"{file.name} {problem}")
             for message in kind(file, topic):
+                if packed:
+                    message = message._replace(data=_zstd(message.data, MAX_BYTES))
                 number += 1
                 if number > MAX_MESSAGES:
                     raise BadEpisode(f"holds more than {MAX_MESSAGES} messages")
                 if not 0 <= message.received < 2**63:
                     raise BadEpisode(f"a message of {message.topic} has the impossible time {message.received}")
-                yield message._replace(data=_zstd(message.data, MAX_BYTES)) if packed else message
+                yield message
     except BadEpisode:
         raise
     except Exception as error:  # broken bytes lead the libraries into errors of every kind
@@ -214,23 +217,24 @@ def _bag1(file: Path, topic: str | None) -> Iterator[Message]:
         for place, chunk in reader.chunks.items():
             if chunk.datasize > MAX_BYTES:
                 raise BadEpisode(f"a chunk has {chunk.datasize} bytes")
-            reader.chunks[place] = chunk._replace(decompressor=BOUNDED[chunk.decompressor])
+            unpack = BOUNDED[chunk.decompressor]
+            reader.chunks[place] = chunk._replace(decompressor=partial(unpack, limit=MAX_BYTES))
         if wanted := [connection for connection in reader.connections if topic in (None, connection.topic)]:
             for connection, received, data in reader.messages(wanted):
                 yield Message(connection.topic, connection.msgtype, "ros1", received, data)
 
 
 def _zstd(data: bytes, limit: int) -> bytes:
-    unpacked = zstandard.ZstdDecompressor(max_window_size=MAX_BYTES).stream_reader(data).read(limit + 1)
+    unpacked = zstandard.ZstdDecompressor().stream_reader(data).read(limit + 1)
     return _checked(unpacked, limit)
 
 
-def _lz4(data: bytes, limit: int = MAX_BYTES) -> bytes:
+def _lz4(data: bytes, limit: int) -> bytes:
     return _checked(LZ4FrameDecompressor().decompress(data, max_length=limit + 1), limit)
 
 
-def _bz2(data: bytes) -> bytes:
-    return _checked(bz2.BZ2Decompressor().decompress(data, max_length=MAX_BYTES + 1), MAX_BYTES)
+def _bz2(data: bytes, limit: int) -> bytes:
+    return _checked(bz2.BZ2Decompressor().decompress(data, max_length=limit + 1), limit)
 
 
 def _checked(unpacked: bytes, limit: int) -> bytes:
@@ -240,8 +244,8 @@ def _checked(unpacked: bytes, limit: int) -> bytes:
 
 
 # What the library has for each kind of chunk unpacks as much as there is.
-BOUNDED: dict[Any, Callable[[bytes], bytes]] = {
-    decompressors["none"]: bytes,
+BOUNDED: dict[Any, Callable[..., bytes]] = {
+    decompressors["none"]: _checked,
     decompressors["bz2"]: _bz2,
     decompressors["lz4"]: _lz4,
 }
