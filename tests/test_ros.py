@@ -615,6 +615,10 @@ def test_what_is_cut_off_is_named(tmp_path):
     damaged[len(whole) // 2] ^= 1
     file.write_bytes(damaged)
     assert "breaks after" in problem_of(file)
+    damaged = bytearray(whole)
+    damaged[-60] ^= 1  # in the summary, which says nothing new
+    file.write_bytes(damaged)
+    assert problem_of(file) == "none"
     bag = write_bag2(tmp_path / "bag", scene())
     (storage,) = bag.glob("*.db3")
     storage.with_name(f"{storage.name}-wal").write_bytes(b"more")

@@ -160,6 +160,8 @@ def _mcap(file: Path, topic: str | None) -> Iterator[Message]:
     with _Bounded(io.FileIO(file)) as opened:
         reader = StreamReader(opened, emit_chunks=True, validate_crcs=True, record_size_limit=MAX_BYTES)
         for outer in reader.records:
+            if isinstance(outer, records.DataEnd):  # what follows is a summary of what was said
+                return
             chunk = _unpacked(outer) if isinstance(outer, records.Chunk) else None
             for record in breakup_chunk(chunk, validate_crc=True) if chunk else [outer]:
                 if isinstance(record, records.Schema):
