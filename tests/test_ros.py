@@ -470,7 +470,7 @@ def test_what_is_mended_is_said(tmp_path):
     assert numbers_in(frames_of(episode, "/frozen"))[-8:] == [19] * 8
     for said_so in (
         "/snapshot has 1 pictures, another camera 20; left out",
-        "/late says nothing before half of the frames are over; left out",
+        "/late is not heard in full before half of the frames are over; left out",
         "/frozen is up to 1.4 s old at a frame",
         "1 of 19 intervals between frames differ by half from 0.1 s",
         "/task says other things later; its first sentence is taken",

@@ -93,7 +93,7 @@ def align(cameras: dict[str, Track], vectors: dict[str, Track]) -> Aligned:
 
     frames = times[min(cameras, key=lambda name: len(times[name]))]
     for name in [name for name in tracks if times[name].min() > frames[len(frames) // 2]]:
-        repairs.append(f"{name} says nothing before half of the frames are over; left out")
+        repairs.append(f"{name} is not heard in full before half of the frames are over; left out")
         del times[name]
     held = {name: np.searchsorted(times[name][orders[name]], frames, side="right") - 1 for name in times}
     first = max(int((at < 0).sum()) for at in held.values())
@@ -126,4 +126,4 @@ def _fps(frames: np.ndarray, repairs: list[str]) -> float:
         raise BadEpisode("most of its pictures have the time of the one before")
     if uneven := int((np.abs(intervals - median) > UNEVEN * median).sum()):
         repairs.append(f"{uneven} of {len(intervals)} intervals between frames differ by half from {median:.3g} s")
-    return round(1 / median, 3)
+    return float(f"{1 / median:.4g}")  # of a clock, whose ticks differ
