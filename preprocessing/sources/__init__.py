@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 from preprocessing.contract import DataContract, shipped_for
 from preprocessing.episode import BadEpisode, Episode, EpisodeRef, UserError
-from preprocessing.sources import aloha, calvin, hdf5, lerobot, rlds, video
+from preprocessing.sources import aloha, calvin, hdf5, lerobot, rlds, ros, video
 from preprocessing.video import thinned
 
 FORMATS: dict[str, ModuleType] = {
@@ -29,6 +29,7 @@ FORMATS: dict[str, ModuleType] = {
     "calvin": calvin,
     "aloha": aloha,
     "hdf5": hdf5,
+    "ros": ros,
     "video": video,
 }
 CLOSED = {
@@ -173,6 +174,7 @@ def _known(wanted: list[str]) -> str:
         "calvin": "calvin (ep_start_end_ids.npy)",
         "aloha": "aloha (ALOHA or ACT *.hdf5)",
         "hdf5": "hdf5 (robomimic or LIBERO *.hdf5)",
+        "ros": "ros (*.mcap, ROS 2 bags, *.bag)",
         "video": "video (*.mp4, *.mkv, *.webm, ...)",
     }
     return " or ".join(means[name] for name in wanted)
