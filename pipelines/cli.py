@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -102,13 +103,20 @@ def ingest(
     )
     for note in report.notes:
         say(note)
+    for bad in report.filtered:
+        say(f"filtered {bad['uri']} #{bad['index']}: {bad['reason']}")
     for bad in report.quarantine:
         say(f"quarantined {bad['uri']} #{bad['index']}: {bad['reason']}")
     counts = report.episodes
-    say(
-        f"{'would ingest' if dry_run else 'ingested'} {counts['new']} episodes ({counts['already']} already there, "
-        f"{counts['quarantined']} quarantined), {report.frames} frames, {report.seconds:.0f} s"
-    )
+    filtered = Counter(row["filter"] for row in report.filtered)
+    if dry_run:
+        _would(report, filtered)
+    else:
+        which = f" ({_counted(filtered)})" if filtered else ""
+        say(
+            f"ingested {counts['new']} episodes ({counts['already']} already there, {counts['quarantined']} "
+            f"quarantined, {counts['filtered']} filtered{which}), {report.frames} frames, {report.seconds:.0f} s"
+        )
     if report.bound_by:
         shares = ", ".join(f"{name}rs waited {share:.0%} of the time" for name, share in report.waiting.items())
         say(f"bound by {report.bound_by}: {shares}")
@@ -256,6 +264,22 @@ def train_vae(
     for kind, value in quality.items():
         say(f"{kind:>30} {value:.1f} dB")
     answer(quality, as_json)
+
+
+def _would(report: Any, filtered: Counter[str]) -> None:
+    """The table of a dry run."""
+    counts, expected = report.episodes, report.expected or {"pictures": 0, "seconds": 0, "bytes": 0}
+    say(f"{'new':>12}  {counts['new']:8} episodes, {report.frames} frames")
+    say(f"{'already':>12}  {counts['already']:8}")
+    say(f"{'filtered':>12}  {counts['filtered']:8}  {_counted(filtered)}".rstrip())
+    say(f"{'quarantined':>12}  {counts['quarantined']:8}")
+    say(f"{'to encode':>12}  {expected['pictures']:8.0f} pictures")
+    say(f"{'expected':>12}  {expected['seconds']:8.0f} s, {expected['bytes'] / 1e6:.1f} MB")
+    say("nothing was written")
+
+
+def _counted(reasons: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in reasons.most_common())
 
 
 def _plan(settings: Any, as_json: bool) -> None:

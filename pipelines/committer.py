@@ -129,7 +129,7 @@ class Committer:
                 pending.refusal = Refusal(reason, READER)
             if pending.refusal or pending.record is None:
                 assert pending.refusal is not None
-                batch.quarantine.append(_quarantined(one, pending.refusal))
+                batch.quarantine.append(pending.refusal.row(one))
                 batch.unused += [row["place"] for found in pending.segments.values() for row in found.values()]
                 continue
             self._plan.promises.add(one.source, pending.record)
@@ -230,11 +230,6 @@ class _Batch:
     quarantine: list[dict[str, Any]] = field(default_factory=list)
     unused: list[dict[str, Any]] = field(default_factory=list)
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
-
-
-def _quarantined(one: Work, refusal: Refusal) -> dict[str, Any]:
-    where = {"key": one.quarantine_key, "id": one.ref.id, "uri": one.ref.uri, "index": one.ref.index}
-    return where | refusal._asdict()
 
 
 def _catalogued(

@@ -7,10 +7,11 @@ with its reason; the rest goes in.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from pipelines.recipe import IngestRecipe, load_recipe
 from preprocessing import sources
 from preprocessing.contract import DataContract
 from preprocessing.encoders import encoder_digest
-from preprocessing.episode import EpisodeRef, UserError
+from preprocessing.episode import BadEpisode, EpisodeRef, UserError
 from preprocessing.promise import Promises
 from preprocessing.snapshot import Snapshot
 from preprocessing.store import LatentStore
@@ -45,6 +46,7 @@ class IngestReport:
     filtered: list[dict[str, Any]] = field(default_factory=list)  # uri, index, filter, reason
     removed: int = 0  # episodes that were taken out of the store, and stay out
     notes: list[str] = field(default_factory=list)
+    expected: dict[str, float] | None = None  # of a dry run: pictures to encode, seconds and bytes that it would take
     waiting: dict[str, float] = field(default_factory=dict)  # share of their time that "decode" and "encode" waited
 
     def refuse(self, row: dict[str, Any]) -> None:
@@ -95,11 +97,33 @@ def ingest(
     refs = ((_source((kind, path)), ref) for kind, path in places for ref in sources.scan(kind, path))
     work = _new_work(tqdm(refs, "scan", unit=" episodes", leave=False, delay=1), store, plan, retry, report)
     report.episodes["new"] = len(work)
-    if work and not dry_run:
+    _try(work, plan)
+    if work:
         with cluster(address, verbose):
-            _run(store, work, plan, report)
+            _survey(work, plan, report) if dry_run else _run(store, work, plan, report)
     report.seconds = round(time.monotonic() - began, 2)
     return report
+
+
+def _try(work: list[Work], plan: Plan) -> None:
+    """UserError where a contract does not fit the first episode that is to be read by it: then it fits none."""
+    first = {one.source: one for one in reversed(work) if plan.contracts[one.source]}
+    for source, one in first.items():
+        with contextlib.suppress(BadEpisode):
+            sources.load(one.ref, plan.contracts[source])
+
+
+def _survey(work: list[Work], plan: Plan, report: IngestReport) -> None:
+    from pipelines.survey import expected, survey
+
+    seen = survey(work, plan)
+    for one in seen:
+        if one.refusal:
+            report.refuse(one.refusal.row(one.work))
+    going = [one.row for one in seen if one.row and not one.refusal]
+    report.episodes["new"] = len(going)
+    report.frames = sum(row["frames"] for row in going)
+    report.expected = asdict(expected(seen, plan))
 
 
 def _in_full(encoder: str) -> str:

@@ -54,11 +54,8 @@ def run(work: list[Work], plan: Plan, committer: Committer, meter: Any) -> None:
     context.enable_progress_bars = False
     context.target_max_block_size = BLOCK_BYTES
     context.print_on_execution_start = False
-    cpus = int(ray.cluster_resources().get("CPU", 1))
-    gpus = ray.cluster_resources().get("GPU", 0)
-    actors = max(1, int(gpus / GPU_SHARE) or cpus)
     pass_bytes = ROWS_PER_PASS * FRAMES_PER_CHUNK * plan.recipe.image_size**2 * 3
-    ahead = actors * PASSES_AHEAD * max(pass_bytes, BLOCK_BYTES)
+    ahead = actors() * PASSES_AHEAD * max(pass_bytes, BLOCK_BYTES)
     context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=ahead)
     items = [
         {"ref": json.dumps(asdict(one.ref)), "source": one.source, "encoders": list(one.keys), "fps": one.fps or 0.0}
@@ -76,12 +73,23 @@ def run(work: list[Work], plan: Plan, committer: Committer, meter: Any) -> None:
         fn_constructor_args=(plan, meter),
         batch_size=ROWS_PER_PASS,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=actors),
-        num_cpus=0.25 if gpus else 0.7,
-        num_gpus=GPU_SHARE if gpus else 0,
+        compute=ActorPoolStrategy(size=actors()),
+        **encoder_resources(),
     )
     again = {"max_retries": WRITE_TRIES, "retry_exceptions": [icechunk.IcechunkError]}
     latents.write_datasink(LatentSink(committer), ray_remote_args={"num_cpus": 0.25, **again})
+
+
+def actors() -> int:
+    """How many encoder actors the cluster has room for."""
+    resources = ray.cluster_resources()
+    return max(1, int(resources.get("GPU", 0) / GPU_SHARE) or int(resources.get("CPU", 1)))
+
+
+def encoder_resources() -> dict[str, Any]:
+    """Of one encoder actor, as Ray's options."""
+    gpu = "GPU" in ray.cluster_resources()
+    return {"num_cpus": 0.25, "num_gpus": GPU_SHARE} if gpu else {"num_cpus": 0.7}
 
 
 def decode(batch: pa.Table, plan: Plan, meter: Any, inbox: Any) -> Iterator[pa.Table]:
@@ -140,7 +148,7 @@ class Encode:
         from preprocessing.encoders import load_encoder
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._encoders = {name: load_encoder(name, device, plan.recipe.precision) for name in plan.encoders}
+        self.encoders = {name: load_encoder(name, device, plan.recipe.precision) for name in plan.encoders}
         self._meter = meter
         self._clock: _Clock | None = None  # starts with the first rows: before, nobody was late
 
@@ -152,7 +160,7 @@ class Encode:
         rows = batch.drop_columns(["data"]).to_pylist()
         done = [row | {"data": bytes(data[i])} for i, row in enumerate(rows) if row["camera"] is None]
         self._meter.add.remote(episodes=len(done))
-        for name, encoder in self._encoders.items():
+        for name, encoder in self.encoders.items():
             mine = [i for i, row in enumerate(rows) if name in row["encoders"]]
             if not mine:
                 continue

@@ -53,6 +53,11 @@ class Refusal(NamedTuple):
     reader: str | None  # version that refused these bytes for good; None where trying again may help
     filter: str | None = None  # that took it for not worth encoding; None where it cannot be read
 
+    def row(self, work: Work) -> dict[str, Any]:
+        """As the table QUARANTINE keeps it."""
+        where = {"key": work.quarantine_key, "id": work.ref.id, "uri": work.ref.uri, "index": work.ref.index}
+        return where | self._asdict() | {"reason": " ".join(self.reason.split())}
+
 
 class Reading:
     """Raises what :func:`refusal` makes a reason of."""

@@ -94,7 +94,7 @@ def test_a_corrupt_file_is_quarantined_once_and_the_rest_goes_in(mixed: Path, ag
     [bad] = report["quarantine"]
     assert bad["uri"].endswith("broken.mp4") and bad["reason"] in err and report["snapshot"] == head
     assert uwm("store", "quarantine", again / "store", "--json")[1] == [bad]
-    expected = {"new": 1, "already": 2, "quarantined": 0, "filtered": 0}
+    expected = {"new": 0, "already": 2, "quarantined": 1, "filtered": 0}  # a dry run reads what is new
     assert uwm(*arguments, "--retry", "--dry-run")[1]["episodes"] == expected
     shutil.copy(again / "raw" / "clip.mp4", again / "raw" / "broken.mp4")  # mended: now it is a copy of the good one
     report = uwm("ingest", again / "raw", "--store", again / "store", *OPTIONS)[1]
