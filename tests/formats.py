@@ -30,6 +30,15 @@ def quadrants(size: int = 64) -> np.ndarray:
     return picture
 
 
+def moving(count: int) -> np.ndarray:
+    """The picture above, and from its second frame on a white square that goes over it: a camera that is not frozen."""
+    frames = np.stack([quadrants()] * count)
+    for i in range(1, count):
+        y, x = 8 * (i // 7 % 7), 8 * (i % 7)
+        frames[i, y : y + 16, x : x + 16] = 255
+    return frames
+
+
 def write_video(
     path: Path, frames: np.ndarray, fps: int = 20, codec: str = "libx264", pix_fmt: str = "yuv420p", **options: str
 ) -> Path:
@@ -330,8 +339,8 @@ def write_demos(path: Path, demos: int = 2, steps: int = 5, frames: int | None =
             demo = data.create_group(f"demo_{index}")
             demo["actions"] = rng.normal(size=(steps, 7))
             demo["dones"] = np.arange(steps) == steps - 1
-            picture = quadrants()[::-1] if opengl else quadrants()
-            demo["obs/agentview_rgb"] = np.broadcast_to(picture, (frames, 64, 64, 3))
+            pictures = moving(frames)
+            demo["obs/agentview_rgb"] = pictures[:, ::-1] if opengl else pictures
             demo["obs/joint_states"] = rng.normal(size=(frames, 7))
             demo["obs/height"] = rng.normal(size=frames)
     return path

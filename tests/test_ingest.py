@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 from conftest import Uwm
@@ -208,3 +209,45 @@ def test_files_that_change_vanish_or_kill_their_reader_stay_out_until_they_do_no
     [row] = [row for row in snapshot.rows() if row["frames"] == 33]
     seen = load_encoder("tiny").decode(snapshot.read(row["cameras"][0]["segments"])).reshape(33, -1).mean(1)
     assert np.corrcoef(seen, np.arange(33))[0, 1] > 0.99
+
+
+def _with_actions(path: Path, width: int, seed: int) -> Path:
+    write_demos(path, demos=1, steps=8)
+    with h5py.File(path, "a") as file:
+        del file["data/demo_0/actions"]
+        file["data/demo_0/actions"] = np.random.default_rng(seed).normal(size=(8, width))
+    return path
+
+
+@pytest.mark.slow
+def test_a_source_keeps_its_contract_and_its_promise(tmp_path: Path, uwm: Uwm) -> None:
+    raw, store = tmp_path / "raw", tmp_path / "store"
+    arguments = ("ingest", raw, "--store", store, "--image-size", "32", "--json")
+    (tmp_path / "first.yaml").write_text("embodiment: somebody\nflip: []\n")
+    (tmp_path / "other.yaml").write_text("embodiment: somebody\nfps: 10\n")
+    (tmp_path / "wrong.yaml").write_text("cameras: {wrist: wrist}\n")
+    _with_actions(raw / "a.hdf5", 7, 0)
+    code, report, err = uwm(*arguments, "--contract", tmp_path / "wrong.yaml")
+    assert code == 2 and "cameras: 'wrist' is not in" in err and "recorded are: agentview" in err
+    code, report, err = uwm(*arguments, "--contract", tmp_path / "first.yaml")
+    assert code == 0 and report["episodes"]["new"] == 1 and not report["notes"]
+
+    _with_actions(raw / "b.hdf5", 7, 1)
+    _with_actions(raw / "c.hdf5", 6, 2)  # of the same robot, and yet other actions
+    code, report, err = uwm(*arguments)
+    assert code == 3 and report["episodes"] == {"new": 1, "already": 1, "quarantined": 1, "filtered": 0}
+    assert report["notes"] == [f"{raw}: read by the contract that it was ingested under before"]
+    [bad] = report["quarantine"]
+    assert bad["uri"].endswith("c.hdf5") and "actions have 6 columns, not 7" in bad["reason"]
+    rows = LatentStore.open(str(store)).snapshot().episodes().to_pylist()
+    assert {row["embodiment"] for row in rows} == {"somebody"} and {row["source"] for row in rows} == {str(raw)}
+    assert all("flip" in row["contract"] for row in rows)
+    assert [part["name"] for part in rows[0]["signals"]] == ["dones"]
+    assert rows[0]["texts"] == [{"name": "problem_info/language_instruction", "text": "open the drawer"}]
+
+    code, report, err = uwm(*arguments, "--contract", tmp_path / "other.yaml", "--dry-run")
+    assert report["notes"] == [f"{raw}: 2 episodes are there under another contract (fps, flip); read anew"]
+    assert code == 3 and report["episodes"]["new"] == 2 and report["frames"] == 16
+    assert report["expected"]["pictures"] == 16 and report["expected"]["seconds"] > 0
+    assert report["expected"]["bytes"] == 16 * (4 * 4 * 4 * 2) + 16 * 4 * (7 + 7 + 1 + 1)
+    assert "nothing was written" in err and "16 pictures" in err
