@@ -19,7 +19,7 @@ import ray
 from icechunk import ForkSession
 
 from infra.cluster import on_this_node
-from pipelines.reading import READER, Plan, Refusal, Work
+from pipelines.reading import Gate, Plan, Refusal, Work
 from preprocessing.statistics import Statistics, merge
 from preprocessing.store import LatentStore
 
@@ -42,6 +42,7 @@ class Committer:
         self._work = {one.ref.id: one for one in work}
         self._left = {one.ref.id: place for place, one in enumerate(work)}  # not committed yet
         self._plan = plan
+        self._gate = Gate(plan, store.snapshot())
         self._most_bad = most_bad
         self._pending: dict[str, _Pending] = {}
         self._forks: list[tuple[ForkSession, list[dict[str, Any]]]] = []  # not committed yet, and their rows
@@ -125,14 +126,12 @@ class Committer:
                 batch.unused += [row["place"] for row in rows if row["episode"] not in self._left]
         for episode in complete:
             one, pending = self._work[episode], self._pending[episode]
-            if pending.record and (reason := self._plan.promises.broken_by(one.source, pending.record)):
-                pending.refusal = Refusal(reason, READER)
-            if pending.refusal or pending.record is None:
-                assert pending.refusal is not None
+            if pending.record and not pending.refusal:
+                pending.refusal = self._gate.admit(one.source, pending.record)
+            if pending.refusal:
                 batch.quarantine.append(pending.refusal.row(one))
                 batch.unused += [row["place"] for found in pending.segments.values() for row in found.values()]
                 continue
-            self._plan.promises.add(one.source, pending.record)
             for encoder, key in one.keys.items():
                 row, statistics = _catalogued(one, pending, encoder, key, self._plan)
                 batch.rows.append(row)

@@ -100,7 +100,7 @@ def ingest(
     _try(work, plan)
     if work:
         with cluster(address, verbose):
-            _survey(work, plan, report) if dry_run else _run(store, work, plan, report)
+            _survey(work, plan, head, report) if dry_run else _run(store, work, plan, report)
     report.seconds = round(time.monotonic() - began, 2)
     return report
 
@@ -113,10 +113,10 @@ def _try(work: list[Work], plan: Plan) -> None:
             sources.load(one.ref, plan.contracts[source])
 
 
-def _survey(work: list[Work], plan: Plan, report: IngestReport) -> None:
+def _survey(work: list[Work], plan: Plan, head: Snapshot, report: IngestReport) -> None:
     from pipelines.survey import expected, survey
 
-    seen = survey(work, plan)
+    seen = survey(work, plan, head)
     for one in seen:
         if one.refusal:
             report.refuse(one.refusal.row(one.work))

@@ -14,8 +14,11 @@ import numpy as np
 from pipelines.recipe import IngestRecipe
 from preprocessing import limits, sources
 from preprocessing.contract import DataContract
+from preprocessing.duplicates import Fingerprints
 from preprocessing.episode import BadEpisode, Episode, EpisodeRef, UserError
 from preprocessing.promise import Promises
+from preprocessing.quality import Inspector
+from preprocessing.snapshot import Snapshot
 
 READER = version("unified-world-models")
 
@@ -43,7 +46,7 @@ class Plan:
     @property
     def strictness(self) -> str:
         """What decides whether an episode is let in, beside its bytes and its contract."""
-        return self.recipe.model_dump_json(include={"keep_broken", "limits"})
+        return self.recipe.model_dump_json(include={"keep_broken", "limits", "quality"})
 
 
 class Refusal(NamedTuple):
@@ -69,21 +72,62 @@ class Reading:
         if reason := plan.promises.broken_by(source, _described(self.episode)):
             raise BadEpisode(reason)
         self._counts: dict[str, int] = {}
+        self._inspector = Inspector(plan.recipe.quality, self.episode)
 
     def frames(self) -> Iterator[tuple[str, int, np.ndarray]]:
         """Camera, number of the first frame, and up to 64 frames uint8 ``[n, S, S, 3]``."""
         for camera, video in self.episode.cameras.items():
             self._counts[camera] = 0
             for frames in video.frames(self._plan.recipe.image_size):
+                self._inspector.frames(camera, frames)
                 yield camera, self._counts[camera], frames
                 self._counts[camera] += len(frames)
 
     def record(self) -> tuple[dict[str, Any], np.ndarray]:
         """Once all frames have gone by: the catalogue row without its places, and the steps float32 ``[T, D]``."""
-        found = _record(self.episode, self._counts, self._plan, self._source)
+        row, steps = _record(self.episode, self._counts, self._plan, self._source)
         if sources.digest(self.episode.ref) != self.episode.ref.digest:
             raise BadEpisode("it changed while it was read; ingest it again when it is complete")
-        return found
+        verdict = self._inspector.verdict()
+        if verdict.filter:
+            raise _Filtered(verdict.filter, verdict.reason)
+        whole = verdict.spans == [(0, row["frames"])]
+        row["spans"] = None if whole else [{"first": first, "stop": stop} for first, stop in verdict.spans]
+        row["fingerprint"] = verdict.fingerprint.hex() if verdict.fingerprint else None
+        row["repairs"] += verdict.notes
+        return row, steps
+
+
+class _Filtered(Exception):
+    """The filter's name, and its reason."""
+
+
+class Gate:
+    """What an episode has to pass beside those that are in already; on the driver, in the order in which they come."""
+
+    def __init__(self, plan: Plan, head: Snapshot):
+        self._promises, self._limit = plan.promises, plan.recipe.quality.near_duplicates
+        self._seen = Fingerprints()
+        if self._limit is not None:
+            for row in head.episodes(("id", "fingerprint")).to_pylist():
+                self._remember(row)
+
+    def admit(self, source: str, row: dict[str, Any]) -> Refusal | None:
+        """Let an episode in, by its catalogue row; or why not."""
+        if reason := self._promises.broken_by(source, row):
+            return Refusal(reason, READER)
+        if self._limit is not None and row["fingerprint"]:
+            near = self._seen.nearest(bytes.fromhex(row["fingerprint"]), self._limit)
+            if near and near[0] != row["id"]:
+                reason = f"near_duplicates: a copy of episode {near[0]}, {near[1]:.1f} of 64 bits a frame differ"
+                return Refusal(reason, READER, "near_duplicates")
+        self._promises.add(source, row)
+        self._remember(row)
+        return None
+
+    def _remember(self, row: dict[str, Any]) -> None:
+        if row["fingerprint"]:
+            self._seen.add(row["id"], bytes.fromhex(row["fingerprint"]))
 
 
 def refusal(error: Exception, ref: EpisodeRef) -> Refusal:
@@ -91,6 +135,8 @@ def refusal(error: Exception, ref: EpisodeRef) -> Refusal:
         case BadEpisode():
             # What its bytes are now is for the next run to see; only bytes that were read whole are refused for good.
             return Refusal(str(error), READER if _unchanged(ref) else None)
+        case _Filtered(args=(name, reason)):
+            return Refusal(reason, READER, name)
         case UserError():
             return Refusal(str(error), None)
     return Refusal(f"{type(error).__name__}: {error}", None)

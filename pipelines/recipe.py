@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from preprocessing.encoders import Precision
 from preprocessing.episode import UserError
 from preprocessing.limits import Limits
+from preprocessing.quality import Filters
 from uwm_model.config import DiffusionConfig, ModelConfig
 
 STRIDE = 8  # pixels a latent, of every encoder there is a name for
@@ -29,6 +30,7 @@ class IngestRecipe(BaseModel):
     fps: float | None = Field(default=None, ge=0.01, description="thin videos without actions to this rate")
     max_bad: float = Field(default=0.5, ge=0, le=1, description="stop when more than this share is bad")
     keep_broken: bool = Field(default=False, description="of a broken video, keep what comes before the break")
+    quality: Filters = Filters()
     limits: Limits = Limits()
 
     @field_validator("image_size")

@@ -19,8 +19,9 @@ from ray.data import DataContext
 from tqdm import tqdm
 
 from pipelines.ingest_job import Encode, actors, encoder_resources
-from pipelines.reading import Plan, Reading, Refusal, Work, refusal
+from pipelines.reading import Gate, Plan, Reading, Refusal, Work, refusal
 from preprocessing.episode import FRAMES_PER_CHUNK, EpisodeRef
+from preprocessing.snapshot import Snapshot
 
 STARTING = 20  # seconds, until encoders encode
 MEASURED = 2.0  # seconds
@@ -46,7 +47,7 @@ class Expected:
     bytes: int
 
 
-def survey(work: list[Work], plan: Plan) -> list[Seen]:
+def survey(work: list[Work], plan: Plan, head: Snapshot) -> list[Seen]:
     """Every episode, in the order of ``work``. A cluster is to be there."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
@@ -64,14 +65,12 @@ def survey(work: list[Work], plan: Plan) -> list[Seen]:
         for row in read.iter_rows():
             found[row["place"]] = json.loads(row["found"])
             bar.update()
-    seen = []
+    seen, gate = [], Gate(plan, head)
     for place, one in enumerate(work):
         row, pictures, columns, why = (found[place][key] for key in ("row", "pictures", "columns", "refusal"))
         reason = Refusal(*why) if why else None
-        if row and (broken := plan.promises.broken_by(one.source, row)):
-            reason = Refusal(broken, None)
-        elif row:
-            plan.promises.add(one.source, row)
+        if row:
+            reason = gate.admit(one.source, row)
         seen.append(Seen(one, pictures, columns, row, reason))
     return seen
 

@@ -45,6 +45,7 @@ CATALOGUE = pa.schema(
         ("signals", NAMED),  # what else was recorded at each step; behind the proprioception
         ("texts", pa.list_(pa.struct([("name", pa.string()), ("text", pa.string())]))),  # every sentence, by its field
         ("spans", pa.list_(SPAN)),  # the frames that training may use, no window over two of them; null: all
+        ("fingerprint", pa.string()),  # hexadecimal, of preprocessing.duplicates; null where nobody asked
     ]
 )
 STATISTICS = pa.schema(

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.fft import dctn
 
 FRAMES = 16
 WEAK = 8.0  # a wave below this may be noise or what a codec left; half a grey level of a 16 x 16 picture
@@ -22,6 +21,8 @@ ROUNDING = 1e-3  # of a column's largest value; float16 rounds to half of that
 
 def frame_hashes(grids: np.ndarray) -> np.ndarray:
     """uint64 ``[n]`` of grey levels float32 ``[n, 16, 16]``. The mean level is left out, copies change it."""
+    from scipy.fft import dctn  # takes a moment, which whoever looks for no copies is spared
+
     waves = dctn(grids, axes=(1, 2), norm="ortho")[:, :8, :8].reshape(len(grids), 64)
     bits = waves > WEAK
     bits[:, 0] = False

@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 import pytest
 from conftest import Uwm
-from formats import numbered, quadrants, write_demos, write_video
+from formats import moving, numbered, quadrants, write_demos, write_video
 
 from pipelines import committer, ingest_job
 from pipelines import ingest as verb
@@ -251,3 +251,34 @@ def test_a_source_keeps_its_contract_and_its_promise(tmp_path: Path, uwm: Uwm) -
     assert report["expected"]["pictures"] == 16 and report["expected"]["seconds"] > 0
     assert report["expected"]["bytes"] == 16 * (4 * 4 * 4 * 2) + 16 * 4 * (7 + 7 + 1 + 1)
     assert "nothing was written" in err and "16 pictures" in err
+
+
+@pytest.mark.slow
+def test_what_is_not_worth_encoding_is_told_and_remembered(tmp_path: Path, uwm: Uwm) -> None:
+    raw, store, noise = tmp_path / "raw", tmp_path / "store", np.random.default_rng(0)
+    raw.mkdir()
+    shots = np.concatenate([moving(40), 255 - moving(40)[:, ::-1]])
+    write_video(raw / "good.mp4", shots)
+    write_video(raw / "good again.mp4", shots, crf="30")
+    write_video(raw / "black.mp4", noise.integers(0, 6, (30, 64, 64, 3), np.uint8))
+    write_video(raw / "still.mp4", moving(30)[:1].repeat(30, axis=0))
+    write_video(raw / "one frame.mp4", moving(1))
+    asked = ("--set", "quality.near_duplicates=4", "--set", "quality.shots=3")
+    arguments = ("ingest", raw, "--store", store, "--image-size", "64", "--json", *asked)
+    LatentStore.create(str(store))
+    code, would, err = uwm(*arguments, "--dry-run")
+    assert code == 0 and would["episodes"] == {"new": 1, "already": 0, "quarantined": 0, "filtered": 4}
+    assert {Path(row["uri"]).stem: row["filter"] for row in would["filtered"]} == {
+        "black": "black", "still": "frozen", "one frame": "min_frames", "good": "near_duplicates",
+    }  # fmt: skip
+    assert "1 black" in err and "1 near_duplicates" in err
+    code, report, _ = uwm(*arguments)
+    assert code == 0 and report["episodes"] == would["episodes"] and report["frames"] == would["frames"] == 80
+    assert sorted(row["reason"] for row in report["filtered"]) == sorted(row["reason"] for row in would["filtered"])
+    [row] = LatentStore.open(str(store)).snapshot().episodes().to_pylist()
+    assert row["spans"] == [{"first": 0, "stop": 40}, {"first": 40, "stop": 80}]
+    code, again, _ = uwm(*arguments)
+    assert again["episodes"] == {"new": 0, "already": 1, "quarantined": 0, "filtered": 4}
+    assert again["snapshot"] == report["snapshot"]
+    code, report, _ = uwm(*arguments, "--set", "quality.black=false", "--set", "quality.frozen=false")
+    assert code == 0 and report["episodes"] == {"new": 2, "already": 1, "quarantined": 0, "filtered": 2}
