@@ -57,7 +57,8 @@ class Buffer:
     @classmethod
     def open(cls, path: Path) -> Buffer:
         store: Folder | Zip = Folder(path) if path.is_dir() else _zip(path)
-        names, arrays, dropped = store.names("data"), dict[str, ZarrArray](), list[str]()
+        names, arrays = store.names("data"), dict[str, ZarrArray]()
+        dropped = [f"data/{name} is a group of arrays, not one; dropped" for name in store.names("data", ".zgroup")]
         if not 0 < len(names) <= MAX_ARRAYS:
             raise BadEpisode(f"data/ holds {len(names)} arrays")
         for name in names:

@@ -12,6 +12,7 @@ import bz2
 import itertools
 import lzma
 import math
+import os
 import re
 import struct
 import zipfile
@@ -180,19 +181,18 @@ def _pieces(metadata: _Metadata) -> list[int]:
 class Folder:
     root: Path
 
-    def names(self, group: str) -> list[str]:
-        return sorted(file.parent.name for file in (self.root / group).glob("*/.zarray"))
+    def names(self, group: str, mark: str = ".zarray") -> list[str]:
+        """What is directly in a group: arrays, or, marked so, groups."""
+        return sorted(file.parent.name for file in (self.root / group).glob(f"*/{mark}"))
 
     def read(self, key: str, limit: int) -> bytes | None:
         """None where there is no such file."""
         file = self.root / key
         if not file.is_file():
             return None
-        with file.open("rb") as opened:
-            data = opened.read(limit + 1)
-        if len(data) > limit:
+        if file.stat().st_size > limit:
             raise BadEpisode(f"{key} is longer than {limit} bytes")
-        return data
+        return file.read_bytes()
 
 
 @dataclass(frozen=True)
@@ -202,10 +202,9 @@ class Zip:
     path: Path
     root: str = ""
 
-    def names(self, group: str) -> list[str]:
-        beginning = f"{self.root}{group}/"
-        ends = (name[len(beginning) :] for name in self._members[0] if name.startswith(beginning))
-        return sorted(end.removesuffix("/.zarray") for end in ends if re.fullmatch(r"[^/]+/\.zarray", end))
+    def names(self, group: str, mark: str = ".zarray") -> list[str]:
+        form = re.compile(rf"{re.escape(self.root + group)}/([^/]+)/{re.escape(mark)}")
+        return sorted(found[1] for found in map(form.fullmatch, self._members[0]) if found)
 
     def roots(self, member: str) -> list[str]:
         """What stands before this name, wherever there is such a member."""
@@ -224,7 +223,8 @@ class Zip:
         with self.path.open("rb") as file:
             file.seek(offset)
             header = file.read(30)
-            if len(header) < 30 or header[:4] != b"PK\x03\x04":
+            beyond = offset + packed_size > os.fstat(file.fileno()).st_size
+            if beyond or len(header) < 30 or header[:4] != b"PK\x03\x04":
                 raise BadEpisode(f"{key} is not where the zip file lists it")
             file.seek(sum(struct.unpack("<HH", header[26:])), 1)
             data = file.read(packed_size)
