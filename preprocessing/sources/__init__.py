@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 from preprocessing.contract import DataContract, shipped_for
 from preprocessing.episode import BadEpisode, Episode, EpisodeRef, UserError
-from preprocessing.sources import aloha, calvin, hdf5, lerobot, rlds, ros, video
+from preprocessing.sources import aloha, calvin, hdf5, lerobot, replay_buffer, rlds, ros, video
 from preprocessing.video import thinned
 
 FORMATS: dict[str, ModuleType] = {
@@ -30,6 +30,7 @@ FORMATS: dict[str, ModuleType] = {
     "aloha": aloha,
     "hdf5": hdf5,
     "ros": ros,
+    "replay_buffer": replay_buffer,
     "video": video,
 }
 CLOSED = {
@@ -150,7 +151,7 @@ def _walk(path: Path, wanted: list[str], seen: set[Path]) -> Iterator[tuple[str,
     for name in wanted:
         if FORMATS[name].detect(path):
             yield name, path
-            if name in CLOSED:
+            if name in CLOSED or (name == "replay_buffer" and replay_buffer.encloses(path)):
                 return
     if path.is_dir():
         for child in sorted(path.iterdir()):
@@ -175,6 +176,7 @@ def _known(wanted: list[str]) -> str:
         "aloha": "aloha (ALOHA or ACT *.hdf5)",
         "hdf5": "hdf5 (robomimic or LIBERO *.hdf5)",
         "ros": "ros (*.mcap, ROS 2 bags, *.bag)",
+        "replay_buffer": "replay_buffer (Diffusion Policy or UMI *.zarr, *.zarr.zip)",
         "video": "video (*.mp4, *.mkv, *.webm, ...)",
     }
     return " or ".join(means[name] for name in wanted)
