@@ -285,8 +285,8 @@ def test_what_is_found_where(tmp_path):
     (tmp_path / "many" / "other.zip").write_bytes(b"PK\x03\x04 nothing")
     write_video(tmp_path / "many" / "film.mp4", numbered(3))
     assert [(format, found.name) for format, found in find(tmp_path)] == [
-        ("video", "many"),
         ("replay_buffer", "many"),
+        ("video", "many"),
         ("replay_buffer", "a.zarr"),
     ]
     refs = [ref for ref in refs_of(tmp_path) if ref.format == "replay_buffer"]

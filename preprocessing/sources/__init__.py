@@ -12,7 +12,7 @@ What a contract overrides (:mod:`preprocessing.contract`) is overridden here, on
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -33,11 +33,9 @@ FORMATS: dict[str, ModuleType] = {
     "replay_buffer": replay_buffer,
     "video": video,
 }
-CLOSED = {
-    "rlds",
-    "lerobot",
-    "calvin",
-}  # a data set's folder: what lies below it is its own (LeRobot's MP4 files are no episodes)
+# Whether a data set's folder is closed: then what lies below it is its own (LeRobot's MP4 files are no episodes).
+CLOSED: dict[str, Callable[[Path], bool]] = dict.fromkeys(("rlds", "lerobot", "calvin"), Path.is_dir)
+CLOSED["replay_buffer"] = replay_buffer.encloses
 
 
 def find(path: str | Path, format: str = "auto") -> list[tuple[str, Path]]:
@@ -151,7 +149,7 @@ def _walk(path: Path, wanted: list[str], seen: set[Path]) -> Iterator[tuple[str,
     for name in wanted:
         if FORMATS[name].detect(path):
             yield name, path
-            if name in CLOSED or (name == "replay_buffer" and replay_buffer.encloses(path)):
+            if name in CLOSED and CLOSED[name](path):
                 return
     if path.is_dir():
         for child in sorted(path.iterdir()):
