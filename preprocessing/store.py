@@ -3,7 +3,7 @@
 Layout of one repository (everything is written once, by one commit, and never changed but by ``remove``):
 
     data/GROUP/latents_CxHxW   float16 [N, C, h, w]   segments one after the other, chunks of 4 MiB
-    data/GROUP/steps_D         float32 [N, D]         action columns, then proprio columns
+    data/GROUP/steps_D         float32 [N, D]         columns of the action, of proprioception, of signals
     catalogue/PART             uint8 [bytes]          an Arrow table, one row an episode and encoding
     statistics/PART            uint8 [bytes]          one row an array of those: moments and quantiles
     quarantine/PART            uint8 [bytes]          one row a refused input
