@@ -20,13 +20,11 @@ ROUNDING = 1e-3  # of a column's largest value; float16 rounds to half of that
 
 
 def frame_hashes(grids: np.ndarray) -> np.ndarray:
-    """uint64 ``[n]`` of grey levels float32 ``[n, 16, 16]``. The mean level is left out, copies change it."""
+    """uint64 ``[n]`` of grey levels float32 ``[n, 16, 16]``."""
     from scipy.fft import dctn  # takes a moment, which whoever looks for no copies is spared
 
     waves = dctn(grids, axes=(1, 2), norm="ortho")[:, :8, :8].reshape(len(grids), 64)
-    bits = waves > WEAK
-    bits[:, 0] = False
-    return np.packbits(bits, axis=1).view(np.uint64)[:, 0]
+    return np.packbits(waves > WEAK, axis=1).view(np.uint64)[:, 0]
 
 
 def fingerprint(hashes: np.ndarray, action: np.ndarray | None) -> bytes | None:

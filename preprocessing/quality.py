@@ -166,8 +166,8 @@ class Inspector:
 def idle_steps(action: np.ndarray, layout: tuple[ActionBlock, ...]) -> np.ndarray:
     """bool ``[T]``: at which steps of the action ``[T, A]`` nothing is commanded.
 
-    A delta or a velocity then is (nearly) none; a gripper, what is absolute, and what nobody knows is as it was the
-    step before.
+    A delta or a velocity then is (nearly) none; what is absolute, as most grippers are, or of no known mode is as it
+    was the step before.
     """
     change = np.abs(np.diff(action, axis=0, prepend=action[:1]))
     idle, start = np.ones(len(action), bool), 0
@@ -175,7 +175,7 @@ def idle_steps(action: np.ndarray, layout: tuple[ActionBlock, ...]) -> np.ndarra
         columns = slice(start, start + block.size)
         start += block.size
         moved = change[:, columns]
-        if block.mode in ("delta", "velocity") and block.kind != "gripper":
+        if block.mode in ("delta", "velocity"):
             moved = np.abs(action[:, columns] - _nothing(block))
         idle &= (moved < (STILL_DEGREES if block.unit == "deg" else STILL)).all(axis=1)
     return idle

@@ -588,14 +588,18 @@ def test_images_inside_the_table(tmp_path):
     assert np.abs(frames_of(episode, "image")[2].astype(int) - quadrants(32)).mean() < 4
 
 
-def test_broken_metadata_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"LeRobot v1.6 is not read; convert"):
-        refs_of(write_lerobot(tmp_path / "x", episodes=1, codebase_version="v1.6"))
-    (tmp_path / "x" / "meta" / "info.json").write_text("{")
-    with pytest.raises(UserError, match=r"not a LeRobot info.json"):
-        refs_of(tmp_path / "x")
-    with pytest.raises(UserError, match=r"no table of episodes"):
-        refs_of(write_lerobot(tmp_path / "y", episodes=1, codebase_version="v3.0"))
+def test_broken_metadata_is_named_and_costs_only_its_data_set(tmp_path):
+    write_video(tmp_path / "clip.mp4", numbered(5))
+    write_lerobot(tmp_path / "x", episodes=1, codebase_version="v1.6")
+    write_lerobot(tmp_path / "y", episodes=1, codebase_version="v3.0")
+    write_lerobot(tmp_path / "z", episodes=1)
+    (tmp_path / "z" / "meta" / "info.json").write_text("{")
+    clip, *broken = refs_of(tmp_path)
+    assert clip.format == "video" and clip.problem is None
+    reasons = ("LeRobot v1.6 is not read; convert", "no table of episodes", "not a LeRobot info.json")
+    assert len(broken) == 3 and len({ref.id for ref in broken}) == 3
+    for ref, reason in zip(broken, reasons, strict=True):
+        assert ref.format == "lerobot" and reason in str(ref.problem)
 
 
 def same(one: Episode, other: Episode) -> bool:

@@ -11,6 +11,7 @@ What a contract overrides (:mod:`preprocessing.contract`) is overridden here, on
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -33,6 +34,8 @@ FORMATS: dict[str, ModuleType] = {
     "replay_buffer": replay_buffer,
     "video": video,
 }
+# Bytes from outside break readers in more ways than anybody foresees; one bad file must not end an ingest.
+BREAKS = (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
 # Whether a data set's folder is closed: then what lies below it is its own (LeRobot's MP4 files are no episodes).
 CLOSED: dict[str, Callable[[Path], bool]] = dict.fromkeys(("rlds", "lerobot", "calvin"), Path.is_dir)
 CLOSED["replay_buffer"] = replay_buffer.encloses
@@ -65,9 +68,19 @@ def find(path: str | Path, format: str = "auto") -> list[tuple[str, Path]]:
 def scan(format: str, path: Path) -> Iterator[EpisodeRef]:
     """The episodes at a path that ``find`` gave. Unreadable ones come too, with their ``problem``.
 
-    A file that an earlier scan read, and that has not changed since, is not read again.
+    A file that an earlier scan read, and that has not changed since, is not read again. What is broken in a data set as
+    a whole comes as one episode with a problem: it must not keep others from being read.
     """
-    return FORMATS[format].scan(path)
+    try:
+        yield from FORMATS[format].scan(path)
+    except UserError as error:
+        yield _broken(format, path, str(error))
+    except (BadEpisode, *BREAKS) as error:
+        yield _broken(format, path, f"{path}: cannot be listed: {type(error).__name__}: {error}")
+
+
+def _broken(format: str, path: Path, problem: str) -> EpisodeRef:
+    return EpisodeRef(str(path.absolute()), format, 0, hashlib.sha256(problem.encode()).hexdigest(), problem)
 
 
 def digest(ref: EpisodeRef) -> str:
@@ -79,7 +92,7 @@ def digest(ref: EpisodeRef) -> str:
         return FORMATS[ref.format].digest(ref)
     except FileNotFoundError:
         raise BadEpisode("its file has gone since it was listed") from None
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except BREAKS as error:
         raise BadEpisode(f"cannot be read again: {type(error).__name__}: {error}") from error
 
 
@@ -93,8 +106,7 @@ def load(ref: EpisodeRef, contract: DataContract | None = None, fps: float | Non
         raise BadEpisode(ref.problem)
     try:
         episode = FORMATS[ref.format].load(ref)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-        # Bytes from outside can break a reader in more ways than it foresees; one bad file must not end an ingest.
+    except BREAKS as error:
         raise BadEpisode(f"cannot be read as {ref.format}: {type(error).__name__}: {error}") from error
     _check(episode)
     episode = contract.apply(episode) if contract else _as_shipped(episode)

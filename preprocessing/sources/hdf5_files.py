@@ -46,7 +46,7 @@ def _kind(path: Path) -> Kind:
         with h5py.File(path, "r") as file:
             if isinstance(own(file, "observations"), h5py.Group) and isinstance(own(file, "action"), h5py.Dataset):
                 return "aloha"
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError, BadEpisode):
         pass
     return "demonstrations"
 
@@ -63,7 +63,10 @@ def own(group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset | None:
     """A member stored in this very file; None for one that is absent or lies, or may lie, in another."""
     if not isinstance(group.get(name, getlink=True), h5py.HardLink):
         return None
-    member = group[name]
+    try:
+        member = group[name]
+    except (KeyError, OSError, RuntimeError, ValueError) as error:
+        raise BadEpisode(f"{name} in {group.name} cannot be opened: {error}") from None
     if isinstance(member, h5py.Dataset) and (member.is_virtual or member.external):
         return None
     return member

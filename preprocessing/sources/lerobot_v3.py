@@ -246,5 +246,5 @@ def _table_of(file: Path, wanted: Callable[[str], bool] = lambda _: True) -> pa.
     try:
         with pq.ParquetFile(file) as opened:
             return opened.read([name for name in opened.schema_arrow.names if wanted(name)])
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())}); restore the file") from None

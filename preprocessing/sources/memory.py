@@ -95,6 +95,8 @@ def _examine(file: Path, read: Callable[[Path], list[Finding]]) -> tuple[list[Fi
     except OSError as error:
         reason = f"cannot be read: {error.strerror or error}"
         return [Finding(hashlib.sha256(_name(file) + reason.encode()).hexdigest(), reason)], None
+    except Exception as error:  # bytes from outside break a reader in more ways than it foresees
+        return [Finding(file_digest(file), f"cannot be read: {type(error).__name__}: {error}")], None
     at_rest = max(before.st_mtime_ns, before.st_ctime_ns) + AT_REST < began
     if at_rest and _stamp(before) == _stamp(after) and all(finding.problem is None for finding in found):
         return found, _stamp(before)

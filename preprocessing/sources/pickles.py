@@ -13,6 +13,7 @@ import math
 import pickle
 import re
 import struct
+import tokenize
 from typing import Any, ClassVar
 
 import numpy as np
@@ -42,7 +43,7 @@ def read_npy(data: bytes) -> Any:
             return values.item() if shape == () else values
         # NumPy itself would take memory for as many values as the header says, before it reads one.
         return np.frombuffer(data, kind, offset=file.tell()).reshape(shape, order="F" if fortran else "C")
-    except (ValueError, TypeError, SyntaxError, EOFError, OverflowError) as error:
+    except (ValueError, TypeError, SyntaxError, EOFError, OverflowError, tokenize.TokenError) as error:
         raise BadEpisode(f"a .npy file that cannot be read: {' '.join(str(error).split())}") from None
 
 
