@@ -20,13 +20,14 @@ from urllib.parse import unquote, urlsplit
 
 from preprocessing.contract import DataContract, shipped_for
 from preprocessing.episode import BadEpisode, Episode, EpisodeRef, UserError
-from preprocessing.sources import aloha, calvin, hdf5, lerobot, rlds, ros, video
+from preprocessing.sources import aloha, calvin, droid, hdf5, lerobot, rlds, ros, video
 from preprocessing.video import thinned
 
 FORMATS: dict[str, ModuleType] = {
     "rlds": rlds,
     "lerobot": lerobot,
     "calvin": calvin,
+    "droid": droid,
     "aloha": aloha,
     "hdf5": hdf5,
     "ros": ros,
@@ -36,6 +37,7 @@ CLOSED = {
     "rlds",
     "lerobot",
     "calvin",
+    "droid",
 }  # a data set's folder: what lies below it is its own (LeRobot's MP4 files are no episodes)
 
 
@@ -172,6 +174,7 @@ def _known(wanted: list[str]) -> str:
         "rlds": "rlds (features.json and *.tfrecord-* files)",
         "lerobot": "lerobot (meta/info.json)",
         "calvin": "calvin (ep_start_end_ids.npy)",
+        "droid": "droid (raw DROID: trajectory.h5, metadata_*.json, recordings)",
         "aloha": "aloha (ALOHA or ACT *.hdf5)",
         "hdf5": "hdf5 (robomimic or LIBERO *.hdf5)",
         "ros": "ros (*.mcap, ROS 2 bags, *.bag)",

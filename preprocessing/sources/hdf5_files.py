@@ -22,7 +22,7 @@ SUFFIXES = (".hdf5", ".h5")
 PIECE_BYTES = 2**24
 MAX_NUMBERS = 2**28  # of one name
 
-Kind = Literal["aloha", "demonstrations"]
+Kind = Literal["aloha", "droid", "demonstrations"]
 
 
 def hdf5_files(path: Path, kind: Kind) -> Iterator[Path]:
@@ -46,7 +46,10 @@ def _kind(path: Path) -> Kind:
         with h5py.File(path, "r") as file:
             if isinstance(own(file, "observations"), h5py.Group) and isinstance(own(file, "action"), h5py.Dataset):
                 return "aloha"
-    except (OSError, RuntimeError):
+            groups = [own(file, "observation"), own(file, "action")]
+            if path.name == "trajectory.h5" and all(isinstance(group, h5py.Group) for group in groups):
+                return "droid"
+    except (OSError, RuntimeError, KeyError):  # the last where a member's header is damaged
         pass
     return "demonstrations"
 
