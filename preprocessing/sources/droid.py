@@ -35,7 +35,7 @@ import h5py
 import numpy as np
 
 from preprocessing.episode import ActionBlock, BadEpisode, Episode, EpisodeRef, UserError
-from preprocessing.sources.hdf5_files import datasets, digest_of, hdf5_files, numbers
+from preprocessing.sources.hdf5_files import check_claims, datasets, digest_of, hdf5_files, numbers
 from preprocessing.sources.memory import Finding, file_digest, findings
 from preprocessing.video import first_frames, open_video, probe_video
 
@@ -205,21 +205,19 @@ def _table(file: Path, limit: int) -> dict[str, Any]:
 def _vectors(file: h5py.File) -> tuple[dict[str, np.ndarray], list[str]]:
     """All that is recorded each step, by its path, and a sentence for what misfits and may."""
     every = {name: dataset for name, dataset in datasets(file) if name.startswith(READ)}
+    if missing := [name for name in ACTION if name not in every]:
+        raise BadEpisode(f"{TRAJECTORY} has no {' and no '.join(missing)}")
     needed = (*ACTION, *(f"{STATE}{name}" for name in PROPRIO))
-    steps = next((dataset.shape[0] for name, dataset in every.items() if name == ACTION[0] and dataset.ndim), 0)
+    steps = (every[ACTION[0]].shape or (0,))[0]
     found, left_out = dict[str, np.ndarray](), list[str]()
     for name, dataset in every.items():
+        what = f"{name} is {dataset.shape} of {dataset.dtype}, not a number or a vector for each of {steps} steps"
         if dataset.ndim in (1, 2) and len(dataset) == steps and dataset.size and dataset.dtype.kind in "fiub":
             found[name] = numbers(dataset).reshape(steps, -1)
         elif name in needed:
-            raise BadEpisode(
-                f"{name} is {dataset.shape} of {dataset.dtype}, not a number or a vector for {steps} steps"
-            )
+            raise BadEpisode(what)
         else:
-            left_out.append(f"{name} is {dataset.shape} of {dataset.dtype} for {steps} steps; left out")
-    for name in ACTION:
-        if name not in found:
-            raise BadEpisode(f"{TRAJECTORY} has no {name}")
+            left_out.append(f"{what}; left out")
     return found, left_out
 
 
@@ -238,11 +236,7 @@ def _frames_to_use(films: dict[str, Path], rows: int) -> tuple[int, list[str]]:
 def _opened(path: Path) -> Iterator[h5py.File]:
     try:
         with h5py.File(path, "r") as file:
-            claimed = 0
-            for _, dataset in datasets(file):  # unwritten chunks cost a file nothing, and whoever reads them much
-                claimed += dataset.nbytes
-                if claimed > MAX_VALUES:
-                    raise BadEpisode(f"claims to hold more than {MAX_VALUES} bytes of numbers")
+            check_claims(file, MAX_VALUES)
             yield file
     except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise BadEpisode(f"cannot be read: {' '.join(str(error).split())}") from None
