@@ -99,11 +99,11 @@ def test_content_tells_where_the_name_does_not(tmp_path):
         (
             "text",
             "auto",
-            "no known format; expected rlds .* or lerobot .* or calvin .* or aloha .* or hdf5 .* or video",
+            "no known format; expected rlds .* or lerobot .* or calvin .* or droid .* or aloha .* or hdf5 .* or video",
         ),
         ("text/a.txt", "auto", "no known format"),
         ("text", "hdf5", "holds nothing of format hdf5"),
-        ("text", "rosbag", "no such format; one of auto, rlds, lerobot, calvin, aloha"),
+        ("text", "rosbag", "no such format; one of auto, rlds, lerobot, calvin, droid, aloha"),
     ],
 )
 def test_one_line_for_a_wrong_path(tmp_path, name, format, says):

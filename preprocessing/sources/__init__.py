@@ -21,13 +21,14 @@ from urllib.parse import unquote, urlsplit
 
 from preprocessing.contract import DataContract, shipped_for
 from preprocessing.episode import BadEpisode, Episode, EpisodeRef, UserError
-from preprocessing.sources import aloha, calvin, hdf5, lerobot, replay_buffer, rlds, ros, video
+from preprocessing.sources import aloha, calvin, droid, hdf5, lerobot, replay_buffer, rlds, ros, video
 from preprocessing.video import thinned
 
 FORMATS: dict[str, ModuleType] = {
     "rlds": rlds,
     "lerobot": lerobot,
     "calvin": calvin,
+    "droid": droid,
     "aloha": aloha,
     "hdf5": hdf5,
     "ros": ros,
@@ -37,7 +38,7 @@ FORMATS: dict[str, ModuleType] = {
 # Bytes from outside break readers in more ways than anybody foresees; one bad file must not end an ingest.
 BREAKS = (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
 # Whether a data set's folder is closed: then what lies below it is its own (LeRobot's MP4 files are no episodes).
-CLOSED: dict[str, Callable[[Path], bool]] = dict.fromkeys(("rlds", "lerobot", "calvin"), Path.is_dir)
+CLOSED: dict[str, Callable[[Path], bool]] = dict.fromkeys(("rlds", "lerobot", "calvin", "droid"), Path.is_dir)
 CLOSED["replay_buffer"] = replay_buffer.encloses
 
 
@@ -183,6 +184,7 @@ def _known(wanted: list[str]) -> str:
         "rlds": "rlds (features.json and *.tfrecord-* files)",
         "lerobot": "lerobot (meta/info.json)",
         "calvin": "calvin (ep_start_end_ids.npy)",
+        "droid": "droid (raw DROID: trajectory.h5, metadata_*.json, recordings)",
         "aloha": "aloha (ALOHA or ACT *.hdf5)",
         "hdf5": "hdf5 (robomimic or LIBERO *.hdf5)",
         "ros": "ros (*.mcap, ROS 2 bags, *.bag)",

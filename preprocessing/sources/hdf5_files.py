@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +22,9 @@ SIGNATURE = b"\x89HDF\r\n\x1a\n"
 SUFFIXES = (".hdf5", ".h5")
 PIECE_BYTES = 2**24
 MAX_NUMBERS = 2**28  # of one name
+MAX_UNWRITTEN = 2**16  # chunks
 
-Kind = Literal["aloha", "demonstrations"]
+Kind = Literal["aloha", "droid", "demonstrations"]
 
 
 def hdf5_files(path: Path, kind: Kind) -> Iterator[Path]:
@@ -46,6 +48,9 @@ def _kind(path: Path) -> Kind:
         with h5py.File(path, "r") as file:
             if isinstance(own(file, "observations"), h5py.Group) and isinstance(own(file, "action"), h5py.Dataset):
                 return "aloha"
+            groups = [own(file, "observation"), own(file, "action")]
+            if path.name == "trajectory.h5" and all(isinstance(group, h5py.Group) for group in groups):
+                return "droid"
     except (OSError, RuntimeError, BadEpisode):
         pass
     return "demonstrations"
@@ -77,6 +82,19 @@ def numbers(dataset: h5py.Dataset) -> np.ndarray:
     if dataset.dtype.kind not in "fiub" or dataset.size > MAX_NUMBERS:
         raise BadEpisode(f"{dataset.name} is {dataset.shape} of {dataset.dtype}, not a number or a vector a step")
     return dataset[()].astype(np.float32)
+
+
+def check_claims(group: h5py.Group, most: int) -> None:
+    """BadEpisode where the data sets below claim more bytes than that. Chunks that were never written cost a file
+    nothing, but whoever reads them time: those are counted too."""
+    claimed = unwritten = 0
+    for _, dataset in datasets(group):
+        claimed += dataset.nbytes
+        if dataset.chunks:
+            parts = (math.ceil(size / part) for size, part in zip(dataset.shape, dataset.chunks, strict=True))
+            unwritten += math.prod(parts) - dataset.id.get_num_chunks()
+        if claimed > most or unwritten > MAX_UNWRITTEN:
+            raise BadEpisode(f"claims to hold {claimed} bytes, of which {unwritten} pieces were never written")
 
 
 def text(value: Any) -> str:

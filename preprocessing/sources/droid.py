@@ -1,0 +1,258 @@
+"""DROID as its robots recorded it: a folder an episode, ``LAB/success/DATE/TIME/``, not yet made into RLDS.
+
+``trajectory.h5`` has a row a step (keys are listed in ``scripts/convert/to_tfrecord.py``): commands under ``action``,
+what was measured under ``observation/robot_state``, the teleoperator's buttons under ``observation/controller_info``.
+``metadata_UUID.json`` says which camera is which (``droid/postprocessing/schema.py``), ``recordings/MP4/SERIAL.mp4`` is
+the left picture of one; ``SERIAL-stereo.mp4`` and SVO files are not read. Sentences lie in one file above all episodes,
+``aggregated-annotations-*.json``, by UUID. The layout: https://droid-dataset.github.io/droid/the-droid-dataset and
+https://github.com/droid-dataset/droid. Notable there:
+
+- Row t is what was seen and then commanded (``droid/trajectory_utils/misc.py``), at 15 Hz (``droid/robot_env.py``).
+  Films have one frame less than there are rows (issue 54) and are paired from the beginning, as DROID's own reader
+  does; their own rate, the camera's, means nothing.
+- Speeds of the tool are shares of 0.075 m and 0.15 rad a step (``droid/robot_ik/robot_ik_solver.py``), along and about
+  the base's axes (``add_poses`` in ``droid/misc/transformations.py``); a gripper is closed at 1 (``franka/robot.py``).
+- While ``movement_enabled`` is 0 the robot was held, and ``skip_action`` is 1: such steps are kept, both are signals.
+
+Cameras' poses and clocks are not read. An episode's digest covers the values of its trajectory, its films, its
+sentences and whether it is called a success, so that its folder may have any name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from preprocessing.episode import ActionBlock, BadEpisode, Episode, EpisodeRef, UserError
+from preprocessing.sources.hdf5_files import check_claims, datasets, digest_of, hdf5_files, numbers
+from preprocessing.sources.memory import Finding, file_digest, findings
+from preprocessing.video import first_frames, open_video, probe_video
+
+FPS = 15.0
+TRAJECTORY = "trajectory.h5"
+CAMERAS = {"wrist": "wrist_cam_serial", "exterior_1": "ext1_cam_serial", "exterior_2": "ext2_cam_serial"}
+ANNOTATIONS = "aggregated-annotations-*.json"
+LEVELS = 4  # DATE, success, LAB, and the data set's own folder
+ACTION = ("action/cartesian_velocity", "action/gripper_position")
+STATE = "observation/robot_state/"
+PROPRIO = ("cartesian_position", "gripper_position", "joint_positions", "joint_velocities")  # what DROID's policies see
+READ = ("action/", STATE, "observation/controller_info/", "observation/timestamp/skip_action")
+LAYOUT = (
+    ActionBlock(name="position", size=3, kind="position", mode="velocity", frame="base", unit="scaled"),
+    ActionBlock(
+        name="rotation",
+        size=3,
+        kind="rotation",
+        representation="euler_xyz",
+        mode="velocity",
+        frame="base",
+        unit="scaled",
+    ),
+    ActionBlock(name="gripper", size=1, kind="gripper", mode="absolute", gripper_one_means="closed"),
+)
+MAX_METADATA = 2**20  # bytes; published ones have 2,000
+MAX_ANNOTATIONS = 2**26  # bytes; the published file has 12 million
+MAX_VALUES = 2**30  # bytes that one trajectory may claim to hold; published ones have a few million
+
+
+def detect(path: Path) -> bool:
+    """A trajectory that cannot be opened is one all the same if metadata lie beside it: its films are no episodes."""
+    file = path if path.name == TRAJECTORY else path / TRAJECTORY
+    return file.is_file() and (any(True for _ in hdf5_files(file, "droid")) or bool(_metadata_files(file.parent)))
+
+
+def scan(path: Path) -> Iterator[EpisodeRef]:
+    folder = (path.parent if path.is_file() else path).absolute()
+    uri = str(folder / TRAJECTORY)
+    try:
+        recording = _recording(folder)
+    except BadEpisode as error:
+        nothing = hashlib.sha256(f"{folder.name} {error}".encode()).hexdigest()
+        yield EpisodeRef(uri, "droid", 0, nothing, str(error))
+        return
+    parts = {file: part for file, [part] in findings("droid", recording.files, _read)}
+    problem = next((f"{file.name} {part.problem}" for file, part in parts.items() if part.problem), None)
+    yield EpisodeRef(uri, "droid", 0, recording.digest([part.digest for part in parts.values()]), problem)
+
+
+def digest(ref: EpisodeRef) -> str:
+    recording = _recording(Path(ref.uri).parent)
+    return recording.digest([_digest(file) for file in recording.files])
+
+
+def load(ref: EpisodeRef) -> Episode:
+    recording = _recording(Path(ref.uri).parent)
+    with _opened(Path(ref.uri)) as file:
+        vectors, left_out = _vectors(file)
+    action = np.concatenate([vectors[name] for name in ACTION], axis=1)
+    if action.shape[1] != sum(block.size for block in LAYOUT):
+        raise BadEpisode(f"{' and '.join(ACTION)} have {action.shape[1]} columns, not 7")
+    frames, cut = _frames_to_use(recording.films, len(action))
+    videos = {camera: open_video(film) for camera, film in recording.films.items()}
+    seen = [f"{STATE}{name}" for name in PROPRIO if f"{STATE}{name}" in vectors]
+    return Episode(
+        ref=ref,
+        fps=FPS,
+        cameras={camera: first_frames(video, frames) if cut else video for camera, video in videos.items()},
+        proprio={name.removeprefix(STATE): vectors[name][:frames] for name in seen},
+        action=action[:frames],
+        action_layout=LAYOUT,
+        instruction=next((text for name, text in recording.texts.items() if name.startswith("language")), None),
+        success=recording.success,
+        embodiment="panda",
+        repairs=(*recording.repairs, *cut, *left_out),
+        signals={name: rows[:frames] for name, rows in vectors.items() if name not in seen},
+        texts=recording.texts,
+    )
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What lies in an episode's folder, and what is said of it elsewhere."""
+
+    folder: Path
+    films: dict[str, Path]  # by camera, in the order of CAMERAS
+    texts: dict[str, str]
+    recorded_success: bool | None
+    repairs: list[str]
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.folder / TRAJECTORY, *self.films.values()]
+
+    @property
+    def success(self) -> bool | None:
+        if self.recorded_success is not None:
+            return self.recorded_success
+        return {"success": True, "failure": False}.get(self.folder.parent.parent.name)
+
+    def digest(self, files: list[str]) -> str:
+        said = [files, list(self.films), self.texts, self.recorded_success]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+def _recording(folder: Path) -> Recording:
+    metadata = _metadata(folder)
+    films, repairs = dict[str, Path](), list[str]()
+    for camera, key in CAMERAS.items():
+        serial = str(metadata.get(key) or "")
+        film = folder / "recordings" / "MP4" / f"{serial}.mp4"
+        if re.fullmatch(r"\w+", serial) and film.is_file():  # a name, which leads nowhere else
+            films[camera] = film
+        else:
+            repairs.append(f"camera {camera} has no film for its {key}, {serial or 'which is not named'}; dropped")
+    if not films:
+        raise BadEpisode("holds no film in recordings/MP4 of a camera that its metadata name (SVO files are not read)")
+    task, success = metadata.get("current_task"), metadata.get("success")
+    texts = _sentences(folder, str(metadata.get("uuid")))
+    if isinstance(task, str) and task.strip():
+        texts["current_task"] = task.strip()  # what kind of thing to do, as a menu has it: no instruction
+    return Recording(folder, films, texts, success if isinstance(success, bool) else None, repairs)
+
+
+def _metadata_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("metadata_*.json"))
+
+
+def _metadata(folder: Path) -> dict[str, Any]:
+    file = next(iter(_metadata_files(folder)), None)
+    if file is None:
+        raise BadEpisode("has no metadata_*.json, which says which camera is which")
+    try:
+        return _table(file, MAX_METADATA)
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadEpisode(f"{file.name} cannot be read: {error}") from None
+
+
+def _sentences(folder: Path, uuid: str) -> dict[str, str]:
+    """What annotators wrote of an episode, from the nearest list above it."""
+    for above in islice(folder.parents, LEVELS):
+        for file in sorted(above.glob(ANNOTATIONS))[-1:]:
+            sentences = _annotations(file, file.stat().st_mtime_ns).get(uuid)
+            found = sentences.items() if isinstance(sentences, dict) else []
+            return {name: text.strip() for name, text in sorted(found) if isinstance(text, str) and text.strip()}
+    return {}
+
+
+@lru_cache(maxsize=1)  # one list for 76,000 episodes
+def _annotations(file: Path, _changed: int) -> dict[str, Any]:
+    try:
+        return _table(file, MAX_ANNOTATIONS)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: no list of sentences ({error}); restore the file, or move it away") from None
+
+
+def _table(file: Path, limit: int) -> dict[str, Any]:
+    if (size := file.stat().st_size) > limit:
+        raise ValueError(f"{size} bytes, more than {limit}")
+    table = json.loads(file.read_bytes())
+    if not isinstance(table, dict):
+        raise ValueError("not a JSON object")
+    return table
+
+
+def _vectors(file: h5py.File) -> tuple[dict[str, np.ndarray], list[str]]:
+    """All that is recorded each step, by its path, and a sentence for what misfits and may."""
+    every = {name: dataset for name, dataset in datasets(file) if name.startswith(READ)}
+    if missing := [name for name in ACTION if name not in every]:
+        raise BadEpisode(f"{TRAJECTORY} has no {' and no '.join(missing)}")
+    needed = (*ACTION, *(f"{STATE}{name}" for name in PROPRIO))
+    steps = (every[ACTION[0]].shape or (0,))[0]
+    found, left_out = dict[str, np.ndarray](), list[str]()
+    for name, dataset in every.items():
+        what = f"{name} is {dataset.shape} of {dataset.dtype}, not a number or a vector for each of {steps} steps"
+        if dataset.ndim in (1, 2) and len(dataset) == steps and dataset.size and dataset.dtype.kind in "fiub":
+            found[name] = numbers(dataset).reshape(steps, -1)
+        elif name in needed:
+            raise BadEpisode(what)
+        else:
+            left_out.append(f"{what}; left out")
+    return found, left_out
+
+
+def _frames_to_use(films: dict[str, Path], rows: int) -> tuple[int, list[str]]:
+    """By what the films declare, so nothing is decoded here; one that does not is left to whoever decodes it."""
+    counts = {camera: probe_video(film).declared_frames or rows for camera, film in films.items()}
+    for camera, count in counts.items():
+        if abs(count - rows) > 1:
+            raise BadEpisode(f"camera {camera} declares {count} frames, the trajectory has {rows} rows")
+    frames = min([rows, *counts.values()])
+    slips = [f"{camera} has {count}" for camera, count in counts.items() if count != rows]
+    return frames, [f"the trajectory has {rows} rows, {', '.join(slips)} frames; cut to {frames}"] if slips else []
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[h5py.File]:
+    try:
+        with h5py.File(path, "r") as file:
+            check_claims(file, MAX_VALUES)
+            yield file
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise BadEpisode(f"cannot be read: {' '.join(str(error).split())}") from None
+
+
+def _digest(file: Path) -> str:
+    if file.name != TRAJECTORY:
+        return file_digest(file)
+    with _opened(file) as opened:
+        return digest_of(opened, {})
+
+
+def _read(file: Path) -> list[Finding]:
+    try:
+        if file.name != TRAJECTORY:
+            probe_video(file)
+        return [Finding(_digest(file))]
+    except BadEpisode as error:
+        return [Finding(file_digest(file), str(error))]
