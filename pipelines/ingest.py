@@ -189,7 +189,9 @@ def _new_work(
     work = []
     for source, ref in refs:
         contract, size = plan.contracts[source], plan.recipe.image_size
-        rate = plan.recipe.fps if ref.format == "video" else None  # robot logs keep the rate of their actions
+        rate = (
+            plan.recipe.fps if ref.format in sources.ACTIONLESS else None
+        )  # robot logs keep the rate of their actions
         keys = {name: work_key(ref.id, contract, d, size, rate) for name, d in plan.encoders.items()}
         missing = {name: key for name, key in keys.items() if key not in known}
         quarantine_key = work_key(ref.id, contract, plan.strictness, 0, None)

@@ -24,6 +24,7 @@ from pipelines.recipe import IngestRecipe
 from preprocessing import sources
 from preprocessing.encoders import encoder_digest, load_encoder
 from preprocessing.episode import UserError
+from preprocessing.quality import Filters
 from preprocessing.store import LatentStore
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -140,7 +141,7 @@ def test_too_many_bad_inputs_stop_the_job_and_keep_what_is_good(
 
     monkeypatch.setattr(ingest_job, "decode", bad_ones_last)
     with pytest.raises(UserError, match=r"4 of 8 episodes are bad, more than --max-bad 0\.4"):
-        ingest([str(tmp_path)], store, IngestRecipe(max_bad=0.4))
+        ingest([str(tmp_path)], store, IngestRecipe(max_bad=0.4, quality=Filters(frozen=None)))
     snapshot = LatentStore.open(store).snapshot()
     names = [Path(uri).name for uri in snapshot.episodes(["uri"])["uri"].to_pylist()]
     assert "0.mp4" in names and len(names) < 4
@@ -163,12 +164,11 @@ def test_a_store_that_takes_no_commits_stops_a_long_job_early(
     gc.disable()  # nothing but the next ingest itself may free the cores that this one took
     try:
         with pytest.raises(PermissionError, match="revoked"):
-            ingest([str(tmp_path)], str(tmp_path / "store"))
+            ingest([str(tmp_path)], str(tmp_path / "store"), IngestRecipe(quality=Filters(frozen=None)))
         assert len(asked) > 3 and len(asked[-1][2]) < 4  # its last breath came before all was encoded
         monkeypatch.undo()
-        assert (
-            ingest([str(tmp_path / "0.mp4")], str(tmp_path / "store"), IngestRecipe(image_size=64)).episodes["new"] == 1
-        )
+        small = IngestRecipe(image_size=64, quality=Filters(frozen=None))
+        assert ingest([str(tmp_path / "0.mp4")], str(tmp_path / "store"), small).episodes["new"] == 1
     finally:
         gc.enable()
 

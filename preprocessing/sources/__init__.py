@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 
 from preprocessing.contract import DataContract, shipped_for
 from preprocessing.episode import BadEpisode, Episode, EpisodeRef, UserError
-from preprocessing.sources import aloha, calvin, droid, hdf5, lerobot, replay_buffer, rlds, ros, video
+from preprocessing.sources import aloha, calvin, droid, hdf5, lerobot, replay_buffer, rlds, ros, video, webdataset
 from preprocessing.video import thinned
 
 FORMATS: dict[str, ModuleType] = {
@@ -33,8 +33,10 @@ FORMATS: dict[str, ModuleType] = {
     "hdf5": hdf5,
     "ros": ros,
     "replay_buffer": replay_buffer,
+    "webdataset": webdataset,
     "video": video,
 }
+ACTIONLESS = ("webdataset", "video")  # may be thinned; robot logs keep the rate of their actions
 # Bytes from outside break readers in more ways than anybody foresees; one bad file must not end an ingest.
 BREAKS = (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
 # Whether a data set's folder is closed: then what lies below it is its own (LeRobot's MP4 files are no episodes).
@@ -189,6 +191,7 @@ def _known(wanted: list[str]) -> str:
         "hdf5": "hdf5 (robomimic or LIBERO *.hdf5)",
         "ros": "ros (*.mcap, ROS 2 bags, *.bag)",
         "replay_buffer": "replay_buffer (Diffusion Policy or UMI *.zarr, *.zarr.zip)",
+        "webdataset": "webdataset (*.tar of clips, not packed)",
         "video": "video (*.mp4, *.mkv, *.webm, ...)",
     }
     return " or ".join(means[name] for name in wanted)
