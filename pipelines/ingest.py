@@ -22,7 +22,7 @@ from pipelines.committer import Committer
 from pipelines.ingest_job import run
 from pipelines.reading import READER, Plan, Work
 from pipelines.recipe import IngestRecipe, load_recipe
-from preprocessing import sources
+from preprocessing import limits, sources
 from preprocessing.contract import DataContract
 from preprocessing.encoders import encoder_digest
 from preprocessing.episode import BadEpisode, EpisodeRef, UserError
@@ -87,6 +87,7 @@ def ingest(
     """
     began = time.monotonic()
     recipe = recipe or load_recipe("ingest", [], IngestRecipe)
+    limits.use(recipe.limits)
     places = [place for uri in uris for place in sources.find(uri, format)]
     digests = {_in_full(name): encoder_digest(name, recipe.precision) for name in recipe.encoder}
     store = LatentStore.open(store_uri) if dry_run else LatentStore.create(store_uri)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import pickle
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -787,14 +788,32 @@ def test_hdf5_keeps_what_is_recorded_beside_the_action(tmp_path):
     assert first.texts == {"problem_info/language_instruction": "open the drawer", "ep_meta/lang": "open it"}
 
 
-def test_a_data_set_that_claims_more_than_memory_holds(tmp_path):
+@pytest.mark.parametrize(
+    "claim, says",
+    [
+        ({"shape": (5, 2**30), "chunks": (1, 1024)}, r"huge claims to hold 21474836480 bytes, but only 0 are there"),
+        ({"shape": (5, 2**20), "chunks": (1, 8)}, r"huge claims to hold 20971520 bytes, but only 0 are there"),
+        ({"shape": (2**29,), "chunks": (2**29,)}, r"huge comes in pieces of \(536870912,\), more than limits.array"),
+        ({"shape": (5, 2**14, 2**14, 3), "dtype": "u1"}, r"holds pictures of \(16384, 16384\), more than limits.pic"),
+        ({"shape": (2**40, 3)}, r"huge claims to hold 13194139533312 bytes, but only 0 are there"),
+    ],
+)
+def test_a_data_set_that_claims_more_than_memory_holds(tmp_path, claim, says):
     path = write_demos(tmp_path / "a.hdf5", demos=2)
     with h5py.File(path, "a") as file:
-        file["data/demo_0"].create_dataset("huge", shape=(5, 2**30), chunks=(1, 1024), dtype="f4")
-    refs = [EpisodeRef(str(path), "hdf5", index, "") for index in range(2)]  # hashing them all would take minutes
-    with pytest.raises(BadEpisode, match=r"huge is \(5, 1073741824\) of float32"):
-        load(refs[0])
-    assert load(refs[1]).action is not None
+        file["data/demo_0"].create_dataset("huge", **claim)
+    broken, whole = refs_of(path)
+    assert re.search(says, str(broken.problem)) and load(whole).action is not None
+
+
+def test_groups_that_lead_in_circles(tmp_path):
+    path = write_demos(tmp_path / "a.hdf5", demos=2)
+    with h5py.File(path, "a") as file:
+        demo = file["data/demo_0"]
+        for name in ("a", "b"):
+            demo[name] = demo  # two at each level: 2^n paths
+    broken, whole = refs_of(path)
+    assert str(broken.problem).startswith("demo_0 cannot be read: ") and load(whole).action is not None
 
 
 def test_links_to_other_files_are_not_followed(tmp_path):

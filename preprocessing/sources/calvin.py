@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from preprocessing.episode import ActionBlock, BadEpisode, Episode, EpisodeRef, UserError
+from preprocessing.episode import FRAMES_PER_CHUNK, ActionBlock, BadEpisode, Episode, EpisodeRef, UserError
+from preprocessing.limits import limits
 from preprocessing.sources.memory import Finding, file_digest, findings
 from preprocessing.sources.pickles import read_npy
 from preprocessing.video import sliced_video
@@ -36,8 +37,6 @@ SENTENCES = Path("lang_annotations") / "auto_lang_ann.npy"
 SIGNALS = ("actions", "scene_obs")  # absolute actions; what the simulator's doors, lamps and blocks are like
 SPLITS = ("training", "validation")
 CAMERAS = {"rgb_static": "static", "rgb_gripper": "gripper"}
-MAX_BYTES = 2**26  # of one array of one step
-MAX_STEPS = 10**7  # of one episode
 LAYOUT = (
     ActionBlock(name="position", size=3, kind="position", mode="delta", frame="base", unit="scaled"),
     ActionBlock(
@@ -136,7 +135,7 @@ def _stretches(folder: Path) -> list[Stretch]:
 
 
 def _checked(first: Any, last: Any, sentence: str | None) -> Stretch:
-    if not 0 <= int(first) <= int(last) < int(first) + MAX_STEPS:
+    if not 0 <= int(first) <= int(last) < int(first) + limits().episode_steps:
         raise ValueError(f"steps {first} to {last}")
     return Stretch(int(first), int(last), sentence)
 
@@ -169,8 +168,9 @@ def _array(file: Path, arrays: zipfile.ZipFile, name: str) -> np.ndarray:
     if f"{name}.npy" not in arrays.namelist():
         raise BadEpisode(f"{file.name} holds no {name}")
     member = arrays.getinfo(f"{name}.npy")
-    if member.file_size > MAX_BYTES:
-        raise BadEpisode(f"{name} in {file.name} unpacks to {member.file_size} bytes")
+    if member.file_size > limits().array_bytes // FRAMES_PER_CHUNK:  # so many are held at once
+        where = f"{name} in {file.name} unpacks to {member.file_size} bytes"
+        raise BadEpisode(f"{where}, more than a {FRAMES_PER_CHUNK}th of limits.array_bytes")
     return np.asarray(read_npy(arrays.read(member)))
 
 

@@ -35,7 +35,7 @@ import h5py
 import numpy as np
 
 from preprocessing.episode import ActionBlock, BadEpisode, Episode, EpisodeRef, UserError
-from preprocessing.sources.hdf5_files import check_claims, datasets, digest_of, hdf5_files, numbers
+from preprocessing.sources.hdf5_files import datasets, digest_of, hdf5_files, numbers
 from preprocessing.sources.memory import Finding, file_digest, findings
 from preprocessing.video import first_frames, open_video, probe_video
 
@@ -63,7 +63,6 @@ LAYOUT = (
 )
 MAX_METADATA = 2**20  # bytes; published ones have 2,000
 MAX_ANNOTATIONS = 2**26  # bytes; the published file has 12 million
-MAX_VALUES = 2**30  # bytes that one trajectory may claim to hold; published ones have a few million
 
 
 def detect(path: Path) -> bool:
@@ -236,7 +235,6 @@ def _frames_to_use(films: dict[str, Path], rows: int) -> tuple[int, list[str]]:
 def _opened(path: Path) -> Iterator[h5py.File]:
     try:
         with h5py.File(path, "r") as file:
-            check_claims(file, MAX_VALUES)
             yield file
     except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise BadEpisode(f"cannot be read: {' '.join(str(error).split())}") from None

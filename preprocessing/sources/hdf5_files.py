@@ -17,12 +17,14 @@ import h5py
 import numpy as np
 
 from preprocessing.episode import BadEpisode
+from preprocessing.limits import limits
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 SUFFIXES = (".hdf5", ".h5")
 PIECE_BYTES = 2**24
-MAX_NUMBERS = 2**28  # of one name
-MAX_UNWRITTEN = 2**16  # chunks
+MAX_UNWRITTEN = 2**16  # chunks: they cost a file nothing, but whoever reads them time
+MAX_PACKED = 4096  # times smaller than unpacked; Deflate's best is 1032
+MAX_MEMBERS = 2**16  # of one episode; links among groups may make any number of few
 
 Kind = Literal["aloha", "droid", "demonstrations"]
 
@@ -79,22 +81,25 @@ def own(group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset | None:
 
 def numbers(dataset: h5py.Dataset) -> np.ndarray:
     """Its values, unless it claims to hold more than memory does."""
-    if dataset.dtype.kind not in "fiub" or dataset.size > MAX_NUMBERS:
+    if dataset.dtype.kind not in "fiub" or 4 * dataset.size > limits().array_bytes:
         raise BadEpisode(f"{dataset.name} is {dataset.shape} of {dataset.dtype}, not a number or a vector a step")
     return dataset[()].astype(np.float32)
 
 
-def check_claims(group: h5py.Group, most: int) -> None:
-    """BadEpisode where the data sets below claim more bytes than that. Chunks that were never written cost a file
-    nothing, but whoever reads them time: those are counted too."""
-    claimed = unwritten = 0
-    for _, dataset in datasets(group):
-        claimed += dataset.nbytes
-        if dataset.chunks:
-            parts = (math.ceil(size / part) for size, part in zip(dataset.shape, dataset.chunks, strict=True))
-            unwritten += math.prod(parts) - dataset.id.get_num_chunks()
-        if claimed > most or unwritten > MAX_UNWRITTEN:
-            raise BadEpisode(f"claims to hold {claimed} bytes, of which {unwritten} pieces were never written")
+def check_claims(dataset: h5py.Dataset) -> None:
+    """BadEpisode where it claims to hold what no file of its size does, or in larger pieces than memory may hold."""
+    most, is_picture = limits(), dataset.ndim == 4
+    if is_picture and dataset.shape[1] * dataset.shape[2] > most.picture_pixels:
+        raise BadEpisode(f"{dataset.name} holds pictures of {dataset.shape[1:3]}, more than limits.picture_pixels")
+    if math.prod(dataset.chunks or ()) * dataset.dtype.itemsize > most.array_bytes:
+        raise BadEpisode(f"{dataset.name} comes in pieces of {dataset.chunks}, more than limits.array_bytes")
+    unwritten = 0
+    if dataset.chunks:
+        parts = (math.ceil(size / part) for size, part in zip(dataset.shape, dataset.chunks, strict=True))
+        unwritten = math.prod(parts) - dataset.id.get_num_chunks()
+    stored = dataset.id.get_storage_size()
+    if unwritten > MAX_UNWRITTEN or dataset.nbytes > max(most.array_bytes, MAX_PACKED * stored):
+        raise BadEpisode(f"{dataset.name} claims to hold {dataset.nbytes} bytes, but only {stored} are there")
 
 
 def text(value: Any) -> str:
@@ -121,6 +126,7 @@ def digest_of(group: h5py.Group, attributes: dict[str, Any]) -> str:
         if value is not None:
             sha.update(f"{name}={text(value) or value};".encode())
     for key, dataset in datasets(group):
+        check_claims(dataset)
         sha.update(f"{key} {dataset.dtype.str} {dataset.shape};".encode())
         rows = max(1, PIECE_BYTES // max(1, dataset.nbytes // max(1, len(dataset) if dataset.ndim else 1)))
         for start in range(0, len(dataset) if dataset.ndim else 1, rows):
@@ -134,12 +140,17 @@ def digest_of(group: h5py.Group, attributes: dict[str, Any]) -> str:
     return sha.hexdigest()
 
 
-def datasets(group: h5py.Group, prefix: str = "") -> Iterator[tuple[str, h5py.Dataset]]:
+def datasets(
+    group: h5py.Group, prefix: str = "", left: Iterator[int] | None = None
+) -> Iterator[tuple[str, h5py.Dataset]]:
     """All below a group, by name."""
+    left = left or iter(range(MAX_MEMBERS))
     for key in sorted(group):
+        if next(left, None) is None:
+            raise BadEpisode(f"{group.name} has more than {MAX_MEMBERS} members")
         member = own(group, key)
         if isinstance(member, h5py.Group):
-            yield from datasets(member, f"{prefix}{key}/")
+            yield from datasets(member, f"{prefix}{key}/", left)
         elif isinstance(member, h5py.Dataset) and member.shape is not None:
             yield f"{prefix}{key}", member
 

@@ -23,13 +23,13 @@ from pathlib import Path
 import numpy as np
 
 from preprocessing.episode import ActionBlock, BadEpisode, Episode, EpisodeRef, Video
+from preprocessing.limits import limits
 from preprocessing.sources.memory import Finding, file_digest, findings
 from preprocessing.sources.replay_buffer_files import Buffer, buffers, digests, found_in, is_picture, vectors
 from preprocessing.sources.zarr_v2 import ZarrArray
 from preprocessing.thinning import kept_before
 from preprocessing.video import chunks, first_frames, open_video, probe_video, resize, thinned
 
-MAX_NUMBERS = 2**28  # bytes of an episode that are no pictures
 WIDE = 1024  # numbers a step: point clouds and depth have more
 PROPRIO = re.compile(r"(robot|agent_pos|state|qpos|qvel|eef|joint|gripper|proprio)(?!.*(demo_|action))")
 RATES = {"umi": (59.94, "a GoPro's"), "pusht": (10.0, "PushT's"), "unknown": (10.0, "Diffusion Policy's")}
@@ -135,8 +135,8 @@ def _numbers(buffer: Buffer, start: int, stop: int) -> tuple[dict[str, np.ndarra
                 repairs.append(f"{name} is {array.shape[1:]} numbers a step, neither RGB nor a vector; dropped")
         elif not is_picture(array):
             numbers[name] = array
-    if sum(array.row_bytes for array in numbers.values()) * (stop - start) > MAX_NUMBERS:
-        raise BadEpisode(f"its numbers unpack to more than {MAX_NUMBERS} bytes")
+    if sum(array.row_bytes for array in numbers.values()) * (stop - start) > limits().array_bytes:
+        raise BadEpisode("its numbers unpack to more than limits.array_bytes")
     values = dict[str, np.ndarray]()
     for name, array in numbers.items():
         if lacking := array.not_stored(start, stop):

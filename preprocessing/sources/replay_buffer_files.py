@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from preprocessing.episode import BadEpisode
+from preprocessing.limits import limits
 from preprocessing.sources.memory import AT_REST, Finding, file_digest, findings
 from preprocessing.sources.zarr_v2 import Folder, NoNumbersError, ZarrArray, Zip, open_array
 
@@ -25,7 +26,6 @@ ENDS = "meta/episode_ends"
 MARK = f"{ENDS}/.zarray"
 MAX_ARRAYS = 256
 MAX_EPISODES = 10**6
-MAX_STEPS = 10**7
 
 
 def buffers(path: Path) -> Iterator[Path]:
@@ -71,8 +71,8 @@ class Buffer:
         if len(ends.shape) != 1 or not 0 < ends.shape[0] <= MAX_EPISODES or ends.dtype.kind not in "iu":
             raise BadEpisode(f"{ENDS} is no list of steps, but {ends.dtype} of shape {ends.shape}")
         listed = vectors(ends, 0, ends.shape[0])[:, 0].tolist()
-        if any(after < before for before, after in pairwise([0, *listed])) or listed[-1] > MAX_STEPS:
-            raise BadEpisode(f"{ENDS} does not ascend from 0 to at most {MAX_STEPS}")
+        if not all(0 <= after - before <= limits().episode_steps for before, after in pairwise([0, *listed])):
+            raise BadEpisode(f"{ENDS} does not ascend from 0, or in steps larger than limits.episode_steps")
         return cls(arrays, listed, tuple(dropped))
 
     def rows(self, index: int) -> tuple[int, int]:

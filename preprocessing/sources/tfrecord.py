@@ -18,9 +18,9 @@ import google_crc32c
 import numpy as np
 
 from preprocessing.episode import BadEpisode
+from preprocessing.limits import limits
 from preprocessing.sources.memory import Finding
 
-MAX_RECORD_BYTES = 2**30
 PIECE = 2**20
 
 Feature = np.ndarray | list[bytes]
@@ -51,8 +51,8 @@ def records(shard: Path) -> Iterator[Finding]:
                 return
             digest, crc = _hash(file, start + 12, length)
             problem = None
-            if length > MAX_RECORD_BYTES:
-                problem = f"is {length} bytes long, more than {MAX_RECORD_BYTES}"
+            if length > limits().array_bytes:
+                problem = f"is {length} bytes long, more than limits.array_bytes"
             elif _masked(crc) != struct.unpack("<I", file.read(4))[0]:
                 problem = "has a wrong checksum: its bytes were damaged"
             where = f"record {index} at byte {start} of {shard.name}"
@@ -70,7 +70,7 @@ def read_record(shard: Path, index: int) -> bytes:
                 break
             file.seek(length + 4, 1)
         length = _length(file)
-        if length is None or length > MAX_RECORD_BYTES:
+        if length is None or length > limits().array_bytes:
             raise BadEpisode(f"{shard.name} has no readable record {index}")
         return file.read(length)
 

@@ -30,8 +30,8 @@ from numcodecs import blosc, lz4
 from pydantic import BaseModel, NonNegativeInt, PositiveInt, ValidationError
 
 from preprocessing.episode import BadEpisode
+from preprocessing.limits import limits
 
-MAX_CHUNK = 2**29  # bytes of the chunks that hold the same rows, unpacked
 MAX_ROW = 2**26
 MAX_METADATA = 2**16
 MAX_DIMENSIONS = 6
@@ -166,8 +166,8 @@ def open_array(store: Folder | Zip, path: str) -> ZarrArray:
     array = ZarrArray(store, path, metadata)
     if not 0 < array.row_bytes <= MAX_ROW:
         raise BadEpisode(f"a row of {path} is {array.row_bytes} bytes, no step of a recording")
-    if max(array._chunk_bytes, array.row_bytes * array.rows_per_slab) > MAX_CHUNK:
-        raise BadEpisode(f"a chunk of {path} unpacks to more than {MAX_CHUNK} bytes")
+    if max(array._chunk_bytes, array.row_bytes * array.rows_per_slab) > limits().array_bytes:
+        raise BadEpisode(f"a chunk of {path} unpacks to more than limits.array_bytes")
     if math.prod(_pieces(metadata)) > MAX_PIECES:
         raise BadEpisode(f"{path} is cut into more than {MAX_PIECES} chunks a row")
     return array
