@@ -15,8 +15,6 @@ import h5py
 import numpy as np
 import pytest
 from formats import REAL, numbered, quadrants, write_aloha, write_demos
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from preprocessing.contract import DataContract
@@ -499,26 +497,3 @@ def test_what_is_broken_is_named_and_costs_only_its_episode(tmp_path, break_it, 
     assert (broken.format, whole.problem) == ("droid", None) and load(whole).action is not None
     with pytest.raises(BadEpisode, match=says):
         load(broken)
-
-
-def test_no_damage_breaks_anything_else(tmp_path):
-    folder = toy(3, size=16).write(place(tmp_path))
-    annotations = annotate(tmp_path, {UUID: SENTENCES})
-    film = folder / "recordings" / "MP4" / f"{SERIALS['wrist']}.mp4"
-    targets = [folder / "trajectory.h5", film, folder / f"metadata_{UUID}.json", annotations]
-    originals = {target: target.read_bytes() for target in targets}
-    assert problem_of(folder) == "none"
-    changes = st.lists(st.tuples(st.integers(0, 2**30), st.binary(max_size=9), st.booleans()), min_size=1, max_size=4)
-
-    @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(st.sampled_from(targets), changes)
-    def damage(target: Path, changes: list[tuple[int, bytes, bool]]) -> None:
-        data = bytearray(originals[target])
-        for at, noise, inserted in changes:
-            at %= len(data)
-            data[at : at if inserted else at + max(1, len(noise))] = noise
-        target.write_bytes(data)
-        problem_of(folder)
-        target.write_bytes(originals[target])
-
-    damage()

@@ -109,6 +109,8 @@ def load(ref: EpisodeRef, contract: DataContract | None = None, fps: float | Non
         raise BadEpisode(ref.problem)
     try:
         episode = FORMATS[ref.format].load(ref)
+    except UserError as error:  # of the data set as a whole
+        raise BadEpisode(str(error)) from error
     except BREAKS as error:
         raise BadEpisode(f"cannot be read as {ref.format}: {type(error).__name__}: {error}") from error
     _check(episode)
