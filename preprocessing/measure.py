@@ -15,10 +15,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from preprocessing.contract import DataContract
+from preprocessing.duplicates import Fingerprints, fingerprint, frame_hashes
 from preprocessing.episode import ActionBlock, BadEpisode, Episode, EpisodeRef
 from preprocessing.sources import load
 
-PICTURE = 16  # pixels a side, of the mean picture that tells up from down
+PICTURE = 16  # pixels a side, of the mean picture that tells up from down, and of what tells copies
+COPIES = 4.0  # bits of 64 a frame in which re-encoded films differ
 LAGS = range(-5, 6)
 CHANCE = 5.0  # standard deviations of the correlation of what is not related
 LATE = 3  # steps that a robot may well need to follow
@@ -50,8 +52,9 @@ class Measured:
     problems: list[tuple[str, str]] = field(default_factory=list)  # uri and index, reason
     frames: list[dict[str, int]] = field(default_factory=list)  # of each episode, by camera
     pictures: list[dict[str, np.ndarray]] = field(default_factory=list)  # mean pictures [PICTURE, PICTURE], grey
-    splits: dict[str, set[str]] = field(default_factory=dict)  # ids of the episodes of each split
+    splits: dict[str, set[str]] = field(default_factory=dict)  # ids of the episodes of each; of copies the first's
     twice: int = 0  # episodes whose very bytes were listed before
+    copies: int = 0  # episodes with the pictures and actions of another, though not its bytes
 
     def repairs(self) -> Counter[str]:
         return Counter(repair for episode in self.episodes for repair in episode.repairs)
@@ -72,6 +75,7 @@ def measure(
     """
     measured = Measured(len(refs), twice=len(refs) - len({ref.id for ref in refs}))
     measured.problems = [(f"{ref.uri} #{ref.index}", ref.problem) for ref in refs if ref.problem]
+    known = Fingerprints()
     for ref in chosen:
         try:
             episode = load(ref, contract)
@@ -80,10 +84,16 @@ def measure(
             measured.problems.append((f"{ref.uri} #{ref.index}", str(bad)))
             continue
         measured.episodes.append(episode)
-        measured.frames.append({name: count for name, (count, _) in seen.items()})
+        measured.frames.append({name: len(hashes) for name, (hashes, _) in seen.items()})
         measured.pictures.append({name: picture for name, (_, picture) in seen.items()})
+        marks = (fingerprint(hashes, episode.action) for hashes, _ in seen.values() if len(hashes))
+        first = ref.id
+        if mark := next(filter(None, marks), None):
+            first, _ = known.nearest(mark, COPIES) or (ref.id, 0)
+            known.add(first, mark)
+        measured.copies += first != ref.id
         if episode.split:
-            measured.splits.setdefault(episode.split, set()).add(ref.id)
+            measured.splits.setdefault(episode.split, set()).add(first)
     return measured
 
 
@@ -96,13 +106,15 @@ def spread(refs: Sequence[EpisodeRef], count: int) -> list[EpisodeRef]:
     return [*chosen, *(ref for ref in readable if times[ref.id] > 1 and ref not in chosen)][: 2 * count]
 
 
-def _watch(episode: Episode, camera: str) -> tuple[int, np.ndarray]:
-    """How many frames the camera has, and their mean."""
-    count, total = 0, np.zeros((PICTURE, PICTURE))
+def _watch(episode: Episode, camera: str) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes uint64 ``[T]`` of a camera's frames, and their mean, grey."""
+    hashes, total = [np.zeros(0, np.uint64)], np.zeros((PICTURE, PICTURE))
     for chunk in episode.cameras[camera].frames(PICTURE):
-        count += len(chunk)
-        total += chunk.mean(axis=3).sum(axis=0)
-    return count, total / max(count, 1)
+        grids = chunk.mean(axis=3, dtype=np.float32)
+        hashes.append(frame_hashes(grids))
+        total += grids.sum(axis=0)
+    every = np.concatenate(hashes)
+    return every, total / max(len(every), 1)
 
 
 def find_lag(episodes: Iterable[Episode]) -> Lag | None:
@@ -187,6 +199,9 @@ def check(measured: Measured) -> list[Remark]:
         remarks.append(Remark(False, f"{_where(episode)}: camera {camera} looks upside down against other episodes"))
     if measured.twice:
         remarks.append(Remark(False, f"{measured.twice} episodes are there twice, byte for byte; one of each is read"))
+    if measured.copies:
+        line = f"{measured.copies} episodes have the pictures and actions of another one, re-encoded or renumbered"
+        remarks.append(Remark(False, line))
     names = sorted(measured.splits)
     for i, one in enumerate(names):
         for other in names[i + 1 :]:

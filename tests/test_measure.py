@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import Uwm
-from formats import REAL, quadrants, write_calvin, write_demos
+from formats import REAL, moving, quadrants, write_calvin, write_demos
 
 from preprocessing.contract import DataContract
 from preprocessing.episode import Episode
@@ -84,6 +84,14 @@ def test_what_is_trained_and_tested_on(tmp_path: Path) -> None:
     write_calvin(tmp_path / "validation", frames)
     found = lines(measured(tmp_path))
     assert "WRONG: 1 episodes are in training and in validation" in found and "1 episodes are there twice" in found
+
+
+def test_copies_with_other_bytes(tmp_path: Path) -> None:
+    write_calvin(tmp_path / "training", moving(12))
+    write_calvin(tmp_path / "validation", moving(12) // 2 + 64)
+    found = lines(measured(tmp_path))
+    assert "WRONG: 1 episodes are in training and in validation" in found and "twice" not in found
+    assert "look: 1 episodes have the pictures and actions of another one" in found
 
 
 def test_columns_that_cannot_be_what_they_are_called(tmp_path: Path) -> None:
