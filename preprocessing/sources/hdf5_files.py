@@ -140,19 +140,21 @@ def digest_of(group: h5py.Group, attributes: dict[str, Any]) -> str:
     return sha.hexdigest()
 
 
-def datasets(
-    group: h5py.Group, prefix: str = "", left: Iterator[int] | None = None
-) -> Iterator[tuple[str, h5py.Dataset]]:
+def datasets(group: h5py.Group) -> Iterator[tuple[str, h5py.Dataset]]:
     """All below a group, by name."""
-    left = left or iter(range(MAX_MEMBERS))
-    for key in sorted(group):
-        if next(left, None) is None:
+    for number, (name, member) in enumerate(_members(group, "")):
+        if number == MAX_MEMBERS:
             raise BadEpisode(f"{group.name} has more than {MAX_MEMBERS} members")
+        if isinstance(member, h5py.Dataset) and member.shape is not None:
+            yield name, member
+
+
+def _members(group: h5py.Group, prefix: str) -> Iterator[tuple[str, h5py.Group | h5py.Dataset | None]]:
+    for key in sorted(group):
         member = own(group, key)
+        yield f"{prefix}{key}", member
         if isinstance(member, h5py.Group):
-            yield from datasets(member, f"{prefix}{key}/", left)
-        elif isinstance(member, h5py.Dataset) and member.shape is not None:
-            yield f"{prefix}{key}", member
+            yield from _members(member, f"{prefix}{key}/")
 
 
 def frames_reader(path: Path, name: str) -> Callable[[int, int], np.ndarray]:
