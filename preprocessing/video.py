@@ -78,14 +78,22 @@ def open_video(path: Path | str) -> Video:
 
 def images_video(images: Sequence[bytes]) -> Video:
     """JPEG or PNG files, one a frame, all of one size."""
+    return pictures_video(len(images), images.__getitem__)
 
-    def frames(size: int | None) -> Iterator[np.ndarray]:
-        return chunks(resize(decode_image(image)[None], size)[0] for image in images)
 
-    def thin(share: float) -> Video:
-        return images_video([image for index, image in enumerate(images) if times_kept(index, index + 1, share)])
+def pictures_video(count: int, read: Callable[[int], bytes]) -> Video:
+    """The same, where ``read(index)`` gives each as it is needed."""
 
-    return Video(frames, thin=thin)
+    def video(indices: Sequence[int]) -> Video:
+        def frames(size: int | None) -> Iterator[np.ndarray]:
+            return chunks(resize(decode_image(read(index))[None], size)[0] for index in indices)
+
+        def thin(share: float) -> Video:
+            return video([index for place, index in enumerate(indices) if times_kept(place, place + 1, share)])
+
+        return Video(frames, thin=thin)
+
+    return video(range(count))
 
 
 def sliced_video(length: int, read: Callable[[int, int], np.ndarray]) -> Video:

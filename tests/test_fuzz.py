@@ -31,6 +31,7 @@ from formats import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_bridge import toy as raw_bridge
 from test_droid import place, toy
 from test_replay_buffer import pusht, repacked
 from test_ros import scene, write_bag1, write_bag2, write_mcap
@@ -72,6 +73,7 @@ def write(name: str, folder: Path) -> None:
         "hdf5": lambda where: write_demos(where / "a.hdf5", demos=1),
         "aloha": lambda where: write_aloha(where / "a.hdf5", pictures, compress=True),
         "droid": lambda where: toy(3, size=16).write(place(where)),
+        "bridge": lambda where: raw_bridge(where, steps=3),
         "calvin": lambda where: write_calvin(where / "a", pictures, sentences={(358482, 358484): "push"}),
         "mcap": lambda where: write_mcap(where / "a.mcap", scene()),
         "bag2": lambda where: write_bag2(where / "a", scene()),
@@ -89,8 +91,8 @@ def write(name: str, folder: Path) -> None:
     writers[name](folder)
 
 
-FORMATS = ["rlds", "lerobot_v2", "lerobot_v3", "hdf5", "aloha", "droid", "calvin", "mcap", "bag2", "bag1"]
-FORMATS += ["zarr", "zarr_zip", "webdataset", "mp4", "mkv", "avi", "gif"]
+FORMATS = ["rlds", "lerobot_v2", "lerobot_v3", "hdf5", "aloha", "droid", "bridge", "calvin", "mcap", "bag2"]
+FORMATS += ["bag1", "zarr", "zarr_zip", "webdataset", "mp4", "mkv", "avi", "gif"]
 NUMBERS = [(2**31 - 1).to_bytes(4, "little"), (2**40).to_bytes(8, "little"), (2**40).to_bytes(8, "big")]
 HOSTILE = [*NUMBERS, b"\xff" * 8, b"\0" * 8, b"-1", b"9" * 12]
 EDITS = st.lists(

@@ -21,7 +21,19 @@ from urllib.parse import unquote, urlsplit
 
 from preprocessing.contract import DataContract, shipped_for
 from preprocessing.episode import BadEpisode, Episode, EpisodeRef, UserError
-from preprocessing.sources import aloha, calvin, droid, hdf5, lerobot, replay_buffer, rlds, ros, video, webdataset
+from preprocessing.sources import (
+    aloha,
+    bridge,
+    calvin,
+    droid,
+    hdf5,
+    lerobot,
+    replay_buffer,
+    rlds,
+    ros,
+    video,
+    webdataset,
+)
 from preprocessing.video import thinned
 
 FORMATS: dict[str, ModuleType] = {
@@ -29,6 +41,7 @@ FORMATS: dict[str, ModuleType] = {
     "lerobot": lerobot,
     "calvin": calvin,
     "droid": droid,
+    "bridge": bridge,
     "aloha": aloha,
     "hdf5": hdf5,
     "ros": ros,
@@ -40,7 +53,7 @@ ACTIONLESS = ("webdataset", "video")  # may be thinned; robot logs keep the rate
 # Bytes from outside break readers in more ways than anybody foresees; one bad file must not end an ingest.
 BREAKS = (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
 # Whether a data set's folder is closed: then what lies below it is its own (LeRobot's MP4 files are no episodes).
-CLOSED: dict[str, Callable[[Path], bool]] = dict.fromkeys(("rlds", "lerobot", "calvin", "droid"), Path.is_dir)
+CLOSED: dict[str, Callable[[Path], bool]] = dict.fromkeys(("rlds", "lerobot", "calvin", "droid", "bridge"), Path.is_dir)
 CLOSED["replay_buffer"] = replay_buffer.encloses
 
 
@@ -189,6 +202,7 @@ def _known(wanted: list[str]) -> str:
         "lerobot": "lerobot (meta/info.json)",
         "calvin": "calvin (ep_start_end_ids.npy)",
         "droid": "droid (raw DROID: trajectory.h5, metadata_*.json, recordings)",
+        "bridge": "bridge (raw BridgeData: obs_dict.pkl, policy_out.pkl, images0)",
         "aloha": "aloha (ALOHA or ACT *.hdf5)",
         "hdf5": "hdf5 (robomimic or LIBERO *.hdf5)",
         "ros": "ros (*.mcap, ROS 2 bags, *.bag)",

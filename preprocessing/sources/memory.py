@@ -79,6 +79,17 @@ def findings(
         memory.close()
 
 
+def stamp_of(files: Iterable[Path]) -> str | None:
+    """Of files whose findings are kept as those of one, to name the reader by; None where one is too new to tell its
+    next change by."""
+    sha, newest = hashlib.sha256(), 0
+    for file in files:
+        status = file.stat()
+        newest = max(newest, status.st_mtime_ns, status.st_ctime_ns)
+        sha.update(_name(file) + f" {_stamp(status)};".encode())
+    return sha.hexdigest() if newest + AT_REST < time.time_ns() else None
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a whole file."""
     with path.open("rb") as file:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -19,7 +18,7 @@ import numpy as np
 
 from preprocessing.episode import BadEpisode
 from preprocessing.limits import limits
-from preprocessing.sources.memory import AT_REST, Finding, file_digest, findings
+from preprocessing.sources.memory import Finding, file_digest, findings, stamp_of
 from preprocessing.sources.zarr_v2 import Folder, NoNumbersError, ZarrArray, Zip, open_array
 
 ENDS = "meta/episode_ends"
@@ -147,19 +146,15 @@ def _read(path: Path) -> list[Finding]:
 
 
 def _stamp(folder: Path) -> str | None:
-    """Of all files that digests depend on; None where one is too new to tell its next change by."""
-    sha, newest = hashlib.sha256(), 0
+    """Of all files that digests depend on; None where that cannot be told."""
+    files = []
     for array in [folder / ENDS, *sorted(folder.glob("data/*"))]:
-        for root, below, files in os.walk(array):
+        for root, below, names in os.walk(array):
             below.sort()
             if any((Path(root) / name).is_symlink() for name in below):
                 return None
-            for name in sorted(files):
-                status = (Path(root) / name).stat()
-                newest = max(newest, status.st_mtime_ns, status.st_ctime_ns)
-                seen = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
-                sha.update(f"{root}/{name} {seen};".encode(errors="surrogateescape"))
-    return sha.hexdigest() if newest + AT_REST < time.time_ns() else None
+            files += [Path(root) / name for name in sorted(names)]
+    return stamp_of(files)
 
 
 def _is_buffer(file: Path) -> bool:

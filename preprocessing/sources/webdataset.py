@@ -25,12 +25,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby, islice, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from preprocessing.episode import BadEpisode, Episode, EpisodeRef, Video
 from preprocessing.limits import limits
 from preprocessing.sources.memory import Finding, file_digest, findings
-from preprocessing.video import chunks, decode_image, open_video, probe_video, resize
+from preprocessing.video import open_video, pictures_video, probe_video
 
 FPS = 10.0
 FILMS = ("mp4", "m4v", "mov", "mkv", "webm", "avi", "mpg", "mpeg", "wmv", "flv", "gif")
@@ -197,11 +197,7 @@ def _pictures(path: Path, pictures: list[Member]) -> Video:
     order = sorted(known)
     if gap := next((one + 1 for one, after in pairwise(order) if after != one + 1), None):
         raise BadEpisode(f"holds no picture {gap}, but some before and after it")
-
-    def frames(size: int | None) -> Iterator[Any]:
-        return chunks(resize(decode_image(_bytes(path, known[number]))[None], size)[0] for number in order)
-
-    return Video(frames)
+    return pictures_video(len(order), lambda index: _bytes(path, known[order[index]]))
 
 
 def _words(path: Path, sample: Sample) -> tuple[dict[str, str], list[float], list[str]]:

@@ -1,0 +1,196 @@
+"""BridgeData as its robots recorded it: a folder an episode, ``.../DATE_TIME/raw/traj_group0/traj0/``.
+
+``images0/im_0.jpg`` and so on are what each camera saw, ``obs_dict.pkl`` holds arrays with a row a picture,
+``policy_out.pkl`` a list with an entry an action, ``lang.txt`` a sentence of each annotator and how sure they were.
+Pickles are read as data (:mod:`preprocessing.sources.pickles`). The layout:
+https://github.com/rail-berkeley/bridge_data_v2 (``data_processing/bridgedata_raw_to_numpy.py``). Notable there:
+
+- There is one picture more than there are actions. Action t was commanded at picture t; the last one is left out.
+- Before 2021-07-23 cameras were a picture late: there, action t goes with picture t + 1.
+- Actions are motions of the tool in the base's frame, metres and radians, and a gripper that is open at 1, at 5 Hz
+  (arXiv 2308.12952).
+
+An episode's digest covers its pictures in their order, both pickles, the sentences, and whether cameras were late.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from preprocessing.episode import ActionBlock, BadEpisode, Episode, EpisodeRef, Video
+from preprocessing.limits import limits
+from preprocessing.sources.memory import Finding, file_digest, findings, stamp_of
+from preprocessing.sources.pickles import read_pickle
+from preprocessing.video import pictures_video
+
+FPS = 5.0
+OBSERVED, COMMANDED, SENTENCES = "obs_dict.pkl", "policy_out.pkl", "lang.txt"
+IN_TIME = "2021-07-23"
+MAX_PICKLE = 2**25  # bytes; usual are 2**17
+MAX_SENTENCES = 2**16  # bytes
+LAYOUT = (
+    ActionBlock(name="position", size=3, kind="position", mode="delta", frame="base", unit="m"),
+    ActionBlock(
+        name="rotation", size=3, kind="rotation", representation="euler_xyz", mode="delta", frame="base", unit="rad"
+    ),
+    ActionBlock(name="gripper", size=1, kind="gripper", mode="absolute", gripper_one_means="open"),
+)
+
+
+def detect(path: Path) -> bool:
+    """One pickle is enough: an episode that lacks the other is a broken one."""
+    return any((path / name).is_file() for name in (OBSERVED, COMMANDED)) and bool(_cameras(path))
+
+
+def scan(path: Path) -> Iterator[EpisodeRef]:
+    folder = path.absolute()
+    files = _files(folder)
+    stamp = stamp_of(files)  # one memory for all of an episode's pictures
+    if stamp:
+        [(_, [finding])] = findings(f"bridge {stamp}", [files[0]], lambda _: _read(folder))
+    else:
+        [finding] = _read(folder)
+    yield EpisodeRef(str(folder), "bridge", 0, finding.digest, finding.problem)
+
+
+def digest(ref: EpisodeRef) -> str:
+    return _digest(Path(ref.uri))
+
+
+def load(ref: EpisodeRef) -> Episode:
+    folder = Path(ref.uri)
+    commands, action = _commands(folder)
+    first = int(_late(folder))
+    steps = len(action) - first
+    if steps < 1:
+        raise BadEpisode(f"holds {len(action)} actions")
+    cameras = {f"image_{k}": _video(camera, len(action), first, steps) for k, camera in _cameras(folder).items()}
+    observed = _rows(_pickle(folder / OBSERVED), len(action), first, steps)
+    if "full_state" not in observed:
+        raise BadEpisode(f"{OBSERVED} holds no full_state with a row a picture")
+    if "time_stamp" in observed:
+        observed["time_stamp"] -= observed["time_stamp"][0]  # seconds since 1970 are no float32
+    commanded = _rows(commands, len(action), 0, steps)
+    sentences = _sentences(folder)
+    late = f"cameras were a picture late before {IN_TIME}; actions are moved up by one"
+    return Episode(
+        ref=ref,
+        fps=FPS,
+        cameras=cameras,
+        proprio={"state": observed.pop("full_state").astype(np.float32)},
+        action=action[:steps],
+        action_layout=LAYOUT if action.shape[1] == 7 else (ActionBlock(name="action", size=action.shape[1]),),
+        instruction=next(iter(sentences), None),
+        success=None,
+        embodiment="widowx",
+        repairs=(late,) if first else (),
+        signals={name: rows.astype(np.float32) for name, rows in (observed | commanded).items()},
+        texts={f"lang_{index}": sentence for index, sentence in enumerate(sentences)},
+    )
+
+
+def _cameras(folder: Path) -> dict[int, Path]:
+    """Pictures of depth are not read."""
+    return _numbered(folder, r"images([0-9]{1,3})")
+
+
+def _files(folder: Path) -> list[Path]:
+    """All that an episode is made of, in order."""
+    named = [folder / name for name in (OBSERVED, COMMANDED, SENTENCES) if (folder / name).is_file()]
+    return [*named, *(picture for camera in _cameras(folder).values() for picture in _pictures(camera).values())]
+
+
+def _pictures(camera: Path) -> dict[int, Path]:
+    return _numbered(camera, r"im_([0-9]{1,9})\.jpg")
+
+
+def _numbered(folder: Path, name: str) -> dict[int, Path]:
+    """What is called so, in the order of its numbers: 10 comes after 9."""
+    found = {int(number[1]): path for path in folder.iterdir() if (number := re.fullmatch(name, path.name))}
+    return dict(sorted(found.items()))
+
+
+def _video(camera: Path, actions: int, first: int, steps: int) -> Video:
+    pictures = _pictures(camera)
+    if list(pictures) not in ([*range(actions)], [*range(actions + 1)]):
+        raise BadEpisode(f"{camera.name} holds {len(pictures)} pictures; for {actions} actions, 0 to {actions} are due")
+    shown = [pictures[index] for index in range(first, first + steps)]
+    return pictures_video(steps, lambda index: shown[index].read_bytes())
+
+
+def _commands(folder: Path) -> tuple[dict[str, Any], np.ndarray]:
+    """What the policy, or the person, gave out each step, by name; and of that the actions float32 ``[T, A]``."""
+    entries = _pickle(folder / COMMANDED)
+    if not isinstance(entries, list) or not entries or len(entries) > limits().episode_steps:
+        raise BadEpisode(f"{COMMANDED} holds no list of actions")
+    tables = [entry if isinstance(entry, dict) else {"actions": entry} for entry in entries]  # the oldest are bare
+    names = [name for name in tables[0] if isinstance(name, str) and all(name in table for table in tables)]
+    columns = {name: [table[name] for table in tables] for name in names}
+    actions = _numbers(columns.pop("actions", None))
+    if actions is None or actions.ndim != 2:
+        raise BadEpisode(f"{COMMANDED} holds no vector of actions each step")
+    return columns, actions.astype(np.float32)
+
+
+def _rows(table: Any, actions: int, first: int, steps: int) -> dict[str, np.ndarray]:
+    """Its numbers, float64 ``[steps, D]`` by name, where they have a row an action or a picture."""
+    if not isinstance(table, dict):
+        raise BadEpisode(f"{OBSERVED} holds no table")
+    found = {str(name): _numbers(values) for name, values in table.items()}
+    fitting = {name: rows for name, rows in found.items() if rows is not None and len(rows) in (actions, actions + 1)}
+    return {name: rows[first : first + steps].reshape(steps, -1) for name, rows in fitting.items()}
+
+
+def _numbers(values: Any) -> np.ndarray | None:
+    """float64 with at least one dimension; None where that is something else."""
+    try:
+        rows = np.asarray(values)
+        return rows.astype(np.float64) if rows.dtype.kind in "fiub" and rows.ndim and rows.size else None
+    except (ValueError, TypeError):  # of different lengths
+        return None
+
+
+def _pickle(file: Path) -> Any:
+    return read_pickle(_bytes(file, MAX_PICKLE))
+
+
+def _sentences(folder: Path) -> list[str]:
+    if not (folder / SENTENCES).is_file():
+        return []
+    lines = [line.strip() for line in _bytes(folder / SENTENCES, MAX_SENTENCES).decode(errors="replace").splitlines()]
+    return [line for line in lines if line and not line.startswith("confidence")]
+
+
+def _bytes(file: Path, most: int) -> bytes:
+    if not file.is_file():
+        raise BadEpisode(f"has no {file.name}")
+    if (size := file.stat().st_size) > most:
+        raise BadEpisode(f"{file.name} has {size} bytes, more than {most}")
+    return file.read_bytes()
+
+
+def _late(folder: Path) -> bool:
+    """By the date in the name of the folder that was begun with the recording."""
+    dates = [part[:10] for part in folder.parts if re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", part)]
+    return bool(dates) and dates[-1] < IN_TIME
+
+
+def _digest(folder: Path) -> str:
+    parts = [[str(file.relative_to(folder)), file_digest(file)] for file in _files(folder)]
+    return hashlib.sha256(json.dumps([parts, _late(folder)]).encode()).hexdigest()
+
+
+def _read(folder: Path) -> list[Finding]:
+    problem = None
+    try:
+        _commands(folder)
+    except BadEpisode as error:
+        problem = str(error)
+    return [Finding(_digest(folder), problem)]
