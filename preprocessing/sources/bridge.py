@@ -79,7 +79,7 @@ def load(ref: EpisodeRef) -> Episode:
         observed["time_stamp"] -= observed["time_stamp"][0]  # seconds since 1970 are no float32
     commanded = _rows(commands, len(action), 0, steps)
     sentences = _sentences(folder)
-    late = f"cameras were a picture late before {IN_TIME}; actions are moved up by one"
+    late = f"cameras were a picture late before {IN_TIME}; each action goes with the picture after it"
     return Episode(
         ref=ref,
         fps=FPS,
