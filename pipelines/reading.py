@@ -68,7 +68,8 @@ class Reading:
     def __init__(self, ref: EpisodeRef, source: str, fps: float | None, plan: Plan):
         limits.use(plan.recipe.limits)
         self._source, self._plan = source, plan
-        self.episode = sources.load(ref, plan.contracts[source], fps)
+        self._breaks: list[str] | None = [] if plan.recipe.keep_broken else None
+        self.episode = sources.load(ref, plan.contracts[source], fps, self._breaks)
         if reason := plan.promises.broken_by(source, _described(self.episode)):
             raise BadEpisode(reason)
         self._counts: dict[str, int] = {}
@@ -94,7 +95,7 @@ class Reading:
         whole = verdict.spans == [(0, row["frames"])]
         row["spans"] = None if whole else [{"first": first, "stop": stop} for first, stop in verdict.spans]
         row["fingerprint"] = verdict.fingerprint.hex() if verdict.fingerprint else None
-        row["repairs"] += verdict.notes
+        row["repairs"] += [*verdict.notes, *(f"{reason}; kept up to there" for reason in self._breaks or ())]
         return row, steps
 
 

@@ -74,7 +74,7 @@ def frames_decoded(
 ) -> Iterator[tuple[av.VideoFrame, int]]:
     """Chosen among all frames. One without a time, or with a time that is past, comes a frame time after the last."""
     scale, early = _clock(stream)
-    told = _tells_times(container, stream)
+    told = tells_times(container, stream)
     first: float | None = None
     shown: av.VideoFrame | None = None
     begin = -1.0
@@ -105,7 +105,7 @@ def frames_needed(
     container: av.container.InputContainer, stream: av.VideoStream, seen: Seen, share: float
 ) -> Iterator[tuple[av.VideoFrame, int]]:
     """Chosen by the times of packets, and decoded with what they lean on. Raises _Unsure."""
-    if not _tells_times(container, stream):
+    if not tells_times(container, stream):
         raise _Unsure
     scale, early = _clock(stream)
     first: float | None = None
@@ -199,7 +199,7 @@ def _decoded(codec: av.VideoCodecContext, packets: list[_Coded], kept: Container
     yield from codec.decode(None)
 
 
-def _tells_times(container: av.container.InputContainer, stream: av.VideoStream) -> bool:
+def tells_times(container: av.container.InputContainer, stream: av.VideoStream) -> bool:
     """AVI stores no time of presentation; where frames are reordered, what FFmpeg says of them is a guess."""
     return container.format.name != "avi" or not stream.codec_context.has_b_frames
 

@@ -7,19 +7,23 @@ holds more than ``FRAMES_PER_CHUNK`` frames. Notable:
 - **Right colours.** The YUV matrix and range of each frame are handed to swscale; a range that is not named is
   limited, but full for grey, palette, RGB and the ``yuvj`` formats.
 - **One scaler.** Sizes are reached by area averaging in the same swscale pass that makes RGB, so nothing aliases.
-- **Honest ends.** A file that breaks, or that ends before the time its container declares, is a ``BadEpisode``.
+- **Square pixels.** A sample aspect ratio (14496-12, 12.1.4 ``pasp``) is applied where the recorded size is kept.
+- **Honest ends.** A file that breaks, or that ends before the time its container declares, is a ``BadEpisode``, which
+  comes after all that was before the break.
 - **One thread a file.** An ingest is parallel by file; codec threads would only fight it for the cores.
 - **Thinned by time.** A lower rate keeps the frame on screen at each of its ticks (:mod:`preprocessing.thinning`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice, repeat
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -29,9 +33,18 @@ from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from preprocessing.episode import FRAMES_PER_CHUNK, BadEpisode, Video
-from preprocessing.thinning import Choice, Seen, all_frames, frames_decoded, frames_needed, kept_before, times_kept
+from preprocessing.limits import limits
+from preprocessing.thinning import (
+    Choice,
+    Seen,
+    all_frames,
+    frames_decoded,
+    frames_needed,
+    kept_before,
+    tells_times,
+    times_kept,
+)
 
-MAX_IMAGE_PIXELS = 64 * 2**20  # a 30 kB PNG can unpack to gigabytes; no camera records more than this
 MAX_STILL = 100_000  # times that one frame may be kept; a clock that jumps by years would fill any store
 
 
@@ -46,6 +59,13 @@ class VideoInfo:
     streams: int  # video streams in the file, of which one is read
 
 
+class Timing(NamedTuple):
+    """When a stream's frames are shown: their mean rate in Hz, and by how many frame times one strays from it."""
+
+    rate: float
+    strays: float
+
+
 def probe_video(path: Path | str) -> VideoInfo:
     """Reads the header only. Raises BadEpisode where that is impossible or there is no video in the file."""
     with open_container(path) as container:
@@ -55,6 +75,7 @@ def probe_video(path: Path | str) -> VideoInfo:
             raise BadEpisode("declares no frame rate")
         if not stream.width or not stream.height:
             raise BadEpisode("declares no picture size")
+        check_pixels(stream.width, stream.height)
         return VideoInfo(
             fps=float(rate),
             width=stream.width,
@@ -74,6 +95,40 @@ def open_video(path: Path | str) -> Video:
         return Video(lambda size: chunks(_decode_share(path, size, share)))
 
     return Video(frames, thin=thin)
+
+
+def open_film(path: Path | str) -> tuple[Video, float, list[str]]:
+    """A film as an episode: its frames at regular times, their rate in Hz, and what was mended for that.
+
+    Of one whose frames come at irregular times (phones, screen recorders), the frame on screen at each tick of its mean
+    rate is taken. Times are those of packets; nothing is decoded.
+    """
+    declared, video, timing = probe_video(path).fps, open_video(path), packet_times(path)
+    if timing is None or timing.strays <= 1:
+        return video, declared, []
+
+    def at(share: float) -> Video:
+        return replace(thinned(video, share), thin=lambda less: at(share * less))
+
+    said = f"frames come at irregular times; resampled to {timing.rate:g} Hz, their mean rate"
+    return at(timing.rate / declared), timing.rate, [said]
+
+
+def until_broken(video: Video, said: list[str]) -> Video:
+    """The same camera up to where it breaks; why it does is added to ``said``. No frame at all is still a BadEpisode."""
+
+    def frames(size: int | None) -> Iterator[np.ndarray]:
+        some = False
+        try:
+            for chunk in video.frames(size):
+                yield chunk
+                some = True
+        except BadEpisode as error:
+            if not some:
+                raise
+            said.append(str(error))
+
+    return Video(frames, video.turned, lambda share: until_broken(thinned(video, share), said))
 
 
 def images_video(images: Sequence[bytes]) -> Video:
@@ -96,12 +151,14 @@ def pictures_video(count: int, read: Callable[[int], bytes]) -> Video:
     return video(range(count))
 
 
-def sliced_video(length: int, read: Callable[[int, int], np.ndarray]) -> Video:
-    """``read(start, stop)`` gives uint8 ``[n, H, W, 3]``: an array's slices, or an HDF5 data set's."""
+def sliced_video(length: int, read: Callable[[int, int], np.ndarray], at_once: int = FRAMES_PER_CHUNK) -> Video:
+    """``read(start, stop)`` gives uint8 ``[n, H, W, 3]``, n at most ``at_once``: an array's slices, or an HDF5 data
+    set's."""
 
     def frames(size: int | None) -> Iterator[np.ndarray]:
-        for start in range(0, length, FRAMES_PER_CHUNK):
-            yield resize(read(start, min(start + FRAMES_PER_CHUNK, length)), size)
+        for start in range(0, length, at_once):
+            _check_length(start)
+            yield resize(read(start, min(start + at_once, length)), size)
 
     return Video(frames)
 
@@ -164,8 +221,7 @@ def decode_image(data: bytes) -> np.ndarray:
     """A JPEG or PNG as uint8 ``[H, W, 3]``. Only these two decoders are tried on bytes from outside."""
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise BadEpisode(f"an image of {image.width}x{image.height} pixels is more than a camera records")
+            check_pixels(image.width, image.height)
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except UnidentifiedImageError:
         raise BadEpisode(f"an image of {len(data)} bytes is neither JPEG nor PNG") from None
@@ -184,16 +240,34 @@ def resize(frames: np.ndarray, size: int | None) -> np.ndarray:
 
 
 def chunks(frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """Frames ``[H, W, 3]`` as arrays ``[n, H, W, 3]``. Where they break, what was before the break comes first."""
     chunk: list[np.ndarray] = []
-    for frame in frames:
-        if chunk and frame.shape != chunk[0].shape:
-            raise BadEpisode(f"the picture size changes from {chunk[0].shape[:2]} to {frame.shape[:2]}")
-        chunk.append(frame)
-        if len(chunk) == FRAMES_PER_CHUNK:
+    try:
+        for number, frame in enumerate(frames):
+            _check_length(number)
+            if chunk and frame.shape != chunk[0].shape:
+                raise BadEpisode(f"the picture size changes from {chunk[0].shape[:2]} to {frame.shape[:2]}")
+            chunk.append(frame)
+            if len(chunk) == FRAMES_PER_CHUNK:
+                yield np.stack(chunk)
+                chunk = []
+    except BadEpisode:
+        if chunk:
             yield np.stack(chunk)
-            chunk = []
+        raise
     if chunk:
         yield np.stack(chunk)
+
+
+def check_pixels(width: int, height: int) -> None:
+    """BadEpisode where a picture is larger than the limits of the recipe allow: a 30 kB PNG can unpack to gigabytes."""
+    if width * height > limits().picture_pixels:
+        raise BadEpisode(f"a picture of {width}x{height} pixels is more than limits.picture_pixels")
+
+
+def _check_length(frames: int) -> None:
+    if frames >= limits().episode_steps:
+        raise BadEpisode(f"has more frames than limits.episode_steps, {limits().episode_steps}")
 
 
 def open_container(path: Path | str) -> av.container.InputContainer:
@@ -209,6 +283,25 @@ def _video_streams(container: av.container.InputContainer) -> list[av.VideoStrea
     return [s for s in streams if s.codec_context is not None]
 
 
+def packet_times(path: Path | str) -> Timing | None:
+    """Of the stream that is read. None where it cannot be told: a frame without a time, or two at one time."""
+    with open_container(path) as container:
+        stream = best_stream(container)
+        times: list[int] = []
+        with contextlib.suppress(av.FFmpegError):  # whoever decodes it will say so
+            for packet in container.demux(stream):
+                if packet.size and not packet.is_discard:
+                    if packet.pts is None or len(times) == limits().episode_steps:
+                        return None
+                    times.append(packet.pts)
+        shown = np.sort(np.array(times, np.int64))
+        if len(shown) < 3 or not stream.time_base or not tells_times(container, stream) or not np.diff(shown).all():
+            return None
+        mean = (shown[-1] - shown[0]) / (len(shown) - 1)
+        strays = np.abs(shown - shown[0] - mean * np.arange(len(shown))).max() / mean
+        return Timing(float(1 / (mean * stream.time_base)), float(strays))
+
+
 def best_stream(container: av.container.InputContainer) -> av.VideoStream:
     """The stream its author marked as default; among several, the one with the most pixels, then the first."""
     streams = _video_streams(container)
@@ -222,6 +315,8 @@ def decode(path: Path | str, size: int | None, choose: Choice = all_frames) -> I
         stream = best_stream(container)
         stream.thread_type = "NONE"
         stream.codec_context.thread_count = 1
+        check_pixels(stream.width, stream.height)
+        stream.codec_context.options = {"max_pixels": str(limits().picture_pixels)}  # what is coded may be larger
         reformatter = VideoReformatter()
         shape: tuple[int, int] | None = None
         seen = Seen()
@@ -230,7 +325,7 @@ def decode(path: Path | str, size: int | None, choose: Choice = all_frames) -> I
                 if times > MAX_STILL:
                     raise BadEpisode(f"holds one frame for the time of {times}: its clock jumps")
                 # A stream may change its size midway (a web conference, a joined film): the first one holds.
-                shape = shape or ((size, size) if size else (frame.width, frame.height))
+                shape = shape or ((size, size) if size else _shown(frame, stream))
                 yield from repeat(_upright(frame, _rgb(frame, reformatter, *shape)), times)
         except av.FFmpegError as error:
             raise BadEpisode(f"{_declared(stream)}breaks after {seen.frames}: {error.strerror}") from None
@@ -238,6 +333,13 @@ def decode(path: Path | str, size: int | None, choose: Choice = all_frames) -> I
             raise BadEpisode("holds no frame that can be decoded")
         if seen.whole and _ends_early(stream, seen.frames, seen.end):
             raise BadEpisode(f"{_declared(stream)}ends after {seen.frames}: the file is cut off")
+
+
+def _shown(frame: av.VideoFrame, stream: av.VideoStream) -> tuple[int, int]:
+    """Width and height in square pixels."""
+    width = max(1, round(frame.width * (stream.sample_aspect_ratio or 1)))
+    check_pixels(width, frame.height)
+    return width, frame.height
 
 
 def _declared(stream: av.VideoStream) -> str:

@@ -104,7 +104,7 @@ def test_content_tells_where_the_name_does_not(tmp_path):
         ),
         ("text/a.txt", "auto", "no known format"),
         ("text", "hdf5", "holds nothing of format hdf5"),
-        ("text", "rosbag", "no such format; one of auto, rlds, lerobot, calvin, droid, aloha"),
+        ("text", "rosbag", "no such format; one of auto, rlds, lerobot, calvin, droid, bridge, aloha"),
     ],
 )
 def test_one_line_for_a_wrong_path(tmp_path, name, format, says):

@@ -34,7 +34,7 @@ from preprocessing.sources import (
     video,
     webdataset,
 )
-from preprocessing.video import thinned
+from preprocessing.video import thinned, until_broken
 
 FORMATS: dict[str, ModuleType] = {
     "rlds": rlds,
@@ -112,11 +112,17 @@ def digest(ref: EpisodeRef) -> str:
         raise BadEpisode(f"cannot be read again: {type(error).__name__}: {error}") from error
 
 
-def load(ref: EpisodeRef, contract: DataContract | None = None, fps: float | None = None) -> Episode:
+def load(
+    ref: EpisodeRef,
+    contract: DataContract | None = None,
+    fps: float | None = None,
+    breaks: list[str] | None = None,
+) -> Episode:
     """The episode, as the contract has it. Raises BadEpisode, or UserError where the contract does not fit.
 
     Without one, a shipped contract for the data set holds, unless its episodes are not what that one says. Of a video
-    alone at most ``fps`` frames a second are kept; a robot log keeps its control rate.
+    alone at most ``fps`` frames a second are kept; a robot log keeps its control rate. Where ``breaks`` is given, a
+    video that breaks ends there, and why is added to the list as its frames are read.
     """
     if ref.problem:
         raise BadEpisode(ref.problem)
@@ -129,7 +135,10 @@ def load(ref: EpisodeRef, contract: DataContract | None = None, fps: float | Non
     _check(episode)
     episode = contract.apply(episode) if contract else _as_shipped(episode)
     episode = replace(episode, embodiment=_slug(episode.embodiment))
-    return _at_most(episode, fps) if fps else episode
+    episode = _at_most(episode, fps) if fps else episode
+    if breaks is None or ref.format not in ACTIONLESS:
+        return episode
+    return replace(episode, cameras={name: until_broken(video, breaks) for name, video in episode.cameras.items()})
 
 
 def _as_shipped(episode: Episode) -> Episode:

@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 
 from preprocessing.episode import ActionBlock, BadEpisode, Episode, EpisodeRef, Video
-from preprocessing.sources.hdf5_files import child, digest_of, frames_reader, hdf5_files, numbers, own, text
+from preprocessing.sources.hdf5_files import at_once, child, digest_of, frames_reader, hdf5_files, numbers, own, text
 from preprocessing.sources.memory import Finding, file_digest, findings
 from preprocessing.video import decode_image, sliced_video
 
@@ -62,7 +62,7 @@ def load(ref: EpisodeRef) -> Episode:
                 raise BadEpisode(f"{len(action)} actions, but {len(pictures)} pictures of {key}")
             name = f"observations/images/{key}"
             if pictures.ndim == 4 and pictures.dtype == np.uint8:
-                cameras[key] = sliced_video(len(pictures), frames_reader(path, name))
+                cameras[key] = sliced_video(len(pictures), frames_reader(path, name), at_once(pictures))
             elif pictures.ndim <= 2:
                 cameras[key] = sliced_video(len(pictures), _unpacked(frames_reader(path, name)))
         if any(child(images, key, h5py.Dataset).ndim <= 2 for key in cameras):

@@ -27,6 +27,7 @@ import numpy as np
 
 from preprocessing.episode import ActionBlock, BadEpisode, Episode, EpisodeRef, Video
 from preprocessing.sources.hdf5_files import (
+    at_once,
     child,
     datasets,
     digest_of,
@@ -103,8 +104,8 @@ def load(ref: EpisodeRef) -> Episode:
         texts = _texts(data, demo)
         bottom_up = text(_attribute(data, demo, "macros_image_convention")) == "opengl"
         cameras: dict[str, Video] = {}
-        for key in images:
-            video = sliced_video(steps, frames_reader(path, f"data/{name}/obs/{key}"))
+        for key, pictures in images.items():
+            video = sliced_video(steps, frames_reader(path, f"data/{name}/obs/{key}"), at_once(pictures))
             cameras[_camera_name(key, images)] = upside_down(video) if bottom_up else video
         if bottom_up and images:
             repairs.append("images are stored bottom-up (opengl); turned upright")

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import h5py
 import numpy as np
 
-from preprocessing.episode import BadEpisode
+from preprocessing.episode import FRAMES_PER_CHUNK, BadEpisode
 from preprocessing.limits import limits
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -155,6 +155,11 @@ def _members(group: h5py.Group, prefix: str) -> Iterator[tuple[str, h5py.Group |
         yield f"{prefix}{key}", member
         if isinstance(member, h5py.Group):
             yield from _members(member, f"{prefix}{key}/")
+
+
+def at_once(pictures: h5py.Dataset) -> int:
+    """How many raw pictures to hold."""
+    return max(1, min(FRAMES_PER_CHUNK, limits().array_bytes // max(1, math.prod(pictures.shape[1:]))))
 
 
 def frames_reader(path: Path, name: str) -> Callable[[int, int], np.ndarray]:

@@ -22,8 +22,9 @@ from rosbags.typesys import Stores, get_typestore
 from rosbags.typesys.store import Typestore
 
 from preprocessing.episode import BadEpisode
+from preprocessing.limits import limits
 from preprocessing.sources.ros_bags import Message
-from preprocessing.video import MAX_IMAGE_PIXELS, decode_image
+from preprocessing.video import decode_image
 
 IMAGE, PACKED, JOINTS, TEXT = (
     "sensor_msgs/msg/Image",
@@ -135,7 +136,7 @@ def picture_of(said: Any) -> np.ndarray:
         raise BadEpisode(f"a picture's encoding is {said.encoding!r}")
     channels, order = CHANNELS[said.encoding]
     height, width, step, data = said.height, said.width, said.step, said.data
-    if not 0 < height * width <= MAX_IMAGE_PIXELS:
+    if not 0 < height * width <= limits().picture_pixels:
         raise BadEpisode(f"a picture of {width}x{height} pixels is empty or more than a camera records")
     if step < width * channels or len(data) < step * height:
         raise BadEpisode(f"a picture of {width}x{height} pixels has {len(data)} bytes, {step} a row")

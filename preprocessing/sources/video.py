@@ -1,7 +1,7 @@
 """Video files: each is one episode without actions, for the video half of the model.
 
 A file is recognised by its suffix, or by its first bytes where the name says nothing: ``ftyp`` (ISO/IEC 14496-12,
-4.3), EBML (RFC 8794, 8) or RIFF AVI. Its digest covers the file's bytes.
+4.3), EBML (RFC 8794, 8), RIFF AVI or MPEG-TS (ISO/IEC 13818-1, 2.4.3.2). Its digest covers the file's bytes.
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ from pathlib import Path
 
 from preprocessing.episode import BadEpisode, Episode, EpisodeRef
 from preprocessing.sources.memory import Finding, file_digest, findings
-from preprocessing.video import open_video, probe_video
+from preprocessing.video import open_film, probe_video
 
 SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".gif"}
+SUFFIXES |= {".m2ts", ".mts", ".ogv"}
+TRANSPORT = (
+    188  # bytes of a packet of MPEG-TS (ISO/IEC 13818-1, 2.4.3.2), which begins with 0x47; .ts is TypeScript, too
+)
 NOT_VIDEO_BRANDS = (b"M4A", b"M4B", b"hei", b"mif", b"avi")  # audio and still images in the same container
 
 
@@ -32,18 +36,20 @@ def digest(ref: EpisodeRef) -> str:
 
 def load(ref: EpisodeRef) -> Episode:
     info = probe_video(ref.uri)
-    chosen = f"{info.streams} video streams; the one of {info.width}x{info.height} is read"
+    video, fps, repairs = open_film(ref.uri)
+    if info.streams > 1:
+        repairs.append(f"{info.streams} video streams; the one of {info.width}x{info.height} is read")
     return Episode(
         ref=ref,
-        fps=info.fps,
-        cameras={"video": open_video(ref.uri)},
+        fps=fps,
+        cameras={"video": video},
         proprio={},
         action=None,
         action_layout=(),
         instruction=None,
         success=None,
         embodiment="video",
-        repairs=(chosen,) if info.streams > 1 else (),
+        repairs=tuple(repairs),
     )
 
 
@@ -66,7 +72,9 @@ def _is_video(path: Path) -> bool:
     if path.suffix.lower() in SUFFIXES:
         return True
     with path.open("rb") as file:
-        head = file.read(12)
+        head = file.read(2 * TRANSPORT + 1)
+    if head[::TRANSPORT] == b"GGG":
+        return True
     if head[4:8] == b"ftyp":
-        return not head[8:].startswith(NOT_VIDEO_BRANDS)
+        return not head[8:12].startswith(NOT_VIDEO_BRANDS)
     return head[:4] == b"\x1a\x45\xdf\xa3" or (head[:4] == b"RIFF" and head[8:12] == b"AVI ")

@@ -30,7 +30,7 @@ from typing import NamedTuple
 from preprocessing.episode import BadEpisode, Episode, EpisodeRef, Video
 from preprocessing.limits import limits
 from preprocessing.sources.memory import Finding, file_digest, findings
-from preprocessing.video import open_video, pictures_video, probe_video
+from preprocessing.video import open_film, pictures_video
 
 FPS = 10.0
 FILMS = ("mp4", "m4v", "mov", "mkv", "webm", "avi", "mpg", "mpeg", "wmv", "flv", "gif")
@@ -91,8 +91,10 @@ def load(ref: EpisodeRef) -> Episode:
     words, rates, repairs = _words(path, sample)
     if films := sample.of(*FILMS):
         places = {film.name.rpartition(".")[0] or "video": _place(path, film) for film in films}
-        cameras = {camera: open_video(place) for camera, place in places.items()}
-        [fps, *others] = {probe_video(place).fps for place in places.values()}
+        opened = {camera: open_film(place) for camera, place in places.items()}
+        cameras = {camera: video for camera, (video, _, _) in opened.items()}
+        repairs += [f"{camera}: {said}" for camera, (_, _, mended) in opened.items() for said in mended]
+        [fps, *others] = {rate for _, rate, _ in opened.values()}
         if others:
             raise BadEpisode(f"sample {sample.key} holds films of {len(others) + 1} different rates")
     elif pictures := sample.of(*PICTURES):
