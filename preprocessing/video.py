@@ -115,7 +115,7 @@ def open_film(path: Path | str) -> tuple[Video, float, list[str]]:
 
 
 def until_broken(video: Video, said: list[str]) -> Video:
-    """The same camera up to where it breaks; why it does is added to ``said``. No frame at all is still a BadEpisode."""
+    """The same camera up to where it breaks; why it does is added to ``said``. No frame at all is a BadEpisode."""
 
     def frames(size: int | None) -> Iterator[np.ndarray]:
         some = False
@@ -355,7 +355,8 @@ def _ends_early(stream: av.VideoStream, count: int, end: float | None) -> bool:
     declared end of the stream (which FFmpeg has corrected for edit lists). Half a frame is for rounding.
 
     Matroska counts nothing, but its writers note each track's end in a DURATION tag. Its times are rounded and its
-    last duration is a guess, hence two frames of slack. A format with neither (MPEG-TS) promises nothing to break.
+    last duration is a guess, hence two frames of slack; where its clock is set back, the number of frames tells. A
+    format with neither (MPEG-TS) promises nothing to break.
     """
     if end is None:
         return stream.frames > count
@@ -368,7 +369,7 @@ def _ends_early(stream: av.VideoStream, count: int, end: float | None) -> bool:
         declared_end = float(((stream.start_time or 0) + stream.duration) * stream.time_base)
         return end < declared_end - 0.5 * frame_time
     tag = _seconds(stream.metadata.get("DURATION", ""))
-    return tag is not None and end < tag - 2 * frame_time
+    return tag is not None and max(end, count * frame_time) < tag - 2 * frame_time
 
 
 def _seconds(clock: str) -> float | None:

@@ -92,7 +92,7 @@ def write(name: str, folder: Path) -> None:
 
 
 FORMATS = ["rlds", "lerobot_v2", "lerobot_v3", "hdf5", "aloha", "droid", "bridge", "calvin", "mcap", "bag2"]
-FORMATS += ["bag1", "zarr", "zarr_zip", "webdataset", "mp4", "mkv", "avi", "gif"]
+FORMATS += ["bag1", "zarr", "zarr_zip", "webdataset", "mp4", "mkv", "avi", "ts", "gif"]
 NUMBERS = [(2**31 - 1).to_bytes(4, "little"), (2**40).to_bytes(8, "little"), (2**40).to_bytes(8, "big")]
 HOSTILE = [*NUMBERS, b"\xff" * 8, b"\0" * 8, b"-1", b"9" * 12]
 EDITS = st.lists(
