@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from pipelines.answer import AsJson, Refused, Snapshot, answer, say
-from pipelines.cli_contract import contract_app
+from pipelines.cli_contract import Format, contract_app
 from pipelines.cli_store import store_app
 from preprocessing.contract import DataContract
 from preprocessing.episode import UserError
@@ -54,9 +54,9 @@ def options(verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show 
 
 @app.command()
 def ingest(
-    source: Annotated[list[str], typer.Argument(help="Folders or files: RLDS, LeRobot, HDF5, videos.")],
+    source: Annotated[list[str], typer.Argument(help="Folders or files of robot logs and videos (docs/formats.md).")],
     store: Store,
-    format: Annotated[str, typer.Option(help="auto, or one of rlds, lerobot, hdf5, video.")] = "auto",
+    format: Format = "auto",
     contract: Annotated[
         str | None, typer.Option(help="What the data means: YAML, or a shipped one's name (uwm contract list).")
     ] = None,

@@ -14,9 +14,10 @@ from preprocessing.episode import EpisodeRef, UserError
 if TYPE_CHECKING:
     from preprocessing.measure import Measured
 
+FORMATS = "rlds, lerobot, calvin, droid, bridge, aloha, hdf5, ros, replay_buffer, webdataset, video"
 contract_app = typer.Typer(help="What a source promises: write it down, check it.", no_args_is_help=True)
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help="A folder or a file, as for uwm ingest.")]
-Format = Annotated[str, typer.Option(help="auto, or one format.")]
+Format = Annotated[str, typer.Option(help=f"auto, or one of {FORMATS}.")]
 Episodes = Annotated[int, typer.Option(min=1, help="Read at most so many, evenly spread.")]
 
 

@@ -31,7 +31,9 @@ def show(uri: StoreArgument, snapshot: Snapshot = None, as_json: AsJson = False)
         group["frames"] += row["frames"]
         names = [camera["name"] for camera in row["cameras"]]
         group["cameras"] += [name for name in names if name not in group["cameras"]]
-    quarantine = [{key: row[key] for key in ("uri", "index", "reason")} for row in state.quarantine()]
+    refused = state.quarantine()
+    quarantine = [{key: row[key] for key in ("uri", "index", "reason")} for row in refused if not row["filter"]]
+    filtered = len(refused) - len(quarantine)
     say(f"snapshot {state.id}")
     for group in groups.values():
         say(
@@ -40,7 +42,10 @@ def show(uri: StoreArgument, snapshot: Snapshot = None, as_json: AsJson = False)
         )
     for row in quarantine:
         say(f"quarantined {row['uri']} #{row['index']}: {row['reason']}")
-    answer({"snapshot": state.id, "embodiments": list(groups.values()), "quarantine": quarantine}, as_json)
+    if filtered:
+        say(f"{filtered} filtered (uwm store quarantine {uri})")
+    told = {"snapshot": state.id, "embodiments": list(groups.values()), "quarantine": quarantine, "filtered": filtered}
+    answer(told, as_json)
 
 
 @store_app.command("log")
@@ -148,14 +153,15 @@ def tag(
 
 @store_app.command("quarantine")
 def quarantine(uri: StoreArgument, snapshot: Snapshot = None, as_json: AsJson = False) -> None:
-    """What was refused and is not in the store since, with its reason."""
+    """What was refused or filtered and is not in the store since, with its reason."""
     from preprocessing.store import LatentStore
 
     rows = LatentStore.open(uri).snapshot(snapshot).quarantine()
     for row in rows:
-        say(f"{row['uri']} #{row['index']}: {row['reason']}")
-    say(f"{len(rows)} quarantined")
-    answer([{key: row[key] for key in ("uri", "index", "reason")} for row in rows], as_json)
+        say(f"{'filtered' if row['filter'] else 'quarantined'} {row['uri']} #{row['index']}: {row['reason']}")
+    filtered = sum(bool(row["filter"]) for row in rows)
+    say(f"{len(rows) - filtered} quarantined, {filtered} filtered")
+    answer([{key: row[key] for key in ("uri", "index", "reason", "filter")} for row in rows], as_json)
 
 
 @store_app.command("remove")

@@ -12,6 +12,8 @@ from conftest import Uwm
 from formats import numbered, write_video
 from rows import fill
 
+from pipelines import cli_contract
+from preprocessing import sources
 from preprocessing.store import LatentStore
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +75,10 @@ def test_a_dry_run_prints_the_resolved_recipe_and_writes_nothing(store: Path, tm
     assert plan["recipe"]["steps"] == 7 and plan["recipe"]["model"]["width"] == 64
     assert plan["recipe"]["model"]["latent_size"] == [8, 8] and plan["parameters"] > 1000
     assert "learning_rate" in err
+
+
+def test_the_help_names_every_format() -> None:
+    assert ", ".join(sources.FORMATS) == cli_contract.FORMATS
 
 
 def test_the_store_verbs(store: Path, uwm: Uwm) -> None:

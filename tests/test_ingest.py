@@ -95,9 +95,15 @@ def test_a_corrupt_file_is_quarantined_once_and_the_rest_goes_in(mixed: Path, ag
     assert code == 3 and report["episodes"] == {"new": 0, "already": 2, "quarantined": 1, "filtered": 0}
     [bad] = report["quarantine"]
     assert bad["uri"].endswith("broken.mp4") and bad["reason"] in err and report["snapshot"] == head
-    assert uwm("store", "quarantine", again / "store", "--json")[1] == [bad]
+    assert uwm("store", "quarantine", again / "store", "--json")[1] == [bad | {"filter": None}]
     expected = {"new": 0, "already": 2, "quarantined": 1, "filtered": 0}  # a dry run reads what is new
     assert uwm(*arguments, "--retry", "--dry-run")[1]["episodes"] == expected
+    kept = ("ingest", again / "raw", "--store", again / "kept", "--image-size", "64", "--keep-broken", "--json")
+    report = uwm(*kept)[1]
+    assert report["episodes"] == {"new": 3, "already": 0, "quarantined": 0, "filtered": 0}
+    rows = LatentStore.open(str(again / "kept")).snapshot().rows()
+    [broken] = [row for row in rows if row["uri"].endswith("broken.mp4")]
+    assert broken["frames"] == 2 and broken["repairs"][-1].startswith("declares 60 frames, breaks after 2: ")
     shutil.copy(again / "raw" / "clip.mp4", again / "raw" / "broken.mp4")  # mended: now it is a copy of the good one
     report = uwm("ingest", again / "raw", "--store", again / "store", *OPTIONS)[1]
     assert report["episodes"] == {"new": 0, "already": 3, "quarantined": 0, "filtered": 0}
@@ -275,6 +281,10 @@ def test_what_is_not_worth_encoding_is_told_and_remembered(tmp_path: Path, uwm: 
     code, report, _ = uwm(*arguments)
     assert code == 0 and report["episodes"] == would["episodes"] and report["frames"] == would["frames"] == 80
     assert sorted(row["reason"] for row in report["filtered"]) == sorted(row["reason"] for row in would["filtered"])
+    listed = uwm("store", "quarantine", store, "--json")[1]
+    assert sorted(row["filter"] for row in listed) == ["black", "frozen", "min_frames", "near_duplicates"]
+    shown = uwm("store", "show", store, "--json")[1]
+    assert (shown["filtered"], shown["quarantine"]) == (4, [])
     [row] = LatentStore.open(str(store)).snapshot().episodes().to_pylist()
     assert row["spans"] == [{"first": 0, "stop": 40}, {"first": 40, "stop": 80}]
     code, again, _ = uwm(*arguments)
