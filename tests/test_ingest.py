@@ -98,15 +98,23 @@ def test_a_corrupt_file_is_quarantined_once_and_the_rest_goes_in(mixed: Path, ag
     assert uwm("store", "quarantine", again / "store", "--json")[1] == [bad | {"filter": None}]
     expected = {"new": 0, "already": 2, "quarantined": 1, "filtered": 0}  # a dry run reads what is new
     assert uwm(*arguments, "--retry", "--dry-run")[1]["episodes"] == expected
-    kept = ("ingest", again / "raw", "--store", again / "kept", "--image-size", "64", "--keep-broken", "--json")
-    report = uwm(*kept)[1]
-    assert report["episodes"] == {"new": 3, "already": 0, "quarantined": 0, "filtered": 0}
-    rows = LatentStore.open(str(again / "kept")).snapshot().rows()
-    [broken] = [row for row in rows if row["uri"].endswith("broken.mp4")]
-    assert broken["frames"] == 2 and broken["repairs"][-1].startswith("declares 60 frames, breaks after 2: ")
     shutil.copy(again / "raw" / "clip.mp4", again / "raw" / "broken.mp4")  # mended: now it is a copy of the good one
     report = uwm("ingest", again / "raw", "--store", again / "store", *OPTIONS)[1]
     assert report["episodes"] == {"new": 0, "already": 3, "quarantined": 0, "filtered": 0}
+
+
+@pytest.mark.slow
+def test_what_comes_before_a_break_is_kept_if_asked(tmp_path: Path, uwm: Uwm) -> None:
+    film = write_video(tmp_path / "film.mp4", moving(60), g="1", bf="0")
+    film.write_bytes(film.read_bytes()[: film.stat().st_size * 2 // 3])
+    arguments = ("ingest", film, "--store", tmp_path / "store", "--image-size", "64", "--json")
+    assert uwm(*arguments)[1]["episodes"] == {"new": 0, "already": 0, "quarantined": 1, "filtered": 0}
+    code, report, _ = uwm(*arguments, "--keep-broken")
+    assert code == 0 and report["episodes"] == {"new": 1, "already": 0, "quarantined": 0, "filtered": 0}
+    [row] = LatentStore.open(str(tmp_path / "store")).snapshot().rows()
+    assert 30 < row["frames"] == report["frames"] < 50
+    assert row["repairs"][-1].startswith(f"declares 60 frames, breaks after {row['frames']}: ")
+    assert row["repairs"][-1].endswith("; kept up to there")
 
 
 @pytest.mark.slow
