@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from preprocessing.actions import WIDTHS, with_rotations
 from preprocessing.episode import ActionBlock, Episode, Representation, UserError, Video
-from preprocessing.video import colours_exchanged, upside_down
+from preprocessing.frames import colours_exchanged, upside_down
 
 ABOUT = {"name", "datasets", "source"}  # what a contract says about itself
 SHIPPED = Path(__file__).parent / "contracts"

@@ -53,7 +53,7 @@ class Video:
     It raises :class:`BadEpisode` where the bytes break. ``turned`` says that the camera is recorded upside down
     and ``frames`` turns it, so that a contract can overrule that finding. ``thin(share)``, where there is one, is
     the same camera with that share of its frames, for less work than dropping the others afterwards
-    (:func:`preprocessing.video.thinned` asks it, and does without).
+    (:func:`preprocessing.frames.thinned` asks it, and does without).
     """
 
     frames: Callable[[int | None], Iterator[np.ndarray]]

@@ -16,8 +16,9 @@ import av
 import numpy as np
 
 from preprocessing.episode import BadEpisode, Video
+from preprocessing.frames import chunks
 from preprocessing.thinning import Seen
-from preprocessing.video import best_stream, chunks, decode, open_container
+from preprocessing.video import best_stream, decode, open_container
 
 
 def excerpt(path: Path, first: int, count: int, fps: float) -> Video:

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from preprocessing.actions import convert_rotation
 from preprocessing.duplicates import fingerprint, frame_hashes
 from preprocessing.episode import ActionBlock, Episode
-from preprocessing.video import resize
+from preprocessing.frames import resize
 
 GRID = 16  # pictures are compared as so many mean grey levels a side
 GREY = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601

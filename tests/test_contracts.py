@@ -15,8 +15,8 @@ from scipy.spatial.transform import Rotation
 from preprocessing.actions import WIDTHS, convert_rotation, with_rotations
 from preprocessing.contract import SHIPPED, DataContract, shipped_for
 from preprocessing.episode import ActionBlock, BadEpisode, Episode, EpisodeRef, UserError
+from preprocessing.frames import sliced_video
 from preprocessing.sources import find, load, scan
-from preprocessing.video import sliced_video
 
 STEPS = 7
 FLAGS = {f"steps/{name}": "bool" for name in ("is_first", "is_last", "is_terminal")}

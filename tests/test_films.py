@@ -19,9 +19,10 @@ from formats import REAL, quadrants
 from test_video import TURNS, patch_mp4
 
 from preprocessing.episode import BadEpisode, Episode, EpisodeRef
+from preprocessing.frames import decode_image
 from preprocessing.limits import Limits, use
 from preprocessing.sources import find, load, scan
-from preprocessing.video import decode_image, open_video
+from preprocessing.video import open_video
 from uwm_model.metrics import psnr
 
 CELLS, CELL = 10, 8

@@ -18,18 +18,9 @@ from PIL import Image
 from preprocessing import sources
 from preprocessing.contract import DataContract
 from preprocessing.episode import FRAMES_PER_CHUNK, BadEpisode, Video
+from preprocessing.frames import decode_image, first_frames, images_video, resize, sliced_video, thinned, upside_down
 from preprocessing.thinning import EARLY
-from preprocessing.video import (
-    decode_image,
-    first_frames,
-    images_video,
-    open_video,
-    probe_video,
-    resize,
-    sliced_video,
-    thinned,
-    upside_down,
-)
+from preprocessing.video import open_video, probe_video
 
 real = pytest.mark.skipif(not REAL.exists(), reason=f"no real data at {REAL}")
 

@@ -21,6 +21,7 @@ from urllib.parse import unquote, urlsplit
 
 from preprocessing.contract import DataContract, shipped_for
 from preprocessing.episode import BadEpisode, Episode, EpisodeRef, UserError
+from preprocessing.frames import thinned, until_broken
 from preprocessing.sources import (
     aloha,
     bridge,
@@ -34,7 +35,6 @@ from preprocessing.sources import (
     video,
     webdataset,
 )
-from preprocessing.video import thinned, until_broken
 
 FORMATS: dict[str, ModuleType] = {
     "rlds": rlds,

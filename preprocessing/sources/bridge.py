@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 
 from preprocessing.episode import ActionBlock, BadEpisode, Episode, EpisodeRef, Video
+from preprocessing.frames import pictures_video
 from preprocessing.limits import limits
 from preprocessing.sources.memory import Finding, file_digest, findings, stamp_of
 from preprocessing.sources.pickles import read_pickle
-from preprocessing.video import pictures_video
 
 FPS = 5.0
 OBSERVED, COMMANDED, SENTENCES = "obs_dict.pkl", "policy_out.pkl", "lang.txt"

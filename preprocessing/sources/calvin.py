@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 
 from preprocessing.episode import FRAMES_PER_CHUNK, ActionBlock, BadEpisode, Episode, EpisodeRef, UserError
+from preprocessing.frames import sliced_video
 from preprocessing.limits import limits
 from preprocessing.sources.memory import Finding, file_digest, findings
 from preprocessing.sources.pickles import read_npy
-from preprocessing.video import sliced_video
 
 FPS = 30.0
 RANGES = "ep_start_end_ids.npy"

@@ -35,9 +35,10 @@ import h5py
 import numpy as np
 
 from preprocessing.episode import ActionBlock, BadEpisode, Episode, EpisodeRef, UserError
+from preprocessing.frames import first_frames
 from preprocessing.sources.hdf5_files import datasets, digest_of, hdf5_files, numbers
 from preprocessing.sources.memory import Finding, file_digest, findings
-from preprocessing.video import first_frames, open_video, probe_video
+from preprocessing.video import open_video, probe_video
 
 FPS = 15.0
 TRAJECTORY = "trajectory.h5"

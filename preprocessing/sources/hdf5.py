@@ -26,6 +26,7 @@ import h5py
 import numpy as np
 
 from preprocessing.episode import ActionBlock, BadEpisode, Episode, EpisodeRef, Video
+from preprocessing.frames import sliced_video, upside_down
 from preprocessing.sources.hdf5_files import (
     at_once,
     child,
@@ -39,7 +40,6 @@ from preprocessing.sources.hdf5_files import (
     text,
 )
 from preprocessing.sources.memory import Finding, file_digest, findings
-from preprocessing.video import sliced_video, upside_down
 
 DEFAULT_FPS = 20.0  # robosuite's control rate, and LIBERO's
 OBSERVED = ("obs/", "next_obs/")  # the second holds the first again, one step later

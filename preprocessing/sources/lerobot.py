@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow as pa
 
 from preprocessing.episode import BadEpisode, Episode, EpisodeRef, UserError, Video
+from preprocessing.frames import first_frames, images_video
 from preprocessing.sources.lerobot_meta import Files, Film, Meta, instruction_of, matrix, read_meta, texts_of
 from preprocessing.sources.lerobot_v2 import FilesV2
 from preprocessing.sources.lerobot_v3 import FilesV3
-from preprocessing.video import first_frames, images_video
 
 STATE = "observation."
 PLACES = {"index", "episode_index", "frame_index", "task_index"}  # columns that say where a row belongs

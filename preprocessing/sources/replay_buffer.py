@@ -23,12 +23,13 @@ from pathlib import Path
 import numpy as np
 
 from preprocessing.episode import ActionBlock, BadEpisode, Episode, EpisodeRef, Video
+from preprocessing.frames import chunks, first_frames, resize, thinned
 from preprocessing.limits import limits
 from preprocessing.sources.memory import Finding, file_digest, findings
 from preprocessing.sources.replay_buffer_files import Buffer, buffers, digests, found_in, is_picture, vectors
 from preprocessing.sources.zarr_v2 import ZarrArray
 from preprocessing.thinning import kept_before
-from preprocessing.video import chunks, first_frames, open_video, probe_video, resize, thinned
+from preprocessing.video import open_video, probe_video
 
 WIDE = 1024  # numbers a step: point clouds and depth have more
 PROPRIO = re.compile(r"(robot|agent_pos|state|qpos|qvel|eef|joint|gripper|proprio)(?!.*(demo_|action))")

@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from preprocessing.episode import ActionBlock, BadEpisode, Episode, EpisodeRef, Video
+from preprocessing.frames import decode_image, images_video
 from preprocessing.sources.memory import findings
 from preprocessing.sources.tfds import SHARD, Leaf, dataset_and_split, missing_shards, read_leaves
 from preprocessing.sources.tfrecord import Feature, parse_example, read_record, records
-from preprocessing.video import decode_image, images_video
 
 BLACK = 8  # JPEG noise around zero stays below this level
 WIDEST = 256  # what has more columns is an embedding, or a sentence in numbers

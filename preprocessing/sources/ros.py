@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 
 from preprocessing.episode import BadEpisode, Episode, EpisodeRef, Video
+from preprocessing.frames import chunks, resize
 from preprocessing.sources.memory import Finding, file_digest, findings
 from preprocessing.sources.ros_bags import METADATA, Message, messages, problem_of, recordings, storage_files
 from preprocessing.sources.ros_messages import decode, numbers_of, picture_of, role_of, stamp_of, unfit
 from preprocessing.sources.ros_tracks import Track, align
-from preprocessing.video import chunks, resize
 
 COMMANDS = ("command", "action", "target", "goal", "setpoint", "cmd")  # in a topic's name
 INSTRUCTIONS = ("instruction", "language", "task")

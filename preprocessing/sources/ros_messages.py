@@ -22,9 +22,9 @@ from rosbags.typesys import Stores, get_typestore
 from rosbags.typesys.store import Typestore
 
 from preprocessing.episode import BadEpisode
+from preprocessing.frames import decode_image
 from preprocessing.limits import limits
 from preprocessing.sources.ros_bags import Message
-from preprocessing.video import decode_image
 
 IMAGE, PACKED, JOINTS, TEXT = (
     "sensor_msgs/msg/Image",

@@ -28,9 +28,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from preprocessing.episode import BadEpisode, Episode, EpisodeRef, Video
+from preprocessing.frames import pictures_video
 from preprocessing.limits import limits
 from preprocessing.sources.memory import Finding, file_digest, findings
-from preprocessing.video import open_film, pictures_video
+from preprocessing.video import open_film
 
 FPS = 10.0
 FILMS = ("mp4", "m4v", "mov", "mkv", "webm", "avi", "mpg", "mpeg", "wmv", "flv", "gif")
