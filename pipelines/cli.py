@@ -39,6 +39,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 Output = Annotated[Path, typer.Option(help="Folder that gets the results, in a folder of their own.")]
 DryRun = Annotated[bool, typer.Option(help="Say what would be done, and do nothing.")]
 
+LISTED = 50  # lines of one kind, before they are counted
 VERBOSE = False
 
 
@@ -103,10 +104,11 @@ def ingest(
     )
     for note in report.notes:
         say(note)
-    for bad in report.filtered:
-        say(f"filtered {bad['uri']} #{bad['index']}: {bad['reason']}")
-    for bad in report.quarantine:
-        say(f"quarantined {bad['uri']} #{bad['index']}: {bad['reason']}")
+    for what, rows in (("filtered", report.filtered), ("quarantined", report.quarantine)):
+        for row in rows[:LISTED]:
+            say(f"{what} {row['uri']} #{row['index']}: {row['reason']}")
+        if len(rows) > LISTED:
+            say(f"{what} {len(rows) - LISTED} more (all of them: --json, or uwm store quarantine)")
     counts = report.episodes
     filtered = Counter(row["filter"] for row in report.filtered)
     if dry_run:
@@ -122,7 +124,8 @@ def ingest(
         say(f"bound by {report.bound_by}: {shares}")
     if report.removed:
         say(f"{report.removed} episodes were removed from this store, and stay out")
-    say(f"snapshot {report.snapshot}")
+    if not dry_run:
+        say(f"snapshot {report.snapshot}")
     answer(dataclasses.asdict(report), as_json)
     if report.quarantine:
         raise typer.Exit(3)

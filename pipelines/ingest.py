@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tqdm import tqdm
@@ -28,6 +29,7 @@ from preprocessing.encoders import encoder_digest
 from preprocessing.episode import BadEpisode, EpisodeRef, UserError
 from preprocessing.promise import Promises
 from preprocessing.snapshot import Snapshot
+from preprocessing.storage import parse
 from preprocessing.store import LatentStore
 
 ENOUGH_TO_JUDGE = 10  # bad episodes, before their share can stop a job
@@ -90,18 +92,21 @@ def ingest(
     limits.use(recipe.limits)
     places = [place for uri in uris for place in sources.find(uri, format)]
     digests = {_in_full(name): encoder_digest(name, recipe.precision) for name in recipe.encoder}
-    store = LatentStore.open(store_uri) if dry_run else LatentStore.create(store_uri)
-    head = store.snapshot()
-    report = IngestReport(head.id, {"new": 0, "already": 0, "quarantined": 0, "filtered": 0})
-    contracts = _contracts(head, [*map(_source, places)], contract, report)
-    plan = Plan(digests, recipe, contracts, _promises(head, contracts))
-    refs = ((_source((kind, path)), ref) for kind, path in places for ref in sources.scan(kind, path))
-    work = _new_work(tqdm(refs, "scan", unit=" episodes", leave=False, delay=1), store, plan, retry, report)
-    report.episodes["new"] = len(work)
-    _try(work, plan)
-    if work:
-        with cluster(address, verbose):
-            _survey(work, plan, head, report) if dry_run else _run(store, work, plan, report)
+    absent = dry_run and parse(store_uri).content() == "nothing"
+    with TemporaryDirectory() as nowhere:  # a dry run makes no store, and compares with an empty one
+        place = nowhere if absent else store_uri
+        store = LatentStore.open(place) if dry_run and not absent else LatentStore.create(place)
+        head = store.snapshot()
+        report = IngestReport(None if absent else head.id, {"new": 0, "already": 0, "quarantined": 0, "filtered": 0})
+        contracts = _contracts(head, [*map(_source, places)], contract, report)
+        plan = Plan(digests, recipe, contracts, _promises(head, contracts))
+        refs = ((_source((kind, path)), ref) for kind, path in places for ref in sources.scan(kind, path))
+        work = _new_work(tqdm(refs, "scan", unit=" episodes", leave=False, delay=1), store, plan, retry, report)
+        report.episodes["new"] = len(work)
+        _try(work, plan)
+        if work:
+            with cluster(address, verbose):
+                _survey(work, plan, head, report) if dry_run else _run(store, work, plan, report)
     report.seconds = round(time.monotonic() - began, 2)
     return report
 

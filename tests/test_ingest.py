@@ -279,8 +279,8 @@ def test_what_is_not_worth_encoding_is_told_and_remembered(tmp_path: Path, uwm: 
     write_video(raw / "one frame.mp4", moving(1))
     asked = ("--set", "quality.near_duplicates=4", "--set", "quality.shots=3")
     arguments = ("ingest", raw, "--store", store, "--image-size", "64", "--json", *asked)
-    LatentStore.create(str(store))
     code, would, err = uwm(*arguments, "--dry-run")
+    assert would["snapshot"] is None and not store.exists()
     assert code == 0 and would["episodes"] == {"new": 1, "already": 0, "quarantined": 0, "filtered": 4}
     assert {Path(row["uri"]).stem: row["filter"] for row in would["filtered"]} == {
         "black": "black", "still": "frozen", "one frame": "min_frames", "good": "near_duplicates",
