@@ -97,11 +97,7 @@ def test_content_tells_where_the_name_does_not(tmp_path):
     [
         ("missing", "auto", "no such file or folder"),
         ("empty", "auto", "empty folder"),
-        (
-            "text",
-            "auto",
-            "no known format; expected rlds .* or lerobot .* or calvin .* or droid .* or aloha .* or hdf5 .* or video",
-        ),
+        ("text", "auto", "no known format; expected one of rlds, lerobot, .*, video"),
         ("text/a.txt", "auto", "no known format"),
         ("text", "hdf5", "holds nothing of format hdf5"),
         ("text", "rosbag", "no such format; one of auto, rlds, lerobot, calvin, droid, bridge, aloha"),

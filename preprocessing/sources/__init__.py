@@ -73,11 +73,11 @@ def find(path: str | Path, format: str = "auto") -> list[tuple[str, Path]]:
     except PermissionError as error:
         raise UserError(f"{error.filename}: may not be read; check its permissions") from None
     if empty:
-        raise UserError(f"{path}: an empty folder; put {_known(wanted)} there")
+        raise UserError(f"{path}: an empty folder; put {_known(format)} there")
     if not found and format != "auto":
-        raise UserError(f"{path}: holds nothing of format {format}; expected {_known(wanted)}, or use --format auto")
+        raise UserError(f"{path}: holds nothing of format {format}; expected {_known(format)}, or use --format auto")
     if not found:
-        raise UserError(f"{path}: no known format; expected {_known(wanted)}")
+        raise UserError(f"{path}: no known format; expected {_known(format)}")
     return found
 
 
@@ -205,18 +205,19 @@ def _local(path: str | Path) -> Path:
     return Path(unquote(urlsplit(str(path)).path))
 
 
-def _known(wanted: list[str]) -> str:
+def _known(format: str) -> str:
     means = {
-        "rlds": "rlds (features.json and *.tfrecord-* files)",
-        "lerobot": "lerobot (meta/info.json)",
-        "calvin": "calvin (ep_start_end_ids.npy)",
-        "droid": "droid (raw DROID: trajectory.h5, metadata_*.json, recordings)",
-        "bridge": "bridge (raw BridgeData: obs_dict.pkl, policy_out.pkl, images0)",
-        "aloha": "aloha (ALOHA or ACT *.hdf5)",
-        "hdf5": "hdf5 (robomimic or LIBERO *.hdf5)",
-        "ros": "ros (*.mcap, ROS 2 bags, *.bag)",
-        "replay_buffer": "replay_buffer (Diffusion Policy or UMI *.zarr, *.zarr.zip)",
-        "webdataset": "webdataset (*.tar of clips, not packed)",
-        "video": "video (*.mp4, *.mkv, *.webm, ...)",
+        "auto": f"one of {', '.join(FORMATS)} (docs/formats.md tells more)",
+        "rlds": "features.json and *.tfrecord-* files",
+        "lerobot": "meta/info.json",
+        "calvin": "ep_start_end_ids.npy",
+        "droid": "trajectory.h5, metadata_*.json and recordings",
+        "bridge": "obs_dict.pkl, policy_out.pkl and images0",
+        "aloha": "ALOHA or ACT *.hdf5",
+        "hdf5": "robomimic or LIBERO *.hdf5",
+        "ros": "*.mcap, ROS 2 bags, *.bag",
+        "replay_buffer": "Diffusion Policy or UMI *.zarr, *.zarr.zip",
+        "webdataset": "*.tar of clips, not packed",
+        "video": "*.mp4, *.mkv, *.webm, ...",
     }
-    return " or ".join(means[name] for name in wanted)
+    return means[format]
