@@ -53,12 +53,17 @@ def check(
     ] = None,
     format: Format = "auto",
     episodes: Episodes = 64,
+    picture: Annotated[
+        Path | None, typer.Option(help="PNG or PDF that gets frames of some episodes, and what the gripper is told.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure whether actions, frames, splits and marks are what they should be; exit code 1 where one is not."""
     from preprocessing.measure import check as judge
     from preprocessing.measure import find_lag
 
+    if picture and (picture.suffix.lower() not in (".png", ".pdf") or not picture.parent.is_dir()):
+        raise UserError(f"--picture {picture}: name a *.png or *.pdf in a folder that is there")
     _, measured = _measure(source, format, episodes, DataContract.load(contract) if contract else None)
     remarks = judge(measured)
     lag = find_lag(measured.episodes)
@@ -71,6 +76,11 @@ def check(
         say(f"{'WRONG' if remark.wrong else 'look'}: {remark.line}")
     wrong = sum(remark.wrong for remark in remarks)
     say(f"{wrong} mistakes, {len(remarks) - wrong} things to look at" if remarks else "nothing to remark")
+    if picture:
+        from preprocessing.contact_sheet import contact_sheet
+
+        contact_sheet(measured).savefig(picture)
+        say(f"to look at: {picture}")
     lines = [remark._asdict() for remark in remarks]
     answer({"episodes": len(measured.episodes), "lag": lag and lag._asdict(), "remarks": lines}, as_json)
     if wrong:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import yaml
 from conftest import Uwm
-from formats import REAL, moving, quadrants, write_calvin, write_demos
+from formats import REAL, moving, quadrants, write_calvin, write_demos, write_video
 
+from preprocessing.contact_sheet import contact_sheet
 from preprocessing.contract import DataContract
 from preprocessing.episode import Episode
 from preprocessing.measure import Lag, Measured, check, find_lag, measure, spread
@@ -46,6 +47,28 @@ def write_moving(
             demo["obs/eef_pos"] = places[:-1]
             demo["obs/front_image"] = np.broadcast_to(picture, (40, *picture.shape))
     return path
+
+
+def test_frames_to_look_at(tmp_path: Path, uwm: Uwm) -> None:
+    path = write_demos(tmp_path / "a.hdf5", demos=9, steps=20)
+    with h5py.File(path, "a") as file:
+        grippers = file["data/demo_8/actions"][:, 6]
+    figure = contact_sheet(measured(path))
+    shown = [axis for axis in figure.axes if axis.images]
+    assert [axis.texts[0].get_text() for axis in shown[::6]] == [f"a.hdf5 #{i}: open the drawer" for i in (0, 4, 8)]
+    numbers = (0, 4, 8, 11, 15, 19)
+    for axis, number in zip(shown[12:], numbers, strict=True):
+        assert axis.get_xlabel() == f"{number}, gripper {grippers[number]:.2f} (1 is closed)"
+        assert np.array_equal(axis.images[0].get_array(), moving(20)[number])
+    sheet = tmp_path / "sheet.png"
+    said = uwm("contract", "check", path, "--picture", sheet)[2]
+    assert f"to look at: {sheet}" in said and sheet.read_bytes().startswith(b"\x89PNG")
+    for wrong in (tmp_path / "sheet.txt", tmp_path / "nowhere" / "sheet.png"):
+        assert uwm("contract", "check", path, "--picture", wrong)[0] == 2
+    film = write_video(tmp_path / "b.mp4", moving(3))
+    assert [axis.get_xlabel() for axis in contact_sheet(measured(film)).axes] == ["0", "1", "2", "", "", ""]
+    film.write_bytes(film.read_bytes()[:900])
+    assert not any(axis.images for axis in contact_sheet(measured(film)).axes)
 
 
 @pytest.mark.parametrize("absolute", [False, True])
