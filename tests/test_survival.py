@@ -42,7 +42,7 @@ from pipelines import cli, committer, ingest_job
 
 class Average(ingest_job.Encode):
     def __init__(self, plan, meter):
-        self._encoders, self._meter, self._clock = dict.fromkeys(plan.encoders, self), meter, None
+        self.encoders, self._meter, self._clock = dict.fromkeys(plan.encoders, self), meter, None
     def encode(self, frames):
         frames = np.pad(frames, ((0, 0), (0, 0), (0, 0), (0, 1))).astype(np.float16)
         return frames.reshape(len(frames), 8, 8, 8, 8, 4).mean((2, 4)).transpose(0, 3, 1, 2)
