@@ -135,6 +135,27 @@ def test_cameras_that_were_late(tmp_path):
     assert late.id != in_time.id and "a picture late" in late.repairs[0] and in_time.repairs == ()
 
 
+def test_a_folder_without_a_date(tmp_path):
+    episode = one(toy(tmp_path, dated="mine"))
+    assert len(episode.action) == 11
+    assert episode.repairs == ("no folder tells the date; cameras taken to be in time, as since 2021-07-23",)
+
+
+def test_only_numbers_are_signals(tmp_path):
+    folder = toy(tmp_path)
+    observed = pickle.loads((folder / "obs_dict.pkl").read_bytes())
+    observed |= {"mixed": [1.0, "2"] * 6, "words": ["1"] * 12, "none": [None] * 12, "huge": [10**400] * 12, 7: [1] * 12}
+    observed |= {"flags": [True, False] * 6, "pairs": [[1, 2.5]] * 12, "nested": np.array([np.float32(3)] * 12, object)}
+    (folder / "obs_dict.pkl").write_bytes(pickle.dumps({key: value for key, value in observed.items() if key != 7}))
+    signals = one(tmp_path).signals
+    assert {"mixed", "words", "none", "huge"}.isdisjoint(signals)
+    assert signals["flags"][:2].tolist() == [[1], [0]] and signals["pairs"][4].tolist() == [1, 2.5]
+    assert signals["nested"].shape == (11, 1)
+    (folder / "obs_dict.pkl").write_bytes(pickle.dumps(observed))
+    with pytest.raises(BadEpisode, match="keys that are no text"):
+        load(refs_of(tmp_path)[0])
+
+
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_bare_actions_no_sentence_and_every_protocol(tmp_path, protocol):
     folder = toy(tmp_path, sentences=None, protocol=protocol)
