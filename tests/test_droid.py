@@ -355,6 +355,16 @@ def test_sentences_are_those_of_the_uuid_and_of_the_nearest_list(tmp_path):
     assert "aggregated-annotations-030724.json: no list of sentences (not a JSON" in str(broken.problem)
 
 
+def test_the_later_and_fuller_list(tmp_path):
+    folder = toy().write(place(tmp_path))
+    later = annotate(tmp_path, {UUID: {"language_instruction1": "later"}}, "droid_language_annotations.json")
+    assert one(folder).instruction == "later"
+    annotate(tmp_path, {UUID: SENTENCES})
+    assert one(folder).instruction == "later"
+    later.unlink()
+    assert one(folder).instruction == "Put the marker in the pot"
+
+
 def test_a_list_beyond_all_bounds_is_not_read(tmp_path, monkeypatch):
     folder = toy().write(place(tmp_path))
     annotate(tmp_path, {UUID: SENTENCES})
