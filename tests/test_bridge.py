@@ -119,6 +119,13 @@ def test_pictures_in_the_order_of_their_numbers_and_every_row_with_its_own(tmp_p
     assert episode.signals["delta_robot_transform"][2, 0] == 2
     assert episode.texts == {"lang_0": "put the spoon in the pot", "lang_1": "move the spoon"}
     assert episode.instruction == "put the spoon in the pot" and episode.repairs == ()
+    position, rotation, gripper = episode.action_layout
+    assert [(block.size, block.mode, block.frame, block.unit) for block in (position, rotation)] == [
+        (3, "delta", "base", "m"),
+        (3, "delta", "base", "rad"),
+    ]
+    assert rotation.representation == "euler_xyz"
+    assert (gripper.size, gripper.mode, gripper.gripper_one_means) == (1, "absolute", "open")
     thin = load(episode.ref, fps=2)  # a robot log keeps its rate
     assert thin.fps == 5
 
@@ -132,6 +139,7 @@ def test_cameras_that_were_late(tmp_path):
     assert np.array_equal(late.proprio["state"], in_time.proprio["state"][1:])
     assert np.array_equal(late.signals["qpos"], in_time.signals["qpos"][1:])
     assert np.array_equal(late.signals["delta_robot_transform"], in_time.signals["delta_robot_transform"][:10])
+    assert one(toy(tmp_path / "2021-01-01_00-00-00")).repairs == ()  # of the copy, not of the recording
     assert late.id != in_time.id and "a picture late" in late.repairs[0] and in_time.repairs == ()
 
 

@@ -891,7 +891,11 @@ def test_calvin(tmp_path):
     assert np.array_equal(whole.action, np.stack([row["rel_actions"] for row in rows]).astype(np.float32))
     assert np.array_equal(whole.proprio["robot_obs"], np.stack([row["robot_obs"] for row in rows]).astype(np.float32))
     assert (whole.fps, whole.embodiment, whole.instruction) == (30, "panda", None)
-    assert sizes(whole.action_layout) == {"position": 3, "rotation": 3, "gripper": 1}
+    position, rotation, gripper = whole.action_layout
+    for block in (position, rotation):
+        assert (block.size, block.mode, block.frame, block.unit) == (3, "delta", "base", "scaled")
+    assert rotation.representation == "euler_xyz"
+    assert (gripper.size, gripper.mode, gripper.gripper_one_means) == (1, "absolute", "open")
     assert np.array_equal(whole.signals["actions"], np.stack([row["actions"] for row in rows]).astype(np.float32))
     assert np.array_equal(whole.signals["scene_obs"], np.stack([row["scene_obs"] for row in rows]).astype(np.float32))
     assert (whole.split, whole.texts) == ("training", {})
@@ -907,6 +911,9 @@ def test_stretches_with_a_sentence(tmp_path):
     ]
     assert [(e.texts, e.split) for e in episodes] == [({"language/ann": text}, None) for text in said.values()]
     assert np.array_equal(frames_of(episodes[1], "static"), numbered(100, 16)[30:95])
+    again = write_calvin(tmp_path / "y", numbered(100, 16), first=0, sentences={**said, (5, 40): "pull"})
+    first, second = refs_of(again)
+    assert first.digest != episodes[0].ref.digest and second.digest == episodes[1].ref.digest
 
 
 def test_steps_that_are_gone_or_bombs(tmp_path):
@@ -1035,13 +1042,15 @@ RECONSTRUCT = b"cnumpy.core.multiarray\n_reconstruct\n\x940"
             RECONSTRUCT + b"h\0)R(K\1X\4\0\0\0aaaaJ\xff\xff\xff\x3f\x86cnumpy\ndtype\nX\2\0\0\0O8\x85R\x89]tb.",
             "TypeError",
         ),
+        (b"cnumpy\ndtype\nX\2\0\0\0M8\x85R.", "an array of 'M8'"),
+        (b"cnumpy\ndtype\n}X\5\0\0\0dtypeNsb.", "it gives type a state"),
         (b"cnumpy\ndtype\n)\x81.", "KeyError"),
         (b"(cnumpy\ndtype\no.", "KeyError"),
         (b"(inumpy\ndtype\n.", "KeyError"),
         (b"\x82\1.", "KeyError"),
         (b"c" + b"a" * LONG + b"\nb\n.", "it asks for a{188}$"),
     ],
-    ids=range(18),
+    ids=range(20),
 )
 def test_a_pickle_that_would_take_all_time_or_memory(monkeypatch, steps, says):
     monkeypatch.setattr(limits, "_limits", limits.Limits(array_bytes=2**27))
