@@ -119,6 +119,13 @@ def test_pictures_in_the_order_of_their_numbers_and_every_row_with_its_own(tmp_p
     assert episode.signals["delta_robot_transform"][2, 0] == 2
     assert episode.texts == {"lang_0": "put the spoon in the pot", "lang_1": "move the spoon"}
     assert episode.instruction == "put the spoon in the pot" and episode.repairs == ()
+    position, rotation, gripper = episode.action_layout
+    assert [(block.size, block.mode, block.frame, block.unit) for block in (position, rotation)] == [
+        (3, "delta", "base", "m"),
+        (3, "delta", "base", "rad"),
+    ]
+    assert rotation.representation == "euler_xyz"
+    assert (gripper.size, gripper.mode, gripper.gripper_one_means) == (1, "absolute", "open")
     thin = load(episode.ref, fps=2)  # a robot log keeps its rate
     assert thin.fps == 5
 
@@ -132,7 +139,29 @@ def test_cameras_that_were_late(tmp_path):
     assert np.array_equal(late.proprio["state"], in_time.proprio["state"][1:])
     assert np.array_equal(late.signals["qpos"], in_time.signals["qpos"][1:])
     assert np.array_equal(late.signals["delta_robot_transform"], in_time.signals["delta_robot_transform"][:10])
+    assert one(toy(tmp_path / "2021-01-01_00-00-00")).repairs == ()  # of the copy, not of the recording
     assert late.id != in_time.id and "a picture late" in late.repairs[0] and in_time.repairs == ()
+
+
+def test_a_folder_without_a_date(tmp_path):
+    episode = one(toy(tmp_path, dated="mine"))
+    assert len(episode.action) == 11
+    assert episode.repairs == ("no folder tells the date; cameras taken to be in time, as since 2021-07-23",)
+
+
+def test_only_numbers_are_signals(tmp_path):
+    folder = toy(tmp_path)
+    observed = pickle.loads((folder / "obs_dict.pkl").read_bytes())
+    observed |= {"mixed": [1.0, "2"] * 6, "words": ["1"] * 12, "none": [None] * 12, "huge": [10**400] * 12, 7: [1] * 12}
+    observed |= {"flags": [True, False] * 6, "pairs": [[1, 2.5]] * 12, "nested": np.array([np.float32(3)] * 12, object)}
+    (folder / "obs_dict.pkl").write_bytes(pickle.dumps({key: value for key, value in observed.items() if key != 7}))
+    signals = one(tmp_path).signals
+    assert {"mixed", "words", "none", "huge"}.isdisjoint(signals)
+    assert signals["flags"][:2].tolist() == [[1], [0]] and signals["pairs"][4].tolist() == [1, 2.5]
+    assert signals["nested"].shape == (11, 1)
+    (folder / "obs_dict.pkl").write_bytes(pickle.dumps(observed))
+    with pytest.raises(BadEpisode, match="keys that are no text"):
+        load(refs_of(tmp_path)[0])
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])

@@ -234,6 +234,7 @@ def test_everything_recorded_each_step_is_a_signal(tmp_path):
         ("gripper", 1, "absolute", "unknown", "unknown"),
     ]
     assert episode.action_layout[2].gripper_one_means == "closed"
+    assert episode.action_layout[1].representation == "euler_xyz"
 
 
 # -------------------------------------------------------------------------------------------------------- contract
@@ -280,6 +281,10 @@ def test_one_frame_more_or_less_is_mended(tmp_path, frames):
     assert episode.action is not None
     assert np.array_equal(episode.action[:, :6], recorded.rows["action/cartesian_velocity"][:count].astype(np.float32))
     assert {len(values) for values in (*episode.signals.values(), *episode.proprio.values())} == {count}
+    for kept, name in ((episode.signals, "action/"), (episode.proprio, "observation/robot_state/")):
+        joints = name + "joint_velocity" if name == "action/" else "joint_positions"
+        recorded_rows = recorded.rows[joints if name == "action/" else name + joints]
+        assert np.array_equal(kept[joints], recorded_rows[:count].astype(np.float32))
     slips = f"wrist has {frames}, exterior_1 has {frames}, exterior_2 has {frames}"
     mended = (f"the trajectory has 6 rows, {slips} frames; cut to {count}",)
     assert episode.repairs == (() if frames == 6 else mended)
@@ -353,6 +358,16 @@ def test_sentences_are_those_of_the_uuid_and_of_the_nearest_list(tmp_path):
     file.write_text("[1]")
     [broken] = refs_of(folder)
     assert "aggregated-annotations-030724.json: no list of sentences (not a JSON" in str(broken.problem)
+
+
+def test_the_later_and_fuller_list(tmp_path):
+    folder = toy().write(place(tmp_path))
+    later = annotate(tmp_path, {UUID: {"language_instruction1": "later"}}, "droid_language_annotations.json")
+    assert one(folder).instruction == "later"
+    annotate(tmp_path, {UUID: SENTENCES})
+    assert one(folder).instruction == "later"
+    later.unlink()
+    assert one(folder).instruction == "Put the marker in the pot"
 
 
 def test_a_list_beyond_all_bounds_is_not_read(tmp_path, monkeypatch):

@@ -172,6 +172,10 @@ def test_umi(tmp_path, robots):
         assert len(episode.proprio) == 3 * robots and len(episode.signals) == 2 * robots
         assert [b.name for b in episode.action_layout][:3] == ["robot0_position", "robot0_rotation", "robot0_gripper"]
         assert episode.action_layout[1].representation == "axis_angle"
+        for block in episode.action_layout:
+            assert block.mode == "absolute" and block.unit == ("rad" if block.kind == "rotation" else "m")
+            assert block.kind == "gripper" or block.frame == "base"
+            assert block.kind != "gripper" or block.gripper_one_means == "open"
         assert (episode.embodiment, episode.fps) == ("umi", 59.94)
         assert "no actions are recorded; the next pose is taken for the action" in episode.repairs
         assert "the rate is not recorded; 59.94 Hz assumed, as a GoPro's is" in episode.repairs
@@ -225,6 +229,9 @@ def test_films_beside_a_buffer(tmp_path):
     episode = load(after[1])
     assert len(frames_of(episode, "camera_2")) == len(episode.action) == len(episode.signals["stage"]) == 6
     assert "the films end 2 steps before the log, which is cut there" in episode.repairs
+    write_video(tmp_path / "real/videos/1/0.mp4", numbered(8), fps=5)
+    with pytest.raises(BadEpisode, match=r"0\.mp4 has 5 frames a second, fewer than the log's 10 steps"):
+        load(refs_of(tmp_path)[1])
     (tmp_path / "real/videos/0/2.mp4").unlink()
     assert [ref.problem for ref in refs_of(tmp_path)] == ["there is no videos/0/2.mp4", None]
     shutil.rmtree(tmp_path / "real/videos")
@@ -239,18 +246,22 @@ def test_pictures_of_other_kinds(tmp_path):
         "first": frames.transpose(0, 3, 1, 2).copy(),
         "share": (frames / 255).astype(np.float32),
         "black": np.concatenate([np.zeros_like(frames[:3]), frames[3:]]).astype(np.float32),
+        "near": np.maximum(frames - 0.3, 0).astype(np.float32),
+        "corners": np.arange(12 * 48.0).reshape(12, 4, 4, 3),
         "depth": np.zeros((12, 48, 48), np.uint16),
         "point_cloud": np.zeros((12, 512, 6), np.float32),
         "words": np.array(["push"] * 12),
         "agent_pos": np.arange(24.0).reshape(12, 2),
     }
     [episode] = episodes_of(write_buffer(tmp_path / "a.zarr", data, [12], {"black": (1, 20, 48, 3)}))
-    assert set(episode.cameras) == {"first", "share", "black"}
+    assert set(episode.cameras) == {"first", "share", "black", "near"}
+    assert np.array_equal(frames_of(episode, "near"), frames)
     assert np.array_equal(frames_of(episode, "first"), frames)
     assert np.array_equal(frames_of(episode, "share"), frames)
     assert np.array_equal(frames_of(episode, "black")[3:], frames[3:]) and not frames_of(episode, "black")[:3].any()
     assert (episode.action, episode.action_layout, episode.embodiment) == (None, (), "unknown")
-    assert list(episode.proprio) == ["agent_pos"] and not episode.signals
+    assert list(episode.proprio) == ["agent_pos"] and list(episode.signals) == ["corners"]
+    assert np.array_equal(episode.signals["corners"], data["corners"].reshape(12, 48))
     for said in (
         "first has its colours in the first dimension; moved to the last",
         "share is recorded from 0 to 1; made 0 to 255",
@@ -274,6 +285,48 @@ def test_compressors(tmp_path, compressor):
     _, episode = episodes_of(path)
     assert np.array_equal(frames_of(episode, "img"), data["img"][4:])
     assert np.array_equal(episode.action, data["action"][4:])
+
+
+def test_whichever_way_chunks_lie_and_are_called(tmp_path):
+    data = {"img": numbered(9, 16), "action": np.arange(27, dtype="<f4").reshape(9, 3)}
+    path = write_buffer(tmp_path / "a.zarr", data, [4, 9])
+    for name, values, chunks in (("img", data["img"], (2, 16, 7, 3)), ("action", data["action"], (2, 2))):
+        shutil.rmtree(path / "data" / name)
+        array = zarr.open_group(path, zarr_format=2).create_array(
+            f"data/{name}",
+            shape=values.shape,
+            dtype=values.dtype,
+            chunks=chunks,
+            order="F",
+            chunk_key_encoding={"name": "v2", "separator": "/"},
+            fill_value=3,
+        )
+        array[...] = values
+    store = zarr.open_group(path, zarr_format=2)
+    gone = store.create_array("data/gone", shape=(9, 2), dtype="<f4", chunks=(2, 2), fill_value=3)
+    gone[:4] = 1
+    assert (path / "data/img/0/0/1/0").is_file() and json.loads((path / "data/img/.zarray").read_text())["order"] == "F"
+    first, second = episodes_of(path)
+    assert np.array_equal(frames_of(second, "img"), data["img"][4:])
+    assert np.array_equal(second.action, data["action"][4:])
+    assert (first.signals["gone"] == 1).all() and (second.signals["gone"] == 3).all()
+
+
+def test_zip_files_with_more_than_a_buffer(tmp_path):
+    path, _ = pusht(numbered(6, 16), [6], tmp_path / "a.zarr")
+    with zipfile.ZipFile(tmp_path / "extra.zip", "w") as file:
+        for member in sorted(path.rglob("*")):
+            if member.is_file():
+                info = zipfile.ZipInfo(str(member.relative_to(path)))
+                info.extra = b"\xfe\xca\4\0time"  # as Info-ZIP writes
+                file.writestr(info, member.read_bytes())
+    [episode] = episodes_of(tmp_path / "extra.zip")
+    assert np.array_equal(frames_of(episode, "img"), numbered(6, 16))
+    repacked(path, tmp_path / "two.zip", "one/")
+    with zipfile.ZipFile(tmp_path / "two.zip", "a") as file:
+        file.write(path / "meta/episode_ends/.zarray", "two/meta/episode_ends/.zarray")
+    [ref] = refs_of(tmp_path / "two.zip")
+    assert ref.problem == "a zip file with 2 meta/episode_ends/.zarray, which is not one buffer"
 
 
 def test_what_is_found_where(tmp_path):

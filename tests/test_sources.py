@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 import pickle
 import re
 import shutil
 import struct
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import h5py
@@ -37,10 +40,11 @@ from formats import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from preprocessing import limits
 from preprocessing.contract import DataContract
 from preprocessing.episode import ActionBlock, BadEpisode, Episode, EpisodeRef, UserError
 from preprocessing.sources import digest, find, load, scan
-from preprocessing.sources.pickles import read_pickle
+from preprocessing.sources.pickles import read_npy, read_pickle
 from preprocessing.sources.tfrecord import parse_example
 
 real = pytest.mark.skipif(not REAL.exists(), reason=f"no real data at {REAL}")
@@ -887,7 +891,11 @@ def test_calvin(tmp_path):
     assert np.array_equal(whole.action, np.stack([row["rel_actions"] for row in rows]).astype(np.float32))
     assert np.array_equal(whole.proprio["robot_obs"], np.stack([row["robot_obs"] for row in rows]).astype(np.float32))
     assert (whole.fps, whole.embodiment, whole.instruction) == (30, "panda", None)
-    assert sizes(whole.action_layout) == {"position": 3, "rotation": 3, "gripper": 1}
+    position, rotation, gripper = whole.action_layout
+    for block in (position, rotation):
+        assert (block.size, block.mode, block.frame, block.unit) == (3, "delta", "base", "scaled")
+    assert rotation.representation == "euler_xyz"
+    assert (gripper.size, gripper.mode, gripper.gripper_one_means) == (1, "absolute", "open")
     assert np.array_equal(whole.signals["actions"], np.stack([row["actions"] for row in rows]).astype(np.float32))
     assert np.array_equal(whole.signals["scene_obs"], np.stack([row["scene_obs"] for row in rows]).astype(np.float32))
     assert (whole.split, whole.texts) == ("training", {})
@@ -903,6 +911,9 @@ def test_stretches_with_a_sentence(tmp_path):
     ]
     assert [(e.texts, e.split) for e in episodes] == [({"language/ann": text}, None) for text in said.values()]
     assert np.array_equal(frames_of(episodes[1], "static"), numbered(100, 16)[30:95])
+    again = write_calvin(tmp_path / "y", numbered(100, 16), first=0, sentences={**said, (5, 40): "pull"})
+    first, second = refs_of(again)
+    assert first.digest != episodes[0].ref.digest and second.digest == episodes[1].ref.digest
 
 
 def test_steps_that_are_gone_or_bombs(tmp_path):
@@ -916,6 +927,71 @@ def test_steps_that_are_gone_or_bombs(tmp_path):
     (folder / "episode_0000007.npz").write_bytes(b"PK\3\4 and no more")
     with pytest.raises(BadEpisode, match=r"episode_0000007.npz cannot be read"):
         load(whole)
+
+
+def test_sentences_in_the_folder_of_another_language_model(tmp_path):
+    folder = write_calvin(tmp_path / "x", numbered(9, 16), first=0, sentences={(0, 3): "push", (2, 8): "pull"})
+    (folder / "lang_annotations").rename(folder / "lang_paraphrase-MiniLM-L3-v2")
+    assert [(e.instruction, len(e.action)) for e in episodes_of(folder)] == [("push", 4), ("pull", 7)]
+    (folder / "lang_paraphrase-MiniLM-L3-v2" / "auto_lang_ann.npy").rename(folder / "auto_lang_ann.npy")
+    assert [e.instruction for e in episodes_of(folder)] == ["push", "pull"]
+    for name, sentence in (("lang_a", "other words"), ("lang_annotations", "the first of all")):
+        (folder / name).mkdir()
+        table = {"language": {"ann": [sentence]}, "info": {"indx": [(0, 3)]}}
+        np.save(folder / name / "auto_lang_ann.npy", table)  # type: ignore[arg-type]
+        assert [e.instruction for e in episodes_of(folder)] == [sentence]
+
+
+def test_a_list_of_more_steps_than_there_are(tmp_path):
+    folder = write_calvin(tmp_path / "x", numbered(9, 16), first=3)
+    ranges = [[3, 9_999_999], [3, 7], [0, 4], [12, 2**62], [5, 11]]
+    np.save(folder / "ep_start_end_ids.npy", np.array(ranges[:3] + ranges[4:]))
+    tracemalloc.start()
+    problems = [ref.problem for ref in refs_of(folder)]
+    assert tracemalloc.get_traced_memory()[1] < 2**23
+    tracemalloc.stop()
+    lost = "there is no episode_{:07d}.npz, of steps {} to {}".format
+    assert problems == [lost(12, 3, 9_999_999), None, lost(0, 0, 4), None]
+    np.save(folder / "ep_start_end_ids.npy", np.array(ranges))
+    assert "no list of episodes (steps 12 to 4611686018427387904)" in refs_of(folder)[0].problem
+
+
+def test_an_array_that_unpacks_to_more_than_is_said(tmp_path):
+    folder = write_calvin(tmp_path / "x", numbered(3, 16), first=0)
+    step = folder / "episode_0000001.npz"
+    bomb = io.BytesIO()
+    np.save(bomb, np.zeros(2**22))
+    for method, says in (
+        (zipfile.ZIP_DEFLATED, "cannot be read: "),
+        (zipfile.ZIP_BZIP2, "another method than deflate"),
+    ):
+        with zipfile.ZipFile(step, "w", method) as file:
+            file.writestr("robot_obs.npy", bomb.getvalue())
+            file.writestr("rel_actions.npy", bomb.getvalue())
+        lie = step.read_bytes().replace(struct.pack("<I", len(bomb.getvalue())), struct.pack("<I", 188))
+        step.write_bytes(lie)
+        [ref] = refs_of(folder)
+        tracemalloc.start()
+        with pytest.raises(BadEpisode, match=says):
+            load(ref)
+        assert tracemalloc.get_traced_memory()[1] < 2**23
+        tracemalloc.stop()
+
+
+def test_a_picture_that_is_encrypted(tmp_path):
+    folder = write_calvin(tmp_path / "x", numbered(3, 16), first=0)
+    data = bytearray((folder / "episode_0000001.npz").read_bytes())
+    data[data.index(b"PK\1\2") + 8] |= 1  # the first member in the file's table of contents
+    (folder / "episode_0000001.npz").write_bytes(data)
+    [episode] = episodes_of(folder)
+    with pytest.raises(BadEpisode, match=r"episode_0000001.npz cannot be read: .*encrypted"):
+        frames_of(episode, "static")
+
+
+@pytest.mark.parametrize("sentence", [["push"], 7, b"push", {"a": "push"}])
+def test_a_sentence_that_is_no_text(tmp_path, sentence):
+    [broken] = refs_of(write_calvin(tmp_path / "x", numbered(3, 16), first=0, sentences={(0, 2): sentence}))
+    assert f"a sentence that is a {type(sentence).__name__}" in broken.problem
 
 
 class Evil:
@@ -937,6 +1013,58 @@ def test_pickles_are_read_as_data(protocol, capsys):
     with pytest.raises(BadEpisode, match=r"it asks for .*print"):
         read_pickle(pickle.dumps({"a": Evil()}, protocol))
     assert not capsys.readouterr().out
+
+
+TUPLES = b")\x94" + b"".join(b"h%c\x86\x94" % at for at in range(60))  # each holds the one before it twice
+LISTS = b"]\x94" + b"".join(b"](h%ch%ce\x94" % (at, at) for at in range(60))
+LONG = 2**20
+TEXT = b"X" + struct.pack("<I", LONG) + b"a" * LONG
+SCALAR = b"cnumpy.core.multiarray\nscalar\n\x940cnumpy\ndtype\nX\x08\0\0\0S1048576\x85R\x940"
+RECONSTRUCT = b"cnumpy.core.multiarray\n_reconstruct\n\x940"
+
+
+@pytest.mark.parametrize(
+    "steps, says",
+    [
+        (b"}" + TUPLES + b"Ns.", "keys that are no text"),  # hashed in 2 ** 60 steps
+        (b"}" + b")" + b"\x85" * 300_000 + b"Ns.", "keys that are no text"),  # hashed on the C stack
+        (b"(" + TUPLES + b"Nd.", "keys that are no text"),
+        (b"}(" + TUPLES + b"Nu.", "keys that are no text"),
+        (b"\x8f(" + TUPLES + b"\x90.", "KeyError"),
+        (b"(" + TUPLES + b"\x91.", "KeyError"),
+        (b"ccollections\nOrderedDict\n](](" + TUPLES + b"Nee\x85R.", "_no_items"),
+        (LISTS + b".", "unfolds to more than limits.array_bytes"),
+        (b"](" + b"]" * 3_000_000 + b"e.", "takes more than 2097152 steps"),
+        (b"]c_codecs\nencode\n\x940" + TEXT + b"\x940" + b"h\0h\1\x85Ra" * 2000 + b".", "more bytes than it holds"),
+        (b"]" + SCALAR + b"B" + TEXT[1:] + b"\x940" + b"h\0h\1h\2\x86Ra" * 2000 + b".", "unfolds to more than"),
+        (b"]" + RECONSTRUCT + b"](" + b"N" * LONG + b"e\x940" + b"h\0h\1R0" * 99 + b".", "1048576 arguments"),
+        (
+            RECONSTRUCT + b"h\0)R(K\1X\4\0\0\0aaaaJ\xff\xff\xff\x3f\x86cnumpy\ndtype\nX\2\0\0\0O8\x85R\x89]tb.",
+            "TypeError",
+        ),
+        (b"cnumpy\ndtype\nX\2\0\0\0M8\x85R.", "an array of 'M8'"),
+        (b"cnumpy\ndtype\n}X\5\0\0\0dtypeNsb.", "it gives type a state"),
+        (b"cnumpy\ndtype\n)\x81.", "KeyError"),
+        (b"(cnumpy\ndtype\no.", "KeyError"),
+        (b"(inumpy\ndtype\n.", "KeyError"),
+        (b"\x82\1.", "KeyError"),
+        (b"c" + b"a" * LONG + b"\nb\n.", "it asks for a{188}$"),
+    ],
+    ids=range(20),
+)
+def test_a_pickle_that_would_take_all_time_or_memory(monkeypatch, steps, says):
+    monkeypatch.setattr(limits, "_limits", limits.Limits(array_bytes=2**27))
+    tracemalloc.start()
+    with pytest.raises(BadEpisode, match=says):
+        read_pickle(b"\x80\4" + steps)
+    assert tracemalloc.get_traced_memory()[1] < 2**28
+    tracemalloc.stop()
+
+
+def test_a_header_that_is_too_deep():
+    head = b"-" * 9000 + b"1\n"
+    with pytest.raises(BadEpisode, match=r"a \.npy file that cannot be read"):
+        read_npy(b"\x93NUMPY\1\0" + struct.pack("<H", len(head)) + head)
 
 
 @given(st.binary(max_size=60), st.integers(0, 400))

@@ -79,7 +79,11 @@ def load(ref: EpisodeRef) -> Episode:
         observed["time_stamp"] -= observed["time_stamp"][0]  # seconds since 1970 are no float32
     commanded = _rows(commands, len(action), 0, steps)
     sentences = _sentences(folder)
-    late = f"cameras were a picture late before {IN_TIME}; each action goes with the picture after it"
+    repairs = []
+    if first:
+        repairs.append(f"cameras were a picture late before {IN_TIME}; each action goes with the picture after it")
+    elif not _dates(folder):
+        repairs.append(f"no folder tells the date; cameras taken to be in time, as since {IN_TIME}")
     return Episode(
         ref=ref,
         fps=FPS,
@@ -90,7 +94,7 @@ def load(ref: EpisodeRef) -> Episode:
         instruction=next(iter(sentences), None),
         success=None,
         embodiment="widowx",
-        repairs=(late,) if first else (),
+        repairs=tuple(repairs),
         signals={name: rows.astype(np.float32) for name, rows in (observed | commanded).items()},
         texts={f"lang_{index}": sentence for index, sentence in enumerate(sentences)},
     )
@@ -143,17 +147,21 @@ def _rows(table: Any, actions: int, first: int, steps: int) -> dict[str, np.ndar
     """Its numbers, float64 ``[steps, D]`` by name, where they have a row an action or a picture."""
     if not isinstance(table, dict):
         raise BadEpisode(f"{OBSERVED} holds no table")
-    found = {str(name): _numbers(values) for name, values in table.items()}
+    found = {name: _numbers(values) for name, values in table.items()}
     fitting = {name: rows for name, rows in found.items() if rows is not None and len(rows) in (actions, actions + 1)}
     return {name: rows[first : first + steps].reshape(steps, -1) for name, rows in fitting.items()}
 
 
 def _numbers(values: Any) -> np.ndarray | None:
     """float64 with at least one dimension; None where that is something else."""
-    try:
-        rows = np.asarray(values)
-        return rows.astype(np.float64) if rows.dtype.kind in "fiub" and rows.ndim and rows.size else None
-    except (ValueError, TypeError):  # of different lengths
+    try:  # as objects first: of text among numbers NumPy would make text, each as long as the longest
+        rows = values if isinstance(values, np.ndarray) else np.asarray(values, object)
+        if rows.dtype == object:
+            fits = all(isinstance(item, int | float | np.number | np.bool_) for item in rows.flat)
+        else:
+            fits = rows.dtype.kind in "fiub"
+        return rows.astype(np.float64) if fits and rows.ndim and rows.size else None
+    except (ValueError, TypeError, OverflowError):  # of different lengths, or beyond all numbers
         return None
 
 
@@ -177,9 +185,12 @@ def _bytes(file: Path, most: int) -> bytes:
 
 
 def _late(folder: Path) -> bool:
-    """By the date in the name of the folder that was begun with the recording."""
-    dates = [part[:10] for part in folder.parts if re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", part)]
-    return bool(dates) and dates[-1] < IN_TIME
+    return any(date < IN_TIME for date in _dates(folder)[-1:])
+
+
+def _dates(folder: Path) -> list[str]:
+    """In the names of folders; the last is that of the one that was begun with the recording."""
+    return [part[:10] for part in folder.parts if re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", part)]
 
 
 def _digest(folder: Path) -> str:

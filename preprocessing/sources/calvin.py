@@ -3,7 +3,9 @@
 A split's folder (``training``, ``validation``) holds ``ep_start_end_ids.npy`` with the first and last step of each
 recording, and ``lang_annotations/auto_lang_ann.npy`` with sentences for some stretches of them. Where there are
 sentences, each such stretch is an episode: they overlap, so that recordings beside them would hold the same frames
-twice. Where there are none, each recording is one. The layout: https://github.com/mees/calvin/tree/main/dataset.
+twice. Where there are none, each recording is one. The layout: https://github.com/mees/calvin/tree/main/dataset. A
+folder ``lang_*``, with sentences for another language model, serves where that one is missing (``lang_folder`` in
+``calvin_models/conf``), as does the split's folder itself. Depth and touch are not read.
 
 Actions are the relative ones that CALVIN's policies are trained on: ``rel_actions``, the motion of the tool in the
 frame of the world, 50 times as large in metres and 20 times in radians, cut off at 1. An episode's digest covers the
@@ -15,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -33,7 +36,8 @@ from preprocessing.sources.pickles import read_npy
 
 FPS = 30.0
 RANGES = "ep_start_end_ids.npy"
-SENTENCES = Path("lang_annotations") / "auto_lang_ann.npy"
+SENTENCES = "auto_lang_ann.npy"
+MAX_LIST = 2**28  # bytes; the largest list of sentences, with its embeddings, has 10**8
 SIGNALS = ("actions", "scene_obs")  # absolute actions; what the simulator's doors, lamps and blocks are like
 SPLITS = ("training", "validation")
 CAMERAS = {"rgb_static": "static", "rgb_gripper": "gripper"}
@@ -52,10 +56,15 @@ def detect(path: Path) -> bool:
 
 def scan(path: Path) -> Iterator[EpisodeRef]:
     folder = path.absolute()
-    stretches = _stretches(folder)
-    files = dict.fromkeys(file for stretch in stretches for file in stretch.files(folder))
+    stretches, there = _stretches(folder), _steps(folder)
+    whole = [stretch for stretch in stretches if stretch.lacking(there) is None]
+    files = dict.fromkeys(file for stretch in whole for file in stretch.files(folder))
     found, known = findings("calvin", files, _read), dict[Path, Finding]()
     for index, stretch in enumerate(stretches):
+        if (lacking := stretch.lacking(there)) is not None:
+            lost = f"there is no {_name(lacking)}, of steps {stretch.first} to {stretch.last}"
+            yield EpisodeRef(str(folder / RANGES), "calvin", index, stretch.digest([lost]), lost)
+            continue
         steps = list(stretch.files(folder))
         for file in steps:
             while file not in known:
@@ -103,7 +112,15 @@ class Stretch:
     sentence: str | None
 
     def files(self, folder: Path) -> Iterator[Path]:
-        return (folder / f"episode_{step:07d}.npz" for step in range(self.first, self.last + 1))
+        return (folder / _name(step) for step in range(self.first, self.last + 1))
+
+    def lacking(self, there: np.ndarray) -> int | None:
+        """The first step that is not among these, in order: a list may name more than any folder holds."""
+        begin, end = np.searchsorted(there, [self.first, self.last + 1])
+        held = there[begin:end] - self.first
+        gaps = np.flatnonzero(held != np.arange(len(held)))
+        count = int(gaps[0]) if len(gaps) else len(held)
+        return None if count == self.last + 1 - self.first else self.first + count
 
     def digest(self, steps: Iterable[str]) -> str:
         return hashlib.sha256(json.dumps([[*steps], self.sentence]).encode()).hexdigest()
@@ -120,23 +137,38 @@ def _stretch(ref: EpisodeRef) -> tuple[Path, Stretch]:
 @lru_cache(maxsize=1)  # CALVIN's largest split has 23,000
 def _listed(file: Path, _changed: int) -> list[Stretch]:
     try:
+        if (size := file.stat().st_size) > MAX_LIST:
+            raise ValueError(f"{size} bytes, more than {MAX_LIST}")
         if file.name == RANGES:
             return [_checked(first, last, None) for first, last in read_npy(file.read_bytes()).tolist()]
         table = read_npy(file.read_bytes())
         pairs = zip(table["info"]["indx"], table["language"]["ann"], strict=True)
-        return [_checked(first, last, str(sentence)) for (first, last), sentence in pairs]
-    except (OSError, BadEpisode, KeyError, ValueError, TypeError, AttributeError) as error:
+        return [_checked(first, last, sentence) for (first, last), sentence in pairs]
+    except (OSError, BadEpisode, LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{file}: no list of episodes ({error}); restore the file") from None
 
 
 def _stretches(folder: Path) -> list[Stretch]:
-    file = folder / SENTENCES if (folder / SENTENCES).is_file() else folder / RANGES
+    lists = [folder / "lang_annotations" / SENTENCES, *sorted(folder.glob(f"lang_*/{SENTENCES}")), folder / SENTENCES]
+    file = next((file for file in lists if file.is_file()), folder / RANGES)
     return _listed(file, file.stat().st_mtime_ns)
 
 
-def _checked(first: Any, last: Any, sentence: str | None) -> Stretch:
+def _name(step: int) -> str:
+    return f"episode_{step:07d}.npz"
+
+
+def _steps(folder: Path) -> np.ndarray:
+    """int64, ascending: which steps have a file; the largest split has two million."""
+    names = (re.fullmatch(r"episode_(\d{7,18})\.npz", file.name) for file in folder.iterdir())
+    return np.unique(np.fromiter((int(name[1]) for name in names if name), np.int64))
+
+
+def _checked(first: Any, last: Any, sentence: Any) -> Stretch:
     if not 0 <= int(first) <= int(last) < int(first) + limits().episode_steps:
-        raise ValueError(f"steps {first} to {last}")
+        raise ValueError(f"steps {int(first)} to {int(last)}")
+    if not isinstance(sentence, str | None):
+        raise TypeError(f"a sentence that is a {type(sentence).__name__}")
     return Stretch(int(first), int(last), sentence)
 
 
@@ -171,7 +203,10 @@ def _array(file: Path, arrays: zipfile.ZipFile, name: str) -> np.ndarray:
     if member.file_size > limits().array_bytes // FRAMES_PER_CHUNK:  # so many are held at once
         where = f"{name} in {file.name} unpacks to {member.file_size} bytes"
         raise BadEpisode(f"{where}, more than a {FRAMES_PER_CHUNK}th of limits.array_bytes")
-    return np.asarray(read_npy(arrays.read(member)))
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise BadEpisode(f"{name} in {file.name} is packed by another method than deflate")
+    with arrays.open(member) as opened:  # whoever asks for all of it gets what it unpacks to, not what it says
+        return np.asarray(read_npy(opened.read(member.file_size)))
 
 
 @contextlib.contextmanager
@@ -179,7 +214,7 @@ def _opened(file: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(file) as opened:
             yield opened
-    except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:  # RuntimeError: encrypted
         raise BadEpisode(f"{file.name} cannot be read: {error}") from None
 
 

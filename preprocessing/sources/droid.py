@@ -4,7 +4,8 @@
 what was measured under ``observation/robot_state``, the teleoperator's buttons under ``observation/controller_info``.
 ``metadata_UUID.json`` says which camera is which (``droid/postprocessing/schema.py``), ``recordings/MP4/SERIAL.mp4`` is
 the left picture of one; ``SERIAL-stereo.mp4`` and SVO files are not read. Sentences lie in one file above all episodes,
-``aggregated-annotations-*.json``, by UUID. The layout: https://droid-dataset.github.io/droid/the-droid-dataset and
+by UUID: ``aggregated-annotations-*.json``, or the later ``droid_language_annotations.json`` with half as many again
+(https://huggingface.co/KarlP/droid). The layout: https://droid-dataset.github.io/droid/the-droid-dataset and
 https://github.com/droid-dataset/droid. Notable there:
 
 - Row t is what was seen and then commanded (``droid/trajectory_utils/misc.py``), at 15 Hz (``droid/robot_env.py``).
@@ -43,7 +44,7 @@ from preprocessing.video import open_video, probe_video
 FPS = 15.0
 TRAJECTORY = "trajectory.h5"
 CAMERAS = {"wrist": "wrist_cam_serial", "exterior_1": "ext1_cam_serial", "exterior_2": "ext2_cam_serial"}
-ANNOTATIONS = "aggregated-annotations-*.json"
+ANNOTATIONS = ("aggregated-annotations-*.json", "droid_language_annotations.json")  # the fuller ones last
 LEVELS = 4  # DATE, success, LAB, and the data set's own folder
 ACTION = ("action/cartesian_velocity", "action/gripper_position")
 STATE = "observation/robot_state/"
@@ -178,7 +179,7 @@ def _metadata(folder: Path) -> dict[str, Any]:
 def _sentences(folder: Path, uuid: str) -> dict[str, str]:
     """What annotators wrote of an episode, from the nearest list above it."""
     for above in islice(folder.parents, LEVELS):
-        for file in sorted(above.glob(ANNOTATIONS))[-1:]:
+        for file in [file for name in ANNOTATIONS for file in sorted(above.glob(name))][-1:]:
             sentences = _annotations(file, file.stat().st_mtime_ns).get(uuid)
             found = sentences.items() if isinstance(sentences, dict) else []
             return {name: text.strip() for name, text in sorted(found) if isinstance(text, str) and text.strip()}
