@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from av import VideoFrame
 from formats import REAL, jpeg, quadrants
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -102,7 +103,7 @@ def raw(picture: np.ndarray, encoding: str = "rgb8", padding: int = 0) -> Write:
     red, green, blue = np.moveaxis(picture, -1, 0)
     full = np.full_like(red, 9)
     order = {"rgb8": (red, green, blue), "bgr8": (blue, green, red), "rgba8": (red, green, blue, full)}
-    order |= {"bgra8": (blue, green, red, full)}
+    order |= {"bgra8": (blue, green, red, full), "8UC3": order["bgr8"], "8UC4": (blue, green, red, full)}
     pixels = np.stack(order.get(encoding, (red,)), axis=-1)
     height, width, channels = pixels.shape
     rows = np.full((height, width * channels + padding), 255, np.uint8)
@@ -339,11 +340,62 @@ def test_encodings(tmp_path, encoding, padding):
     assert np.array_equal(frames_of(episode, "/cam"), expected)
 
 
+@pytest.mark.parametrize("encoding", ["8UC3", "8UC4"])
+def test_an_encoding_that_names_no_colours_is_opencvs_and_said_so(tmp_path, encoding):
+    cameras = filmed("/cam", every(10, 0, 1), encoding=encoding) + filmed("/side", every(10, 0, 1))
+    episode = heard(tmp_path, cameras)
+    for camera in ("/cam", "/side"):
+        assert np.array_equal(frames_of(episode, camera), np.stack([numbered(i) for i in range(10)]))
+    said = [repair for repair in episode.repairs if "colours" in repair]
+    assert said == ["/cam names no order of its colours; blue first taken, as OpenCV has it"]
+
+
+@pytest.mark.parametrize(
+    "encoding, pix_fmt",
+    [("yuv422", "uyvy422"), ("uyvy", "uyvy422"), ("yuv422_yuy2", "yuyv422"), ("yuyv", "yuyv422")],
+)
+@pytest.mark.parametrize("padding", [0, 6])
+def test_two_pixels_that_share_their_colours(tmp_path, encoding, pix_fmt, padding):
+    """Packed by FFmpeg. Every colour, with edges between pixels that share theirs."""
+    pictures = [numbered(i) for i in range(10)]
+
+    def yuv(picture: np.ndarray) -> Write:
+        frame = VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pix_fmt, interpolation="AREA")
+        [plane] = frame.planes
+        rows = np.full((24, 48 + padding), 99, np.uint8)
+        rows[:, :48] = np.frombuffer(plane, np.uint8).reshape(24, -1)[:, :48]
+
+        def write(wire: Wire, at: float | None) -> Wire:
+            wire.header(at).put("I", 24, 24).text(encoding).put("B", 0).put("I", 48 + padding)
+            return wire.blob(rows.tobytes())
+
+        return write
+
+    said = [Said("/cam", IMAGE, t, t, yuv(picture)) for t, picture in zip(every(10, 0, 1), pictures, strict=True)]
+    frames = frames_of(heard(tmp_path, said), "/cam")
+    assert frames.shape == (10, 24, 24, 3) and numbers_in(frames) == list(range(10))
+    assert np.abs(frames.astype(int) - np.stack(pictures)).max() <= 4
+
+
+def test_pixels_in_pairs_are_even(tmp_path):
+    def odd(wire: Wire, at: float | None) -> Wire:
+        return wire.header(at).put("I", 2, 3).text("yuyv").put("B", 0).put("I", 6).blob(bytes(12))
+
+    assert "odd rows" in problem_of(write_mcap(tmp_path / "a.mcap", [Said("/cam", IMAGE, t, t, odd) for t in (0, 1)]))
+
+
+def deep_png() -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 1000, np.uint16)).save(file, "PNG")
+    return file.getvalue()
+
+
 UNFIT = {
     "'bayer_rggb8' is a Bayer mosaic": (IMAGE, raw(numbered(0), "bayer_rggb8")),
     "'16UC1' is depth": (IMAGE, raw(numbered(0), "16UC1")),
     "'32FC1' is depth": (IMAGE, raw(numbered(0), "32FC1")),
-    "'yuv422' is not known": (IMAGE, raw(numbered(0), "yuv422")),
+    "'nv21' is not known": (IMAGE, raw(numbered(0), "nv21")),
+    "'png' is a PNG of 16 bits, which is depth": (PACKED, packed(deep_png(), "png")),
     "'h264' is neither JPEG nor PNG": (PACKED, packed(b"\0\0\0\1\x67" * 9, "h264")),
     "'16UC1; compressedDepth' is depth": (PACKED, packed(b"\x89PNG\r\n\x1a\n" * 9, "16UC1; compressedDepth")),
     "trajectory_msgs/msg/JointTrajectory in cdr": ("trajectory_msgs/msg/JointTrajectory", text("?")),
@@ -420,6 +472,13 @@ def test_commands_are_kept_from_the_policy_and_become_the_action_by_contract(tmp
         episode_of(tmp_path / "a.mcap", DataContract(action=("/cmd",)))
 
 
+@pytest.mark.parametrize("topic", ["/joint_states_desired", "/master/joint_left", "/leader/arm", "/gello/state"])
+def test_whom_the_robot_follows_is_kept_from_the_policy(tmp_path, topic):
+    said = [Said(name, JOINTS, t, t, joints(["a"], [t])) for t in every(10, 0, 1) for name in (topic, "/puppet/joint")]
+    episode = heard(tmp_path, filmed("/cam", every(10, 0, 1), late=0) + said)
+    assert (list(episode.signals), list(episode.proprio)) == ([f"{topic}/position"], ["/puppet/joint/position"])
+
+
 def test_types_of_numbers(tmp_path):
     times = every(10, 0, 1)
 
@@ -489,6 +548,13 @@ def test_clocks(tmp_path):
         episode = heard(tmp_path, sorted(front + odd, key=lambda message: message.received))
         assert f"times are those of receipt: {says}" in episode.repairs
         assert len(frames_of(episode, "/side")) == len(frames_of(episode, "/front"))
+
+    slow = [Said("/side", IMAGE, t - 3, t, raw(numbered(i))) for i, t in enumerate(every(10, 0, 1))]
+    episode = heard(tmp_path, sorted(front + slow, key=lambda message: message.received))
+    assert "times are those of receipt: /side has header stamps far from its receipt" in episode.repairs
+    assert len(frames_of(episode, "/side")) == 9  # one camera is heard after the other
+    stalled = [Said(m.topic, m.type, m.sent, m.received + 4 * (i >= 7), m.write) for i, m in enumerate(front)]
+    assert "times are the headers' stamps" in heard(tmp_path, stalled).repairs
 
     arm = [Said("/arm", FLOATS, None, t, floats([t])) for t in every(20, 0, 1)]
     episode = heard(tmp_path, arm[::-1] + front)

@@ -210,6 +210,10 @@ def test_images_that_are_not_or_are_bombs():
     for data in (b"", b"GIF89a nothing", jpeg(quadrants())[:300]):
         with pytest.raises(BadEpisode, match="image"):
             decode_image(data)
+    deep = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 1000, np.uint16)).save(deep, "PNG")
+    with pytest.raises(BadEpisode, match="16 bits of grey"):  # all of it would be white
+        decode_image(deep.getvalue())
     bomb = io.BytesIO()
     Image.new("L", (9_000, 9_000)).save(bomb, "PNG")
     with pytest.raises(BadEpisode, match="9000x9000"):
