@@ -15,11 +15,11 @@ import av
 import numpy as np
 import pytest
 from av.video.reformatter import ColorRange
-from formats import REAL, quadrants
+from formats import REAL, jpeg, quadrants
 from PIL import Image
 from test_video import TURNS, patch_mp4
 
-from preprocessing.episode import BadEpisode, Episode, EpisodeRef
+from preprocessing.episode import BadEpisode, Episode, EpisodeRef, UserError
 from preprocessing.frames import decode_image
 from preprocessing.limits import Limits, use
 from preprocessing.sources import find, load, scan
@@ -302,6 +302,76 @@ def test_a_clock_that_begins_again(tmp_path):
     assert half == [*range(0, COUNT, 2)] * 2
 
 
+def test_matroska_rounds_times_to_milliseconds(tmp_path):
+    path = write(tmp_path / "a.mkv", rate=30)
+    assert numbers_in(frames_of(episode_of(path, fps=15))) == list(range(0, COUNT, 2))
+
+
+def test_of_interlaced_films_two_packets_may_be_a_frame(tmp_path):
+    path = write(tmp_path / "a.mkv", **{"x264-params": "tff=1"})
+    assert episode_of(path).fps == 20
+    data = path.read_bytes()
+    at = data.index(b"\x23\xe3\x83\x84") + 4
+    path.write_bytes(data[:at] + struct.pack(">I", 100_000_000) + data[at + 4 :])
+    assert (episode_of(path).fps, episode_of(path).repairs) == (10, ())
+
+
+def test_cover_art_is_no_film(tmp_path):
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=20)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        stream.codec_context.thread_count = 1
+        container.add_attachment("cover.jpg", "image/jpeg", jpeg(quadrants(400)))
+        for index in range(COUNT):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(drawn(index), format="rgb24")))
+        container.mux(stream.encode())
+    with av.open(str(tmp_path / "a.mkv")) as container:
+        assert [stream.width for stream in container.streams.video] == [WIDTH, 400]
+    episode = episode_of(tmp_path / "a.mkv")
+    assert numbers_in(frames_of(episode)) == list(range(COUNT)) and episode.repairs == ()
+
+
+def test_a_film_that_changes_its_size_keeps_its_first(tmp_path):
+    path = write(tmp_path / "a.ts", size=(192, 128), bf="0")
+    large = path.read_bytes()
+    path.write_bytes(write(path, bf="0").read_bytes() + large)
+    frames = frames_of(episode_of(path))
+    assert frames.shape[1:] == (HEIGHT, WIDTH, 3) and numbers_in(frames[:COUNT]) == list(range(COUNT))
+    assert len(frames) == 2 * COUNT
+    use(Limits(picture_pixels=10_000))
+    try:
+        with pytest.raises(BadEpisode, match="breaks after"):
+            frames_of(episode_of(path))
+    finally:
+        use(Limits())
+
+
+def test_a_title_that_is_no_text(tmp_path):
+    path = tmp_path / "a.avi"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "Caf#"
+        stream = container.add_stream("mpeg4", rate=20)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        for index in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(drawn(index), format="rgb24")))
+        container.mux(stream.encode())
+    path.write_bytes(path.read_bytes().replace(b"Caf#", b"Caf\xe9"))
+    assert numbers_in(frames_of(episode_of(path))) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("brand, film", [(b"isom", True), (b"qt  ", True), (b"M4A ", False), (b"heic", False)])
+def test_what_has_no_suffix_is_known_by_its_brand(tmp_path, brand, film):
+    data = bytearray(write(tmp_path / "a.mp4").read_bytes())
+    data[8:12] = brand
+    (tmp_path / "a.mp4").unlink()
+    (tmp_path / "film").write_bytes(data)
+    if film:
+        assert numbers_in(frames_of(episode_of(tmp_path / "film"))) == list(range(COUNT))
+    else:
+        with pytest.raises(UserError, match="no known format"):
+            find(tmp_path / "film")
+
+
 def test_raw_streams_that_tell_no_times(tmp_path):
     path = write(tmp_path / "a.h264")
     for name in ("a.mp4", "b.h264"):
@@ -421,6 +491,9 @@ def test_a_cut_off_matroska_file_without_tags_is_known_by_its_size(tmp_path, suf
     live[at : at + 8] = b"\x01" + b"\xff" * 7
     path.write_bytes(live)
     assert len(frames_of(episode_of(path))) >= 19
+    path.write_bytes(live.replace(b"NOTATALL", b"DURATION"))
+    with pytest.raises(BadEpisode, match="ends after 20: the file is cut off"):
+        frames_of(episode_of(path))
 
 
 def test_a_list_of_other_files_is_no_film(tmp_path):
@@ -484,6 +557,17 @@ def test_what_is_larger_than_the_limits_is_refused(tmp_path, strict):
     assert len(frames_of(episode_of(write(tmp_path / "c.mp4", size=(80, 32), count=30)))) == 30
 
 
+def test_pixels_that_are_very_wide(tmp_path):
+    use(Limits(picture_pixels=100_000))
+    try:
+        path = write(tmp_path / "a.mkv", aspect=Fraction(50, 1))
+        with pytest.raises(BadEpisode, match=r"a picture of 4800x64 pixels is more than limits.picture_pixels"):
+            frames_of(episode_of(path))
+        assert frames_of(episode_of(path), 16).shape == (COUNT, 16, 16, 3)
+    finally:
+        use(Limits())
+
+
 def test_the_limit_holds_for_what_is_decoded_by_opening(tmp_path, strict):
     """Of a JPEG the size is told by decoding it."""
     path = write(tmp_path / "a.avi", "mjpeg", "yuvj420p")
@@ -505,7 +589,5 @@ def test_what_is_coded_may_not_be_larger_than_what_is_declared(tmp_path):
 
 
 def test_pictures_have_the_same_limit(strict):
-    from formats import jpeg
-
     with pytest.raises(BadEpisode, match=r"limits.picture_pixels"):
         decode_image(jpeg(quadrants(72)))
