@@ -181,18 +181,22 @@ def scene() -> list[Said]:
 # -------------------------------------------------------------------------------------------------------- writers
 
 
-def write_mcap(path: Path, said: list[Said], **options: object) -> Path:
-    store = get_typestore(Stores.ROS2_HUMBLE)
+def write_mcap(path: Path, said: list[Said], ros: int = 2, **options: object) -> Path:
+    """As ROS 2 records it, or as ROS 1's bags are converted."""
+    store = get_typestore(Stores.ROS2_HUMBLE if ros == 2 else Stores.ROS1_NOETIC)
     with path.open("wb") as file:
         writer = McapWriter(file, chunk_size=20_000, **options)  # type: ignore[arg-type]
-        writer.start(profile="ros2")
-        channels: dict[str, int] = {}
+        writer.start(profile=f"ros{ros}")
+        channels: dict[tuple[str, str], int] = {}
         for message in said:
-            if message.topic not in channels:
-                definition = store.generate_msgdef(message.type, ros_version=2)[0]
-                schema = writer.register_schema(message.type, "ros2msg", definition.encode())
-                channels[message.topic] = writer.register_channel(message.topic, "cdr", schema)
-            writer.add_message(channels[message.topic], message.log_time, message.data(), message.log_time)
+            if (key := (message.topic, message.type)) not in channels:
+                definition = store.generate_msgdef(message.type, ros_version=ros)[0]
+                name = message.type if ros == 2 else message.type.replace("/msg/", "/")
+                schema = writer.register_schema(name, f"ros{ros}msg", definition.encode())
+                encoding = "cdr" if ros == 2 else "ros1"
+                channels[key] = writer.register_channel(message.topic, encoding, schema)
+            data = message.data(ros1=ros == 1)
+            writer.add_message(channels[key], message.log_time, data, message.log_time)
         writer.finish()
     return path
 
@@ -242,6 +246,7 @@ CONTAINERS: dict[str, Callable[[Path, list[Said]], Path]] = {
     "mcap-lz4": lambda folder, said: write_mcap(folder / "a.mcap", said, compression=CompressionType.LZ4),
     "mcap-plain": lambda folder, said: write_mcap(folder / "a", said, compression=CompressionType.NONE),
     "mcap-unchunked": lambda folder, said: write_mcap(folder / "a.mcap", said, use_chunking=False),
+    "mcap-ros1": lambda folder, said: write_mcap(folder / "a.mcap", said, ros=1),
     "bag2-sqlite": lambda folder, said: write_bag2(folder / "bag", said),
     "bag2-sqlite-old": lambda folder, said: old_metadata(write_bag2(folder / "bag", said)),
     "bag2-sqlite-zstd": lambda folder, said: write_bag2(folder / "bag", said, mode="MESSAGE"),
@@ -377,6 +382,15 @@ def test_two_pixels_that_share_their_colours(tmp_path, encoding, pix_fmt, paddin
     assert np.abs(frames.astype(int) - np.stack(pictures)).max() <= 4
 
 
+@pytest.mark.parametrize("step, size", [(72, 71 * 24), (71, 72 * 24), (0, 0), (2**32 - 1, 72 * 24)])
+def test_pictures_that_lie_about_their_bytes(tmp_path, step, size):
+    def write(wire: Wire, at: float | None) -> Wire:
+        return wire.header(at).put("I", 24, 24).text("rgb8").put("B", 0).put("I", step).blob(bytes(size))
+
+    said = [Said("/cam", IMAGE, t, t, write) for t in (0, 1)]
+    assert f"24x24 pixels has {size} bytes, {step} a row" in problem_of(write_mcap(tmp_path / "a.mcap", said))
+
+
 def test_pixels_in_pairs_are_even(tmp_path):
     def odd(wire: Wire, at: float | None) -> Wire:
         return wire.header(at).put("I", 2, 3).text("yuyv").put("B", 0).put("I", 6).blob(bytes(12))
@@ -505,6 +519,7 @@ def test_types_of_numbers(tmp_path):
     said += [Said("/map", FLOATS, t, t, floats([1.0] * 2000)) for t in times]
     said += [Said("/torque", JOINTS, t, t, joints(["a"], [t], [], [float("nan")])) for t in times]
     said += [Said("/rosout", "rcl_interfaces/msg/Log", t, t, text("hello")) for t in times]
+    said += [Said("/robot_description", TEXT, None, t, text("<robot/>")) for t in times]
     episode = heard(tmp_path, said)
     expected = {
         topic.replace("/unnamed/position", "/unnamed/position/position"): v for topic, (_, _, v) in topics.items()
@@ -515,7 +530,7 @@ def test_types_of_numbers(tmp_path):
     assert "/ragged changes its length; left out" in episode.repairs
     assert "/torque/effort is not a number at every frame; left out" in episode.repairs
     assert "not read: /map (2000 numbers in a message)" in episode.repairs
-    assert not any("rosout" in repair for repair in episode.repairs)
+    assert episode.texts == {} and not any("rosout" in repair for repair in episode.repairs)
 
 
 def test_what_is_mended_is_said(tmp_path):
@@ -716,6 +731,29 @@ def test_metadata_that_lie(tmp_path, change, says):
     assert change[0] in metadata.read_text()
     metadata.write_text(metadata.read_text().replace(*change))
     assert says in problem_of(bag)
+
+
+def test_what_says_too_much_is_refused_or_left_out(tmp_path, monkeypatch):
+    said = filmed("/cam", every(10, 0, 1)) + [Said("/arm", FLOATS, None, t, floats([t] * 100)) for t in every(10, 0, 1)]
+    wordy = [Said("/say", TEXT, None, t, text("x" * 10_001)) for t in every(10, 0, 1)]
+    episode = heard(tmp_path, said + wordy)
+    assert episode.texts == {} and "not read: /say (a text of 10001 characters)" in episode.repairs
+    other = [*said, Said("/arm", TWIST, None, 1, twist(*range(6)))]
+    (tmp_path / "bag").mkdir()
+    with sqlite3.connect(lone_db3(tmp_path / "bag", said)) as database:
+        database.execute("UPDATE messages SET timestamp = -1 WHERE rowid = 3")
+    database.close()
+    assert "the impossible time -1" in problem_of(tmp_path / "bag" / "lone.db3")
+    with monkeypatch.context() as patch:
+        patch.setattr("preprocessing.sources.ros.MAX_NUMBERS", 999)
+        with pytest.raises(BadEpisode, match="/arm holds more numbers than a robot's state"):
+            heard(tmp_path, said)
+    with monkeypatch.context() as patch:
+        patch.setattr("preprocessing.sources.ros_bags.MAX_MESSAGES", 19)
+        with pytest.raises(BadEpisode, match="holds more than 19 messages"):
+            heard(tmp_path, said)
+    with pytest.raises(BadEpisode, match=r"/arm has messages of type .*MultiArray and of type .*Twist"):
+        heard(tmp_path, other)
 
 
 def test_sqlite_runs_nothing(tmp_path):
