@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from formats import REAL, jpeg, moving, numbered, quadrants, write_video
+from test_films import UNEVEN
+from test_films import write as irregular
 
 from preprocessing.episode import BadEpisode, Episode, EpisodeRef, UserError
+from preprocessing.limits import Limits, use
 from preprocessing.sources import digest, find, load, scan, webdataset
 from uwm_model.metrics import psnr
 
@@ -120,6 +123,36 @@ def test_pictures_without_a_rate(tmp_path):
     episode = one(shard(tmp_path / "a.tar", members))
     assert episode.repairs == ("the rate of pictures is not recorded; 10 Hz assumed",) and episode.fps == 10
     assert np.array_equal(frames_of(episode), moving(3))
+
+
+@pytest.mark.parametrize("rate", [0, -5, 1e9, "30"])
+def test_a_rate_that_is_none(tmp_path, rate):
+    members = {f"a.{i}.png": png(picture) for i, picture in enumerate(moving(3))}
+    members["a.json"] = json.dumps({"fps": rate}).encode()
+    assert one(shard(tmp_path / "a.tar", members)).fps == 10
+
+
+def test_what_is_mended_of_a_film_is_said(tmp_path):
+    path = irregular(tmp_path / "a.mkv", times=UNEVEN)
+    episode = one(shard(tmp_path / "a.tar", {"k.top.mkv": path.read_bytes()}))
+    assert [repair.split(";")[0] for repair in episode.repairs] == ["top: frames come at irregular times"]
+
+
+def test_limits_and_links(tmp_path, monkeypatch):
+    pictures = {f"a.{i}.png": png(picture) for i, picture in enumerate(moving(3))}
+    [ref] = refs_of(shard(tmp_path / "a.tar", pictures))
+    use(Limits(array_bytes=100))
+    try:
+        assert "0.png has" in problem_of(ref) and "more than limits.array_bytes" in problem_of(ref)
+    finally:
+        use(Limits())
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        link = tarfile.TarInfo("b.mp4")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    assert [problem_of(ref) for ref in refs_of(tmp_path / "a.tar")] == ["none"]
+    monkeypatch.setattr(webdataset, "MAX_MEMBERS", 2)
+    assert "it has more than 2 members" in str(refs_of(tmp_path / "a.tar")[-1].problem)
 
 
 def png(picture: np.ndarray) -> bytes:
