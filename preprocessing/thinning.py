@@ -9,6 +9,7 @@ same frames come out.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,6 +22,7 @@ from av.video.frame import PictureType
 
 from preprocessing.episode import BadEpisode
 
+IN_ORDER = {"libdav1d", "av1"}  # decoders that give a frame for each packet, in the packets' order
 NO_TIMES = 0x80  # AVFMT_NOTIMESTAMPS
 MAX_GROUP = 4096  # packets held at once; a stream without key frames is decoded whole instead
 EARLY = 0.001  # seconds that a frame may come after its moment: Matroska rounds times to milliseconds
@@ -46,12 +48,17 @@ Choice = Callable[[av.container.InputContainer, av.VideoStream, Seen], Iterator[
 def all_frames(
     container: av.container.InputContainer, stream: av.VideoStream, seen: Seen
 ) -> Iterator[tuple[av.VideoFrame, int]]:
-    for frame in container.decode(stream):
-        if frame.is_corrupt:  # what its decoder made up for bytes that it could not read
-            raise BadEpisode(f"breaks after {seen.frames}: a picture is damaged")
-        yield frame, 1
-        seen.frames += 1
-        seen.end = _end(frame, stream)
+    waiting: deque[int | None] = deque()  # times of packets whose frames are to come
+    for packet in container.demux(stream):
+        if packet.size and not packet.is_discard and stream.codec_context.name in IN_ORDER:
+            waiting.append(packet.pts)
+        for frame in packet.decode():
+            lost = waiting and waiting.popleft() != frame.pts  # its error is not told where another frame came out
+            if lost or frame.is_corrupt:  # what its decoder made up for bytes that it could not read
+                raise BadEpisode(f"breaks after {seen.frames}: a picture is damaged")
+            yield frame, 1
+            seen.frames += 1
+            seen.end = _end(frame, stream)
 
 
 def _end(frame: av.VideoFrame | av.Packet, stream: av.VideoStream) -> float | None:

@@ -5,8 +5,8 @@
   limited, but full for grey, palette, RGB and the ``yuvj`` formats.
 - **One scaler.** Sizes are reached by area averaging in the same swscale pass that makes RGB, so nothing aliases.
 - **Square pixels.** A sample aspect ratio (14496-12, 12.1.4 ``pasp``) is applied where the recorded size is kept.
-- **Honest ends.** A file that breaks, or that ends before the time its container declares, is a ``BadEpisode``, which
-  comes after all that was before the break.
+- **Honest ends.** A file that breaks, that ends before the time or size its container declares, or of which a picture
+  is made up or lost, is a ``BadEpisode``, which comes after all that was before the break.
 - **One thread a file.** An ingest is parallel by file; codec threads would only fight it for the cores.
 - **Thinned by time.** A lower rate keeps the frame on screen at each of its ticks (:mod:`preprocessing.thinning`).
 """

@@ -476,6 +476,29 @@ def test_a_picture_that_its_decoder_made_up_is_a_break(tmp_path, name, codec, fp
     assert kept == list(range(20))[:: 2 if fps else 1][: len(kept)] and len(kept) >= (8 if fps else 20)
 
 
+@pytest.mark.skipif("libsvtav1" not in av.codecs_available, reason="this FFmpeg writes no AV1")
+def test_a_picture_that_is_lost_on_the_way_is_a_break(tmp_path):
+    """FFmpeg's binding tells no error of a packet where an earlier frame comes out: those behind would move up."""
+    path = write(tmp_path / "a.mp4", "libsvtav1", preset="12")
+    with av.open(str(path)) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][20]
+    whole, at, lost = path.read_bytes(), packet.pos, 0
+    for place in range(8):  # its header and the next one's
+        data = bytearray(whole)
+        data[at + place : at + place + 2] = bytes([data[at + place] ^ 0x55, data[at + place + 1] ^ 0xFF])
+        path.write_bytes(data)
+        try:
+            with av.open(str(path)) as container:
+                container.streams.video[0].codec_context.thread_count = 1
+                lost += (shown := sum(1 for _ in container.decode(video=0))) < COUNT
+        except av.FFmpegError:
+            continue
+        if shown < COUNT:
+            with pytest.raises(BadEpisode, match=r"breaks after \d+: a picture is damaged"):
+                frames_of(episode_of(path))
+    assert lost or pytest.skip("no damage here that goes unnoticed")
+
+
 @pytest.mark.parametrize("suffix, codec", [("mkv", "libx264"), ("webm", "libvpx")])
 def test_a_cut_off_matroska_file_without_tags_is_known_by_its_size(tmp_path, suffix, codec):
     path = write(tmp_path / f"a.{suffix}", codec)
