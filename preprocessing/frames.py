@@ -125,6 +125,8 @@ def decode_image(data: bytes) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
             check_pixels(image.width, image.height)
+            if image.mode.startswith("I"):  # Pillow would cut off what is above 255
+                raise BadEpisode("an image has 16 bits of grey: that is depth")
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except UnidentifiedImageError:
         raise BadEpisode(f"an image of {len(data)} bytes is neither JPEG nor PNG") from None

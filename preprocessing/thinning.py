@@ -9,6 +9,7 @@ same frames come out.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,6 +22,8 @@ from av.video.frame import PictureType
 
 from preprocessing.episode import BadEpisode
 
+IN_ORDER = {"libdav1d", "av1"}  # decoders that give a frame for each packet, in the packets' order
+NO_TIMES = 0x80  # AVFMT_NOTIMESTAMPS
 MAX_GROUP = 4096  # packets held at once; a stream without key frames is decoded whole instead
 EARLY = 0.001  # seconds that a frame may come after its moment: Matroska rounds times to milliseconds
 # Where a frame that no other leans on can be left out. HEVC's mark holds within one temporal layer only, and VP9 hands
@@ -45,17 +48,24 @@ Choice = Callable[[av.container.InputContainer, av.VideoStream, Seen], Iterator[
 def all_frames(
     container: av.container.InputContainer, stream: av.VideoStream, seen: Seen
 ) -> Iterator[tuple[av.VideoFrame, int]]:
-    for frame in container.decode(stream):
-        yield frame, 1
-        seen.frames += 1
-        seen.end = _end(frame, stream)
+    waiting: deque[int | None] = deque()  # times of packets whose frames are to come
+    for packet in container.demux(stream):
+        if packet.size and not packet.is_discard and stream.codec_context.name in IN_ORDER:
+            waiting.append(packet.pts)
+        for frame in packet.decode():
+            lost = waiting and waiting.popleft() != frame.pts  # its error is not told where another frame came out
+            if lost or frame.is_corrupt:  # what its decoder made up for bytes that it could not read
+                raise BadEpisode(f"breaks after {seen.frames}: a picture is damaged")
+            yield frame, 1
+            seen.frames += 1
+            seen.end = _end(frame, stream)
 
 
 def _end(frame: av.VideoFrame | av.Packet, stream: av.VideoStream) -> float | None:
     """When this frame stops being shown, in seconds of the stream's clock."""
     if frame.pts is None or frame.time_base is None:
         return None
-    rate = stream.average_rate or stream.guessed_rate
+    rate = rate_of(stream)
     shown = frame.duration * frame.time_base if frame.duration else (1 / rate if rate else 0)
     return float(frame.pts * frame.time_base + shown)
 
@@ -195,8 +205,14 @@ def _decoded(codec: av.VideoCodecContext, packets: list[_Coded], kept: Container
     for time, packet in packets:
         spare = codec.name in LEAVES_OUT and time not in kept and not packet.is_keyframe
         codec.skip_frame = "NONREF" if spare else "DEFAULT"
-        yield from codec.decode(packet)
-    yield from codec.decode(None)
+        yield from map(_undamaged, codec.decode(packet))
+    yield from map(_undamaged, codec.decode(None))
+
+
+def _undamaged(frame: av.VideoFrame) -> av.VideoFrame:
+    if frame.is_corrupt:
+        raise _Unsure
+    return frame
 
 
 def tells_times(container: av.container.InputContainer, stream: av.VideoStream) -> bool:
@@ -207,4 +223,14 @@ def tells_times(container: av.container.InputContainer, stream: av.VideoStream) 
 def _clock(stream: av.VideoStream) -> tuple[float, float]:
     """Frame times in a tick of the stream's clock, and ticks in ``EARLY``."""
     tick = stream.time_base or Fraction(1, 1000)
-    return float((stream.average_rate or stream.guessed_rate or 25) * tick), float(EARLY / tick)
+    return float((rate_of(stream) or 25) * tick), float(EARLY / tick)
+
+
+def rate_of(stream: av.VideoStream) -> Fraction | None:
+    """In Hz, as far as anything says. The average of a raw stream is FFmpeg's default, whatever the stream says."""
+    return stream.guessed_rate if is_raw(stream) else stream.average_rate or stream.guessed_rate
+
+
+def is_raw(stream: av.VideoStream) -> bool:
+    """A stream without a container."""
+    return bool(stream.container.format.flags & NO_TIMES)

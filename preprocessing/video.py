@@ -5,8 +5,8 @@
   limited, but full for grey, palette, RGB and the ``yuvj`` formats.
 - **One scaler.** Sizes are reached by area averaging in the same swscale pass that makes RGB, so nothing aliases.
 - **Square pixels.** A sample aspect ratio (14496-12, 12.1.4 ``pasp``) is applied where the recorded size is kept.
-- **Honest ends.** A file that breaks, or that ends before the time its container declares, is a ``BadEpisode``, which
-  comes after all that was before the break.
+- **Honest ends.** A file that breaks, that ends before the time or size its container declares, or of which a picture
+  is made up or lost, is a ``BadEpisode``, which comes after all that was before the break.
 - **One thread a file.** An ingest is parallel by file; codec threads would only fight it for the cores.
 - **Thinned by time.** A lower rate keeps the frame on screen at each of its ticks (:mod:`preprocessing.thinning`).
 """
@@ -36,9 +36,15 @@ from preprocessing.thinning import (
     all_frames,
     frames_decoded,
     frames_needed,
+    is_raw,
+    rate_of,
     tells_times,
 )
 
+SLACK = 0.02  # of a declared rate: Matroska's milliseconds and FFmpeg's guesses from the first frames are off by one
+PROGRESSIVE = 1  # AV_FIELD_PROGRESSIVE
+LIST = b"ffconcat"
+EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 MAX_STILL = 100_000  # times that one frame may be kept; a clock that jumps by years would fill any store
 
 
@@ -51,24 +57,27 @@ class VideoInfo:
     height: int
     declared_frames: int | None  # None where the format does not count (Matroska, MPEG-TS, fragmented MP4)
     streams: int  # video streams in the file, of which one is read
+    timed: bool  # whether frames carry times; those of a raw stream do not
 
 
 class Timing(NamedTuple):
-    """When a stream's frames are shown: their mean rate in Hz, and by how many frame times one strays from it."""
+    """When a stream's frames are shown: their mean rate in Hz, by how many frame times one strays from it, and the rate
+    of most of them."""
 
     rate: float
     strays: float
+    usual: float
 
 
 def probe_video(path: Path | str) -> VideoInfo:
     """Reads the header only. Raises BadEpisode where that is impossible or there is no video in the file."""
     with open_container(path) as container:
         stream = best_stream(container)
-        rate = stream.average_rate or stream.guessed_rate
+        rate = rate_of(stream)
         if not rate:
             raise BadEpisode("declares no frame rate")
         if not stream.width or not stream.height:
-            raise BadEpisode("declares no picture size")
+            raise BadEpisode("declares no picture size, or one beyond limits.picture_pixels")
         check_pixels(stream.width, stream.height)
         return VideoInfo(
             fps=float(rate),
@@ -76,6 +85,7 @@ def probe_video(path: Path | str) -> VideoInfo:
             height=stream.height,
             declared_frames=stream.frames or None,
             streams=len(_video_streams(container)),
+            timed=not is_raw(stream),
         )
 
 
@@ -95,22 +105,35 @@ def open_film(path: Path | str) -> tuple[Video, float, list[str]]:
     """A film as an episode: its frames at regular times, their rate in Hz, and what was mended for that.
 
     Of one whose frames come at irregular times (phones, screen recorders), the frame on screen at each tick of its mean
-    rate is taken. Times are those of packets; nothing is decoded.
+    rate is taken. A declared rate that is not that of the frames gives way to theirs: a GIF or MP4 that holds its last
+    picture for seconds declares a mean that no two frames keep. Times are those of packets; nothing is decoded.
     """
-    declared, video, timing = probe_video(path).fps, open_video(path), packet_times(path)
-    if timing is None or timing.strays <= 1:
+    info, video, timing = probe_video(path), open_video(path), packet_times(path)
+    declared = info.fps
+    if timing is None:
+        return video, declared, [] if info.timed else [f"frames carry no times; {declared:g} Hz assumed"]
+    regular = timing.strays <= 1
+    if regular and min(abs(rate / declared - 1) for rate in (timing.rate, timing.usual)) <= SLACK:
         return video, declared, []
 
     def at(share: float) -> Video:
         return replace(thinned(video, share), thin=lambda less: at(share * less))
 
+    if regular:
+        told = replace(video, thin=lambda less: at(less * timing.rate / declared))
+        return told, timing.rate, [f"declares {declared:g} Hz; {timing.rate:g} Hz by the times of its frames"]
     said = f"frames come at irregular times; resampled to {timing.rate:g} Hz, their mean rate"
     return at(timing.rate / declared), timing.rate, [said]
 
 
 def open_container(path: Path | str) -> av.container.InputContainer:
+    with contextlib.suppress(OSError), Path(path).open("rb") as file:
+        if file.read(len(LIST)) == LIST:  # FFmpeg would open what it names: its neighbours, or itself without end
+            raise BadEpisode("is a list of other files, no film")
     try:
-        return av.open(str(path), metadata_errors="replace")  # a title in Latin-1 is no reason to refuse
+        # A title in Latin-1 is no reason to refuse. Opening decodes the first frames, which may be huge.
+        limit = {"max_pixels": str(limits().picture_pixels)}
+        return av.open(str(path), metadata_errors="replace", options=limit)
     except av.FFmpegError as error:
         raise BadEpisode(f"cannot be opened as video: {error.strerror}") from None
 
@@ -137,7 +160,11 @@ def packet_times(path: Path | str) -> Timing | None:
             return None
         mean = (shown[-1] - shown[0]) / (len(shown) - 1)
         strays = np.abs(shown - shown[0] - mean * np.arange(len(shown))).max() / mean
-        return Timing(float(1 / (mean * stream.time_base)), float(strays))
+        usual = float(np.median(np.diff(shown)))
+        timing = Timing(float(1 / (mean * stream.time_base)), float(strays), float(1 / (usual * stream.time_base)))
+        interlaced = stream.codec_context.field_order > PROGRESSIVE
+        fields = interlaced and timing.rate > 1.5 * (rate_of(stream) or timing.rate)  # two packets are a frame
+        return None if fields else timing
 
 
 def best_stream(container: av.container.InputContainer) -> av.VideoStream:
@@ -169,7 +196,7 @@ def decode(path: Path | str, size: int | None, choose: Choice = all_frames) -> I
             raise BadEpisode(f"{_declared(stream)}breaks after {seen.frames}: {error.strerror}") from None
         if seen.frames == 0:
             raise BadEpisode("holds no frame that can be decoded")
-        if seen.whole and _ends_early(stream, seen.frames, seen.end):
+        if seen.whole and (_ends_early(stream, seen.frames, seen.end) or _is_cut(path)):
             raise BadEpisode(f"{_declared(stream)}ends after {seen.frames}: the file is cut off")
 
 
@@ -198,7 +225,7 @@ def _ends_early(stream: av.VideoStream, count: int, end: float | None) -> bool:
     """
     if end is None:
         return stream.frames > count
-    frame_time = 1 / float(stream.average_rate or stream.guessed_rate or 25)
+    frame_time = 1 / float(rate_of(stream) or 25)
     if stream.frames:
         if count >= stream.frames:
             return False
@@ -208,6 +235,29 @@ def _ends_early(stream: av.VideoStream, count: int, end: float | None) -> bool:
         return end < declared_end - 0.5 * frame_time
     tag = _seconds(stream.metadata.get("DURATION", ""))
     return tag is not None and max(end, count * frame_time) < tag - 2 * frame_time
+
+
+def _is_cut(path: Path | str) -> bool:
+    """Whether a Matroska file is shorter than its segment says, which FFmpeg takes for the end (RFC 8794, 4 to 6)."""
+
+    def size(at: int) -> tuple[int, int]:
+        """The size that stands there, and where it ends."""
+        end = at + 9 - head[at].bit_length()
+        return int.from_bytes(head[at:end]) & (1 << 7 * (end - at)) - 1, end
+
+    try:
+        with Path(path).open("rb") as file:
+            head, whole = file.read(1024), file.seek(0, 2)
+        if not head.startswith(EBML):
+            return False
+        segment = sum(size(len(EBML)))
+        if head[segment : segment + len(SEGMENT)] != SEGMENT:
+            return False
+        claimed, begin = size(segment + len(SEGMENT))
+    except (OSError, IndexError):  # a part of a tar file, which is known to be whole
+        return False
+    unknown = claimed == (1 << 7 * (begin - segment - len(SEGMENT))) - 1  # of what was recorded live
+    return not unknown and begin + claimed > whole
 
 
 def _seconds(clock: str) -> float | None:

@@ -15,14 +15,15 @@ import av
 import numpy as np
 import pytest
 from av.video.reformatter import ColorRange
-from formats import REAL, quadrants
+from formats import REAL, jpeg, quadrants
+from PIL import Image
 from test_video import TURNS, patch_mp4
 
-from preprocessing.episode import BadEpisode, Episode, EpisodeRef
+from preprocessing.episode import BadEpisode, Episode, EpisodeRef, UserError
 from preprocessing.frames import decode_image
 from preprocessing.limits import Limits, use
 from preprocessing.sources import find, load, scan
-from preprocessing.video import open_video
+from preprocessing.video import open_container, open_video, probe_video
 from uwm_model.metrics import psnr
 
 CELLS, CELL = 10, 8
@@ -202,10 +203,53 @@ def test_irregular_times_become_regular(tmp_path, times, suffix):
     assert slow == wanted[: len(slow)] and abs(len(slow) - len(wanted)) <= 1
 
 
-def test_small_jitter_is_left_alone(tmp_path):
-    times = [50 * index + (index % 3) * 7 for index in range(COUNT)]
-    episode = episode_of(write(tmp_path / "a.mkv", times=times))
-    assert numbers_in(frames_of(episode)) == list(range(COUNT)) and episode.repairs == ()
+LATE = [50 * index + 50 * (index >= 9) for index in range(20)]
+
+
+@pytest.mark.parametrize("times", [[50 * index + (index % 3) * 7 for index in range(COUNT)], LATE], ids=["all", "one"])
+def test_small_jitter_is_left_alone(tmp_path, times):
+    episode = episode_of(write(tmp_path / "a.mkv", times=times, count=len(times)))
+    assert numbers_in(frames_of(episode)) == list(range(len(times)))
+    assert episode.fps == 20 and episode.repairs == ()
+
+
+def held(path: Path) -> Path:
+    """Twenty pictures a second, of which the last is shown for three seconds."""
+    if path.suffix == ".gif":
+        first, *others = [Image.fromarray(drawn(index)).quantize() for index in range(COUNT)]
+        first.save(path, save_all=True, append_images=others, duration=[50] * (COUNT - 1) + [3000])
+        return path
+    with av.open(str(write(path.with_name("usual.mp4"), bf="0"))) as usual, av.open(str(path), "w") as container:
+        stream = container.add_stream_from_template(usual.streams.video[0])
+        packets = [packet for packet in usual.demux(video=0) if packet.size]
+        packets[-1].duration *= 60
+        for packet in packets:
+            packet.stream = stream
+            container.mux(packet)
+    path.with_name("usual.mp4").unlink()
+    return path
+
+
+def misdeclared(path: Path) -> Path:
+    """Matroska's DefaultDuration (RFC 9559, 5.1.4.1.13) says 40 Hz."""
+    data = bytearray(write(path).read_bytes())
+    at = data.index(b"\x23\xe3\x83\x84") + 4
+    data[at : at + 4] = struct.pack(">I", 25_000_000)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("make, name", [(held, "a.gif"), (held, "a.mp4"), (misdeclared, "a.mkv")])
+def test_a_declared_rate_gives_way_to_that_of_the_frames(tmp_path, make, name):
+    path = make(tmp_path / name)
+    declared = probe_video(path).fps
+    assert abs(declared - 20) > 5
+    episode = episode_of(path)
+    assert episode.fps == pytest.approx(20) and numbers_in(frames_of(episode)) == list(range(COUNT))
+    assert episode.repairs == (f"declares {declared:g} Hz; 20 Hz by the times of its frames",)
+    half = numbers_in(frames_of(episode_of(path, fps=10)))
+    last = COUNT - 1
+    assert half[: COUNT // 2] == list(range(0, COUNT, 2)) and set(half[COUNT // 2 :]) <= {last}
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
@@ -258,11 +302,84 @@ def test_a_clock_that_begins_again(tmp_path):
     assert half == [*range(0, COUNT, 2)] * 2
 
 
+def test_matroska_rounds_times_to_milliseconds(tmp_path):
+    path = write(tmp_path / "a.mkv", rate=30)
+    assert numbers_in(frames_of(episode_of(path, fps=15))) == list(range(0, COUNT, 2))
+
+
+def test_of_interlaced_films_two_packets_may_be_a_frame(tmp_path):
+    path = write(tmp_path / "a.mkv", **{"x264-params": "tff=1"})
+    assert episode_of(path).fps == 20
+    data = path.read_bytes()
+    at = data.index(b"\x23\xe3\x83\x84") + 4
+    path.write_bytes(data[:at] + struct.pack(">I", 100_000_000) + data[at + 4 :])
+    assert (episode_of(path).fps, episode_of(path).repairs) == (10, ())
+
+
+def test_cover_art_is_no_film(tmp_path):
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=20)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        stream.codec_context.thread_count = 1
+        container.add_attachment("cover.jpg", "image/jpeg", jpeg(quadrants(400)))
+        for index in range(COUNT):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(drawn(index), format="rgb24")))
+        container.mux(stream.encode())
+    with av.open(str(tmp_path / "a.mkv")) as container:
+        assert [stream.width for stream in container.streams.video] == [WIDTH, 400]
+    episode = episode_of(tmp_path / "a.mkv")
+    assert numbers_in(frames_of(episode)) == list(range(COUNT)) and episode.repairs == ()
+
+
+def test_a_film_that_changes_its_size_keeps_its_first(tmp_path):
+    path = write(tmp_path / "a.ts", size=(192, 128), bf="0")
+    large = path.read_bytes()
+    path.write_bytes(write(path, bf="0").read_bytes() + large)
+    frames = frames_of(episode_of(path))
+    assert frames.shape[1:] == (HEIGHT, WIDTH, 3) and numbers_in(frames[:COUNT]) == list(range(COUNT))
+    assert len(frames) == 2 * COUNT
+    use(Limits(picture_pixels=10_000))
+    try:
+        with pytest.raises(BadEpisode, match="breaks after"):
+            frames_of(episode_of(path))
+    finally:
+        use(Limits())
+
+
+def test_a_title_that_is_no_text(tmp_path):
+    path = tmp_path / "a.avi"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "Caf#"
+        stream = container.add_stream("mpeg4", rate=20)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        for index in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(drawn(index), format="rgb24")))
+        container.mux(stream.encode())
+    path.write_bytes(path.read_bytes().replace(b"Caf#", b"Caf\xe9"))
+    assert numbers_in(frames_of(episode_of(path))) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("brand, film", [(b"isom", True), (b"qt  ", True), (b"M4A ", False), (b"heic", False)])
+def test_what_has_no_suffix_is_known_by_its_brand(tmp_path, brand, film):
+    data = bytearray(write(tmp_path / "a.mp4").read_bytes())
+    data[8:12] = brand
+    (tmp_path / "a.mp4").unlink()
+    (tmp_path / "film").write_bytes(data)
+    if film:
+        assert numbers_in(frames_of(episode_of(tmp_path / "film"))) == list(range(COUNT))
+    else:
+        with pytest.raises(UserError, match="no known format"):
+            find(tmp_path / "film")
+
+
 def test_raw_streams_that_tell_no_times(tmp_path):
     path = write(tmp_path / "a.h264")
-    path = path.rename(tmp_path / "a.mp4")
-    episode = episode_of(path)
-    assert numbers_in(frames_of(episode)) == list(range(COUNT))
+    for name in ("a.mp4", "b.h264"):
+        path = path.rename(tmp_path / name)
+        episode = episode_of(path)
+        assert numbers_in(frames_of(episode)) == list(range(COUNT))
+        assert (episode.fps, episode.repairs) == (20, ("frames carry no times; 20 Hz assumed",))
+        assert numbers_in(frames_of(episode_of(path, fps=10))) == list(range(0, COUNT, 2))
 
 
 @pytest.mark.parametrize("default", [None, 0, 1])
@@ -340,6 +457,74 @@ def test_a_film_that_breaks_is_kept_up_to_there_if_asked(tmp_path, suffix, break
     assert len(frames) in (20 // step, 19 // step + 1) and np.array_equal(frames, whole[:20:step][: len(frames)])
 
 
+@pytest.mark.parametrize("fps", [None, 12.5])
+@pytest.mark.parametrize("name, codec", [("a.mp4", "libx264"), ("a.mp4", "mpeg4"), ("a.mkv", "mpeg2video")])
+def test_a_picture_that_its_decoder_made_up_is_a_break(tmp_path, name, codec, fps):
+    path = write(tmp_path / name, codec, rate=25, bf="0")
+    with av.open(str(path)) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][20]
+    data, at = bytearray(path.read_bytes()), path.read_bytes().index(bytes(packet))
+    start = at + packet.size // 2
+    data[start : start + 2] = bytes(byte ^ 0x5F for byte in data[start : start + 2])
+    path.write_bytes(data)
+    with av.open(str(path)) as container:  # what makes up the rest of the picture says so in passing
+        assert sum(frame.is_corrupt for frame in container.decode(video=0)) > 0
+    with pytest.raises(BadEpisode, match=r"breaks after 20: a picture is damaged"):
+        frames_of(episode_of(path, fps))
+    breaks: list[str] = []
+    kept = numbers_in(frames_of(episode_of(path, fps, breaks)))
+    assert kept == list(range(20))[:: 2 if fps else 1][: len(kept)] and len(kept) >= (8 if fps else 20)
+
+
+@pytest.mark.skipif("libsvtav1" not in av.codecs_available, reason="this FFmpeg writes no AV1")
+def test_a_picture_that_is_lost_on_the_way_is_a_break(tmp_path):
+    """FFmpeg's binding tells no error of a packet where an earlier frame comes out: those behind would move up."""
+    path = write(tmp_path / "a.mp4", "libsvtav1", preset="12")
+    with av.open(str(path)) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][20]
+    whole, at, lost = path.read_bytes(), packet.pos, 0
+    for place in range(8):  # its header and the next one's
+        data = bytearray(whole)
+        data[at + place : at + place + 2] = bytes([data[at + place] ^ 0x55, data[at + place + 1] ^ 0xFF])
+        path.write_bytes(data)
+        try:
+            with av.open(str(path)) as container:
+                container.streams.video[0].codec_context.thread_count = 1
+                lost += (shown := sum(1 for _ in container.decode(video=0))) < COUNT
+        except av.FFmpegError:
+            continue
+        if shown < COUNT:
+            with pytest.raises(BadEpisode, match=r"breaks after \d+: a picture is damaged"):
+                frames_of(episode_of(path))
+    assert lost or pytest.skip("no damage here that goes unnoticed")
+
+
+@pytest.mark.parametrize("suffix, codec", [("mkv", "libx264"), ("webm", "libvpx")])
+def test_a_cut_off_matroska_file_without_tags_is_known_by_its_size(tmp_path, suffix, codec):
+    path = write(tmp_path / f"a.{suffix}", codec)
+    whole = path.read_bytes().replace(b"DURATION", b"NOTATALL")
+    path.write_bytes(whole)
+    assert numbers_in(frames_of(episode_of(path))) == list(range(COUNT))
+    for keep in (middle(path), middle(path) + 3):
+        path.write_bytes(whole[:keep])
+        with pytest.raises(BadEpisode, match="ends after 20: the file is cut off"):
+            frames_of(episode_of(path))
+    live = bytearray(whole[:keep])  # whose end nobody knew when it was written
+    at = live.index(b"\x18\x53\x80\x67") + 4
+    live[at : at + 8] = b"\x01" + b"\xff" * 7
+    path.write_bytes(live)
+    assert len(frames_of(episode_of(path))) >= 19
+    path.write_bytes(live.replace(b"NOTATALL", b"DURATION"))
+    with pytest.raises(BadEpisode, match="ends after 20: the file is cut off"):
+        frames_of(episode_of(path))
+
+
+def test_a_list_of_other_files_is_no_film(tmp_path):
+    path = tmp_path / "a.mp4"
+    path.write_text("ffconcat version 1.0\nfile a.mp4\n")
+    assert ref_of(path).problem == "is a list of other files, no film"
+
+
 @pytest.mark.skipif(not REAL.exists(), reason=f"no real data at {REAL}")
 def test_the_real_broken_film(tmp_path):
     path = REAL / "video" / "corrupted.mp4"
@@ -395,6 +580,24 @@ def test_what_is_larger_than_the_limits_is_refused(tmp_path, strict):
     assert len(frames_of(episode_of(write(tmp_path / "c.mp4", size=(80, 32), count=30)))) == 30
 
 
+def test_pixels_that_are_very_wide(tmp_path):
+    use(Limits(picture_pixels=100_000))
+    try:
+        path = write(tmp_path / "a.mkv", aspect=Fraction(50, 1))
+        with pytest.raises(BadEpisode, match=r"a picture of 4800x64 pixels is more than limits.picture_pixels"):
+            frames_of(episode_of(path))
+        assert frames_of(episode_of(path), 16).shape == (COUNT, 16, 16, 3)
+    finally:
+        use(Limits())
+
+
+def test_the_limit_holds_for_what_is_decoded_by_opening(tmp_path, strict):
+    """Of a JPEG the size is told by decoding it."""
+    path = write(tmp_path / "a.avi", "mjpeg", "yuvj420p")
+    with open_container(path) as container:
+        assert container.streams.video[0].width == 0
+
+
 def test_what_is_coded_may_not_be_larger_than_what_is_declared(tmp_path):
     """The container says 64 x 64; the decoder would take memory for what the stream itself says."""
     path = write(tmp_path / "a.mkv", "mjpeg", "yuvj420p", size=(96, 64))
@@ -409,7 +612,5 @@ def test_what_is_coded_may_not_be_larger_than_what_is_declared(tmp_path):
 
 
 def test_pictures_have_the_same_limit(strict):
-    from formats import jpeg
-
     with pytest.raises(BadEpisode, match=r"limits.picture_pixels"):
         decode_image(jpeg(quadrants(72)))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from av import VideoFrame
 from formats import REAL, jpeg, quadrants
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -102,7 +103,7 @@ def raw(picture: np.ndarray, encoding: str = "rgb8", padding: int = 0) -> Write:
     red, green, blue = np.moveaxis(picture, -1, 0)
     full = np.full_like(red, 9)
     order = {"rgb8": (red, green, blue), "bgr8": (blue, green, red), "rgba8": (red, green, blue, full)}
-    order |= {"bgra8": (blue, green, red, full)}
+    order |= {"bgra8": (blue, green, red, full), "8UC3": order["bgr8"], "8UC4": (blue, green, red, full)}
     pixels = np.stack(order.get(encoding, (red,)), axis=-1)
     height, width, channels = pixels.shape
     rows = np.full((height, width * channels + padding), 255, np.uint8)
@@ -180,18 +181,22 @@ def scene() -> list[Said]:
 # -------------------------------------------------------------------------------------------------------- writers
 
 
-def write_mcap(path: Path, said: list[Said], **options: object) -> Path:
-    store = get_typestore(Stores.ROS2_HUMBLE)
+def write_mcap(path: Path, said: list[Said], ros: int = 2, **options: object) -> Path:
+    """As ROS 2 records it, or as ROS 1's bags are converted."""
+    store = get_typestore(Stores.ROS2_HUMBLE if ros == 2 else Stores.ROS1_NOETIC)
     with path.open("wb") as file:
         writer = McapWriter(file, chunk_size=20_000, **options)  # type: ignore[arg-type]
-        writer.start(profile="ros2")
-        channels: dict[str, int] = {}
+        writer.start(profile=f"ros{ros}")
+        channels: dict[tuple[str, str], int] = {}
         for message in said:
-            if message.topic not in channels:
-                definition = store.generate_msgdef(message.type, ros_version=2)[0]
-                schema = writer.register_schema(message.type, "ros2msg", definition.encode())
-                channels[message.topic] = writer.register_channel(message.topic, "cdr", schema)
-            writer.add_message(channels[message.topic], message.log_time, message.data(), message.log_time)
+            if (key := (message.topic, message.type)) not in channels:
+                definition = store.generate_msgdef(message.type, ros_version=ros)[0]
+                name = message.type if ros == 2 else message.type.replace("/msg/", "/")
+                schema = writer.register_schema(name, f"ros{ros}msg", definition.encode())
+                encoding = "cdr" if ros == 2 else "ros1"
+                channels[key] = writer.register_channel(message.topic, encoding, schema)
+            data = message.data(ros1=ros == 1)
+            writer.add_message(channels[key], message.log_time, data, message.log_time)
         writer.finish()
     return path
 
@@ -241,6 +246,7 @@ CONTAINERS: dict[str, Callable[[Path, list[Said]], Path]] = {
     "mcap-lz4": lambda folder, said: write_mcap(folder / "a.mcap", said, compression=CompressionType.LZ4),
     "mcap-plain": lambda folder, said: write_mcap(folder / "a", said, compression=CompressionType.NONE),
     "mcap-unchunked": lambda folder, said: write_mcap(folder / "a.mcap", said, use_chunking=False),
+    "mcap-ros1": lambda folder, said: write_mcap(folder / "a.mcap", said, ros=1),
     "bag2-sqlite": lambda folder, said: write_bag2(folder / "bag", said),
     "bag2-sqlite-old": lambda folder, said: old_metadata(write_bag2(folder / "bag", said)),
     "bag2-sqlite-zstd": lambda folder, said: write_bag2(folder / "bag", said, mode="MESSAGE"),
@@ -339,11 +345,71 @@ def test_encodings(tmp_path, encoding, padding):
     assert np.array_equal(frames_of(episode, "/cam"), expected)
 
 
+@pytest.mark.parametrize("encoding", ["8UC3", "8UC4"])
+def test_an_encoding_that_names_no_colours_is_opencvs_and_said_so(tmp_path, encoding):
+    cameras = filmed("/cam", every(10, 0, 1), encoding=encoding) + filmed("/side", every(10, 0, 1))
+    episode = heard(tmp_path, cameras)
+    for camera in ("/cam", "/side"):
+        assert np.array_equal(frames_of(episode, camera), np.stack([numbered(i) for i in range(10)]))
+    said = [repair for repair in episode.repairs if "colours" in repair]
+    assert said == ["/cam names no order of its colours; blue first taken, as OpenCV has it"]
+
+
+@pytest.mark.parametrize(
+    "encoding, pix_fmt",
+    [("yuv422", "uyvy422"), ("uyvy", "uyvy422"), ("yuv422_yuy2", "yuyv422"), ("yuyv", "yuyv422")],
+)
+@pytest.mark.parametrize("padding", [0, 6])
+def test_two_pixels_that_share_their_colours(tmp_path, encoding, pix_fmt, padding):
+    """Packed by FFmpeg. Every colour, with edges between pixels that share theirs."""
+    pictures = [numbered(i) for i in range(10)]
+
+    def yuv(picture: np.ndarray) -> Write:
+        frame = VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pix_fmt, interpolation="AREA")
+        [plane] = frame.planes
+        rows = np.full((24, 48 + padding), 99, np.uint8)
+        rows[:, :48] = np.frombuffer(plane, np.uint8).reshape(24, -1)[:, :48]
+
+        def write(wire: Wire, at: float | None) -> Wire:
+            wire.header(at).put("I", 24, 24).text(encoding).put("B", 0).put("I", 48 + padding)
+            return wire.blob(rows.tobytes())
+
+        return write
+
+    said = [Said("/cam", IMAGE, t, t, yuv(picture)) for t, picture in zip(every(10, 0, 1), pictures, strict=True)]
+    frames = frames_of(heard(tmp_path, said), "/cam")
+    assert frames.shape == (10, 24, 24, 3) and numbers_in(frames) == list(range(10))
+    assert np.abs(frames.astype(int) - np.stack(pictures)).max() <= 4
+
+
+@pytest.mark.parametrize("step, size", [(72, 71 * 24), (71, 72 * 24), (0, 0), (2**32 - 1, 72 * 24)])
+def test_pictures_that_lie_about_their_bytes(tmp_path, step, size):
+    def write(wire: Wire, at: float | None) -> Wire:
+        return wire.header(at).put("I", 24, 24).text("rgb8").put("B", 0).put("I", step).blob(bytes(size))
+
+    said = [Said("/cam", IMAGE, t, t, write) for t in (0, 1)]
+    assert f"24x24 pixels has {size} bytes, {step} a row" in problem_of(write_mcap(tmp_path / "a.mcap", said))
+
+
+def test_pixels_in_pairs_are_even(tmp_path):
+    def odd(wire: Wire, at: float | None) -> Wire:
+        return wire.header(at).put("I", 2, 3).text("yuyv").put("B", 0).put("I", 6).blob(bytes(12))
+
+    assert "odd rows" in problem_of(write_mcap(tmp_path / "a.mcap", [Said("/cam", IMAGE, t, t, odd) for t in (0, 1)]))
+
+
+def deep_png() -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 1000, np.uint16)).save(file, "PNG")
+    return file.getvalue()
+
+
 UNFIT = {
     "'bayer_rggb8' is a Bayer mosaic": (IMAGE, raw(numbered(0), "bayer_rggb8")),
     "'16UC1' is depth": (IMAGE, raw(numbered(0), "16UC1")),
     "'32FC1' is depth": (IMAGE, raw(numbered(0), "32FC1")),
-    "'yuv422' is not known": (IMAGE, raw(numbered(0), "yuv422")),
+    "'nv21' is not known": (IMAGE, raw(numbered(0), "nv21")),
+    "'png' is a PNG of 16 bits, which is depth": (PACKED, packed(deep_png(), "png")),
     "'h264' is neither JPEG nor PNG": (PACKED, packed(b"\0\0\0\1\x67" * 9, "h264")),
     "'16UC1; compressedDepth' is depth": (PACKED, packed(b"\x89PNG\r\n\x1a\n" * 9, "16UC1; compressedDepth")),
     "trajectory_msgs/msg/JointTrajectory in cdr": ("trajectory_msgs/msg/JointTrajectory", text("?")),
@@ -420,6 +486,13 @@ def test_commands_are_kept_from_the_policy_and_become_the_action_by_contract(tmp
         episode_of(tmp_path / "a.mcap", DataContract(action=("/cmd",)))
 
 
+@pytest.mark.parametrize("topic", ["/joint_states_desired", "/master/joint_left", "/leader/arm", "/gello/state"])
+def test_whom_the_robot_follows_is_kept_from_the_policy(tmp_path, topic):
+    said = [Said(name, JOINTS, t, t, joints(["a"], [t])) for t in every(10, 0, 1) for name in (topic, "/puppet/joint")]
+    episode = heard(tmp_path, filmed("/cam", every(10, 0, 1), late=0) + said)
+    assert (list(episode.signals), list(episode.proprio)) == ([f"{topic}/position"], ["/puppet/joint/position"])
+
+
 def test_types_of_numbers(tmp_path):
     times = every(10, 0, 1)
 
@@ -446,6 +519,7 @@ def test_types_of_numbers(tmp_path):
     said += [Said("/map", FLOATS, t, t, floats([1.0] * 2000)) for t in times]
     said += [Said("/torque", JOINTS, t, t, joints(["a"], [t], [], [float("nan")])) for t in times]
     said += [Said("/rosout", "rcl_interfaces/msg/Log", t, t, text("hello")) for t in times]
+    said += [Said("/robot_description", TEXT, None, t, text("<robot/>")) for t in times]
     episode = heard(tmp_path, said)
     expected = {
         topic.replace("/unnamed/position", "/unnamed/position/position"): v for topic, (_, _, v) in topics.items()
@@ -456,7 +530,7 @@ def test_types_of_numbers(tmp_path):
     assert "/ragged changes its length; left out" in episode.repairs
     assert "/torque/effort is not a number at every frame; left out" in episode.repairs
     assert "not read: /map (2000 numbers in a message)" in episode.repairs
-    assert not any("rosout" in repair for repair in episode.repairs)
+    assert episode.texts == {} and not any("rosout" in repair for repair in episode.repairs)
 
 
 def test_what_is_mended_is_said(tmp_path):
@@ -489,6 +563,13 @@ def test_clocks(tmp_path):
         episode = heard(tmp_path, sorted(front + odd, key=lambda message: message.received))
         assert f"times are those of receipt: {says}" in episode.repairs
         assert len(frames_of(episode, "/side")) == len(frames_of(episode, "/front"))
+
+    slow = [Said("/side", IMAGE, t - 3, t, raw(numbered(i))) for i, t in enumerate(every(10, 0, 1))]
+    episode = heard(tmp_path, sorted(front + slow, key=lambda message: message.received))
+    assert "times are those of receipt: /side has header stamps far from its receipt" in episode.repairs
+    assert len(frames_of(episode, "/side")) == 9  # one camera is heard after the other
+    stalled = [Said(m.topic, m.type, m.sent, m.received + 4 * (i >= 7), m.write) for i, m in enumerate(front)]
+    assert "times are the headers' stamps" in heard(tmp_path, stalled).repairs
 
     arm = [Said("/arm", FLOATS, None, t, floats([t])) for t in every(20, 0, 1)]
     episode = heard(tmp_path, arm[::-1] + front)
@@ -650,6 +731,29 @@ def test_metadata_that_lie(tmp_path, change, says):
     assert change[0] in metadata.read_text()
     metadata.write_text(metadata.read_text().replace(*change))
     assert says in problem_of(bag)
+
+
+def test_what_says_too_much_is_refused_or_left_out(tmp_path, monkeypatch):
+    said = filmed("/cam", every(10, 0, 1)) + [Said("/arm", FLOATS, None, t, floats([t] * 100)) for t in every(10, 0, 1)]
+    wordy = [Said("/say", TEXT, None, t, text("x" * 10_001)) for t in every(10, 0, 1)]
+    episode = heard(tmp_path, said + wordy)
+    assert episode.texts == {} and "not read: /say (a text of 10001 characters)" in episode.repairs
+    other = [*said, Said("/arm", TWIST, None, 1, twist(*range(6)))]
+    (tmp_path / "bag").mkdir()
+    with sqlite3.connect(lone_db3(tmp_path / "bag", said)) as database:
+        database.execute("UPDATE messages SET timestamp = -1 WHERE rowid = 3")
+    database.close()
+    assert "the impossible time -1" in problem_of(tmp_path / "bag" / "lone.db3")
+    with monkeypatch.context() as patch:
+        patch.setattr("preprocessing.sources.ros.MAX_NUMBERS", 999)
+        with pytest.raises(BadEpisode, match="/arm holds more numbers than a robot's state"):
+            heard(tmp_path, said)
+    with monkeypatch.context() as patch:
+        patch.setattr("preprocessing.sources.ros_bags.MAX_MESSAGES", 19)
+        with pytest.raises(BadEpisode, match="holds more than 19 messages"):
+            heard(tmp_path, said)
+    with pytest.raises(BadEpisode, match=r"/arm has messages of type .*MultiArray and of type .*Twist"):
+        heard(tmp_path, other)
 
 
 def test_sqlite_runs_nothing(tmp_path):

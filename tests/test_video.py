@@ -206,10 +206,22 @@ def test_images(tmp_path):
         list(images_video([jpeg(quadrants(32)), jpeg(quadrants(64))]).frames(None))
 
 
+def test_a_photograph_is_turned_as_its_camera_says():
+    turned = Image.Exif()
+    turned[0x0112] = 6  # EXIF's Orientation: the first row is the right side
+    file = io.BytesIO()
+    Image.fromarray(quadrants()).save(file, "JPEG", quality=95, exif=turned)
+    assert np.abs(centres(decode_image(file.getvalue())) - centres(np.rot90(quadrants(), -1))).max() <= 4
+
+
 def test_images_that_are_not_or_are_bombs():
     for data in (b"", b"GIF89a nothing", jpeg(quadrants())[:300]):
         with pytest.raises(BadEpisode, match="image"):
             decode_image(data)
+    deep = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 1000, np.uint16)).save(deep, "PNG")
+    with pytest.raises(BadEpisode, match="16 bits of grey"):  # all of it would be white
+        decode_image(deep.getvalue())
     bomb = io.BytesIO()
     Image.new("L", (9_000, 9_000)).save(bomb, "PNG")
     with pytest.raises(BadEpisode, match="9000x9000"):

@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from formats import REAL, jpeg, moving, numbered, quadrants, write_video
+from test_films import UNEVEN
+from test_films import write as irregular
 
 from preprocessing.episode import BadEpisode, Episode, EpisodeRef, UserError
+from preprocessing.limits import Limits, use
 from preprocessing.sources import digest, find, load, scan, webdataset
 from uwm_model.metrics import psnr
 
@@ -122,6 +125,36 @@ def test_pictures_without_a_rate(tmp_path):
     assert np.array_equal(frames_of(episode), moving(3))
 
 
+@pytest.mark.parametrize("rate", [0, -5, 1e9, "30"])
+def test_a_rate_that_is_none(tmp_path, rate):
+    members = {f"a.{i}.png": png(picture) for i, picture in enumerate(moving(3))}
+    members["a.json"] = json.dumps({"fps": rate}).encode()
+    assert one(shard(tmp_path / "a.tar", members)).fps == 10
+
+
+def test_what_is_mended_of_a_film_is_said(tmp_path):
+    path = irregular(tmp_path / "a.mkv", times=UNEVEN)
+    episode = one(shard(tmp_path / "a.tar", {"k.top.mkv": path.read_bytes()}))
+    assert [repair.split(";")[0] for repair in episode.repairs] == ["top: frames come at irregular times"]
+
+
+def test_limits_and_links(tmp_path, monkeypatch):
+    pictures = {f"a.{i}.png": png(picture) for i, picture in enumerate(moving(3))}
+    [ref] = refs_of(shard(tmp_path / "a.tar", pictures))
+    use(Limits(array_bytes=100))
+    try:
+        assert "0.png has" in problem_of(ref) and "more than limits.array_bytes" in problem_of(ref)
+    finally:
+        use(Limits())
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        link = tarfile.TarInfo("b.mp4")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    assert [problem_of(ref) for ref in refs_of(tmp_path / "a.tar")] == ["none"]
+    monkeypatch.setattr(webdataset, "MAX_MEMBERS", 2)
+    assert "it has more than 2 members" in str(refs_of(tmp_path / "a.tar")[-1].problem)
+
+
 def png(picture: np.ndarray) -> bytes:
     from PIL import Image
 
@@ -137,6 +170,7 @@ def png(picture: np.ndarray) -> bytes:
         ({"json": b'{"captions": ["one", "two", 3]}'}, {"captions": "one", "captions_1": "two"}, ()),
         ({"json": b'{"caption": "j"}', "en.txt": b"t\n"}, {"en.txt": "t", "caption": "j"}, ()),
         ({"txt": b" \n"}, {}, ()),
+        ({"json": b'\xef\xbb\xbf{"caption": "j"}', "txt": b"\xef\xbb\xbft"}, {"txt": "t", "caption": "j"}, ()),
         ({"txt": b"\xff"}, {}, ("txt cannot be read",)),
         ({"json": b"[" * 100_000}, {}, ("json cannot be read",)),
         ({"json": b"7"}, {}, ("json cannot be read (no JSON object); left out",)),
@@ -149,6 +183,40 @@ def test_captions(tmp_path, words, texts, repairs):
     assert episode.texts == texts and episode.instruction == next(iter(texts.values()), None)
     assert len(episode.repairs) == len(repairs)
     assert all(found.startswith(said) for found, said in zip(episode.repairs, repairs, strict=True))
+
+
+def joined(folder: Path, *parts: dict[str, bytes]) -> Path:
+    """Members of several tar files in one, whose names may repeat."""
+    with tarfile.open(folder / "joined.tar", "w") as tar:
+        for name, data in (member for part in parts for member in part.items()):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return folder / "joined.tar"
+
+
+def test_names_that_repeat_are_samples_of_their_own(tmp_path):
+    films = [film(tmp_path, numbered(count)) for count in (5, 6)]
+    parts = [{"k.mp4": data, "k.txt": text} for data, text in zip(films, (b"one", b"two"), strict=True)]
+    for between in ([], [{"l.mp4": films[0]}]):
+        found = [load(ref) for ref in refs_of(joined(tmp_path, parts[0], *between, parts[1]))]
+        found = [episode for episode in found if episode.instruction]
+        assert [episode.instruction for episode in found] == ["one", "two"]
+        assert [len(frames_of(episode)) for episode in found] == [5, 6]
+
+
+def test_a_sample_that_is_torn_apart_is_not_read_without_its_caption(tmp_path):
+    data = film(tmp_path, numbered(5))
+    refs = refs_of(shard(tmp_path / "a.tar", {"k.mp4": data, "l.mp4": data, "k.txt": b"go", "m.mp4": data}))
+    says = "members of sample k lie apart; sort the shard (`tar --sort=name`)"
+    assert [problem_of(ref) for ref in refs] == [says, "none", says, "none"]
+
+
+def test_a_shard_is_known_behind_its_folders_and_numbers(tmp_path):
+    members = {f"k.{i:02}.npy": b"x" for i in range(30)}
+    assert (
+        len(frames_of(one(shard(tmp_path / "a.tar", members | {"k.top.mp4": film(tmp_path, numbered(5))})), "top")) == 5
+    )
 
 
 def test_a_sample_stays_itself_wherever_it_lies(tmp_path):

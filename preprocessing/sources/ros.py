@@ -24,10 +24,13 @@ from preprocessing.episode import BadEpisode, Episode, EpisodeRef, Video
 from preprocessing.frames import chunks, resize
 from preprocessing.sources.memory import Finding, file_digest, findings
 from preprocessing.sources.ros_bags import METADATA, Message, messages, problem_of, recordings, storage_files
-from preprocessing.sources.ros_messages import decode, numbers_of, picture_of, role_of, stamp_of, unfit
+from preprocessing.sources.ros_messages import UNNAMED, decode, numbers_of, picture_of, role_of, stamp_of, unfit
 from preprocessing.sources.ros_tracks import Track, align
 
-COMMANDS = ("command", "action", "target", "goal", "setpoint", "cmd")  # in a topic's name
+COMMANDS = (  # in a topic's name; and whom the robot follows
+    *("command", "action", "target", "goal", "setpoint", "cmd", "desired"),
+    *("leader", "master", "teleop", "gello"),
+)
 INSTRUCTIONS = ("instruction", "language", "task")
 PLUMBING = {  # types that nobody misses
     "rcl_interfaces/msg/Log",
@@ -35,6 +38,7 @@ PLUMBING = {  # types that nobody misses
     "rosgraph_msgs/msg/Log",
     "rosgraph_msgs/msg/Clock",
     "tf2_msgs/msg/TFMessage",
+    "tf/msg/tfMessage",
     "sensor_msgs/msg/CameraInfo",
     "diagnostic_msgs/msg/DiagnosticArray",
 }
@@ -78,6 +82,7 @@ def load(ref: EpisodeRef) -> Episode:
     commands = {name for name in aligned.vectors if any(word in heard.topics[name].lower() for word in COMMANDS)}
     spoken = {topic: text for topic, text in heard.texts.items() if any(word in topic.lower() for word in INSTRUCTIONS)}
     repairs = [*aligned.repairs, "robot unknown"]
+    repairs += [f"{topic} names no order of its colours; blue first taken, as OpenCV has it" for topic in heard.unnamed]
     repairs += [f"{topic} says other things later; its first sentence is taken" for topic in sorted(heard.changing)]
     if unread:
         repairs.append(f"not read: {unread}")
@@ -105,6 +110,7 @@ class _Heard:
     vectors: dict[str, Track] = field(default_factory=lambda: defaultdict(Track))
     texts: dict[str, str] = field(default_factory=dict)
     changing: set[str] = field(default_factory=set)  # texts of which there are several
+    unnamed: list[str] = field(default_factory=list)  # cameras that do not say which colour comes first
     types: dict[str, str] = field(default_factory=dict)
     topics: dict[str, str] = field(default_factory=dict)  # of the vectors
     unread: dict[str, str | None] = field(default_factory=dict)  # topics and why; None where nobody asks
@@ -136,6 +142,8 @@ class _Heard:
             if topic not in self.cameras and (why := unfit(said)):
                 self.unread[topic] = why
                 return
+            if topic not in self.cameras and getattr(said, "encoding", None) in UNNAMED:
+                self.unnamed.append(topic)
             self.cameras[topic].add(*when)
             return
         for part, names, values in numbers_of(said, message.type):

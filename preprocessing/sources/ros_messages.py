@@ -41,6 +41,15 @@ CHANNELS = {  # of an Image's encoding: where red, green and blue are among a pi
     "bgra8": (4, [2, 1, 0]),
     "mono8": (1, [0, 0, 0]),
     "8UC1": (1, [0, 0, 0]),
+    "8UC3": (3, [2, 1, 0]),
+    "8UC4": (4, [2, 1, 0]),
+}
+UNNAMED = ("8UC3", "8UC4")  # no order of colours: what cv_bridge calls an array of OpenCV's that nobody named
+YUV = {  # where the two luminances, blue and red are among the four bytes of two pixels; the older names came first
+    "yuv422": ([1, 3], 0, 2),
+    "uyvy": ([1, 3], 0, 2),
+    "yuv422_yuy2": ([0, 2], 1, 3),
+    "yuyv": ([0, 2], 1, 3),
 }
 
 _POINT, _QUATERNION = ("x", "y", "z"), ("x", "y", "z", "w")
@@ -121,27 +130,43 @@ def unfit(said: Any) -> str | None:
     if re.search(r"16|32|compressedDepth", named):
         return f"{named!r} is depth or has more than 8 bits a colour"
     if hasattr(said, "format"):
-        known = bytes(said.data[:8]).startswith((b"\xff\xd8", b"\x89PNG"))
-        return None if known else f"{named!r} is neither JPEG nor PNG"
+        head = bytes(said.data[:26])
+        if head.startswith(b"\x89PNG") and head[24:] == b"\x10\x00":  # 16 bits of grey (PNG, 11.2.2)
+            return f"{named!r} is a PNG of 16 bits, which is depth"
+        return None if head.startswith((b"\xff\xd8", b"\x89PNG")) else f"{named!r} is neither JPEG nor PNG"
     if named.startswith("bayer"):
         return f"{named!r} is a Bayer mosaic; record the colour picture made of it"
-    return None if named in CHANNELS else f"encoding {named!r} is not known"
+    return None if named in CHANNELS or named in YUV else f"encoding {named!r} is not known"
 
 
 def picture_of(said: Any) -> np.ndarray:
     """uint8 ``[H, W, 3]``."""
     if hasattr(said, "format"):
         return decode_image(bytes(said.data))
-    if said.encoding not in CHANNELS:
+    if said.encoding not in CHANNELS and said.encoding not in YUV:
         raise BadEpisode(f"a picture's encoding is {said.encoding!r}")
-    channels, order = CHANNELS[said.encoding]
+    channels, order = CHANNELS.get(said.encoding, (2, []))
     height, width, step, data = said.height, said.width, said.step, said.data
     if not 0 < height * width <= limits().picture_pixels:
         raise BadEpisode(f"a picture of {width}x{height} pixels is empty or more than a camera records")
     if step < width * channels or len(data) < step * height:
         raise BadEpisode(f"a picture of {width}x{height} pixels has {len(data)} bytes, {step} a row")
     rows = data[: step * height].reshape(height, step)  # a row may end in bytes that are no pixels
+    if said.encoding in YUV:
+        if width % 2:
+            raise BadEpisode(
+                f"a picture of {width}x{height} pixels shares colours between two pixels, but has odd rows"
+            )
+        return _rgb(rows[:, : width * channels].reshape(height, width // 2, 4), *YUV[said.encoding])
     return rows[:, : width * channels].reshape(height, width, channels)[..., order]
+
+
+def _rgb(pairs: np.ndarray, luma: list[int], blue: int, red: int) -> np.ndarray:
+    """uint8 ``[H, W / 2, 4]`` in limited range to ``[H, W, 3]``, by BT.601, as OpenCV and cameras have it."""
+    y = (pairs[..., luma].astype(np.float32) - 16) * (255 / 219)
+    u, v = ((pairs[..., [place]].astype(np.float32) - 128) * (255 / 224) for place in (blue, red))
+    colours = np.stack([y + 1.402 * v, y - 0.344136 * u - 0.714136 * v, y + 1.772 * u], axis=-1)
+    return np.rint(colours).clip(0, 255).astype(np.uint8).reshape(len(pairs), -1, 3)
 
 
 def numbers_of(said: Any, kind: str) -> Iterator[tuple[str, Sequence[str], Sequence[float]]]:

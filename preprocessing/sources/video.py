@@ -14,7 +14,7 @@ from preprocessing.sources.memory import Finding, file_digest, findings
 from preprocessing.video import open_film, probe_video
 
 SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".gif"}
-SUFFIXES |= {".m2ts", ".mts", ".ogv"}
+SUFFIXES |= {".m2ts", ".mts", ".ogv", ".asf", ".vob", ".3g2", ".mjpeg", ".h264", ".h265", ".hevc"}
 TRANSPORT = (
     188  # bytes of a packet of MPEG-TS (ISO/IEC 13818-1, 2.4.3.2), which begins with 0x47; .ts is TypeScript, too
 )

@@ -38,7 +38,7 @@ FILMS = ("mp4", "m4v", "mov", "mkv", "webm", "avi", "mpg", "mpeg", "wmv", "flv",
 PICTURES = ("jpg", "jpeg", "png")
 WORDS = ("txt", "caption", "json")
 CAPTIONS = ("caption", "captions", "text", "description", "prompt", "instruction", "title")  # as instruction: the first
-A_FEW = 8  # members, by which a shard is known
+A_FEW = 64  # members, by which a shard is known; folders are members
 MAX_MEMBERS = 2**20  # of a shard; usual are 30,000
 MAX_HEADER = 2**20  # bytes
 MAX_WORDS = 2**20  # bytes of one caption, or one JSON
@@ -84,11 +84,13 @@ def scan(path: Path) -> Iterator[EpisodeRef]:
 
 
 def digest(ref: EpisodeRef) -> str:
-    return _digest(Path(ref.uri), _sample(ref))
+    return _digest(Path(ref.uri), _sample(ref)[0])
 
 
 def load(ref: EpisodeRef) -> Episode:
-    path, sample = Path(ref.uri), _sample(ref)
+    path, (sample, samples) = Path(ref.uri), _sample(ref)
+    if _is_torn(sample, samples):
+        raise BadEpisode(f"members of sample {sample.key} lie apart; sort the shard (`tar --sort=name`)")
     words, rates, repairs = _words(path, sample)
     if films := sample.of(*FILMS):
         places = {film.name.rpartition(".")[0] or "video": _place(path, film) for film in films}
@@ -153,8 +155,7 @@ def _listed(file: Path) -> tuple[list[Sample], str | None]:
 
 def _samples(members: list[tuple[str, Member]]) -> Iterator[Sample]:
     """What holds nothing that is read is left out."""
-    alike = (Sample(key, tuple(m for _, m in group)) for key, group in groupby(members, key=lambda pair: pair[0]))
-    known = (sample for sample in alike if sample.of(*FILMS, *PICTURES, *WORDS))
+    known = (sample for sample in _alike(members) if sample.of(*FILMS, *PICTURES, *WORDS))
     for (is_picture, folder), group in groupby(known, key=lambda s: (s.picture is not None, s.key.rpartition("/")[0])):
         pictures = list(group)
         if is_picture and not any(sample.of(*WORDS) for sample in pictures[1:]):  # else each stands for itself
@@ -164,11 +165,32 @@ def _samples(members: list[tuple[str, Member]]) -> Iterator[Sample]:
             yield from pictures
 
 
-def _sample(ref: EpisodeRef) -> Sample:
+def _alike(members: list[tuple[str, Member]]) -> Iterator[Sample]:
+    """Neighbours of one name. What comes again is another sample's: where shards were joined, names repeat."""
+    for key, group in groupby(members, key=lambda pair: pair[0]):
+        sample: dict[str, Member] = {}
+        for _, member in group:
+            if member.name in sample:
+                yield Sample(key, tuple(sample.values()))
+                sample = {}
+            sample[member.name] = member
+        yield Sample(key, tuple(sample.values()))
+
+
+def _is_torn(sample: Sample, others: list[Sample]) -> bool:
+    """Whether what makes it whole is elsewhere in the shard, as `tar` leaves files that it was not told to sort."""
+    names = {member.name for member in sample.members}
+    return not sample.of(*PICTURES) and any(
+        other.key == sample.key and names.isdisjoint(member.name for member in other.members) for other in others
+    )
+
+
+def _sample(ref: EpisodeRef) -> tuple[Sample, list[Sample]]:
+    """It, and all of its shard."""
     samples, _ = _remembered(ref.uri, Path(ref.uri).stat().st_mtime_ns)
     if ref.index >= len(samples):
         raise BadEpisode(f"the shard has only {len(samples)} samples now")
-    return samples[ref.index]
+    return samples[ref.index], samples
 
 
 @lru_cache(maxsize=2)  # episodes of a shard come one after the other
@@ -210,7 +232,7 @@ def _words(path: Path, sample: Sample) -> tuple[dict[str, str], list[float], lis
         try:
             if member.stop - member.start > MAX_WORDS:
                 raise ValueError(f"{member.stop - member.start} bytes")
-            text = _bytes(path, member).decode()
+            text = _bytes(path, member).decode("utf-8-sig")  # Windows writes a mark first
             if member.kind != "json":
                 texts[member.name] = text.strip()
                 continue
