@@ -520,6 +520,29 @@ def test_lerobot_keeps_what_is_recorded_beside_the_action(tmp_path):
     assert "column holes has 1 empty rows; left out" in first.repairs
 
 
+@pytest.mark.parametrize(
+    ("names", "kinds"),
+    [
+        ("x y z roll pitch yaw gripper", {"position": 3, "rotation": 3, "gripper": 1}),
+        (
+            "main_shoulder_pan main_shoulder_lift main_elbow_flex main_wrist_flex main_wrist_roll main_gripper second",
+            {"joint": 5, "gripper": 1, "other": 1},
+        ),
+        ("left_waist left_shoulder left_elbow left_forearm_roll left_wrist_angle left_wrist_rotate left_gripper",
+         {"joint": 6, "gripper": 1}),
+        ("shoulder_pan.pos shoulder_lift.pos elbow_flex.pos wrist_flex.pos wrist_roll.pos gripper.pos x",
+         {"joint": 5, "gripper": 1, "position": 1}),
+    ],
+)  # fmt: skip
+def test_kinds_by_the_names_of_columns(tmp_path, names, kinds):
+    folder = write_lerobot(tmp_path / "x", episodes=1)
+    info = json.loads((folder / "meta" / "info.json").read_text())
+    info["features"]["action"]["names"] = {"motors": names.split()}
+    (folder / "meta" / "info.json").write_text(json.dumps(info))
+    (episode,) = episodes_of(folder)
+    assert {block.kind: block.size for block in episode.action_layout} == kinds
+
+
 def test_one_frame_too_many_or_few_is_cut(tmp_path):
     for frames, steps in ((13, 12), (11, 11)):
         (episode,) = episodes_of(write_lerobot(tmp_path / str(frames), frames=frames, episodes=1))
@@ -628,6 +651,13 @@ def test_an_episode_stays_itself_whatever_it_is_joined_with(tmp_path):
     five = refs_of(as_lerobot_v3(tmp_path / "five", tmp_path / "b", per_file=4, shift=7))
     assert [ref.id for ref in two] == [ref.id for ref in five[:2]]
     assert len({ref.id for ref in five}) == 5
+
+
+def test_sentences_as_newer_pandas_writes_them(tmp_path):
+    folder = as_lerobot_v3(write_lerobot(tmp_path / "v2", episodes=1), tmp_path / "v3")
+    sentences = pa.table({"task_index": [0], "task": pa.array(["push the cube"], pa.large_string())})
+    pq.write_table(sentences, folder / "meta" / "tasks.parquet")
+    assert [episode.instruction for episode in episodes_of(folder)] == ["push the cube"]
 
 
 def test_path_templates_of_joined_files(tmp_path):

@@ -155,13 +155,18 @@ def texts_of(table: pa.Table, tasks: dict[int, str]) -> dict[str, str]:
         first, kind = table[name][0].as_py(), table.schema.field(name).type
         if name == "task_index" or (name.startswith("annotation.") and not isinstance(first, str)):
             text = tasks.get(first) if isinstance(first, int) else None
-        elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        elif is_text(kind):
             text = first
         else:
             continue
         text = (text or "").strip()
         found["task" if name == "task_index" else name] = "" if text in NOT_AN_INSTRUCTION else text
     return found
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """pandas writes long strings since its version 3."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def instruction_of(texts: dict[str, str]) -> str | None:
@@ -191,12 +196,14 @@ def _is_depth(feature: dict[str, Any]) -> bool:
 
 def _kind(name: str) -> Any:
     name = name.lower()
+    if re.search(r"shoulder|elbow|wrist|forearm|waist|neck|finger", name):  # wrist_roll is a joint, roll an angle
+        return "joint"
     if re.fullmatch(r"(.*_)?(x|y|z)", name) or ("position" in name and "joint" not in name):
         return "position"
     if re.fullmatch(r"(.*_)?(roll|pitch|yaw|rx|ry|rz)", name) or "rotation" in name:
         return "rotation"
     if "gripper" in name:
         return "gripper"
-    if re.search(r"joint|motor|arm|leg|hand|neck|waist|shoulder|elbow|wrist|finger", name):
+    if re.search(r"joint|motor|arm|leg|hand", name):
         return "joint"
     return "other"

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from preprocessing.episode import BadEpisode, EpisodeRef, UserError
 from preprocessing.excerpts import excerpt, excerpt_digests
-from preprocessing.sources.lerobot_meta import Film, Meta
+from preprocessing.sources.lerobot_meta import Film, Meta, is_text
 from preprocessing.sources.memory import Finding, file_digest, findings
 
 TABLE = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"  # by default, whatever info.json says
@@ -100,7 +100,7 @@ class FilesV3:
         if not file.is_file():
             return {}
         table = _table_of(file)
-        sentences = next((column for column in table.columns if pa.types.is_string(column.type)), None)
+        sentences = next((column for column in table.columns if is_text(column.type)), None)
         if sentences is None or "task_index" not in table.column_names:
             return {}
         return dict(zip(table["task_index"].to_pylist(), sentences.to_pylist(), strict=True))
