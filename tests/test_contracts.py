@@ -270,16 +270,19 @@ def test_droid(tmp_path, name):
     assert guesses(episode) == []
 
 
-def test_droid_with_the_speeds_of_its_joints(tmp_path):
+@pytest.mark.parametrize(
+    ("speeds", "layout"),
+    [
+        ("joint_velocity", [("joints", 7, "velocity"), ("gripper", 1, "absolute")]),
+        ("cartesian_velocity", [("position", 3, "velocity"), ("rotation", 3, "velocity"), ("gripper", 1, "absolute")]),
+    ],
+)
+def test_droid_with_speeds(tmp_path, speeds, layout):
     said = droid()
-    episode = one(write_tfds(tmp_path, "droid", DROID, [said]), DataContract.load("droid_joint_velocity"))
-    names = ("joint_velocity", "gripper_position")
-    expected = np.concatenate([said[f"steps/action_dict/{name}"] for name in names], axis=1)
+    episode = one(write_tfds(tmp_path, "droid", DROID, [said]), DataContract.load(f"droid_{speeds}"))
+    expected = np.concatenate([said[f"steps/action_dict/{name}"] for name in (speeds, "gripper_position")], axis=1)
     assert np.array_equal(episode.action, expected.astype(np.float32))
-    assert [(b.name, b.size, b.mode) for b in episode.action_layout] == [
-        ("joints", 7, "velocity"),
-        ("gripper", 1, "absolute"),
-    ]
+    assert [(b.name, b.size, b.mode) for b in episode.action_layout] == layout
     assert guesses(episode) == []
 
 
