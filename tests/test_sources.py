@@ -653,6 +653,18 @@ def test_an_episode_stays_itself_whatever_it_is_joined_with(tmp_path):
     assert len({ref.id for ref in five}) == 5
 
 
+def test_a_state_of_two_dimensions(tmp_path):
+    folder = write_lerobot(tmp_path / "x", episodes=1)
+    (file,) = folder.glob("data/*/*.parquet")
+    table = pq.read_table(file)
+    poses = np.arange(12 * 6, dtype=np.float32).reshape(12, 2, 3)
+    at = table.column_names.index("observation.state")
+    column = pa.array(poses.tolist(), pa.list_(pa.list_(pa.float32())))
+    pq.write_table(table.set_column(at, "observation.state", column), file)
+    (episode,) = episodes_of(folder)
+    assert np.array_equal(episode.proprio["state"], poses.reshape(12, 6))
+
+
 def test_sentences_as_newer_pandas_writes_them(tmp_path):
     folder = as_lerobot_v3(write_lerobot(tmp_path / "v2", episodes=1), tmp_path / "v3")
     sentences = pa.table({"task_index": [0], "task": pa.array(["push the cube"], pa.large_string())})
@@ -746,6 +758,15 @@ def test_demonstrations_in_natural_order_and_repacked(tmp_path):
             for name in ("actions", "dones", "obs/agentview_rgb", "obs/joint_states", "obs/height"):
                 demo.create_dataset(name, data=old[f"data/demo_{index}/{name}"][()], compression="gzip", chunks=True)
     assert [ref.id for ref in refs_of(tmp_path / "b.hdf5")] == [ref.id for ref in refs]
+
+
+@pytest.mark.parametrize("kwargs", [None, [], "x"])
+def test_an_environment_that_tells_nothing(tmp_path, kwargs):
+    path = write_demos(tmp_path / "a.hdf5", demos=1)
+    with h5py.File(path, "a") as file:
+        file["data"].attrs["env_args"] = json.dumps({"env_kwargs": kwargs})
+    (episode,) = episodes_of(path)
+    assert (episode.fps, episode.embodiment) == (20, "unknown") and "robot unknown" in episode.repairs
 
 
 def test_recorded_rate_robot_and_four_numbers(tmp_path):

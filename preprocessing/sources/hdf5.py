@@ -205,15 +205,18 @@ def _success(demo: h5py.Group) -> bool | None:
 
 
 def _fps(data: h5py.Group, demo: h5py.Group, env: dict[str, Any]) -> float | None:
-    for value in (_attribute(data, demo, "fps"), env.get("env_kwargs", {}).get("control_freq")):
+    for value in (_attribute(data, demo, "fps"), _kwargs(env).get("control_freq")):
         if isinstance(value, int | float | np.number) and value > 0:
             return float(value)
     return None
 
 
 def _robot(data: h5py.Group, demo: h5py.Group, env: dict[str, Any]) -> str | None:
-    robots = env.get("env_kwargs", {}).get("robots")
-    return text(_attribute(data, demo, "robot")) or text(robots)
+    return text(_attribute(data, demo, "robot")) or text(_kwargs(env).get("robots")) or None
+
+
+def _kwargs(env: dict[str, Any]) -> dict[str, Any]:
+    return kwargs if isinstance(kwargs := env.get("env_kwargs"), dict) else {}
 
 
 def _attribute(data: h5py.Group, demo: h5py.Group, name: str) -> Any:

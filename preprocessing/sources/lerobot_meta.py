@@ -177,12 +177,12 @@ def instruction_of(texts: dict[str, str]) -> str | None:
 
 
 def matrix(table: pa.Table, key: str) -> np.ndarray:
-    """A column of lists (or of numbers) as float32 ``[T, D]``."""
+    """A column of numbers, or of lists of them or of lists, as float32 ``[T, D]``."""
     column = table[key].combine_chunks()
     if column.null_count:
         raise BadEpisode(f"column {key} has {column.null_count} empty rows")
     values = column
-    if pa.types.is_nested(values.type):
+    while pa.types.is_nested(values.type):
         if pc.count_distinct(pc.list_value_length(values)).as_py() != 1:
             raise BadEpisode(f"column {key} has rows of different lengths")
         values = values.flatten()
