@@ -919,6 +919,18 @@ def test_aloha(tmp_path, compress):
     assert digest(ref) == ref.digest
 
 
+def test_what_aloha_observes_beside_its_joints(tmp_path):
+    more = {"observations/time": np.arange(5.0), "observations/depth": np.zeros((5, 4, 4), np.uint16)}
+    path = write_aloha(tmp_path / "episode_0.hdf5", numbered(5), **more)
+    with h5py.File(path, "r+") as file:
+        file["observations/note"] = np.array(["x"] * 5, "S")
+    (episode,) = episodes_of(path)
+    assert list(episode.proprio) == ["qpos", "qvel", "time"]
+    assert episode.proprio["time"].ravel().tolist() == [0, 1, 2, 3, 4]
+    left_out = [repair for repair in episode.repairs if "left out" in repair]
+    assert left_out == [f"observations/{name} is no vector of numbers; left out" for name in ("depth", "note")]
+
+
 def test_aloha_that_does_not_fit(tmp_path):
     path = write_aloha(tmp_path / "episode_0.hdf5", numbered(5))
     with h5py.File(path, "r+") as file:

@@ -53,8 +53,11 @@ def load(ref: EpisodeRef) -> Episode:
             action = np.concatenate([action, speeds[: len(action)]], axis=1)
             layout += (ActionBlock(name="base", size=speeds.shape[1], mode="velocity"),)
         members = {key: own(observations, key) for key in sorted(observations)}
-        proprio = {key: _vectors(rows) for key, rows in members.items() if isinstance(rows, h5py.Dataset)}
+        recorded = {key: rows for key, rows in members.items() if isinstance(rows, h5py.Dataset)}
+        vectors = {key: r for key, r in recorded.items() if r.ndim in (1, 2) and r.dtype.kind in "fiub"}
+        proprio = {key: numbers(rows).reshape(len(rows), -1) for key, rows in vectors.items()}
         repairs = ["control rate unknown; 50 Hz assumed, as ALOHA's is"]
+        repairs += [f"observations/{key} is no vector of numbers; left out" for key in recorded if key not in vectors]
         cameras: dict[str, Video] = {}
         for key in sorted(images):
             pictures = child(images, key, h5py.Dataset)
