@@ -5,6 +5,7 @@ The mathematics alone: pure torch, no files, no cluster. Read in this order:
 config       what a model is made of, and what its diffusion is
 batch        the one thing that goes in
 observation  what the robot sees now -> a condition vector
+resnet       the paper's image encoder, inside it
 tokens       noisy actions and noisy latents -> tokens, and back
 blocks       the transformer block, modulated by the condition
 denoiser     all of it together: two noisy things in, two predictions out

@@ -15,7 +15,7 @@ class ModelConfig:
     """Sizes of the network. The defaults train on a CPU.
 
     The paper's LIBERO model: observed_frames=2, future_frames=2, action_chunk=16, patch=(2, 4, 4), width=768,
-    depth=12, heads=12, registers=24, timestep_width=512, condition_width=3072, on latents of (28, 28).
+    depth=12, heads=12, registers=24, timestep_width=512, observation="pixels", frame_width=768, latents of (28, 28).
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -44,9 +44,10 @@ class ModelConfig:
     current_patches: bool = False  # a token of future latents also sees the current ones at its place; the paper's not
     timestep_width: int = 128
 
-    # The observation encoder.
+    # The observation encoder: small convolutions over the current latents, or the paper's ResNet-18 over pixels.
+    observation: Literal["latents", "pixels"] = "latents"
     frame_width: int = 128  # features of one camera's one frame
-    condition_width: int = 256
+    condition_width: int = 256  # of latents; those of pixels lie side by side, as wide as they are
 
     def __post_init__(self) -> None:
         _tuples(self, latent_size=2, patch=3)
@@ -62,6 +63,15 @@ class ModelConfig:
             raise ValueError(f"timestep_width: {self.timestep_width} is not an even number of at least 4")
         if self.mlp_ratio <= 0:
             raise ValueError(f"mlp_ratio: {self.mlp_ratio} is not above 0")
+        if self.observation not in ("latents", "pixels"):
+            raise ValueError(f"observation: {self.observation} is unknown; known: latents, pixels")
+
+    @property
+    def condition_size(self) -> int:
+        """K: values of the condition vector."""
+        if self.observation == "latents":
+            return self.condition_width
+        return self.cameras * self.observed_frames * self.frame_width
 
     @property
     def patches(self) -> int:
@@ -77,7 +87,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:
-    """The diffusion of actions and latents; the defaults are the paper's except ``marginal_timestep``.
+    """The diffusion of actions and latents; the defaults are the paper's except where masks are concerned.
 
     ``marginal_timestep``: where a modality that is not asked for is held while sampling. ``last`` is pure noise
     (t = 99), where training puts the actions of action-free video. ``leading`` is the first of the sampling steps
@@ -85,6 +95,8 @@ class DiffusionConfig:
     ``prediction``: what the network answers with: the noise (the paper); v, a mix of noise and clean values that is as
     well scaled at every t; or the clean sample itself. Noise fills every dimension of a patch, clean latents do not:
     a network narrower than a few patches can only answer with the sample (arXiv 2511.13720).
+    ``action_free_loss``: whether samples without actions have an action loss, the noise that stands in for theirs to be
+    predicted like any other, as in the published code.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -96,6 +108,7 @@ class DiffusionConfig:
     latent_divisor: float = 3.0  # standardised latents / 3 survive that clip
     sampling_steps: int = 10
     marginal_timestep: Literal["leading", "last"] = "last"
+    action_free_loss: bool = False
 
     def __post_init__(self) -> None:
         _check_integers(self)

@@ -19,7 +19,7 @@ Denoise = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 class Denoiser(nn.Module):
     """One sequence of N tokens: L actions, V * patches latents, R registers, all under one learned position embedding.
 
-    Condition and both timesteps reach every block through its modulation (K = condition_width + timestep_width).
+    Condition and both timesteps reach every block through its modulation (K = condition_size + timestep_width).
     """
 
     def __init__(self, config: ModelConfig):
@@ -30,7 +30,7 @@ class Denoiser(nn.Module):
         self.registers = nn.Parameter(torch.empty(1, config.registers, config.width))
         self.position = nn.Parameter(torch.empty(1, config.tokens, config.width))
         self.timesteps = TimestepEmbedding(config.timestep_width)
-        modulated_by = config.condition_width + config.timestep_width
+        modulated_by = config.condition_size + config.timestep_width
         self.blocks = nn.ModuleList(
             Block(config.width, config.heads, config.mlp_ratio, config.qkv_bias, modulated_by)
             for _ in range(config.depth)
@@ -59,7 +59,7 @@ class Denoiser(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Predictions shaped like ``action`` and ``latents``.
 
-        condition [B, condition_width], action [B, L, A], latents [B, V, Tf, C, h, w], t_action and t_video int64 [B]
+        condition [B, condition_size], action [B, L, A], latents [B, V, Tf, C, h, w], t_action and t_video int64 [B]
         or 0-d, camera_mask bool [B, V]: nobody attends to the tokens of a missing camera, and the prediction for it
         means nothing. None: all cameras are there. current_latents [B, V, To, C, h, w] are for ``current_patches``.
         """

@@ -53,15 +53,19 @@ def joint_loss(
     latents: Tensor,
     camera_mask: Tensor,
     noise: Noise,
+    action_counted: Tensor,
 ) -> Losses:
-    """action [B, L, A] and latents [B, V, Tf, C, h, w] clean, action_mask bool [B, L, A], camera_mask bool [B, V]."""
+    """action [B, L, A] and latents [B, V, Tf, C, h, w] clean, camera_mask bool [B, V].
+
+    action_mask bool [B, L, A] says which actions there are, action_counted, of the same shape, which have a loss.
+    """
     has_action = action_mask.any(dim=(1, 2))
     t_action = noise.t_action.where(has_action, schedule.last)
     noisy_action = schedule.noisy(action, noise.action, t_action)
     noisy_latents = schedule.noisy(latents, noise.latents, noise.t_video)
     action_prediction, latent_prediction = denoise(noisy_action, t_action, noisy_latents, noise.t_video)
     action_total, action_each = _masked_mean(
-        (action_prediction - schedule.target(action, noise.action, t_action)).square(), action_mask
+        (action_prediction - schedule.target(action, noise.action, t_action)).square(), action_counted
     )
     video_error_BV = (
         (latent_prediction - schedule.target(latents, noise.latents, noise.t_video)).square().mean(dim=(2, 3, 4, 5))

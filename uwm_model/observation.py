@@ -8,10 +8,39 @@ from torch import Tensor, nn
 
 from uwm_model.batch import Batch
 from uwm_model.config import ModelConfig
+from uwm_model.resnet import ResNet18
 
 CHANNELS = (64, 128)  # of the two convolutions
 PROPRIO_WIDTH = 128
 EMBODIMENT_WIDTH = 64
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of red, green, blue
+
+
+class PixelObservation(nn.Module):
+    """Current images -> condition [B, V * To * frame_width]: the paper's (section III-B), images and nothing else.
+
+    One ResNet-18 for every camera and frame, features side by side, cameras first. A missing camera's are zeros.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.image = ResNet18(config.frame_width)
+        mean, deviation = torch.tensor(IMAGENET)[:, None, None, None, :, None, None]
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("deviation", deviation, persistent=False)
+
+    def forward(self, batch: Batch) -> Tensor:
+        if batch.current_pixels is None:
+            raise ValueError("a model that observes pixels needs batch.current_pixels")
+        pixels, dtype = batch.current_pixels, self.image.fc.weight.dtype
+        images = pixels.to(dtype) / 255 if pixels.dtype == torch.uint8 else pixels.to(dtype)
+        B, V, To = images.shape[:3]
+        features = self.image(((images - self.mean) / self.deviation).flatten(0, 2))
+        features_BVTF = rearrange(features, "(b v t) f -> b v t f", b=B, v=V, t=To)
+        return features_BVTF.where(batch.camera_mask[:, :, None, None], 0).flatten(1)
 
 
 class LatentObservation(nn.Module):

@@ -9,8 +9,8 @@ from uwm_model import objective, sampling
 from uwm_model.batch import Batch
 from uwm_model.config import DiffusionConfig, ModelConfig
 from uwm_model.denoiser import Denoise, Denoiser
-from uwm_model.objective import Losses
-from uwm_model.observation import LatentObservation
+from uwm_model.objective import Losses, Noise
+from uwm_model.observation import LatentObservation, PixelObservation
 from uwm_model.sampling import Mode, Role
 from uwm_model.schedule import DiffusionSchedule, unit_noise
 
@@ -24,7 +24,7 @@ class UnifiedWorldModel(nn.Module):
     def __init__(self, model: ModelConfig, diffusion: DiffusionConfig):
         super().__init__()
         self.model_config, self.diffusion_config = model, diffusion
-        self.observation = LatentObservation(model)
+        self.observation = LatentObservation(model) if model.observation == "latents" else PixelObservation(model)
         self.denoiser = Denoiser(model)
         self.schedule = DiffusionSchedule(diffusion)
 
@@ -32,8 +32,8 @@ class UnifiedWorldModel(nn.Module):
         """``loss``, under the name that training engines call."""
         return self.loss(batch, generator)
 
-    def loss(self, batch: Batch, generator: torch.Generator | None = None) -> Losses:
-        """The joint diffusion loss; noise and timesteps come from ``generator``."""
+    def loss(self, batch: Batch, generator: torch.Generator | None = None, noise: Noise | None = None) -> Losses:
+        """The joint diffusion loss; noise and timesteps are given, or come from ``generator``."""
         if batch.action is None or batch.future_latents is None:
             raise ValueError("training needs batch.action and batch.future_latents (zeros where masked)")
         latents = batch.future_latents / self.diffusion_config.latent_divisor
@@ -44,7 +44,8 @@ class UnifiedWorldModel(nn.Module):
             batch.action_mask,
             latents,
             batch.camera_mask,
-            objective.draw_noise(batch.action, latents, self.schedule.last, generator),
+            noise or objective.draw_noise(batch.action, latents, self.schedule.last, generator),
+            batch.action_visible if self.diffusion_config.action_free_loss else batch.action_mask,
         )
 
     @torch.no_grad()
@@ -99,7 +100,7 @@ class UnifiedWorldModel(nn.Module):
         )
 
     def condition(self, batch: Batch) -> Tensor:
-        """Of the current observation: [B, condition_width]."""
+        """Of the current observation: [B, condition_size]."""
         return self.observation(batch)
 
     def denoise(
