@@ -178,6 +178,8 @@ def test_every_shipped_contract_is_one_and_says_where_it_is_from(file):
         ("bridge", ["bridge", "bridge_oxe"]),
         ("droid", ["droid"]),
         ("droid_100", ["droid"]),
+        ("droid_101", ["droid"]),
+        ("r2d2_faceblur", ["droid"]),
         ("droid_wipe", []),
         ("fractal20220817_data", ["fractal"]),
         ("libero_spatial_no_noops", ["libero_rlds"]),
