@@ -16,6 +16,8 @@ from preprocessing.actions import WIDTHS, convert_rotation, with_rotations
 from preprocessing.contract import SHIPPED, DataContract, shipped_for
 from preprocessing.episode import ActionBlock, BadEpisode, Episode, EpisodeRef, UserError
 from preprocessing.frames import sliced_video
+from preprocessing.infer import contract_yaml
+from preprocessing.measure import measure
 from preprocessing.sources import find, load, scan
 
 STEPS = 7
@@ -346,6 +348,23 @@ def test_a_data_set_that_is_not_as_its_contract_says_is_read_as_found(tmp_path):
     assert episode.fps == 10 and "control rate unknown; 10 Hz assumed" in episode.repairs
     assert episode.repairs[-1].startswith("droid is not as the shipped contract droid says (contract: action:")
     assert episode.repairs[-1].endswith("; read as found")
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [("fractal20220817_data", FRACTAL), ("droid", DROID), ("bridge", BRIDGE_OXE), ("bridge", BRIDGE), ("kuka", KUKA)],
+)
+def test_what_is_inferred_beside_a_shipped_contract_says_the_same(tmp_path, name, fields):
+    said = droid() if name == "droid" else recorded(fields)
+    write_tfds(tmp_path, name, fields, [said], split="test")
+    refs = [ref for format, found in find(tmp_path) for ref in scan(format, found)]
+    (tmp_path / "mine.yaml").write_text(contract_yaml(measure(refs, None, refs), name))
+    shipped, mine = one(tmp_path), one(tmp_path, DataContract.load(tmp_path / "mine.yaml"))
+    assert np.array_equal(shipped.action, mine.action) and shipped.action_layout == mine.action_layout
+    for field in ("fps", "embodiment", "instruction", "success"):
+        assert getattr(shipped, field) == getattr(mine, field)
+    assert shipped.split == mine.split or mine.split == "validation"
+    assert shipped.signals.keys() == mine.signals.keys() and shipped.proprio.keys() == mine.proprio.keys()
 
 
 # ----------------------------------------------------------------------------------------------------- any contract
