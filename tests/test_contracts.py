@@ -340,6 +340,31 @@ def test_kuka(tmp_path):
     assert guesses(episode) == []
 
 
+LANGUAGE_TABLE = {
+    "episode_id": "string",
+    "steps/action": "float32 2",
+    "steps/observation/effector_translation": "float32 2",
+    "steps/observation/effector_target_translation": "float32 2",
+    "steps/observation/instruction": "int32 512",
+    "steps/observation/rgb": "jpeg",
+    "steps/reward": "float32",
+    **FLAGS,
+}
+
+
+def test_language_table_has_its_sentences_in_numbers(tmp_path):
+    sentence = np.zeros(512, int)
+    words = "push the blöck up".encode()
+    sentence[: len(words)] = list(words)
+    said = recorded(LANGUAGE_TABLE, **{"steps/observation/instruction": np.stack([sentence] * STEPS)})
+    episode = one(write_tfds(tmp_path, "language_table_sim", LANGUAGE_TABLE, [said]))
+    check_cameras(episode, LANGUAGE_TABLE)
+    assert episode.instruction == episode.texts["observation/instruction"] == "push the blöck up"
+    assert (episode.fps, episode.embodiment) == (10, "xarm")
+    assert not [repair for repair in episode.repairs if "instruction" in repair]
+    assert "observation/instruction" not in episode.signals
+
+
 def test_a_data_set_that_is_not_as_its_contract_says_is_read_as_found(tmp_path):
     fields = {name: kind for name, kind in DROID.items() if "action_dict" not in name}
     said = {name: values for name, values in droid().items() if name in fields}
