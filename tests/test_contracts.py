@@ -275,6 +275,19 @@ def test_droid(tmp_path, name):
 
 
 @pytest.mark.parametrize(
+    ("folder", "success"),
+    [("AUTOLab/success", True), ("AUTOLab/failure", False), ("AUTOLab", None), ("success/failure", None)],
+)
+def test_the_path_of_a_recording_of_droid_tells_whether_it_succeeded(tmp_path, folder, success):
+    path = f"gs://bucket/r2d2/{folder}/2023-07-07/Fri_Jul__7_09:42:23_2023/trajectory.h5"
+    said = droid() | {"episode_metadata/file_path": [path]}
+    assert one(write_tfds(tmp_path / "droid", "droid_101", DROID, [said])).success is success
+    fields = {name: kind for name, kind in DROID.items() if name != "episode_metadata/recording_folderpath"}
+    said = {name: values for name, values in said.items() if name in fields}
+    assert one(write_tfds(tmp_path / "another", "another", fields, [said])).success is None
+
+
+@pytest.mark.parametrize(
     ("speeds", "layout"),
     [
         ("joint_velocity", [("joints", 7, "velocity"), ("gripper", 1, "absolute")]),

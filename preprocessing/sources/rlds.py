@@ -92,7 +92,7 @@ def _episode(ref: EpisodeRef, features: dict[str, Feature], leaves: dict[str, Le
         action=action,
         action_layout=layout,
         instruction=instruction,
-        success=_success(features),
+        success=_success(features, sentences),
         embodiment=name,
         repairs=tuple(repairs),
         signals=signals,
@@ -187,8 +187,11 @@ def _action(
     return np.concatenate(parts, axis=1), layout
 
 
-def _success(features: dict[str, Feature]) -> bool | None:
-    """Where it was judged. Of RT-1's episodes people judged some, and ``has_aspects`` says which."""
+def _success(features: dict[str, Feature], sentences: dict[str, list[str]]) -> bool | None:
+    """Where it was judged. Of RT-1's episodes people judged some, and ``has_aspects`` says which.
+
+    DROID has failures beside successes, and only the path of the recording tells which.
+    """
     judged = features.get("aspects/has_aspects")
     for name in ("success", "episode_metadata/success", "aspects/success", "steps/success"):
         values = features.get(name)
@@ -196,6 +199,10 @@ def _success(features: dict[str, Feature]) -> bool | None:
             continue
         if isinstance(values, np.ndarray) and values.size:
             return bool(values.any())
+    if "episode_metadata/recording_folderpath" in sentences:
+        folders = {part for path in sentences.get("episode_metadata/file_path", []) for part in path.split("/")}
+        if len(said := folders & {"success", "failure"}) == 1:
+            return said == {"success"}
     return None
 
 
