@@ -561,6 +561,10 @@ def test_what_misfits_names_what_is_recorded(episode, contract, says):
             "action_layout: [{name: r, size: 4, kind: rotation, representation: euler_xyz}]",
             "action_layout: Value error, r: a rotation as euler_xyz has 3 columns",
         ),
+        (
+            "action_layout: [{name: r, size: 3, representation: euler_xyz}]",
+            "action_layout: Value error, r: has a representation, but is of kind other, not rotation",
+        ),
     ],
 )
 def test_a_contract_that_is_none_is_named_in_one_line(tmp_path, written, says):
@@ -663,5 +667,9 @@ def test_rotations_of_other_units():
     assert turned.unit == "unknown" and with_rotations(angles, (block(),), "axis_angle")[1][0].unit == "rad"
     with pytest.raises(UserError, match="r is scaled, so that its angles are not known"):
         with_rotations(angles, (block(unit="scaled"),), "matrix")
+    with pytest.raises(UserError, match="the representation of r is not known"):
+        with_rotations(angles, (ActionBlock(name="r", size=3, kind="rotation"),), "matrix")
+    with pytest.raises(UserError, match="the action has no block of kind rotation"):
+        with_rotations(angles, (ActionBlock(name="r", size=3),), "matrix")
     speeds, layout = with_rotations(angles, (block(mode="velocity"),), "matrix")
     assert np.array_equal(speeds, angles) and layout == (block(mode="velocity"),)
