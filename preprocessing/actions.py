@@ -62,13 +62,18 @@ def with_rotations(
 ) -> tuple[np.ndarray, tuple[ActionBlock, ...]]:
     """The action float32 ``[T, A]`` with all its rotations as ``wanted``, and the layout that it then has.
 
-    UserError where they are scaled: then nobody knows their angles.
+    Speeds stay as they are. UserError where there are no rotations, and where they are scaled or of no known
+    representation: then nobody knows their angles.
     """
+    if not any(block.kind == "rotation" for block in layout):
+        raise UserError("contract: rotations: the action has no block of kind rotation (action_layout)")
     parts, blocks, start = [], [], 0
     for block in layout:
         values = action[:, start : start + block.size]
         start += block.size
-        if block.kind == "rotation" and block.representation and block.mode != "velocity":
+        if block.kind == "rotation" and block.mode != "velocity":
+            if not block.representation:
+                raise UserError(f"contract: rotations: the representation of {block.name} is not known (action_layout)")
             if block.unit == "scaled":
                 raise UserError(f"contract: rotations: {block.name} is scaled, so that its angles are not known")
             values = convert_rotation(

@@ -69,8 +69,10 @@ class DataContract(BaseModel):
 
     @field_validator("action_layout")
     @classmethod
-    def _rotations_have_their_width(cls, layout: tuple[ActionBlock, ...] | None) -> tuple[ActionBlock, ...] | None:
+    def _rotations_are_whole(cls, layout: tuple[ActionBlock, ...] | None) -> tuple[ActionBlock, ...] | None:
         for block in layout or ():
+            if block.representation and block.kind != "rotation":
+                raise ValueError(f"{block.name}: has a representation, but is of kind {block.kind}, not rotation")
             if block.representation and block.size != WIDTHS[block.representation]:
                 width = WIDTHS[block.representation]
                 raise ValueError(f"{block.name}: a rotation as {block.representation} has {width} columns")

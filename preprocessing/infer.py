@@ -1,6 +1,7 @@
 """A first contract for a source, as YAML: what its reader finds, with what was measured in the comments.
 
 Whoever knows the robot mends it, and gives it to ``uwm ingest --contract``. What could not be told is left "unknown".
+Of a data set that a shipped contract is for, it says what that one says.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import yaml
 
+from preprocessing.contract import DataContract
 from preprocessing.episode import ActionBlock, Episode
 from preprocessing.measure import Measured, blocks, find_lag, upside_down
+from preprocessing.sources import shipped_contract
 
 
 def contract_yaml(measured: Measured, title: str) -> str:
@@ -23,16 +26,19 @@ def contract_yaml(measured: Measured, title: str) -> str:
 
 def _lines(measured: Measured, title: str) -> Iterator[str]:
     episodes = measured.episodes
+    shipped = shipped_contract(episodes[0]) or DataContract()
     yield f"# {title}: measured on {len(episodes)} of {measured.listed} episodes. Mend what is wrong, then ingest with"
     yield "# --contract and this file. A line that is left out leaves it to the reader."
+    if shipped.name:
+        yield f"# As the shipped contract {shipped.name} has it."
     for repair, count in measured.repairs().most_common():
         yield f"# in {count} of {len(episodes)}: {repair}"
     yield _entry("embodiment", episodes[0].embodiment, _others(episode.embodiment for episode in episodes))
     yield _entry("fps", round(episodes[0].fps, 3), _others(round(episode.fps, 3) for episode in episodes))
     yield from _cameras(measured)
     yield from _columns("proprio", episodes, {name: None for e in episodes for name in e.proprio})
-    yield from _action(measured)
-    yield from _words(measured)
+    yield from _action(measured, shipped)
+    yield from _words(measured, shipped)
 
 
 def _cameras(measured: Measured) -> Iterator[str]:
@@ -53,7 +59,7 @@ def _columns(kind: str, episodes: list[Episode], names: Iterable[str]) -> Iterat
         yield f"  {_entry(name, name, f'{parts[0].shape[1]} columns, {_range(parts)}')}"
 
 
-def _action(measured: Measured) -> Iterator[str]:
+def _action(measured: Measured, shipped: DataContract) -> Iterator[str]:
     acting = [episode for episode in measured.episodes if episode.action is not None]
     signals = {name: values.shape[1] for e in measured.episodes for name, values in e.signals.items()}
     if signals:
@@ -66,10 +72,14 @@ def _action(measured: Measured) -> Iterator[str]:
     lag = find_lag(acting)
     if lag:
         yield f"# {lag.said}"
-    yield "action: [action]"
+    yield _entry("action", list(shipped.action or ["action"]))
     yield "action_layout:"
-    for block, values in blocks(acting[0], actions):
+    found = list(blocks(acting[0], actions))
+    recorded = shipped.action_layout or [block for block, _ in found]
+    for block, (_, values) in zip(recorded, found, strict=True):
         yield f"- {_flow(_told(block))}  # {_range([values])}{_habit(values)}"
+    if shipped.rotations:
+        yield _entry("rotations", shipped.rotations, "the ranges above are of these")
 
 
 def _told(block: ActionBlock) -> dict[str, object]:
@@ -87,7 +97,7 @@ def _habit(values: np.ndarray) -> str:
     return ", at either end most of the time" if values.shape[1] == 1 and sum(ends) > 0.8 else ""
 
 
-def _words(measured: Measured) -> Iterator[str]:
+def _words(measured: Measured, shipped: DataContract) -> Iterator[str]:
     texts = {name: text for e in reversed(measured.episodes) for name, text in e.texts.items()}
     if texts:
         for name, text in texts.items():
@@ -101,7 +111,7 @@ def _words(measured: Measured) -> Iterator[str]:
         yield "# success_field: whether an episode succeeded is not recorded; a signal that is 1 where it did goes here"
     if measured.splits:
         means = {name: "train" if name.startswith("train") else "validation" for name in sorted(measured.splits)}
-        yield f"splits: {_flow(means)}"
+        yield _entry("splits", means | (shipped.splits or {}))
 
 
 def _others(values: Iterable[object]) -> str:

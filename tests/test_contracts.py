@@ -16,6 +16,8 @@ from preprocessing.actions import WIDTHS, convert_rotation, with_rotations
 from preprocessing.contract import SHIPPED, DataContract, shipped_for
 from preprocessing.episode import ActionBlock, BadEpisode, Episode, EpisodeRef, UserError
 from preprocessing.frames import sliced_video
+from preprocessing.infer import contract_yaml
+from preprocessing.measure import measure
 from preprocessing.sources import find, load, scan
 
 STEPS = 7
@@ -178,6 +180,8 @@ def test_every_shipped_contract_is_one_and_says_where_it_is_from(file):
         ("bridge", ["bridge", "bridge_oxe"]),
         ("droid", ["droid"]),
         ("droid_100", ["droid"]),
+        ("droid_101", ["droid"]),
+        ("r2d2_faceblur", ["droid"]),
         ("droid_wipe", []),
         ("fractal20220817_data", ["fractal"]),
         ("libero_spatial_no_noops", ["libero_rlds"]),
@@ -271,6 +275,19 @@ def test_droid(tmp_path, name):
 
 
 @pytest.mark.parametrize(
+    ("folder", "success"),
+    [("AUTOLab/success", True), ("AUTOLab/failure", False), ("AUTOLab", None), ("success/failure", None)],
+)
+def test_the_path_of_a_recording_of_droid_tells_whether_it_succeeded(tmp_path, folder, success):
+    path = f"gs://bucket/r2d2/{folder}/2023-07-07/Fri_Jul__7_09:42:23_2023/trajectory.h5"
+    said = droid() | {"episode_metadata/file_path": [path]}
+    assert one(write_tfds(tmp_path / "droid", "droid_101", DROID, [said])).success is success
+    fields = {name: kind for name, kind in DROID.items() if name != "episode_metadata/recording_folderpath"}
+    said = {name: values for name, values in said.items() if name in fields}
+    assert one(write_tfds(tmp_path / "another", "another", fields, [said])).success is None
+
+
+@pytest.mark.parametrize(
     ("speeds", "layout"),
     [
         ("joint_velocity", [("joints", 7, "velocity"), ("gripper", 1, "absolute")]),
@@ -336,6 +353,31 @@ def test_kuka(tmp_path):
     assert guesses(episode) == []
 
 
+LANGUAGE_TABLE = {
+    "episode_id": "string",
+    "steps/action": "float32 2",
+    "steps/observation/effector_translation": "float32 2",
+    "steps/observation/effector_target_translation": "float32 2",
+    "steps/observation/instruction": "int32 512",
+    "steps/observation/rgb": "jpeg",
+    "steps/reward": "float32",
+    **FLAGS,
+}
+
+
+def test_language_table_has_its_sentences_in_numbers(tmp_path):
+    sentence = np.zeros(512, int)
+    words = "push the blöck up".encode()
+    sentence[: len(words)] = list(words)
+    said = recorded(LANGUAGE_TABLE, **{"steps/observation/instruction": np.stack([sentence] * STEPS)})
+    episode = one(write_tfds(tmp_path, "language_table_sim", LANGUAGE_TABLE, [said]))
+    check_cameras(episode, LANGUAGE_TABLE)
+    assert episode.instruction == episode.texts["observation/instruction"] == "push the blöck up"
+    assert (episode.fps, episode.embodiment) == (10, "xarm")
+    assert not [repair for repair in episode.repairs if "instruction" in repair]
+    assert "observation/instruction" not in episode.signals
+
+
 def test_a_data_set_that_is_not_as_its_contract_says_is_read_as_found(tmp_path):
     fields = {name: kind for name, kind in DROID.items() if "action_dict" not in name}
     said = {name: values for name, values in droid().items() if name in fields}
@@ -344,6 +386,23 @@ def test_a_data_set_that_is_not_as_its_contract_says_is_read_as_found(tmp_path):
     assert episode.fps == 10 and "control rate unknown; 10 Hz assumed" in episode.repairs
     assert episode.repairs[-1].startswith("droid is not as the shipped contract droid says (contract: action:")
     assert episode.repairs[-1].endswith("; read as found")
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [("fractal20220817_data", FRACTAL), ("droid", DROID), ("bridge", BRIDGE_OXE), ("bridge", BRIDGE), ("kuka", KUKA)],
+)
+def test_what_is_inferred_beside_a_shipped_contract_says_the_same(tmp_path, name, fields):
+    said = droid() if name == "droid" else recorded(fields)
+    write_tfds(tmp_path, name, fields, [said], split="test")
+    refs = [ref for format, found in find(tmp_path) for ref in scan(format, found)]
+    (tmp_path / "mine.yaml").write_text(contract_yaml(measure(refs, None, refs), name))
+    shipped, mine = one(tmp_path), one(tmp_path, DataContract.load(tmp_path / "mine.yaml"))
+    assert np.array_equal(shipped.action, mine.action) and shipped.action_layout == mine.action_layout
+    for field in ("fps", "embodiment", "instruction", "success"):
+        assert getattr(shipped, field) == getattr(mine, field)
+    assert shipped.split == mine.split or mine.split == "validation"
+    assert shipped.signals.keys() == mine.signals.keys() and shipped.proprio.keys() == mine.proprio.keys()
 
 
 # ----------------------------------------------------------------------------------------------------- any contract
@@ -502,6 +561,10 @@ def test_what_misfits_names_what_is_recorded(episode, contract, says):
             "action_layout: [{name: r, size: 4, kind: rotation, representation: euler_xyz}]",
             "action_layout: Value error, r: a rotation as euler_xyz has 3 columns",
         ),
+        (
+            "action_layout: [{name: r, size: 3, representation: euler_xyz}]",
+            "action_layout: Value error, r: has a representation, but is of kind other, not rotation",
+        ),
     ],
 )
 def test_a_contract_that_is_none_is_named_in_one_line(tmp_path, written, says):
@@ -604,5 +667,9 @@ def test_rotations_of_other_units():
     assert turned.unit == "unknown" and with_rotations(angles, (block(),), "axis_angle")[1][0].unit == "rad"
     with pytest.raises(UserError, match="r is scaled, so that its angles are not known"):
         with_rotations(angles, (block(unit="scaled"),), "matrix")
+    with pytest.raises(UserError, match="the representation of r is not known"):
+        with_rotations(angles, (ActionBlock(name="r", size=3, kind="rotation"),), "matrix")
+    with pytest.raises(UserError, match="the action has no block of kind rotation"):
+        with_rotations(angles, (ActionBlock(name="r", size=3),), "matrix")
     speeds, layout = with_rotations(angles, (block(mode="velocity"),), "matrix")
     assert np.array_equal(speeds, angles) and layout == (block(mode="velocity"),)

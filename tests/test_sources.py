@@ -265,6 +265,29 @@ def test_rlds_keeps_what_is_recorded_beside_the_action(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "fields, changed, old, new, says",
+    [
+        ({}, {"steps/observation/image": [jpeg(quadrants(32))] * 2}, "", "", "camera image has 2 images for 3 steps"),
+        ({"steps/action": "float32 2 2"}, {"steps/action": np.ones((3, 2, 2))}, "", "", "is not one vector a step"),
+        ({}, {}, '"uint8"', '"uint16"', "has no camera"),
+        ({}, {}, '["-1", "-1", "3"]', '["32", "32", "1"]', "has no camera"),
+    ],
+)
+def test_rlds_pictures_and_actions_of_another_kind(tmp_path, fields, changed, old, new, says):
+    file = write_tfds(tmp_path, "toy", TOY | fields, [toy_episode(**changed)]) / "features.json"
+    file.write_text(file.read_text().replace(old, new))
+    with pytest.raises(BadEpisode, match=says):
+        episodes_of(tmp_path)
+
+
+def test_rlds_says_that_an_instruction_changes(tmp_path):
+    said = toy_episode(**{"steps/language_instruction": ["lift", "lift", "drop"]})
+    (episode,) = episodes_of(write_tfds(tmp_path, "toy", TOY, [said]))
+    assert episode.instruction == "lift"
+    assert "the instruction changes within the episode; the first one is kept" in episode.repairs
+
+
+@pytest.mark.parametrize(
     "field, more, success",
     [
         ("success", {}, False),

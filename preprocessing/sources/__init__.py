@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -151,6 +152,15 @@ def _as_shipped(episode: Episode) -> Episode:
             guess = f"{episode.dataset} is not as the shipped contract {known.name} says ({misfit})"
             misfits.append(f"{guess}; read as found")
     return replace(episode, repairs=(*episode.repairs, *misfits))
+
+
+def shipped_contract(episode: Episode) -> DataContract | None:
+    """The one that ``load`` read this episode by where it was given none."""
+    for known in shipped_for(episode.dataset):
+        with suppress(UserError):
+            known.apply(load(episode.ref, DataContract()))
+            return known
+    return None
 
 
 def _at_most(episode: Episode, fps: float) -> Episode:

@@ -27,7 +27,7 @@ from preprocessing.sources.tfrecord import Feature, parse_example, read_record, 
 
 BLACK = 8  # JPEG noise around zero stays below this level
 WIDEST = 256  # what has more columns is an embedding, or a sentence in numbers
-INSTRUCTION_NAMES = ("language_instruction", "natural_language_instruction")
+INSTRUCTION_NAMES = ("language_instruction", "natural_language_instruction", "instruction")
 OBSERVATION = "steps/observation/"
 
 
@@ -79,7 +79,8 @@ def _episode(ref: EpisodeRef, features: dict[str, Feature], leaves: dict[str, Le
 
     action, layout = _action(features, leaves, steps)
     proprio, signals = _vectors(features, leaves, steps)
-    instruction, changes = _instruction(features)
+    sentences = _sentences(features, leaves)
+    instruction, changes = _instruction(sentences)
     if changes:
         repairs.append("the instruction changes within the episode; the first one is kept")
     cameras: dict[str, Video] = {camera: images_video(files) for camera, files in images.items()}
@@ -91,11 +92,11 @@ def _episode(ref: EpisodeRef, features: dict[str, Feature], leaves: dict[str, Le
         action=action,
         action_layout=layout,
         instruction=instruction,
-        success=_success(features),
+        success=_success(features, sentences),
         embodiment=name,
         repairs=tuple(repairs),
         signals=signals,
-        texts=_texts(features, leaves),
+        texts=_texts(sentences),
         dataset=name,
         split=split,
     )
@@ -186,8 +187,11 @@ def _action(
     return np.concatenate(parts, axis=1), layout
 
 
-def _success(features: dict[str, Feature]) -> bool | None:
-    """Where it was judged. Of RT-1's episodes people judged some, and ``has_aspects`` says which."""
+def _success(features: dict[str, Feature], sentences: dict[str, list[str]]) -> bool | None:
+    """Where it was judged. Of RT-1's episodes people judged some, and ``has_aspects`` says which.
+
+    DROID has failures beside successes, and only the path of the recording tells which.
+    """
     judged = features.get("aspects/has_aspects")
     for name in ("success", "episode_metadata/success", "aspects/success", "steps/success"):
         values = features.get(name)
@@ -195,26 +199,39 @@ def _success(features: dict[str, Feature]) -> bool | None:
             continue
         if isinstance(values, np.ndarray) and values.size:
             return bool(values.any())
+    if "episode_metadata/recording_folderpath" in sentences:
+        folders = {part for path in sentences.get("episode_metadata/file_path", []) for part in path.split("/")}
+        if len(said := folders & {"success", "failure"}) == 1:
+            return said == {"success"}
     return None
 
 
-def _texts(features: dict[str, Feature], leaves: dict[str, Leaf]) -> dict[str, str]:
-    """By field, the first that is not empty."""
+def _sentences(features: dict[str, Feature], leaves: dict[str, Leaf]) -> dict[str, list[str]]:
+    """By field. Language Table has its instructions in numbers: the bytes of UTF-8, then zeros."""
     found = {}
     for key, leaf in sorted(leaves.items()):
         values = features.get(key)
         if leaf.is_text and isinstance(values, list):
-            texts = (value.decode(errors="replace").strip() for value in values)
-            found[key.removeprefix("steps/").removeprefix("episode_metadata/")] = next(filter(None, texts), "")
+            found[key] = [value.decode(errors="replace").strip() for value in values]
+        elif key.endswith("/instruction") and "int" in leaf.dtype and leaf.width > 1 and isinstance(values, np.ndarray):
+            rows = values.reshape(-1, leaf.width).clip(0, 255).astype(np.uint8)
+            found[key] = [bytes(row[row > 0]).decode(errors="replace").strip() for row in rows]
     return found
 
 
-def _instruction(features: dict[str, Feature]) -> tuple[str | None, bool]:
-    for key in sorted(features):
-        values = features[key]
-        if key.rsplit("/", 1)[-1] in INSTRUCTION_NAMES and not isinstance(values, np.ndarray):
-            texts = [text for text in (value.decode(errors="replace").strip() for value in values) if text]
-            if texts:
+def _texts(sentences: dict[str, list[str]]) -> dict[str, str]:
+    """By field, the first that is not empty."""
+    return {
+        key.removeprefix("steps/").removeprefix("episode_metadata/"): next(filter(None, texts), "")
+        for key, texts in sentences.items()
+    }
+
+
+def _instruction(sentences: dict[str, list[str]]) -> tuple[str | None, bool]:
+    for name in INSTRUCTION_NAMES:
+        for key, every in sentences.items():
+            texts = [text for text in every if text]
+            if key.rsplit("/", 1)[-1] == name and texts:
                 return texts[0], len(set(texts)) > 1
     return None, False
 
