@@ -13,6 +13,7 @@ import shutil
 import struct
 import tracemalloc
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -599,6 +600,64 @@ def test_a_mark_of_validity_is_no_instruction(tmp_path):
     assert load(ref).instruction is None
 
 
+def edit_table(folder: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    """Of the first episode."""
+    file = folder / "data/chunk-000/episode_000000.parquet"
+    pq.write_table(change(pq.read_table(file)), file)
+
+
+def test_rows_out_of_order_are_sorted(tmp_path):
+    folder = write_lerobot(tmp_path / "x", episodes=1)
+    (sorted_,) = episodes_of(folder)
+    edit_table(folder, lambda table: table.take([*range(6, 12), *range(6)]))
+    (episode,) = episodes_of(folder)
+    assert np.array_equal(episode.action, sorted_.action)
+    assert np.array_equal(episode.proprio["state"], sorted_.proprio["state"])
+    assert "rows are out of order; sorted by frame_index" in episode.repairs
+    edit_table(folder, lambda table: table.drop_columns("frame_index").append_column("frame_index", [[0] * 12]))
+    (episode,) = episodes_of(folder)
+    assert "frame_index repeats; rows are taken in order" in episode.repairs
+
+
+def test_a_row_lost_in_the_middle_is_no_slip_at_the_end(tmp_path):
+    folder = write_lerobot(tmp_path / "x", episodes=1)
+    edit_table(folder, lambda table: table.take([*range(5), *range(6, 12)]))
+    (ref,) = refs_of(folder)
+    with pytest.raises(BadEpisode, match="has 11 rows, top has 12 frames, and frame_index skips: rows are lost"):
+        load(ref)
+
+
+def test_an_instruction_that_changes_is_told(tmp_path):
+    folder = write_lerobot(tmp_path / "x", episodes=1)
+    (folder / "meta" / "tasks.jsonl").write_text(
+        '{"task_index": 0, "task": "push"}\n{"task_index": 1, "task": "lift"}\n'
+    )
+    edit_table(folder, lambda t: t.drop_columns("task_index").append_column("task_index", [[0] * 6 + [1] * 6]))
+    (episode,) = episodes_of(folder)
+    assert episode.instruction == "push"
+    assert episode.repairs == ("the instruction changes within the episode; the first one is kept",)
+
+
+def test_where_objects_are_is_not_proprioception(tmp_path):
+    folder = write_lerobot(tmp_path / "x", episodes=1)
+    info = json.loads((folder / "meta" / "info.json").read_text())
+    info["features"]["observation.environment_state"] = {"dtype": "float32", "shape": [2]}
+    (folder / "meta" / "info.json").write_text(json.dumps(info))
+    objects = pa.array([[float(i), 0.0] for i in range(12)])
+    edit_table(folder, lambda table: table.append_column("observation.environment_state", objects))
+    (episode,) = episodes_of(folder)
+    assert list(episode.proprio) == ["state"]
+    assert episode.signals["observation.environment_state"][:, 0].tolist() == list(range(12))
+
+
+def test_success_with_holes_is_unknown(tmp_path):
+    folder = write_lerobot(tmp_path / "x", episodes=1)
+    edit_table(folder, lambda table: table.append_column("next.success", pa.array([None] + [True] * 11)))
+    (episode,) = episodes_of(folder)
+    assert episode.success is None
+    assert episode.repairs == ("column next.success has 1 empty rows; left out",)
+
+
 def test_images_inside_the_table(tmp_path):
     folder = write_lerobot(tmp_path / "x", rows=3, episodes=1)
     info = json.loads((folder / "meta" / "info.json").read_text())
@@ -610,6 +669,9 @@ def test_images_inside_the_table(tmp_path):
     pq.write_table(table, file)
     (episode,) = episodes_of(folder)
     assert np.abs(frames_of(episode, "image")[2].astype(int) - quadrants(32)).mean() < 4
+    write_video(folder / "videos/chunk-000/observation.images.top/episode_000000.mp4", numbered(2))
+    (episode,) = episodes_of(folder)  # a film that is a frame short cuts the images too
+    assert [len(frames_of(episode, camera)) for camera in ("image", "top")] == [2, 2]
 
 
 def test_broken_metadata_is_named_and_costs_only_its_data_set(tmp_path):

@@ -169,11 +169,11 @@ def is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
-def instruction_of(texts: dict[str, str]) -> str | None:
-    """What a person asked for: the task description annotated, else the task, else another annotation."""
+def asked_in(texts: dict[str, str]) -> str | None:
+    """Which says what a person asked for: the task description annotated, else the task, else another annotation."""
     annotations = [name for name in texts if name.startswith("annotation.")]
     described = [name for name in annotations if name.endswith("task_description")]
-    return next((texts[name] for name in [*described, "task", *annotations] if texts.get(name)), None)
+    return next((name for name in [*described, "task", *annotations] if texts.get(name)), None)
 
 
 def matrix(table: pa.Table, key: str) -> np.ndarray:
