@@ -533,6 +533,8 @@ def test_lerobot_keeps_what_is_recorded_beside_the_action(tmp_path):
          {"joint": 6, "gripper": 1}),
         ("shoulder_pan.pos shoulder_lift.pos elbow_flex.pos wrist_flex.pos wrist_roll.pos gripper.pos x",
          {"joint": 5, "gripper": 1, "position": 1}),
+        ("pos_x pos_y pos_z rot_x rot_y rot_z gripper_position", {"position": 3, "rotation": 3, "gripper": 1}),
+        ("ee.x ee.y ee.z ee.wx ee.wy ee.wz ee.gripper_pos", {"position": 3, "rotation": 3, "gripper": 1}),
     ],
 )  # fmt: skip
 def test_kinds_by_the_names_of_columns(tmp_path, names, kinds):
@@ -542,6 +544,24 @@ def test_kinds_by_the_names_of_columns(tmp_path, names, kinds):
     (folder / "meta" / "info.json").write_text(json.dumps(info))
     (episode,) = episodes_of(folder)
     assert {block.kind: block.size for block in episode.action_layout} == kinds
+
+
+@pytest.mark.parametrize(
+    ("names", "representation"),
+    [
+        ("roll pitch yaw", "euler_xyz"),
+        ("yaw pitch roll", None),
+        ("rx ry rz", None),
+        ("ee_roll ee_pitch ee_yaw", "euler_xyz"),
+    ],
+)
+def test_angles_in_another_order_are_not_taken_for_euler_xyz(tmp_path, names, representation):
+    folder = write_lerobot(tmp_path / "x", episodes=1)
+    info = json.loads((folder / "meta" / "info.json").read_text())
+    info["features"]["action"]["names"] = ["x", "y", "z", *names.split(), "gripper"]
+    (folder / "meta" / "info.json").write_text(json.dumps(info))
+    (episode,) = episodes_of(folder)
+    assert (episode.action_layout[1].kind, episode.action_layout[1].representation) == ("rotation", representation)
 
 
 def test_one_frame_too_many_or_few_is_cut(tmp_path):

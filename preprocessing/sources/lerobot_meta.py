@@ -27,6 +27,9 @@ ROTATIONS: dict[str, Representation] = {
 }
 
 
+ANGLES = ("roll", "pitch", "yaw")  # euler_xyz, if in this order
+
+
 @dataclass(frozen=True)
 class Film:
     """One camera of one episode: its frames, and how many its container declares, where it does."""
@@ -129,9 +132,11 @@ class Meta:
             return ()
         blocks: list[ActionBlock] = []
         for kind, run in groupby(names, lambda name: _kind(str(name))):
-            size = len(list(run))
+            columns = [str(name).lower() for name in run]
+            size = len(columns)
             before = sum(block.kind == kind for block in blocks)
-            euler: Representation | None = "euler_xyz" if kind == "rotation" and size == 3 else None
+            angles = size == 3 and all(map(str.endswith, columns, ANGLES))  # rx, ry, rz may be an axis times an angle
+            euler: Representation | None = "euler_xyz" if kind == "rotation" and angles else None
             name = f"{kind}_{before + 1}" if before else kind
             blocks.append(ActionBlock(name=name, size=size, kind=kind, representation=euler))
         return tuple(blocks)
@@ -198,10 +203,11 @@ def _kind(name: str) -> Any:
     name = name.lower()
     if re.search(r"shoulder|elbow|wrist|forearm|waist|neck|finger", name):  # wrist_roll is a joint, roll an angle
         return "joint"
-    if re.fullmatch(r"(.*_)?(x|y|z)", name) or ("position" in name and "joint" not in name):
-        return "position"
-    if re.fullmatch(r"(.*_)?(roll|pitch|yaw|rx|ry|rz)", name) or "rotation" in name:
+    part = re.sub(r"[.\s-]", "_", name)  # "ee.x" as "ee_x"
+    if re.fullmatch(r"(.*_)?(roll|pitch|yaw|[rw][xyz])", part) or re.search(r"rot(_|ation)|quat|orient", part):
         return "rotation"
+    if re.fullmatch(r"(.*_)?(x|y|z)", part) or ("position" in part and not re.search("joint|gripper", part)):
+        return "position"
     if "gripper" in name:
         return "gripper"
     if re.search(r"joint|motor|arm|leg|hand", name):
