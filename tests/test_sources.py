@@ -678,6 +678,13 @@ def test_success_with_holes_is_unknown(tmp_path):
     assert episode.repairs == ("column next.success has 1 empty rows; left out",)
 
 
+def test_timestamps_of_another_rate_are_told(tmp_path):
+    folder = write_lerobot(tmp_path / "x", episodes=1, fps=30)  # its timestamps step by 1 / 20 s
+    (episode,) = episodes_of(folder)
+    assert episode.fps == 30
+    assert episode.repairs == ("info.json says 30 Hz, the timestamps 20 Hz; the former is taken",)
+
+
 def test_images_inside_the_table(tmp_path):
     folder = write_lerobot(tmp_path / "x", rows=3, episodes=1)
     info = json.loads((folder / "meta" / "info.json").read_text())

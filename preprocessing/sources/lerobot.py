@@ -25,6 +25,7 @@ from preprocessing.sources.lerobot_v3 import FilesV3
 
 STATE = "observation."
 SIMULATED = {"observation.environment_state"}  # where the objects are: what no robot sees
+SLACK = 0.05  # of a rate: float32 seconds of a long episode are off by some
 PLACES = {"index", "episode_index", "frame_index", "task_index"}  # columns that say where a row belongs
 
 
@@ -75,6 +76,7 @@ def load(ref: EpisodeRef) -> Episode:
     proprio = {key.removeprefix(STATE): matrix(table, key)[:frames] for key in seen}
     signals, left_out = _signals(table, {"action", *PLACES, *seen})
     action = matrix(table, "action")[:frames] if "action" in table.column_names else None
+    found = _repairs(meta, films, table, signals.get("timestamp"), asked)
     return Episode(
         ref=ref,
         fps=meta.fps,
@@ -85,7 +87,7 @@ def load(ref: EpisodeRef) -> Episode:
         instruction=texts[asked] if asked else None,
         success=_success(signals),
         embodiment=str(meta.info.get("robot_type") or "unknown"),
-        repairs=(*files.repairs(ref.index), *_repairs(meta, films, table, asked), *ordered, *counted, *left_out),
+        repairs=(*files.repairs(ref.index), *found, *ordered, *counted, *left_out),
         signals={name: values[:frames] for name, values in signals.items()},
         texts=texts,
         split=meta.split(ref.index),
@@ -108,14 +110,19 @@ def _signals(table: pa.Table, others: set[str]) -> tuple[dict[str, np.ndarray], 
     return signals, repairs
 
 
-def _repairs(meta: Meta, films: dict[str, Film], table: pa.Table, asked: str | None) -> Iterator[str]:
+def _repairs(
+    meta: Meta, films: dict[str, Film], table: pa.Table, times: np.ndarray | None, asked: str | None
+) -> Iterator[str]:
     for _, camera in meta.cameras("video"):
         if camera not in films:
             yield f"camera {camera} is named in info.json, but has no file; dropped"
     if "frame_index" not in table.column_names:
         yield "no frame_index; rows are taken in order"
-    if "timestamp" in table.column_names and (start := float(matrix(table, "timestamp")[0, 0])) != 0:
+    if times is not None and (start := float(times[0, 0])) != 0:
         yield f"timestamps start at {start:.3f} s; frames and rows are paired by order"
+    step = float(np.median(np.diff(times[:, 0].astype(np.float64)))) if times is not None and len(times) > 1 else 0.0
+    if step > 0 and abs(step * meta.fps - 1) > SLACK:
+        yield f"info.json says {meta.fps:g} Hz, the timestamps {1 / step:.3g} Hz; the former is taken"
     sentences = "task_index" if asked == "task" else asked
     if sentences and pc.count_distinct(table[sentences], mode="all").as_py() > 1:
         yield "the instruction changes within the episode; the first one is kept"
@@ -123,7 +130,7 @@ def _repairs(meta: Meta, films: dict[str, Film], table: pa.Table, asked: str | N
 
 def _in_order(table: pa.Table) -> tuple[pa.Table, list[str], bool]:
     """The rows by ``frame_index``, a sentence where they were not, and whether it skips."""
-    if "frame_index" not in table.column_names:
+    if "frame_index" not in table.column_names or table["frame_index"].null_count:
         return table, [], False
     places = matrix(table, "frame_index")[:, 0]
     if len(np.unique(places)) < len(places):
