@@ -858,6 +858,52 @@ def test_an_environment_that_tells_nothing(tmp_path, kwargs):
     assert (episode.fps, episode.embodiment) == (20, "unknown") and "robot unknown" in episode.repairs
 
 
+@pytest.mark.parametrize(
+    ("env", "modes", "gripper"),
+    [
+        ({"type": 1, "env_kwargs": {"controller_configs": {"type": "OSC_POSE", "control_delta": True}}},
+         ["delta", "delta", "absolute"], "closed"),
+        ({"type": 1, "env_kwargs": {"controller_configs": {"type": "OSC_POSE", "control_delta": False}}},
+         ["absolute"] * 3, "closed"),
+        ({"env_kwargs": {"controller_configs": {"type": "BASIC", "body_parts": {
+            "right": {"type": "OSC_POSE", "input_type": "absolute"}}}}}, ["absolute"] * 3, "closed"),
+        ({"env_kwargs": {"controller_configs": [{"type": "JOINT_VELOCITY"}]}}, ["unknown"], None),
+        ({"type": 2, "env_name": "Isaac-Stack-Cube-Franka-IK-Rel-v0"}, ["unknown"], None),
+    ],
+)  # fmt: skip
+def test_what_seven_numbers_mean_is_the_controllers(tmp_path, env, modes, gripper):
+    path = write_demos(tmp_path / "a.hdf5", demos=1)
+    with h5py.File(path, "a") as file:
+        file["data"].attrs["env_args"] = json.dumps(env)
+    (episode,) = episodes_of(path)
+    assert [block.mode for block in episode.action_layout] == modes
+    assert episode.action_layout[-1].gripper_one_means == gripper
+    assert {b.unit for b in episode.action_layout if b.kind == "position"} <= {
+        "m" if modes[0] == "absolute" else "scaled"
+    }
+
+
+def test_replayed_libero_that_does_not_say_which_way_up(tmp_path):
+    path = write_demos(tmp_path / "a.hdf5", demos=1, opengl=False)
+    with h5py.File(path, "a") as file:
+        file["data/demo_0/obs/eye_in_hand_rgb"] = moving(5)
+    (ref,) = refs_of(path)
+    assert any("this one does not tell" in repair for repair in load(ref).repairs)
+    told = load(ref, DataContract(flip=("agentview", "eye_in_hand")))
+    assert not any("this one does not tell" in repair for repair in told.repairs)
+    assert np.array_equal(frames_of(told, "agentview"), moving(5)[:, ::-1])
+
+
+def test_what_is_observed_and_is_no_camera_or_vector_is_told(tmp_path):
+    path = write_demos(tmp_path / "a.hdf5", demos=1)
+    with h5py.File(path, "a") as file:
+        obs = file["data/demo_0/obs"]
+        obs["agentview_depth"], obs["touches"] = np.zeros((5, 8, 8, 1), np.float32), np.arange(5)
+    (episode,) = episodes_of(path)
+    assert "obs/agentview_depth is neither pictures of colours nor vectors of numbers; left out" in episode.repairs
+    assert episode.proprio["touches"].ravel().tolist() == [0, 1, 2, 3, 4]
+
+
 def test_recorded_rate_robot_and_four_numbers(tmp_path):
     path = write_demos(tmp_path / "a.hdf5", demos=1)
     with h5py.File(path, "a") as file:
