@@ -1073,6 +1073,21 @@ def test_aloha_that_does_not_fit(tmp_path):
         file["action"] = np.zeros((6, 14))
     with pytest.raises(BadEpisode, match="6 actions, but 5 pictures of cam_high"):
         load(*scan("aloha", path))
+    path = write_aloha(tmp_path / "episode_1.hdf5", numbered(5), base_action=np.ones((6, 2)))
+    with pytest.raises(BadEpisode, match="5 actions, but 6 rows of base_action"):
+        load(*scan("aloha", path))
+
+
+def test_aloha_pictures_that_are_none_of_colours(tmp_path):
+    more = {
+        "observations/images/first": np.zeros((5, 3, 8, 8), np.uint8),
+        "observations/images/deep": np.zeros((5, 8, 8)),
+    }
+    (episode,) = episodes_of(write_aloha(tmp_path / "episode_0.hdf5", numbered(5), **more))
+    assert list(episode.cameras) == ["cam_high"]
+    told = [repair for repair in episode.repairs if "no pictures of colours" in repair]
+    assert told[0] == "observations/images/deep is (5, 8, 8) of float64, no pictures of colours; left out"
+    assert told[1].startswith("observations/images/first is (5, 3, 8, 8) of uint8")
 
 
 # ---------------------------------------------------------------------------------------------------------- CALVIN
