@@ -685,6 +685,25 @@ def test_timestamps_of_another_rate_are_told(tmp_path):
     assert episode.repairs == ("info.json says 30 Hz, the timestamps 20 Hz; the former is taken",)
 
 
+def test_cameras_whose_short_names_are_one_keep_their_own(tmp_path):
+    folder = write_lerobot(tmp_path / "x", episodes=1)
+    info = json.loads((folder / "meta" / "info.json").read_text())
+    info["features"]["observation.top"] = info["features"]["observation.images.top"]
+    (folder / "meta" / "info.json").write_text(json.dumps(info))
+    (folder / "videos/chunk-000/observation.top").mkdir()
+    write_video(folder / "videos/chunk-000/observation.top/episode_000000.mp4", numbered(12)[::-1])
+    (episode,) = episodes_of(folder)
+    assert list(episode.cameras) == ["observation.images.top", "observation.top"]
+    assert frames_of(episode, "observation.top")[0].mean() > frames_of(episode, "observation.images.top")[0].mean()
+
+
+def test_a_sentence_with_a_line_separator(tmp_path):
+    folder = write_lerobot(tmp_path / "x", episodes=1)
+    (folder / "meta" / "tasks.jsonl").write_text('{"task_index": 0, "task": "push\u2028the cube"}\r\n')
+    (episode,) = episodes_of(folder)
+    assert episode.instruction == "push\u2028the cube"
+
+
 def test_images_inside_the_table(tmp_path):
     folder = write_lerobot(tmp_path / "x", rows=3, episodes=1)
     info = json.loads((folder / "meta" / "info.json").read_text())

@@ -83,10 +83,17 @@ class Meta:
 
     def cameras(self, dtype: str) -> list[tuple[str, str]]:
         """(feature, camera name), in the order that digests use."""
-        keys = sorted(
-            key for key, feature in self.features.items() if feature.get("dtype") == dtype and not _is_depth(feature)
-        )
-        return [(key, re.sub(r"^observation\.(images?\.)?", "", key)) for key in keys]
+        short = {
+            key: re.sub(r"^observation\.(images?\.)?", "", key)
+            for key, feature in sorted(self.features.items())
+            if feature.get("dtype") in ("video", "image") and not _is_depth(feature)
+        }
+        names = list(short.values())
+        return [
+            (key, key if names.count(name) > 1 else name)
+            for key, name in short.items()
+            if self.features[key]["dtype"] == dtype
+        ]
 
     def split(self, index: int) -> str | None:
         """``{"train": "0:90", "val": "90:100"}`` counts episodes."""
