@@ -1019,6 +1019,17 @@ def test_what_is_observed_and_is_no_camera_or_vector_is_told(tmp_path):
     assert episode.proprio["touches"].ravel().tolist() == [0, 1, 2, 3, 4]
 
 
+def test_the_poses_of_objects_are_no_proprioception(tmp_path):
+    path = write_demos(tmp_path / "a.hdf5", demos=1)
+    with h5py.File(path, "a") as file:
+        file["data/demo_0/obs/object"] = np.arange(10.0).reshape(5, 2)
+    (ref,) = refs_of(path)
+    episode = load(ref)
+    assert list(episode.proprio) == ["height", "joint_states"]
+    assert episode.signals["obs/object"].tolist() == np.arange(10.0).reshape(5, 2).tolist()
+    assert "object" in load(ref, DataContract(proprio={"obs/object": "object"})).proprio
+
+
 def test_recorded_rate_robot_and_four_numbers(tmp_path):
     path = write_demos(tmp_path / "a.hdf5", demos=1)
     with h5py.File(path, "a") as file:

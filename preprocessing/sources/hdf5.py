@@ -42,6 +42,7 @@ from preprocessing.sources.hdf5_files import (
 from preprocessing.sources.memory import Finding, file_digest, findings
 
 DEFAULT_FPS = 20.0  # robosuite's control rate, and LIBERO's
+SIMULATED = "object"  # where robomimic keeps the poses of the objects: what no robot sees
 ROBOSUITE = 1  # what robomimic calls it in env_args
 OBSERVED = ("obs/", "next_obs/")  # the second holds the first again, one step later
 LIBERO_CAMERAS = {"agentview_rgb", "eye_in_hand_rgb"}  # tools that replay LIBERO keep these names, not its attributes
@@ -105,6 +106,8 @@ def load(ref: EpisodeRef) -> Episode:
             action, proprio = action[1:], {key: rows[:steps] for key, rows in proprio.items()}
             signals = {key: rows[:steps] if key in SEEN else rows[1:] for key, rows in signals.items()}
             repairs.append("LIBERO stores what is seen after each action; actions are moved up by a row")
+        if SIMULATED in proprio:
+            signals[f"obs/{SIMULATED}"] = proprio.pop(SIMULATED)
         texts = _texts(data, demo)
         bottom_up = text(_attribute(data, demo, "macros_image_convention")) == "opengl"
         cameras: dict[str, Video] = {}
