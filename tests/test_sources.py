@@ -13,8 +13,10 @@ import shutil
 import struct
 import tracemalloc
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
+import av
 import h5py
 import numpy as np
 import pyarrow as pa
@@ -43,9 +45,11 @@ from hypothesis import strategies as st
 from preprocessing import limits
 from preprocessing.contract import DataContract
 from preprocessing.episode import ActionBlock, BadEpisode, Episode, EpisodeRef, UserError
+from preprocessing.excerpts import excerpt, excerpt_digests
 from preprocessing.sources import digest, find, load, scan
 from preprocessing.sources.pickles import read_npy, read_pickle
 from preprocessing.sources.tfrecord import parse_example
+from preprocessing.video import open_video
 
 real = pytest.mark.skipif(not REAL.exists(), reason=f"no real data at {REAL}")
 
@@ -555,6 +559,8 @@ def test_lerobot_keeps_what_is_recorded_beside_the_action(tmp_path):
          {"joint": 6, "gripper": 1}),
         ("shoulder_pan.pos shoulder_lift.pos elbow_flex.pos wrist_flex.pos wrist_roll.pos gripper.pos x",
          {"joint": 5, "gripper": 1, "position": 1}),
+        ("pos_x pos_y pos_z rot_x rot_y rot_z gripper_position", {"position": 3, "rotation": 3, "gripper": 1}),
+        ("ee.x ee.y ee.z ee.wx ee.wy ee.wz ee.gripper_pos", {"position": 3, "rotation": 3, "gripper": 1}),
     ],
 )  # fmt: skip
 def test_kinds_by_the_names_of_columns(tmp_path, names, kinds):
@@ -566,14 +572,33 @@ def test_kinds_by_the_names_of_columns(tmp_path, names, kinds):
     assert {block.kind: block.size for block in episode.action_layout} == kinds
 
 
+@pytest.mark.parametrize(
+    ("names", "representation"),
+    [
+        ("roll pitch yaw", "euler_xyz"),
+        ("yaw pitch roll", None),
+        ("rx ry rz", None),
+        ("ee_roll ee_pitch ee_yaw", "euler_xyz"),
+    ],
+)
+def test_angles_in_another_order_are_not_taken_for_euler_xyz(tmp_path, names, representation):
+    folder = write_lerobot(tmp_path / "x", episodes=1)
+    info = json.loads((folder / "meta" / "info.json").read_text())
+    info["features"]["action"]["names"] = ["x", "y", "z", *names.split(), "gripper"]
+    (folder / "meta" / "info.json").write_text(json.dumps(info))
+    (episode,) = episodes_of(folder)
+    assert (episode.action_layout[1].kind, episode.action_layout[1].representation) == ("rotation", representation)
+
+
 def test_one_frame_too_many_or_few_is_cut(tmp_path):
     for frames, steps in ((13, 12), (11, 11)):
         (episode,) = episodes_of(write_lerobot(tmp_path / str(frames), frames=frames, episodes=1))
         assert len(episode.action) == len(episode.proprio["state"]) == len(frames_of(episode, "top")) == steps
         assert episode.repairs == (f"the table has 12 rows, top has {frames} frames; cut to {steps}",)
-    (ref,) = refs_of(write_lerobot(tmp_path / "9", frames=9, episodes=1))
-    with pytest.raises(BadEpisode, match="top declares 9 frames, the table has 12 rows"):
-        load(ref)
+    for frames in (10, 14):
+        (ref,) = refs_of(write_lerobot(tmp_path / str(frames), frames=frames, episodes=1))
+        with pytest.raises(BadEpisode, match=f"top declares {frames} frames, the table has 12 rows"):
+            load(ref)
 
 
 def test_files_are_believed_over_info_json(tmp_path):
@@ -622,6 +647,129 @@ def test_a_mark_of_validity_is_no_instruction(tmp_path):
     assert load(ref).instruction is None
 
 
+def edit_table(folder: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    """Of the first episode."""
+    file = folder / "data/chunk-000/episode_000000.parquet"
+    pq.write_table(change(pq.read_table(file)), file)
+
+
+def test_rows_out_of_order_are_sorted(tmp_path):
+    folder = write_lerobot(tmp_path / "x", episodes=1)
+    (sorted_,) = episodes_of(folder)
+    edit_table(folder, lambda table: table.take([*range(6, 12), *range(6)]))
+    (episode,) = episodes_of(folder)
+    assert np.array_equal(episode.action, sorted_.action)
+    assert np.array_equal(episode.proprio["state"], sorted_.proprio["state"])
+    assert "rows are out of order; sorted by frame_index" in episode.repairs
+    edit_table(folder, lambda table: table.drop_columns("frame_index").append_column("frame_index", [[0] * 12]))
+    (episode,) = episodes_of(folder)
+    assert "frame_index repeats; rows are taken in order" in episode.repairs
+
+
+def test_a_row_lost_in_the_middle_is_no_slip_at_the_end(tmp_path):
+    folder = write_lerobot(tmp_path / "x", episodes=1)
+    edit_table(folder, lambda table: table.take([*range(5), *range(6, 12)]))
+    (ref,) = refs_of(folder)
+    with pytest.raises(BadEpisode, match="has 11 rows, top has 12 frames, and frame_index skips: rows are lost"):
+        load(ref)
+
+
+def test_an_instruction_that_changes_is_told(tmp_path):
+    folder = write_lerobot(tmp_path / "x", episodes=1)
+    (folder / "meta" / "tasks.jsonl").write_text(
+        '{"task_index": 0, "task": "push"}\n{"task_index": 1, "task": "lift"}\n'
+    )
+    edit_table(folder, lambda t: t.drop_columns("task_index").append_column("task_index", [[0] * 6 + [1] * 6]))
+    (episode,) = episodes_of(folder)
+    assert episode.instruction == "push"
+    assert episode.repairs == ("the instruction changes within the episode; the first one is kept",)
+
+
+def test_where_objects_are_is_not_proprioception(tmp_path):
+    folder = write_lerobot(tmp_path / "x", episodes=1)
+    info = json.loads((folder / "meta" / "info.json").read_text())
+    info["features"]["observation.environment_state"] = {"dtype": "float32", "shape": [2]}
+    (folder / "meta" / "info.json").write_text(json.dumps(info))
+    objects = pa.array([[float(i), 0.0] for i in range(12)])
+    edit_table(folder, lambda table: table.append_column("observation.environment_state", objects))
+    (episode,) = episodes_of(folder)
+    assert list(episode.proprio) == ["state"]
+    assert episode.signals["observation.environment_state"][:, 0].tolist() == list(range(12))
+
+
+def test_success_with_holes_is_unknown(tmp_path):
+    folder = write_lerobot(tmp_path / "x", episodes=1)
+    edit_table(folder, lambda table: table.append_column("next.success", pa.array([None] + [True] * 11)))
+    (episode,) = episodes_of(folder)
+    assert episode.success is None
+    assert episode.repairs == ("column next.success has 1 empty rows; left out",)
+
+
+def test_timestamps_of_another_rate_are_told(tmp_path):
+    folder = write_lerobot(tmp_path / "x", episodes=1, fps=30)  # its timestamps step by 1 / 20 s
+    (episode,) = episodes_of(folder)
+    assert episode.fps == 30
+    assert episode.repairs == ("info.json says 30 Hz, the timestamps 20 Hz; the former is taken",)
+
+
+def test_cameras_whose_short_names_are_one_keep_their_own(tmp_path):
+    folder = write_lerobot(tmp_path / "x", episodes=1)
+    info = json.loads((folder / "meta" / "info.json").read_text())
+    info["features"]["observation.top"] = info["features"]["observation.images.top"]
+    (folder / "meta" / "info.json").write_text(json.dumps(info))
+    (folder / "videos/chunk-000/observation.top").mkdir()
+    write_video(folder / "videos/chunk-000/observation.top/episode_000000.mp4", numbered(12)[::-1])
+    (episode,) = episodes_of(folder)
+    assert list(episode.cameras) == ["observation.images.top", "observation.top"]
+    assert frames_of(episode, "observation.top")[0].mean() > frames_of(episode, "observation.images.top")[0].mean()
+
+
+def test_a_sentence_with_a_line_separator(tmp_path):
+    folder = write_lerobot(tmp_path / "x", episodes=1)
+    (folder / "meta" / "tasks.jsonl").write_text('{"task_index": 0, "task": "push\u2028the cube"}\r\n')
+    (episode,) = episodes_of(folder)
+    assert episode.instruction == "push\u2028the cube"
+
+
+def test_the_described_task_comes_before_the_task(tmp_path):
+    folder = write_lerobot(tmp_path / "x", episodes=1)
+    (folder / "meta" / "tasks.jsonl").write_text('{"task_index": 0, "task": "a"}\n{"task_index": 1, "task": "b"}\n')
+    told = "annotation.human.action.task_description"
+    edit_table(folder, lambda table: table.append_column(told, pa.array([1] * 12)))
+    assert [episode.instruction for episode in episodes_of(folder)] == ["b"]
+
+
+def test_parts_of_the_action_by_modality_json(tmp_path):
+    folder = write_lerobot(tmp_path / "x", episodes=1)
+    parts = {
+        "gripper": {"start": 6, "end": 7, "absolute": True},
+        "place": {"start": 0, "end": 3, "absolute": False},
+        "turn": {"start": 3, "end": 6, "rotation_type": "axis_angle"},
+        "elsewhere": {"start": 0, "end": 2, "original_key": "action.other"},
+    }
+    (folder / "meta" / "modality.json").write_text(json.dumps({"action": parts}))
+    (episode,) = episodes_of(folder)
+    found = [(block.name, block.size, block.mode, block.representation) for block in episode.action_layout]
+    assert found == [
+        ("place", 3, "delta", None), ("turn", 3, "unknown", "axis_angle"), ("gripper", 1, "absolute", None)
+    ]  # fmt: skip
+    parts["turn"]["start"] = 4  # a gap
+    (folder / "meta" / "modality.json").write_text(json.dumps({"action": parts}))
+    (episode,) = episodes_of(folder)
+    assert sizes(episode.action_layout) == {"position": 3, "rotation": 3, "gripper": 1}
+
+
+def test_depth_is_no_camera(tmp_path):
+    folder = write_lerobot(tmp_path / "x", episodes=1)
+    info = json.loads((folder / "meta" / "info.json").read_text())
+    deep = {"dtype": "video", "shape": [64, 64, 3], "info": {"video.is_depth_map": True}}
+    info["features"]["observation.images.deep"] = deep
+    (folder / "meta" / "info.json").write_text(json.dumps(info))
+    films = folder / "videos/chunk-000"
+    shutil.copytree(films / "observation.images.top", films / "observation.images.deep")
+    assert [list(episode.cameras) for episode in episodes_of(folder)] == [["top"]]
+
+
 def test_images_inside_the_table(tmp_path):
     folder = write_lerobot(tmp_path / "x", rows=3, episodes=1)
     info = json.loads((folder / "meta" / "info.json").read_text())
@@ -633,6 +781,9 @@ def test_images_inside_the_table(tmp_path):
     pq.write_table(table, file)
     (episode,) = episodes_of(folder)
     assert np.abs(frames_of(episode, "image")[2].astype(int) - quadrants(32)).mean() < 4
+    write_video(folder / "videos/chunk-000/observation.images.top/episode_000000.mp4", numbered(2))
+    (episode,) = episodes_of(folder)  # a film that is a frame short cuts the images too
+    assert [len(frames_of(episode, camera)) for camera in ("image", "top")] == [2, 2]
 
 
 def test_broken_metadata_is_named_and_costs_only_its_data_set(tmp_path):
@@ -726,6 +877,59 @@ def test_joined_files_that_lie_cost_their_episodes_only(tmp_path):
     assert "file-002.mp4" in refs_of(folder)[4].problem
 
 
+def edit_listed(folder: Path, change: Callable[[list[dict]], None]) -> None:
+    listed = folder / "meta/episodes/chunk-000/file-000.parquet"
+    rows = pq.read_table(listed).to_pylist()
+    change(rows)
+    pq.write_table(pa.Table.from_pylist(rows), listed)
+
+
+def test_a_film_holds_its_episodes_in_any_order(tmp_path):
+    folder = as_lerobot_v3(write_lerobot(tmp_path / "v2", rows=12, episodes=3), tmp_path / "v3", per_file=3)
+    before = [frames_of(episode, "top") for episode in episodes_of(folder)]
+    ends = [f"videos/observation.images.top/{end}_timestamp" for end in ("from", "to")]
+
+    def swap(rows: list[dict]) -> None:
+        for end in ends:
+            rows[0][end], rows[2][end] = rows[2][end], rows[0][end]
+
+    edit_listed(folder, swap)
+    after = episodes_of(folder)
+    for number, episode in enumerate(after):
+        assert np.array_equal(frames_of(episode, "top"), before[2 - number])
+        assert digest(episode.ref) == episode.ref.digest
+    edit_listed(folder, lambda rows: rows[1].update({ends[1]: rows[1][ends[0]]}))
+    assert [ref.problem for ref in refs_of(folder)] == [None, "camera top has no video for episode 1", None]
+
+
+def test_another_sentence_is_another_episode(tmp_path):
+    folder = as_lerobot_v3(write_lerobot(tmp_path / "v2", episodes=2), tmp_path / "v3")
+    before = refs_of(folder)
+    edit_listed(folder, lambda rows: rows[1].update(tasks=["lift the cube"]))
+    after = refs_of(folder)
+    assert before[0].id == after[0].id and before[1].id != after[1].id
+
+
+def test_an_excerpt_is_of_the_frames_that_its_numbers_say(tmp_path):
+    film = write_video(tmp_path / "a.mp4", numbered(30))
+    late = tmp_path / "late.mp4"
+    with av.open(str(film)) as source, av.open(str(late), "w") as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                moved = round(0.5 / packet.time_base)  # the film begins half a second after its clock
+                packet.pts, packet.dts, packet.stream = packet.pts + moved, packet.dts + moved, stream
+                container.mux(packet)
+    whole = np.concatenate(list(open_video(film).frames(None)))
+    for path in (film, late):
+        assert np.array_equal(np.concatenate(list(excerpt(path, 7, 9, 20).frames(None))), whole[7:16])
+        assert [excerpt_digests(path, [(0, count)], 20)[0][1] for count in range(1, 31)] == list(range(1, 31))
+    with pytest.raises(BadEpisode, match="is not where its time says"):
+        list(excerpt(film, 0, 30, 19).frames(None))
+    with pytest.raises(BadEpisode, match="ends 1 frames before its episode"):
+        list(excerpt(film, 25, 6, 20).frames(None))
+
+
 @real
 def test_real_gr1():
     episodes = episodes_of(REAL / "gr1_lerobot_v2")
@@ -792,6 +996,65 @@ def test_an_environment_that_tells_nothing(tmp_path, kwargs):
     assert (episode.fps, episode.embodiment) == (20, "unknown") and "robot unknown" in episode.repairs
 
 
+@pytest.mark.parametrize(
+    ("env", "modes", "gripper"),
+    [
+        ({"type": 1, "env_kwargs": {"controller_configs": {"type": "OSC_POSE", "control_delta": True}}},
+         ["delta", "delta", "absolute"], "closed"),
+        ({"type": 1, "env_kwargs": {"controller_configs": {"type": "OSC_POSE", "control_delta": False}}},
+         ["absolute"] * 3, "closed"),
+        ({"env_kwargs": {"controller_configs": {"type": "BASIC", "body_parts": {
+            "right": {"type": "OSC_POSE", "input_type": "absolute"}}}}}, ["absolute"] * 3, "closed"),
+        ({"env_kwargs": {"controller_configs": [{"type": "JOINT_VELOCITY"}]}}, ["unknown"], None),
+        ({"type": 2, "env_name": "Isaac-Stack-Cube-Franka-IK-Rel-v0"}, ["unknown"], None),
+    ],
+)  # fmt: skip
+def test_what_seven_numbers_mean_is_the_controllers(tmp_path, env, modes, gripper):
+    path = write_demos(tmp_path / "a.hdf5", demos=1)
+    with h5py.File(path, "a") as file:
+        file["data"].attrs["env_args"] = json.dumps(env)
+    (episode,) = episodes_of(path)
+    assert [block.mode for block in episode.action_layout] == modes
+    assert episode.action_layout[-1].gripper_one_means == gripper
+    assert {b.unit for b in episode.action_layout if b.kind == "position"} <= {
+        "m" if modes[0] == "absolute" else "scaled"
+    }
+
+
+def test_replayed_libero_that_does_not_say_which_way_up(tmp_path):
+    path = write_demos(tmp_path / "a.hdf5", demos=1, opengl=False)
+    with h5py.File(path, "a") as file:
+        file["data/demo_0/obs/eye_in_hand_rgb"] = moving(5)
+    (ref,) = refs_of(path)
+    assert any("this one does not tell" in repair for repair in load(ref).repairs)
+    told = load(ref, DataContract(flip=("agentview", "eye_in_hand")))
+    assert not any("this one does not tell" in repair for repair in told.repairs)
+    assert np.array_equal(frames_of(told, "agentview"), moving(5)[:, ::-1])
+
+
+def test_what_is_observed_and_is_no_camera_or_vector_is_told(tmp_path):
+    path = write_demos(tmp_path / "a.hdf5", demos=1)
+    with h5py.File(path, "a") as file:
+        obs = file["data/demo_0/obs"]
+        obs["agentview_depth"], obs["touches"] = np.zeros((5, 8, 8, 1), np.float32), np.arange(5)
+        obs["serial_number"] = np.arange(12)
+    (episode,) = episodes_of(path)
+    for name in ("agentview_depth", "serial_number"):
+        assert f"obs/{name} is neither pictures of colours nor a vector a frame; left out" in episode.repairs
+    assert episode.proprio["touches"].ravel().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_the_poses_of_objects_are_no_proprioception(tmp_path):
+    path = write_demos(tmp_path / "a.hdf5", demos=1)
+    with h5py.File(path, "a") as file:
+        file["data/demo_0/obs/object"] = np.arange(10.0).reshape(5, 2)
+    (ref,) = refs_of(path)
+    episode = load(ref)
+    assert list(episode.proprio) == ["height", "joint_states"]
+    assert episode.signals["obs/object"].tolist() == np.arange(10.0).reshape(5, 2).tolist()
+    assert "object" in load(ref, DataContract(proprio={"obs/object": "object"})).proprio
+
+
 def test_recorded_rate_robot_and_four_numbers(tmp_path):
     path = write_demos(tmp_path / "a.hdf5", demos=1)
     with h5py.File(path, "a") as file:
@@ -841,6 +1104,7 @@ def test_hdf5_keeps_what_is_recorded_beside_the_action(tmp_path):
     states, absolute = rng.normal(size=(6, 40)), rng.normal(size=(5, 10))
     with h5py.File(path, "a") as file:
         data = file["data"]
+        data.attrs["ep_meta"] = json.dumps({"lang": "something else"})
         data["demo_0"].attrs["ep_meta"] = json.dumps({"lang": "open it"})
         demo = data["demo_0"]
         demo["states"], demo["actions_abs"] = states, absolute
@@ -935,6 +1199,7 @@ def test_aloha(tmp_path, compress):
     assert sizes(episode.action_layout) == {
         "left_joints": 6, "left_gripper": 1, "right_joints": 6, "right_gripper": 1, "base": 2
     }  # fmt: skip
+    assert episode.action_layout[1].gripper_one_means == episode.action_layout[3].gripper_one_means == "open"
     assert (episode.fps, episode.embodiment) == (50, "aloha")
     assert list(episode.signals) == ["rewards"] and episode.signals["rewards"][69] == 69
     assert not [r for r in load(ref, DataContract(fps=25)).repairs if "control rate" in r]
@@ -961,6 +1226,21 @@ def test_aloha_that_does_not_fit(tmp_path):
         file["action"] = np.zeros((6, 14))
     with pytest.raises(BadEpisode, match="6 actions, but 5 pictures of cam_high"):
         load(*scan("aloha", path))
+    path = write_aloha(tmp_path / "episode_1.hdf5", numbered(5), base_action=np.ones((6, 2)))
+    with pytest.raises(BadEpisode, match="5 actions, but 6 rows of base_action"):
+        load(*scan("aloha", path))
+
+
+def test_aloha_pictures_that_are_none_of_colours(tmp_path):
+    more = {
+        "observations/images/first": np.zeros((5, 3, 8, 8), np.uint8),
+        "observations/images/deep": np.zeros((5, 8, 8)),
+    }
+    (episode,) = episodes_of(write_aloha(tmp_path / "episode_0.hdf5", numbered(5), **more))
+    assert list(episode.cameras) == ["cam_high"]
+    told = [repair for repair in episode.repairs if "no pictures of colours" in repair]
+    assert told[0] == "observations/images/deep is (5, 8, 8) of float64, no pictures of colours; left out"
+    assert told[1].startswith("observations/images/first is (5, 3, 8, 8) of uint8")
 
 
 # ---------------------------------------------------------------------------------------------------------- CALVIN

@@ -50,7 +50,9 @@ def load(ref: EpisodeRef) -> Episode:
         layout = _layout(action.shape[1])
         if isinstance(base := own(file, "base_action"), h5py.Dataset):
             speeds = _vectors(base)
-            action = np.concatenate([action, speeds[: len(action)]], axis=1)
+            if len(speeds) != len(action):
+                raise BadEpisode(f"{len(action)} actions, but {len(speeds)} rows of base_action")
+            action = np.concatenate([action, speeds], axis=1)
             layout += (ActionBlock(name="base", size=speeds.shape[1], mode="velocity"),)
         members = {key: own(observations, key) for key in sorted(observations)}
         recorded = {key: rows for key, rows in members.items() if isinstance(rows, h5py.Dataset)}
@@ -64,10 +66,12 @@ def load(ref: EpisodeRef) -> Episode:
             if len(pictures) != len(action):
                 raise BadEpisode(f"{len(action)} actions, but {len(pictures)} pictures of {key}")
             name = f"observations/images/{key}"
-            if pictures.ndim == 4 and pictures.dtype == np.uint8:
+            if pictures.ndim == 4 and pictures.shape[3] == 3 and pictures.dtype == np.uint8:
                 cameras[key] = sliced_video(len(pictures), frames_reader(path, name), at_once(pictures))
             elif pictures.ndim <= 2:
                 cameras[key] = sliced_video(len(pictures), _unpacked(frames_reader(path, name)))
+            else:
+                repairs.append(f"{name} is {pictures.shape} of {pictures.dtype}, no pictures of colours; left out")
         if any(child(images, key, h5py.Dataset).ndim <= 2 for key in cameras):
             repairs.append("JPEG files hold blue for red, as ALOHA's tools write them; exchanged")
         sentences = {name: file.attrs.get(name, own(file, name)) for name in SENTENCES}

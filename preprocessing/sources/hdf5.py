@@ -42,7 +42,10 @@ from preprocessing.sources.hdf5_files import (
 from preprocessing.sources.memory import Finding, file_digest, findings
 
 DEFAULT_FPS = 20.0  # robosuite's control rate, and LIBERO's
+SIMULATED = "object"  # where robomimic keeps the poses of the objects: what no robot sees
+ROBOSUITE = 1  # what robomimic calls it in env_args
 OBSERVED = ("obs/", "next_obs/")  # the second holds the first again, one step later
+LIBERO_CAMERAS = {"agentview_rgb", "eye_in_hand_rgb"}  # tools that replay LIBERO keep these names, not its attributes
 SEEN = ("robot_states",)  # what LIBERO takes from an observation, though it stands outside of obs
 SPLITS = ("train", "valid", "test")
 ATTRIBUTES = ("macros_image_convention", "env_args", "problem_info", "language_instruction", "robot", "fps", "ep_meta")
@@ -87,6 +90,10 @@ def load(ref: EpisodeRef) -> Episode:
         images = {k: d for k, d in inside.items() if d.ndim == 4 and d.shape[-1] == 3 and d.dtype == np.uint8}
         vectors = {k: d for k, d in inside.items() if d.ndim in (1, 2) and d.dtype.kind == "f"}
         lengths = {len(dataset) for dataset in (*images.values(), *vectors.values())}
+        whole = {k: d for k, d in inside.items() if d.ndim in (1, 2) and d.dtype.kind in "iub" and {len(d)} == lengths}
+        vectors = dict(sorted((vectors | whole).items()))
+        left = [key for key in inside if key not in images and key not in vectors]
+        repairs += [f"obs/{key} is neither pictures of colours nor a vector a frame; left out" for key in left]
         steps = len(action)
         if lengths == {steps + 1}:
             repairs.append("one frame more than actions; the last one, seen after the last action, is dropped")
@@ -101,6 +108,8 @@ def load(ref: EpisodeRef) -> Episode:
             action, proprio = action[1:], {key: rows[:steps] for key, rows in proprio.items()}
             signals = {key: rows[:steps] if key in SEEN else rows[1:] for key, rows in signals.items()}
             repairs.append("LIBERO stores what is seen after each action; actions are moved up by a row")
+        if SIMULATED in proprio:
+            signals[f"obs/{SIMULATED}"] = proprio.pop(SIMULATED)
         texts = _texts(data, demo)
         bottom_up = text(_attribute(data, demo, "macros_image_convention")) == "opengl"
         cameras: dict[str, Video] = {}
@@ -109,13 +118,17 @@ def load(ref: EpisodeRef) -> Episode:
             cameras[_camera_name(key, images)] = upside_down(video) if bottom_up else video
         if bottom_up and images:
             repairs.append("images are stored bottom-up (opengl); turned upright")
+        elif images.keys() >= LIBERO_CAMERAS and not text(_attribute(data, demo, "macros_image_convention")):
+            repairs.append(
+                "images are stored bottom-up in LIBERO's own files; this one does not tell, and none is turned"
+            )
         return Episode(
             ref=ref,
             fps=fps,
             cameras=cameras,
             proprio=proprio,
             action=action,
-            action_layout=_layout(action.shape[1]),
+            action_layout=_layout(action.shape[1], env),
             instruction=next(filter(None, texts.values()), None),
             success=_success(demo),
             embodiment=robot or "unknown",
@@ -137,19 +150,44 @@ def _camera_name(key: str, images: dict[str, Any]) -> str:
     return key if sum(re.sub(r"_(rgb|image)$", "", other) == short for other in images) > 1 else short
 
 
-def _layout(width: int) -> tuple[ActionBlock, ...]:
+def _layout(width: int, env: dict[str, Any]) -> tuple[ActionBlock, ...]:
     """robosuite's OSC_POSE takes seven numbers, Meta-World's controller four: of a range that is set to +-1, where +1
-    closes the gripper."""
+    closes the gripper. Another simulator (Isaac Lab opens it with +1) or another controller means something else."""
+    kind, delta = _controller(env)
+    elsewhere = isinstance(env.get("type"), int) and env["type"] != ROBOSUITE
+    if elsewhere or kind not in (None, "OSC_POSE", "OSC_POSITION"):
+        return (ActionBlock(name="action", size=width),)
     position = ActionBlock(name="position", size=3, kind="position", mode="delta", frame="base", unit="scaled")
     gripper = ActionBlock(name="gripper", size=1, kind="gripper", mode="absolute", gripper_one_means="closed")
+    if not delta:
+        position = position.model_copy(update={"mode": "absolute", "unit": "m"})
     if width == 7:
         rotation = position.model_copy(
-            update={"name": "rotation", "kind": "rotation", "representation": "axis_angle"},
+            update={
+                "name": "rotation",
+                "kind": "rotation",
+                "representation": "axis_angle",
+                "unit": "scaled" if delta else "rad",
+            },
         )
         return position, rotation, gripper
     if width == 4:
         return position, gripper
     return (ActionBlock(name="action", size=width),)
+
+
+def _controller(env: dict[str, Any]) -> tuple[str | None, bool]:
+    """Its kind, and whether it takes differences. robosuite names one a part of the body since its version 1.5."""
+    config = _kwargs(env).get("controller_configs")
+    config = config[0] if isinstance(config, list) and config else config
+    if isinstance(config, dict) and isinstance(parts := config.get("body_parts"), dict):
+        arms = parts.get("arms")
+        parts = arms if isinstance(arms, dict) else parts
+        config = parts.get("right")
+    if not isinstance(config, dict):
+        return None, True
+    delta = config.get("control_delta") is not False and config.get("input_type") != "absolute"
+    return text(config.get("type")) or None, delta
 
 
 def _signals(demo: h5py.Group, steps: int) -> tuple[dict[str, np.ndarray], list[str]]:

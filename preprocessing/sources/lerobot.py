@@ -15,14 +15,17 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from preprocessing.episode import BadEpisode, Episode, EpisodeRef, UserError, Video
 from preprocessing.frames import first_frames, images_video
-from preprocessing.sources.lerobot_meta import Files, Film, Meta, instruction_of, matrix, read_meta, texts_of
+from preprocessing.sources.lerobot_meta import Files, Film, Meta, asked_in, matrix, read_meta, texts_of
 from preprocessing.sources.lerobot_v2 import FilesV2
 from preprocessing.sources.lerobot_v3 import FilesV3
 
 STATE = "observation."
+SIMULATED = {"observation.environment_state"}  # where the objects are: what no robot sees
+SLACK = 0.05  # of a rate: float32 seconds of a long episode are off by some
 PLACES = {"index", "episode_index", "frame_index", "task_index"}  # columns that say where a row belongs
 
 
@@ -50,23 +53,30 @@ def load(ref: EpisodeRef) -> Episode:
     if table.num_rows == 0:
         raise BadEpisode(f"{Path(ref.uri).name} has no row")
 
+    table, ordered, skips = _in_order(table)
     frames, counted = _frames_to_use(films, table.num_rows)
+    if counted and skips:
+        raise BadEpisode(f"{counted[0].rpartition(';')[0]}, and frame_index skips: rows are lost in the middle")
     cameras: dict[str, Video] = {
         camera: first_frames(film.video, frames) if counted else film.video for camera, film in films.items()
     }
     for key, camera in meta.cameras("image"):
         if key in table.column_names:
-            cameras[camera] = images_video([(image or {}).get("bytes") or b"" for image in table[key].to_pylist()])
+            images = table[key].to_pylist()[:frames]
+            cameras[camera] = images_video([(image or {}).get("bytes") or b"" for image in images])
 
     texts = texts_of(table, files.tasks())
+    asked = asked_in(texts)
     seen = [
         key
         for key, feature in sorted(meta.features.items())
-        if key.startswith(STATE) and key in table.column_names and feature["dtype"].startswith("float")
+        if key.startswith(STATE) and key not in SIMULATED and key in table.column_names
+        if str(feature.get("dtype")).startswith("float")
     ]
     proprio = {key.removeprefix(STATE): matrix(table, key)[:frames] for key in seen}
     signals, left_out = _signals(table, {"action", *PLACES, *seen})
     action = matrix(table, "action")[:frames] if "action" in table.column_names else None
+    found = _repairs(meta, films, table, signals.get("timestamp"), asked)
     return Episode(
         ref=ref,
         fps=meta.fps,
@@ -74,10 +84,10 @@ def load(ref: EpisodeRef) -> Episode:
         proprio=proprio,
         action=action,
         action_layout=() if action is None else meta.action_layout(action.shape[1]),
-        instruction=instruction_of(texts),
-        success=_success(table),
+        instruction=texts[asked] if asked else None,
+        success=_success(signals),
         embodiment=str(meta.info.get("robot_type") or "unknown"),
-        repairs=(*files.repairs(ref.index), *_repairs(meta, films, table), *counted, *left_out),
+        repairs=(*files.repairs(ref.index), *found, *ordered, *counted, *left_out),
         signals={name: values[:frames] for name, values in signals.items()},
         texts=texts,
         split=meta.split(ref.index),
@@ -100,14 +110,35 @@ def _signals(table: pa.Table, others: set[str]) -> tuple[dict[str, np.ndarray], 
     return signals, repairs
 
 
-def _repairs(meta: Meta, films: dict[str, Film], table: pa.Table) -> Iterator[str]:
+def _repairs(
+    meta: Meta, films: dict[str, Film], table: pa.Table, times: np.ndarray | None, asked: str | None
+) -> Iterator[str]:
     for _, camera in meta.cameras("video"):
         if camera not in films:
             yield f"camera {camera} is named in info.json, but has no file; dropped"
     if "frame_index" not in table.column_names:
         yield "no frame_index; rows are taken in order"
-    if "timestamp" in table.column_names and (start := float(matrix(table, "timestamp")[0, 0])) != 0:
+    if times is not None and (start := float(times[0, 0])) != 0:
         yield f"timestamps start at {start:.3f} s; frames and rows are paired by order"
+    step = float(np.median(np.diff(times[:, 0].astype(np.float64)))) if times is not None and len(times) > 1 else 0.0
+    if step > 0 and abs(step * meta.fps - 1) > SLACK:
+        yield f"info.json says {meta.fps:g} Hz, the timestamps {1 / step:.3g} Hz; the former is taken"
+    sentences = "task_index" if asked == "task" else asked
+    if sentences and pc.count_distinct(table[sentences], mode="all").as_py() > 1:
+        yield "the instruction changes within the episode; the first one is kept"
+
+
+def _in_order(table: pa.Table) -> tuple[pa.Table, list[str], bool]:
+    """The rows by ``frame_index``, a sentence where they were not, and whether it skips."""
+    if "frame_index" not in table.column_names or table["frame_index"].null_count:
+        return table, [], False
+    places = matrix(table, "frame_index")[:, 0]
+    if len(np.unique(places)) < len(places):
+        return table, ["frame_index repeats; rows are taken in order"], False
+    skips = bool(np.ptp(places) != len(places) - 1)
+    if (np.diff(places) > 0).all():
+        return table, [], skips
+    return table.take(np.argsort(places)), ["rows are out of order; sorted by frame_index"], skips
 
 
 def _frames_to_use(films: dict[str, Film], rows: int) -> tuple[int, list[str]]:
@@ -125,11 +156,11 @@ def _frames_to_use(films: dict[str, Film], rows: int) -> tuple[int, list[str]]:
     return frames, [f"the table has {rows} rows, {', '.join(slips)} frames; cut to {frames}"] if slips else []
 
 
-def _success(table: pa.Table) -> bool | None:
+def _success(signals: dict[str, np.ndarray]) -> bool | None:
     """A reward that reaches 1 means success; one that does not means nothing, for many data sets write only zeros."""
-    if "next.success" in table.column_names:
-        return bool(matrix(table, "next.success").any())
-    if "next.reward" in table.column_names and (matrix(table, "next.reward") >= 1).any():
+    if "next.success" in signals:
+        return bool(signals["next.success"].any())
+    if "next.reward" in signals and (signals["next.reward"] >= 1).any():
         return True
     return None
 

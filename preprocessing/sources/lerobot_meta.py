@@ -27,6 +27,9 @@ ROTATIONS: dict[str, Representation] = {
 }
 
 
+ANGLES = ("roll", "pitch", "yaw")  # euler_xyz, if in this order
+
+
 @dataclass(frozen=True)
 class Film:
     """One camera of one episode: its frames, and how many its container declares, where it does."""
@@ -80,10 +83,17 @@ class Meta:
 
     def cameras(self, dtype: str) -> list[tuple[str, str]]:
         """(feature, camera name), in the order that digests use."""
-        keys = sorted(
-            key for key, feature in self.features.items() if feature.get("dtype") == dtype and not _is_depth(feature)
-        )
-        return [(key, re.sub(r"^observation\.(images?\.)?", "", key)) for key in keys]
+        short = {
+            key: re.sub(r"^observation\.(images?\.)?", "", key)
+            for key, feature in sorted(self.features.items())
+            if feature.get("dtype") in ("video", "image") and not _is_depth(feature)
+        }
+        names = list(short.values())
+        return [
+            (key, key if names.count(name) > 1 else name)
+            for key, name in short.items()
+            if self.features[key]["dtype"] == dtype
+        ]
 
     def split(self, index: int) -> str | None:
         """``{"train": "0:90", "val": "90:100"}`` counts episodes."""
@@ -129,9 +139,11 @@ class Meta:
             return ()
         blocks: list[ActionBlock] = []
         for kind, run in groupby(names, lambda name: _kind(str(name))):
-            size = len(list(run))
+            columns = [str(name).lower() for name in run]
+            size = len(columns)
             before = sum(block.kind == kind for block in blocks)
-            euler: Representation | None = "euler_xyz" if kind == "rotation" and size == 3 else None
+            angles = size == 3 and all(map(str.endswith, columns, ANGLES))  # rx, ry, rz may be an axis times an angle
+            euler: Representation | None = "euler_xyz" if kind == "rotation" and angles else None
             name = f"{kind}_{before + 1}" if before else kind
             blocks.append(ActionBlock(name=name, size=size, kind=kind, representation=euler))
         return tuple(blocks)
@@ -169,11 +181,11 @@ def is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
-def instruction_of(texts: dict[str, str]) -> str | None:
-    """What a person asked for: the task description annotated, else the task, else another annotation."""
+def asked_in(texts: dict[str, str]) -> str | None:
+    """Which says what a person asked for: the task description annotated, else the task, else another annotation."""
     annotations = [name for name in texts if name.startswith("annotation.")]
     described = [name for name in annotations if name.endswith("task_description")]
-    return next((texts[name] for name in [*described, "task", *annotations] if texts.get(name)), None)
+    return next((name for name in [*described, "task", *annotations] if texts.get(name)), None)
 
 
 def matrix(table: pa.Table, key: str) -> np.ndarray:
@@ -198,10 +210,11 @@ def _kind(name: str) -> Any:
     name = name.lower()
     if re.search(r"shoulder|elbow|wrist|forearm|waist|neck|finger", name):  # wrist_roll is a joint, roll an angle
         return "joint"
-    if re.fullmatch(r"(.*_)?(x|y|z)", name) or ("position" in name and "joint" not in name):
-        return "position"
-    if re.fullmatch(r"(.*_)?(roll|pitch|yaw|rx|ry|rz)", name) or "rotation" in name:
+    part = re.sub(r"[.\s-]", "_", name)  # "ee.x" as "ee_x"
+    if re.fullmatch(r"(.*_)?(roll|pitch|yaw|[rw][xyz])", part) or re.search(r"rot(_|ation)|quat|orient", part):
         return "rotation"
+    if re.fullmatch(r"(.*_)?(x|y|z)", part) or ("position" in part and not re.search("joint|gripper", part)):
+        return "position"
     if "gripper" in name:
         return "gripper"
     if re.search(r"joint|motor|arm|leg|hand", name):

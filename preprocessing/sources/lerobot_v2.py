@@ -125,7 +125,7 @@ class FilesV2:
     def _lines(self, name: str) -> list[dict[str, Any]]:
         try:
             text = (self.meta.root / "meta" / name).read_text()
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
         except FileNotFoundError:
             return []
         except ValueError as error:
