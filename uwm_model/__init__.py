@@ -4,6 +4,7 @@ The mathematics alone: pure torch, no files, no cluster. Read in this order:
 
 config       what a model is made of, and what its diffusion is
 batch        the one thing that goes in
+augment      parts of whole frames, and other colours, to train on
 observation  what the robot sees now -> a condition vector
 resnet       the paper's image encoder, inside it
 tokens       noisy actions and noisy latents -> tokens, and back
@@ -14,4 +15,5 @@ objective    the training loss
 sampling     one loop, five modes: policy, forward and inverse dynamics, video, joint
 world_model  the face of it all: ``loss(batch)`` and ``sample(mode, batch)``
 metrics      how good an image, an action or a success rate is
+official     reads published checkpoints
 """

@@ -1,0 +1,119 @@
+"""Random crops and colours of training samples, and the centre of the picture for everybody else.
+
+A store holds latents of whole frames. A model of smaller latents sees a part of them: the same part of a camera's
+current and future latents and of its pixels, on the grid of the latents.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from uwm_model.batch import Batch
+from uwm_model.schedule import home
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """How far colours of current pixels are changed: factors from 1 - x to 1 + x, hue by up to x of a turn.
+
+    The paper's: 0.2 each. It changes the future frames' colours alike, which stored latents cannot follow. ``shared``:
+    one draw for each camera serves the whole batch, as in the published code.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    shared: bool = False
+
+    def __post_init__(self) -> None:
+        for key, most in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5)):
+            if not 0 <= getattr(self, key) <= most:
+                raise ValueError(f"{key}: {getattr(self, key)} is not from 0 to {most}")
+
+
+def augment(batch: Batch, size: tuple[int, int], config: AugmentConfig, generator: torch.Generator) -> Batch:
+    """The batch with latents of ``size`` (h, w), cut out anywhere, and its pixels' colours changed."""
+    places = _draw(batch, config, generator)
+    spare_h, spare_w = _spare(batch, size)
+    top, left = (places[0] * (spare_h + 1)).long(), (places[1] * (spare_w + 1)).long()
+    batch = _cut(batch, top, left, size)
+    changes = (config.brightness, config.contrast, config.saturation, config.hue)
+    if batch.current_pixels is None or not any(changes):
+        return batch
+    return replace(batch, current_pixels=_colour(batch.current_pixels, places[2:], changes, generator))
+
+
+def centre(batch: Batch, size: tuple[int, int]) -> Batch:
+    """The batch with latents of ``size`` (h, w), cut out of the middle."""
+    if _spare(batch, size) == (0, 0):
+        return batch
+    spare_h, spare_w = _spare(batch, size)
+    shape, device = batch.camera_mask.shape, batch.camera_mask.device
+    top, left = (torch.full(shape, spare // 2, device=device) for spare in (spare_h, spare_w))
+    return _cut(batch, top, left, size)
+
+
+def _spare(batch: Batch, size: tuple[int, int]) -> tuple[int, int]:
+    h, w = batch.current_latents.shape[-2:]
+    if h < size[0] or w < size[1]:
+        raise ValueError(f"latents are {h} x {w}, smaller than the model's {size[0]} x {size[1]}")
+    return h - size[0], w - size[1]
+
+
+def _draw(batch: Batch, config: AugmentConfig, generator: torch.Generator) -> Tensor:
+    """float32 [6, B, V] in [0, 1): top, left, and four colours."""
+    device, (B, V) = batch.camera_mask.device, batch.camera_mask.shape
+    shape = (6, 1 if config.shared else B, V)
+    return torch.rand(shape, generator=generator, device=home(generator, device)).to(device).expand(6, B, V)
+
+
+def _cut(batch: Batch, top: Tensor, left: Tensor, size: tuple[int, int]) -> Batch:
+    """top and left int64 [B, V], in latents."""
+    stride = 1 if batch.current_pixels is None else batch.current_pixels.shape[-1] // batch.current_latents.shape[-1]
+    pixels = batch.current_pixels
+    return replace(
+        batch,
+        current_latents=_window(batch.current_latents, top, left, size),
+        future_latents=None if batch.future_latents is None else _window(batch.future_latents, top, left, size),
+        current_pixels=None
+        if pixels is None
+        else _window(pixels, top * stride, left * stride, (size[0] * stride, size[1] * stride)),
+    )
+
+
+def _window(maps: Tensor, top: Tensor, left: Tensor, size: tuple[int, int]) -> Tensor:
+    """maps [B, V, T, C, H, W] -> [B, V, T, C, h, w], of each sample and camera its own part."""
+    B, V = top.shape
+    rows = top[:, :, None, None] + torch.arange(size[0], device=top.device)[:, None]
+    columns = left[:, :, None, None] + torch.arange(size[1], device=top.device)
+    b = torch.arange(B, device=top.device)[:, None, None, None]
+    v = torch.arange(V, device=top.device)[:, None, None]
+    return maps[b, v, :, :, rows, columns].permute(0, 1, 4, 5, 2, 3)
+
+
+def _colour(pixels: Tensor, places: Tensor, changes: tuple[float, ...], generator: torch.Generator) -> Tensor:
+    """uint8 or float [B, V, To, 3, H, W] -> float in [0, 1]. Frames of a sample and camera change alike."""
+    from kornia import enhance  # takes two seconds, which whoever only uses a model is spared
+
+    images = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
+    To, flat = images.shape[2], images.flatten(0, 2)
+    factors = ((places * 2 - 1) * torch.tensor(changes, device=places.device)[:, None, None]).flatten(1)
+    brightness, contrast, saturation, hue = factors.repeat_interleave(To, dim=1)
+    steps = (
+        lambda x: enhance.adjust_brightness_accumulative(x, 1 + brightness),
+        lambda x: enhance.adjust_contrast_with_mean_subtraction(x, 1 + contrast),
+        lambda x: enhance.adjust_saturation_with_gray_subtraction(x, 1 + saturation),
+        lambda x: enhance.adjust_hue(x, 2 * math.pi * hue),
+    )
+    for i in torch.randperm(4, generator=generator, device=generator.device).tolist():
+        if changes[i]:
+            flat = steps[i](flat)
+    return flat.reshape(images.shape)
