@@ -18,13 +18,15 @@ from torch import nn
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW with a linear warm-up to ``learning_rate`` and a cosine down to a tenth of it at ``steps``."""
+    """AdamW with a linear warm-up to ``learning_rate``, then constant, or a cosine to a tenth of it at ``steps``."""
 
     learning_rate: float
     weight_decay: float
     warmup_steps: int
     steps: int
-    gradient_clip: float
+    gradient_clip: float  # 0: none
+    betas: tuple[float, float]
+    decay: Literal["cosine", "none"]
 
 
 def initialize(
@@ -48,13 +50,15 @@ def initialize(
     adamw = torch.optim.AdamW(
         [{"params": decay, "weight_decay": optimizer.weight_decay}, {"params": rest, "weight_decay": 0.0}],
         lr=optimizer.learning_rate,
-        betas=(0.9, 0.95),
+        betas=optimizer.betas,
         fused=True,
     )
 
     def schedule(step: int) -> float:
         if step < optimizer.warmup_steps:
             return (step + 1) / optimizer.warmup_steps
+        if optimizer.decay == "none":
+            return 1.0
         done = (step - optimizer.warmup_steps) / max(1, optimizer.steps - optimizer.warmup_steps)
         return 0.1 + 0.9 * (1 + math.cos(math.pi * min(done, 1.0))) / 2
 

@@ -28,6 +28,7 @@ class Settings(BaseModel):
     diffusion: DiffusionConfig
     encoder: str
     encoder_digest: str
+    image_size: int = 0  # of the frames that the store holds; 0, of earlier checkpoints: as many as the latents are
     embodiments: dict[str, Embodiment]
     store: str
     snapshot: str

@@ -240,8 +240,9 @@ def _catalogued(
     for camera in pending.record["cameras"]:
         found = [row for _, row in sorted(pending.segments[encoder, camera].items())]
         cameras.append({"name": camera, "segments": [row["place"] for row in found]})
-        total = merge(Statistics.from_row(row["statistics"]) for row in found)
-        statistics.append({"key": key, "array": camera, **total.to_row()})
+        measured = [Statistics.from_row(row["statistics"]) for row in found if "statistics" in row]
+        if measured:
+            statistics.append({"key": key, "array": camera, **merge(measured).to_row()})
     if "statistics" in pending.steps:
         statistics.append({"key": key, "array": "steps", **pending.steps["statistics"]})
     named = {"key": key, "encoder": encoder, "encoder_digest": plan.encoders[encoder]}

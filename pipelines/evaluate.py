@@ -32,6 +32,7 @@ from pipelines.training import dataset, to_batch
 from preprocessing import sources
 from preprocessing.contract import DataContract
 from preprocessing.episode import BadEpisode, EpisodeRef, UserError
+from uwm_model.augment import centre
 from uwm_model.metrics import psnr, wilson_interval
 
 EXECUTED = 8  # actions of a chunk that are carried out before the policy looks again
@@ -119,7 +120,7 @@ def open_loop(policy: Policy, store_uri: str, output: Path) -> OpenLoop:
     ahead = data.shape.action_chunk + data.shape.future_frames
     frame = (random.random(WINDOWS) * np.maximum(data.frames[episode] - ahead, 1)).astype(int)
     arrays = data.gather(episode, frame)
-    batch = to_batch(arrays, torch.device("cpu"), torch.float32)
+    batch = centre(to_batch(arrays, torch.device("cpu"), torch.float32), settings.model.latent_size)
     generator = torch.Generator().manual_seed(0)
 
     scale = np.ones(settings.model.action_dim)
@@ -137,7 +138,8 @@ def open_loop(policy: Policy, store_uri: str, output: Path) -> OpenLoop:
     # The farthest of the future frames, of every window and camera slot at once.
     slots = range(settings.model.cameras)
     predictions = [policy.encoder.decode(future[:, slot, -1].numpy()) for slot in slots]
-    rebuilds = [policy.encoder.decode(arrays["future_latents"][:, slot, -1]) for slot in slots]
+    assert batch.future_latents is not None
+    rebuilds = [policy.encoder.decode(batch.future_latents[:, slot, -1].numpy()) for slot in slots]
     quality: list[list[float]] = []
     pictures: list[np.ndarray] = []
     for i, frames in enumerate(tqdm(_true_frames(policy, data, episode, frame), "frames", total=WINDOWS, leave=False)):
@@ -163,12 +165,16 @@ def open_loop(policy: Policy, store_uri: str, output: Path) -> OpenLoop:
 def _true_frames(
     policy: Policy, data: Any, episode: np.ndarray, frame: np.ndarray
 ) -> Iterator[dict[int, tuple[np.ndarray, np.ndarray]]]:
-    """For each window, by camera slot: (the current frame, the farthest future frame) from the source files.
+    """For each window, by camera slot: (the current frame, the farthest future frame) from the source files, of which
+    as much as the model sees.
 
     Windows whose source is gone or changed yield nothing: latents alone cannot say what the camera saw.
     """
     shape = data.shape
     decoded: dict[int, dict[str, np.ndarray]] = {}
+    stride, seen = policy.encoder.stride, policy.settings.model.latent_size[0]
+    first = (policy.image_size // stride - seen) // 2 * stride
+    middle = slice(first, first + seen * stride)
     for index, at in zip(episode, frame, strict=True):
         row = data.rows[index]
         if index not in decoded:
@@ -177,7 +183,7 @@ def _true_frames(
             try:
                 cameras = sources.load(ref, contract).cameras
                 decoded[index] = {
-                    name: np.concatenate(list(video.frames(policy.image_size)))
+                    name: np.concatenate(list(video.frames(policy.image_size)))[:, middle, middle]
                     for name, video in cameras.items()
                     if name in policy.spec.cameras
                 }

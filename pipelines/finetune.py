@@ -7,7 +7,7 @@ from pathlib import Path
 from pipelines import checkpoint
 from pipelines.checkpoint import Settings
 from pipelines.pretrain import tracked, training_rows
-from pipelines.recipe import Recipe
+from pipelines.recipe import STRIDE, Recipe
 from preprocessing.episode import UserError
 from preprocessing.store import LatentStore
 from preprocessing.windows import by_embodiment, describe
@@ -31,8 +31,8 @@ def plan(initial: Path, store_uri: str, recipe: Recipe, snapshot_id: str | None 
         )
     rows = training_rows(all_rows, recipe, store_uri)
     shape = snapshot.shape(rows[0]["cameras"][0]["segments"][0])
-    if (shape[1], *shape[2:]) != (settings.model.latent_channels, *settings.model.latent_size):
-        size = settings.model.latent_size[0] * 8
+    size = settings.image_size or settings.model.latent_size[0] * STRIDE
+    if (shape[1], shape[2] * STRIDE) != (settings.model.latent_channels, size):
         raise UserError(f"{store_uri}: latents are {shape[1:]}, not the model's; ingest with --image-size {size}")
     for name, members in by_embodiment(rows).items():
         known = settings.embodiments.get(name)

@@ -23,6 +23,7 @@ from ray.data import ActorPoolStrategy, DataContext, Datasink, ExecutionResource
 
 from pipelines.committer import Committer
 from pipelines.reading import Plan, Reading, Work, refusal
+from preprocessing.encoders import PIXELS
 from preprocessing.episode import FRAMES_PER_CHUNK, EpisodeRef
 from preprocessing.statistics import Statistics
 from preprocessing.store import LatentStore, write_segments
@@ -41,7 +42,7 @@ ROW = pa.schema(
         ("encoders", pa.list_(pa.string())),  # that are to encode these frames, or the one that did
         ("first", pa.int64()),
         ("shape", pa.list_(pa.int64())),
-        ("data", pa.large_binary()),  # uint8 frames, then float16 latents; float32 steps with the record
+        ("data", pa.large_binary()),  # uint8 frames, then latents or pixels; float32 steps with the record
         ("record", pa.string()),  # JSON: a catalogue row without its places
     ]
 )
@@ -201,13 +202,13 @@ class LatentSink(Datasink):
         for block in blocks:
             data = [value.as_buffer() for value in block["data"]]
             for row, buffer in zip(block.drop_columns(["data"]).to_pylist(), data, strict=True):
-                kind = np.float32 if row["camera"] is None else np.float16
+                kind = "f4" if row["camera"] is None else "u1" if row["encoders"] == [PIXELS] else "f2"
                 rows.append(row)
                 arrays.append(np.frombuffer(buffer, kind).reshape(row["shape"]))
         fork = LatentStore.open(self._uri).fork()  # of today's head: gc may have taken that of a long job's beginning
         for row, values, place in zip(rows, arrays, write_segments(fork, arrays), strict=True):
             row["place"] = asdict(place)
-            if values.size:
+            if values.size and values.dtype != np.uint8:  # nobody normalises by the statistics of pixels
                 columns = np.moveaxis(values, 1, -1).reshape(-1, values.shape[1])  # channels of latents
                 row["statistics"] = Statistics.of(columns).to_row()
         if not ray.get(self._inbox.put.remote(ctx.task_idx, {"fork": fork, "rows": rows})):

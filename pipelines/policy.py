@@ -15,6 +15,7 @@ from preprocessing.encoders import load_encoder
 from preprocessing.episode import UserError
 from preprocessing.promise import Promise
 from preprocessing.windows import Embodiment
+from uwm_model.augment import centre
 
 
 class Policy:
@@ -46,7 +47,7 @@ class Policy:
 
     @property
     def image_size(self) -> int:
-        return self.settings.model.latent_size[0] * self.encoder.stride
+        return self.settings.image_size or self.settings.model.latent_size[0] * self.encoder.stride
 
     def act(
         self,
@@ -61,6 +62,7 @@ class Policy:
         name; To is the number of observed frames, the newest last. Raises UserError where shapes or names do not fit.
         """
         batch = to_batch(self._observation(images, proprio), torch.device("cpu"), torch.float32)
+        batch = centre(batch, self.settings.model.latent_size)
         with torch.inference_mode():
             action, _ = self.model.sample("policy", batch, steps=steps, generator=generator)
         assert action is not None
@@ -74,8 +76,10 @@ class Policy:
             raise UserError(f"proprio {missing[0]}: missing; this policy reads {dict(spec.proprio)}")
         count = len(next(iter(images.values())))
         expected = (count, model.observed_frames, self.image_size, self.image_size, 3)
-        size = (model.latent_channels, *model.latent_size)
-        latents = np.zeros((count, model.cameras, model.observed_frames, *size), np.float16)
+        side = self.image_size // self.encoder.stride
+        slots = (count, model.cameras, model.observed_frames)
+        latents = np.zeros((*slots, model.latent_channels, side, side), np.float16)
+        pixels = np.zeros((*slots, 3, self.image_size, self.image_size), np.uint8)
         mask = np.zeros((count, model.cameras), bool)
         for name, frames in images.items():
             if frames.shape != expected or frames.dtype != np.uint8:
@@ -83,6 +87,7 @@ class Policy:
             slot = spec.cameras.index(name)
             flat = self.encoder.encode(frames.reshape(-1, *expected[2:]))
             latents[:, slot] = flat.reshape(latents[:, slot].shape)
+            pixels[:, slot] = frames.transpose(0, 1, 4, 2, 3)
             mask[:, slot] = True
         columns = np.concatenate([proprio[name] for name, _ in spec.proprio] or [np.zeros((*expected[:2], 0))], axis=2)
         if columns.shape != (*expected[:2], spec.proprio_dim):
@@ -91,7 +96,8 @@ class Policy:
         padded[:, :, : spec.proprio_dim] = spec.proprio_normalizer.apply(columns)
         action_mask = np.zeros((count, model.action_chunk, model.action_dim), bool)
         action_mask[:, :, : spec.action_dim] = True
-        return {
+        seen = {"current_pixels": pixels} if model.observation == "pixels" else {}
+        return seen | {
             "current_latents": latents,
             "camera_mask": mask,
             "proprio": padded,

@@ -10,8 +10,9 @@ import yaml
 
 from infra import tracking
 from pipelines.checkpoint import Settings
-from pipelines.recipe import Recipe
+from pipelines.recipe import STRIDE, Recipe
 from pipelines.training import train
+from preprocessing.encoders import PIXELS
 from preprocessing.episode import UserError
 from preprocessing.store import LatentStore, Snapshot
 from preprocessing.windows import by_embodiment, describe, split
@@ -31,6 +32,10 @@ def plan(store_uri: str, recipe: Recipe, snapshot_id: str | None = None) -> Sett
     if unknown := sorted(set(recipe.mixture) - set(embodiments)):
         raise UserError(f"mixture: no embodiment {unknown[0]} in the store; it holds {', '.join(embodiments)}")
     shape = snapshot.shape(rows[0]["cameras"][0]["segments"][0])
+    if recipe.model.get("observation") == "pixels" and not snapshot.rows(PIXELS):
+        raise UserError(
+            f"{store_uri}: holds no pixels, which this model observes; ingest the same with --encoder {PIXELS}, too"
+        )
     derived: dict[str, Any] = {
         "cameras": slots,
         "latent_channels": shape[1],
@@ -44,11 +49,15 @@ def plan(store_uri: str, recipe: Recipe, snapshot_id: str | None = None) -> Sett
         diffusion = DiffusionConfig(**recipe.diffusion)
     except (TypeError, ValueError) as error:
         raise UserError(f"recipe: {error}") from None
+    sizes = (model.latent_channels, *model.latent_size)
+    if sizes[0] != shape[1] or sizes[1] > shape[2] or sizes[2] > shape[3]:
+        raise UserError(f"{store_uri}: latents are {shape[1:]}, the recipe's model reads {sizes} of them")
     return Settings(
         model=model,
         diffusion=diffusion,
         encoder=rows[0]["encoder"],
         encoder_digest=rows[0]["encoder_digest"],
+        image_size=shape[2] * STRIDE,
         embodiments=embodiments,
         store=snapshot.uri,
         snapshot=snapshot.id,
@@ -59,7 +68,11 @@ def plan(store_uri: str, recipe: Recipe, snapshot_id: str | None = None) -> Sett
 def choose_encoder(snapshot: Snapshot, name: str | None) -> str:
     """The digest of the one encoder of that name or digest in the store; UserError where there is none, or several."""
     table = snapshot.episodes(["encoder", "encoder_digest"]).to_pylist()
-    digests = {row["encoder_digest"]: row["encoder"] for row in table if name in (None, *row.values())}
+    digests = {
+        row["encoder_digest"]: row["encoder"]
+        for row in table
+        if row["encoder"] != PIXELS and name in (None, row["encoder"], row["encoder_digest"])
+    }
     if not digests:
         held = ", ".join(sorted({row["encoder"] for row in table}))
         raise UserError(

@@ -13,6 +13,7 @@ from preprocessing.encoders import Precision
 from preprocessing.episode import UserError
 from preprocessing.limits import Limits
 from preprocessing.quality import Filters
+from uwm_model.augment import AugmentConfig
 from uwm_model.config import DiffusionConfig, ModelConfig
 
 STRIDE = 8  # pixels a latent, of every encoder there is a name for
@@ -57,7 +58,9 @@ class Recipe(BaseModel):
     learning_rate: float = Field(gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     warmup_steps: int = Field(default=100, ge=0)
-    gradient_clip: float = Field(default=1.0, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    decay: Literal["cosine", "none"] = Field(default="cosine", description="of the learning rate, down to a tenth")
+    gradient_clip: float = Field(default=1.0, ge=0, description="of the gradient's norm; 0: none")
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
     workers: int = Field(default=2, gt=0)
     zero_stage: Literal[0, 1, 2] = 1
@@ -69,6 +72,7 @@ class Recipe(BaseModel):
     mixture: dict[str, float] = Field(default_factory=dict, description="weight by embodiment, else its windows")
     model: dict[str, Any] = Field(default_factory=dict)
     diffusion: dict[str, Any] = Field(default_factory=dict)
+    augment: AugmentConfig = AugmentConfig()
 
     @field_validator("model", "diffusion")
     @classmethod

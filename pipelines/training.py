@@ -28,9 +28,11 @@ from infra.cluster import Meter, cluster, watch
 from pipelines import checkpoint
 from pipelines.checkpoint import Settings
 from pipelines.recipe import Recipe
+from preprocessing.encoders import PIXELS
 from preprocessing.loader import LatentDataset, WindowShape
 from preprocessing.store import Snapshot
 from preprocessing.windows import split
+from uwm_model.augment import augment, centre
 from uwm_model.batch import Batch
 
 VALIDATION_BATCHES = 4
@@ -100,7 +102,10 @@ def _quiet(verbose: bool) -> Iterator[None]:
 
 
 def dataset(settings: Settings, validation: bool, recipe: Recipe) -> LatentDataset:
-    """The training or the held-out episodes of the settings' snapshot that the recipe selects."""
+    """The training or the held-out episodes of the settings' snapshot that the recipe selects.
+
+    UserError where the model observes pixels that the store does not hold.
+    """
     snapshot = Snapshot(settings.store, settings.snapshot)
     rows = [
         row
@@ -118,7 +123,8 @@ def dataset(settings: Settings, validation: bool, recipe: Recipe) -> LatentDatas
         model.action_dim,
         model.proprio_dim,
     )
-    return LatentDataset(snapshot, rows, settings.embodiments, shape)
+    pixels = snapshot.rows(PIXELS) if model.observation == "pixels" else None
+    return LatentDataset(snapshot, rows, settings.embodiments, shape, pixels)
 
 
 def to_batch(arrays: dict[str, np.ndarray], device: torch.device, dtype: torch.dtype) -> Batch:
@@ -141,7 +147,13 @@ def _worker(config: dict[str, Any]) -> None:
     model = checkpoint.load(Path(config["initial"]))[0].train() if config["initial"] else settings.build()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
     schedule = engine.OptimizerSettings(
-        recipe.learning_rate, recipe.weight_decay, recipe.warmup_steps, recipe.steps, recipe.gradient_clip
+        recipe.learning_rate,
+        recipe.weight_decay,
+        recipe.warmup_steps,
+        recipe.steps,
+        recipe.gradient_clip,
+        recipe.betas,
+        recipe.decay,
     )
     deepspeed = engine.initialize(model, schedule, recipe.zero_stage, recipe.precision, recipe.batch_size // world)
     dtype = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
@@ -157,6 +169,7 @@ def _worker(config: dict[str, Any]) -> None:
         batch = to_batch(next(batches), device, dtype)
         waited += time.monotonic() - fetching
         generator = torch.Generator(device).manual_seed(hash((recipe.seed, step, rank)) % 2**63)
+        batch = augment(batch, settings.model.latent_size, recipe.augment, generator)
         losses = deepspeed(batch, generator=generator)
         deepspeed.backward(losses.total)
         deepspeed.step()
@@ -203,7 +216,8 @@ def _validate(model: Any, settings: Settings, recipe: Recipe, device: torch.devi
     generator = torch.Generator(device).manual_seed(recipe.seed)
     batches = data.batches(recipe.seed, {}, 64)
     for _, arrays in zip(range(VALIDATION_BATCHES), batches, strict=False):
-        losses = model.float().loss(to_batch(arrays, device, torch.float32), generator=generator)
+        batch = centre(to_batch(arrays, device, torch.float32), settings.model.latent_size)
+        losses = model.float().loss(batch, generator=generator)
         totals["validation_loss_action"].append(losses.action.item())
         totals["validation_loss_video"].append(losses.video.item())
     return {name: float(np.mean(values)) for name, values in totals.items()}

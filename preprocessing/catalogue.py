@@ -72,6 +72,7 @@ QUARANTINE = pa.schema(
     ]
 )
 REMOVED = pa.schema([("id", pa.string()), ("uri", pa.string()), ("index", pa.int64())])
+KINDS = {"latents": np.float16, "pixels": np.uint8, "steps": np.float32}  # of segments, by their arrays' names
 TABLES = {"catalogue": CATALOGUE, "statistics": STATISTICS, "quarantine": QUARANTINE, "removed": REMOVED}
 
 READERS = 16  # tables read at a time: on an object store each costs a round trip

@@ -1,5 +1,7 @@
 """Frozen VAEs, named and versioned: frames to latents at ingest, latents to frames for people.
 
+One more encoder is none: ``pixels`` keeps the frames as they are, for models that observe them beside the latents.
+
 Latents are standardised: about zero mean and unit deviation over all channels. They are deterministic (the mode of a
 posterior, never a sample), so that the same frame always has the same latents.
 
@@ -20,6 +22,7 @@ from preprocessing.episode import UserError
 Precision = Literal["float32", "bfloat16"]
 
 SHIPPED = Path(__file__).parent / "weights" / "tiny_vae"
+PIXELS = "pixels"
 HUB = {"sdxl-vae": "stabilityai/sdxl-vae", "taesdxl": "madebyollin/taesdxl"}
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "config.json")
 CLASSES = ("AutoencoderTiny", "AutoencoderKL")
@@ -77,11 +80,27 @@ class Encoder:
         return np.concatenate(parts)
 
 
-def load_encoder(name: str, device: str = "cpu", precision: Precision = "float32") -> Encoder:
-    """``tiny`` (shipped), ``sdxl-vae``, ``taesdxl``, a hub id, or a diffusers folder.
+class Pixels:
+    """Frames as they are, channels first, with the face of an Encoder."""
+
+    digest, channels, stride = PIXELS, 3, 1
+
+    def encode(self, frames: np.ndarray) -> np.ndarray:
+        """uint8 ``[N, H, W, 3]`` RGB -> uint8 ``[N, 3, H, W]``."""
+        return np.ascontiguousarray(frames.transpose(0, 3, 1, 2))
+
+    def decode(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 ``[N, 3, H, W]`` -> uint8 ``[N, H, W, 3]`` RGB."""
+        return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
+
+
+def load_encoder(name: str, device: str = "cpu", precision: Precision = "float32") -> Encoder | Pixels:
+    """``tiny`` (shipped), ``sdxl-vae``, ``taesdxl``, a hub id, a diffusers folder, or ``pixels``.
 
     Raises UserError where there is no such VAE, or it does not load.
     """
+    if name == PIXELS:
+        return Pixels()
     folder = _folder(name)
     try:
         return Encoder(folder, device, precision)
@@ -91,7 +110,7 @@ def load_encoder(name: str, device: str = "cpu", precision: Precision = "float32
 
 def encoder_digest(name: str, precision: Precision = "float32") -> str:
     """The digest of ``load_encoder(name)``, without loading it."""
-    return _digest(_folder(name), precision)
+    return Pixels.digest if name == PIXELS else _digest(_folder(name), precision)
 
 
 def _folder(name: str) -> Path:
@@ -113,7 +132,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     if "/" not in HUB.get(name, name):
-        raise UserError(f"encoder {name}: no such folder, and not one of tiny, {', '.join(HUB)} or a hub id")
+        raise UserError(f"encoder {name}: no such folder, and not one of tiny, {', '.join(HUB)}, {PIXELS} or a hub id")
     try:
         return Path(snapshot_download(HUB.get(name, name), allow_patterns=list(WEIGHTS)))
     except Exception as error:  # the hub client raises a dozen kinds, and httpx's own

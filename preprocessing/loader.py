@@ -1,8 +1,8 @@
 """Windows to batches: whole-batch gathers from a memory map.
 
-The pinned snapshot is copied once per machine into two flat files (latents float16, steps float32), since zarr-python
-is far too slow to read sample by sample (docs/design/store.md). A batch is then a few fancy indexes: no worker
-processes, no copies between them.
+The pinned snapshot is copied once per machine into flat files (latents float16, pixels uint8, steps float32), since
+zarr-python is far too slow to read sample by sample (docs/design/store.md). A batch is then a few fancy indexes: no
+worker processes, no copies between them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from preprocessing.cache import cache_folder
+from preprocessing.episode import UserError
 from preprocessing.snapshot import Snapshot
 from preprocessing.windows import Embodiment, WindowSampler, spans
 
@@ -41,16 +42,23 @@ class LatentDataset:
 
     ``rows`` are catalogue rows of one encoder; ``embodiments`` says how each fills the model's slots. An episode of
     which several spans may be used counts as so many: ``rows`` holds its row as often, ``first`` where each begins.
+    ``pixels`` are catalogue rows of the same episodes, where windows are to have the current frames' pixels too.
     """
 
     def __init__(
-        self, snapshot: Snapshot, rows: list[dict[str, Any]], embodiments: dict[str, Embodiment], shape: WindowShape
+        self,
+        snapshot: Snapshot,
+        rows: list[dict[str, Any]],
+        embodiments: dict[str, Embodiment],
+        shape: WindowShape,
+        pixels: list[dict[str, Any]] | None = None,
     ):
         used = [(row, first, stop) for row in rows for first, stop in spans(row)]
         self.rows, self.shape = [row for row, _, _ in used], shape
         if not used:
             return
         self._latents, self._steps = _flat_files(snapshot, rows)
+        self._pixels = None if pixels is None else _flat_pixels(snapshot, _alike(rows, pixels))
         latents_start, steps_start = _starts(rows)
         rows = self.rows
         self.first = np.array([first for _, first, _ in used])
@@ -77,7 +85,7 @@ class LatentDataset:
 
         current_latents float16 [B, V, To, C, h, w], future_latents [B, V, Tf, C, h, w], camera_mask bool [B, V],
         action float32 [B, L, A] in [-1, 1], action_mask bool [B, L, A], proprio float32 [B, To, P],
-        proprio_mask bool [B, P], embodiment int64 [B].
+        proprio_mask bool [B, P], embodiment int64 [B]; current_pixels uint8 [B, V, To, 3, H, W] where there are any.
         """
         shape, last = self.shape, self.frames[episode, None] - 1
         observed = np.clip(frame[:, None] + np.arange(1 - shape.observed_frames, 1), 0, last)
@@ -95,9 +103,10 @@ class LatentDataset:
         proprio, proprio_mask = self._columns(episode, observed, self._action_dim, self._proprio_dim, shape.proprio_dim)
         offset, scale = self._proprio_scale
         proprio = np.where(proprio_mask[:, None], (proprio - offset[group, None]) / scale[group, None], 0)
-        return {
-            "current_latents": self._frames_of(start, present, observed),
-            "future_latents": self._frames_of(start, present, future),
+        pixels = {} if self._pixels is None else {"current_pixels": _frames(self._pixels, start, present, observed)}
+        return pixels | {
+            "current_latents": _frames(self._latents, start, present, observed),
+            "future_latents": _frames(self._latents, start, present, future),
             "camera_mask": present,
             "action": action.astype(np.float32),
             "action_mask": action_mask,
@@ -117,12 +126,6 @@ class LatentDataset:
             yield self.gather(episode[rank::world], frame[rank::world])
             step += 1
 
-    def _frames_of(self, start: np.ndarray, present: np.ndarray, frame: np.ndarray) -> np.ndarray:
-        where = np.where(present, start, 0)[:, :, None] + np.where(present[:, :, None], frame[:, None, :], 0)
-        latents = self._latents[where]
-        latents[~present] = 0
-        return latents
-
     def _columns(
         self, episode: np.ndarray, frame: np.ndarray, first: Any, width: np.ndarray, padded: int
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -133,6 +136,28 @@ class LatentDataset:
         offset = np.broadcast_to(first, self.frames.shape)[episode]
         where = (self._steps_start[episode] + offset)[:, None, None] + frame[:, :, None] * row[:, None, None] + column
         return self._steps[np.where(exists[:, None], where, 0)], exists
+
+
+def _frames(stored: np.ndarray, start: np.ndarray, present: np.ndarray, frame: np.ndarray) -> np.ndarray:
+    """Of each camera that is present [B, V], from where its episode starts, the frames [B, T]; zeros of the others."""
+    where = np.where(present, start, 0)[:, :, None] + np.where(present[:, :, None], frame[:, None, :], 0)
+    frames = stored[where]
+    frames[~present] = 0
+    return frames
+
+
+def _alike(rows: list[dict[str, Any]], pixels: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of pixels in the order of ``rows``, so that frames lie at the same places."""
+    by_id = {row["id"]: row for row in pixels}
+    for row in rows:
+        other = by_id.get(row["id"])
+        names = [[camera["name"] for camera in found["cameras"]] for found in (row, other) if found]
+        if other is None or other["frames"] != row["frames"] or names[0] != names[1]:
+            raise UserError(
+                f"{row['uri']} #{row['index']}: its pixels are not in the store as its latents are; "
+                "ingest it again with --encoder pixels, and the other settings as before"
+            )
+    return [by_id[row["id"]] for row in rows]
 
 
 def _width(row: dict[str, Any]) -> int:
@@ -160,7 +185,37 @@ def _table(top: int, width: int, embodiments: dict[str, Embodiment], which: str)
 
 
 def _flat_files(snapshot: Snapshot, rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Memory maps of these episodes: latents float16 [frames of all cameras, C, h, w] and steps float32, flat.
+    """Memory maps of these episodes: latents float16 [frames of all cameras, C, h, w] and steps float32, flat."""
+
+    def build(folder: Path) -> None:
+        segments, stepping = _segments(rows), [row for row in rows if row["steps"]["count"]]
+        _copy(snapshot, segments, [None] * len(segments), folder / "latents.f16", np.float16)
+        steps = [row["steps"] for row in stepping]
+        _copy(snapshot, steps, [*map(_width, stepping)], folder / "steps.f32", np.float32)
+
+    folder = _built(rows, build)
+    shape = snapshot.shape(_segments(rows)[0])[1:]
+    latents = np.memmap(folder / "latents.f16", np.float16, "r").reshape(-1, *shape)
+    return latents, np.memmap(folder / "steps.f32", np.float32, "r")
+
+
+def _flat_pixels(snapshot: Snapshot, rows: list[dict[str, Any]]) -> np.ndarray:
+    """A memory map uint8 [frames of all cameras, 3, H, W]."""
+
+    def build(folder: Path) -> None:
+        segments = _segments(rows)
+        _copy(snapshot, segments, [None] * len(segments), folder / "pixels.u8", np.uint8)
+
+    shape = snapshot.shape(_segments(rows)[0])[1:]
+    return np.memmap(_built(rows, build) / "pixels.u8", np.uint8, "r").reshape(-1, *shape)
+
+
+def _segments(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [at for row in rows for camera in row["cameras"] for at in camera["segments"]]
+
+
+def _built(rows: list[dict[str, Any]], build: Callable[[Path], None]) -> Path:
+    """The folder of these rows' flat files.
 
     Built under a lock by the first process of a machine that asks; a folder that is there is complete.
     """
@@ -173,20 +228,9 @@ def _flat_files(snapshot: Snapshot, rows: list[dict[str, Any]]) -> tuple[np.ndar
             building = root / f"building-{name}"
             shutil.rmtree(building, ignore_errors=True)
             building.mkdir()
-            segments = [at for row in rows for camera in row["cameras"] for at in camera["segments"]]
-            stepping = [row for row in rows if row["steps"]["count"]]
-            _copy(snapshot, segments, [None] * len(segments), building / "latents.f16", np.float16)
-            _copy(
-                snapshot,
-                [row["steps"] for row in stepping],
-                [*map(_width, stepping)],
-                building / "steps.f32",
-                np.float32,
-            )
+            build(building)
             building.rename(folder)
-    shape = snapshot.shape(rows[0]["cameras"][0]["segments"][0])[1:]
-    latents_map = np.memmap(folder / "latents.f16", np.float16, "r").reshape(-1, *shape)
-    return latents_map, np.memmap(folder / "steps.f32", np.float32, "r")
+    return folder
 
 
 def _copy(

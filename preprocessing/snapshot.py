@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,12 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import zarr
 
-from preprocessing.catalogue import TABLES, DamagedError, parts, read_table, read_tables
-from preprocessing.episode import FRAMES_PER_CHUNK
+from preprocessing.catalogue import KINDS, TABLES, DamagedError, parts, read_table, read_tables
 from preprocessing.statistics import Statistics, merge
 from preprocessing.storage import parse
 
-ROWS_AT_ONCE = 256 * FRAMES_PER_CHUNK  # 32 MiB of latents of 128 pixels
+BYTES_AT_ONCE = 32 * 2**20
 
 
 class Snapshot:
@@ -216,12 +216,19 @@ def _batches(locations: Sequence[dict[str, Any]]) -> Iterator[list[int]]:
     for i, at in enumerate(locations):
         if batch:
             first = locations[batch[0]]
-            if at["array"] != first["array"] or at["start"] + at["count"] - first["start"] > ROWS_AT_ONCE:
+            size = (at["start"] + at["count"] - first["start"]) * _row_bytes(at["array"])
+            if at["array"] != first["array"] or size > BYTES_AT_ONCE:
                 yield batch
                 batch = []
         batch.append(i)
     if batch:
         yield batch
+
+
+def _row_bytes(path: str) -> int:
+    """Of an array's row, by the array's name: ``data/GROUP/latents_4x16x16``."""
+    kind, _, shape = path.rpartition("/")[2].partition("_")
+    return np.dtype(KINDS[kind]).itemsize * math.prod(map(int, shape.split("x")))
 
 
 def checksum(rows: np.ndarray) -> str:

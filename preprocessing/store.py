@@ -3,6 +3,7 @@
 Layout of one repository (everything is written once, by one commit, and never changed but by ``remove``):
 
     data/GROUP/latents_CxHxW   float16 [N, C, h, w]   segments one after the other, chunks of 4 MiB
+    data/GROUP/pixels_3xHxW    uint8 [N, 3, H, W]     frames as they are, of the encoder "pixels"
     data/GROUP/steps_D         float32 [N, D]         columns of the action, of proprioception, of signals
     catalogue/PART             uint8 [bytes]          an Arrow table, one row an episode and encoding
     statistics/PART            uint8 [bytes]          one row an array of those: moments and quantiles
@@ -30,7 +31,7 @@ import icechunk
 import numpy as np
 import zarr
 
-from preprocessing.catalogue import REMOVED, TABLES, parts, write_table
+from preprocessing.catalogue import KINDS, REMOVED, TABLES, parts, write_table
 from preprocessing.episode import UserError
 from preprocessing.snapshot import Snapshot, checksum
 from preprocessing.storage import Place, parse
@@ -322,17 +323,18 @@ class LatentStore:
 
 
 def write_segments(fork: icechunk.ForkSession, arrays: list[np.ndarray]) -> list[Location]:
-    """Write latents (float16 ``[n, C, h, w]``) and steps (float32 ``[n, D]``) as one group; where each went.
+    """Write latents (float16 ``[n, C, h, w]``), pixels (uint8) and steps (float32 ``[n, D]``) as one group; where each
+    went.
 
-    Arrays of one shape lie one after the other in one zarr array, without gaps.
+    Arrays of one kind and shape lie one after the other in one zarr array, without gaps.
     """
     group = f"data/{uuid.uuid4().hex}"
     locations = [Location("", 0, 0, "")] * len(arrays)  # where an array is empty, nothing is written
-    for shape in dict.fromkeys(array.shape[1:] for array in arrays if array.size):
-        kind = "latents" if len(shape) == 3 else "steps"
+    for dtype, shape in dict.fromkeys((array.dtype, array.shape[1:]) for array in arrays if array.size):
+        kind = next(name for name, values in KINDS.items() if dtype == values)
         path = f"{group}/{kind}_{'x'.join(map(str, shape))}"
-        members = [i for i, array in enumerate(arrays) if array.shape[1:] == shape]
-        joined = np.concatenate([arrays[i] for i in members], dtype=np.float16 if kind == "latents" else np.float32)
+        members = [i for i, array in enumerate(arrays) if (array.dtype, array.shape[1:]) == (dtype, shape)]
+        joined = np.concatenate([arrays[i] for i in members])
         start = 0
         for i in members:
             stop = start + len(arrays[i])

@@ -41,12 +41,15 @@ class AugmentConfig:
 
 def augment(batch: Batch, size: tuple[int, int], config: AugmentConfig, generator: torch.Generator) -> Batch:
     """The batch with latents of ``size`` (h, w), cut out anywhere, and its pixels' colours changed."""
-    places = _draw(batch, config, generator)
     spare_h, spare_w = _spare(batch, size)
+    changes = (config.brightness, config.contrast, config.saturation, config.hue)
+    coloured = batch.current_pixels is not None and any(changes)
+    if not (spare_h or spare_w or coloured):
+        return batch
+    places = _draw(batch, config, generator)
     top, left = (places[0] * (spare_h + 1)).long(), (places[1] * (spare_w + 1)).long()
     batch = _cut(batch, top, left, size)
-    changes = (config.brightness, config.contrast, config.saturation, config.hue)
-    if batch.current_pixels is None or not any(changes):
+    if batch.current_pixels is None or not coloured:
         return batch
     return replace(batch, current_pixels=_colour(batch.current_pixels, places[2:], changes, generator))
 
