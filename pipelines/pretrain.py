@@ -74,9 +74,9 @@ def choose_encoder(snapshot: Snapshot, name: str | None) -> str:
         if row["encoder"] != PIXELS and name in (None, row["encoder"], row["encoder_digest"])
     }
     if not digests:
-        held = ", ".join(sorted({row["encoder"] for row in table}))
+        held = ", ".join(sorted({row["encoder"] for row in table} - {PIXELS}))
         raise UserError(
-            f"{snapshot.uri}: " + (f"no latents of {name}; it holds {held}" if held else "no episode in it")
+            f"{snapshot.uri}: " + (f"no latents of {name}; it holds {held}" if held else "no latents in it")
         )
     if len(digests) > 1:
         names = ", ".join(f"{named} ({digest})" for digest, named in digests.items())
