@@ -45,27 +45,11 @@ def initialize(
     # A shared-memory collective for inference that would be compiled for a minute, and hang after a killed build.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-    decay = [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
-    rest = [p for p in module.parameters() if p.requires_grad and p.ndim <= 1]
-    adamw = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": optimizer.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-        lr=optimizer.learning_rate,
-        betas=optimizer.betas,
-        fused=True,
-    )
-
-    def schedule(step: int) -> float:
-        if step < optimizer.warmup_steps:
-            return (step + 1) / optimizer.warmup_steps
-        if optimizer.decay == "none":
-            return 1.0
-        done = (step - optimizer.warmup_steps) / max(1, optimizer.steps - optimizer.warmup_steps)
-        return 0.1 + 0.9 * (1 + math.cos(math.pi * min(done, 1.0))) / 2
-
+    stepper, scheduler = adamw(module, optimizer)
     engine, *_ = deepspeed.initialize(
         model=module,
-        optimizer=adamw,
-        lr_scheduler=torch.optim.lr_scheduler.LambdaLR(adamw, schedule),
+        optimizer=stepper,
+        lr_scheduler=scheduler,
         config={
             "train_micro_batch_size_per_gpu": batch_size_per_worker,
             "gradient_clipping": optimizer.gradient_clip,
@@ -75,3 +59,27 @@ def initialize(
         },
     )
     return engine
+
+
+def adamw(
+    module: nn.Module, settings: OptimizerSettings
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    """The optimizer, whose weight decay spares vectors, and the schedule of its rate."""
+    decay = [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
+    rest = [p for p in module.parameters() if p.requires_grad and p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        fused=True,
+    )
+
+    def factor(step: int) -> float:
+        if step < settings.warmup_steps:
+            return (step + 1) / settings.warmup_steps
+        if settings.decay == "none":
+            return 1.0
+        done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+        return 0.1 + 0.9 * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -66,7 +66,8 @@ def ingest(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set keys of the recipe; any number.")
     ] = None,
     encoder: Annotated[
-        list[str] | None, typer.Option(help="tiny (if left out), sdxl-vae, taesdxl, a hub id, a folder, pixels; several.")
+        list[str] | None,
+        typer.Option(help="tiny (if left out), sdxl-vae, taesdxl, a hub id, a folder, pixels; several."),
     ] = None,
     precision: Annotated[
         Literal["float32", "bfloat16"] | None, typer.Option(help="Of the encoders; bfloat16 is faster on GPUs.")

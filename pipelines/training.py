@@ -7,6 +7,7 @@ timesteps are functions of (seed, step), so a run is repeatable.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import tempfile
@@ -146,16 +147,9 @@ def _worker(config: dict[str, Any]) -> None:
 
     model = checkpoint.load(Path(config["initial"]))[0].train() if config["initial"] else settings.build()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
-    schedule = engine.OptimizerSettings(
-        recipe.learning_rate,
-        recipe.weight_decay,
-        recipe.warmup_steps,
-        recipe.steps,
-        recipe.gradient_clip,
-        recipe.betas,
-        recipe.decay,
+    deepspeed = engine.initialize(
+        model, optimizer_settings(recipe), recipe.zero_stage, recipe.precision, recipe.batch_size // world
     )
-    deepspeed = engine.initialize(model, schedule, recipe.zero_stage, recipe.precision, recipe.batch_size // world)
     dtype = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
     device = deepspeed.device
 
@@ -205,6 +199,11 @@ def _worker(config: dict[str, Any]) -> None:
         settings.step = recipe.steps
         checkpoint.save(final, average.module.state_dict(), settings)
     ray.train.report({}, checkpoint=Checkpoint.from_directory(str(final)) if final else None)
+
+
+def optimizer_settings(recipe: Recipe) -> engine.OptimizerSettings:
+    names = [field.name for field in dataclasses.fields(engine.OptimizerSettings)]
+    return engine.OptimizerSettings(**{name: getattr(recipe, name) for name in names})
 
 
 @torch.inference_mode()
