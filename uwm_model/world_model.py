@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,8 @@ class UnifiedWorldModel(nn.Module):
 
     Outside, latents are standardised; inside, they are divided by ``latent_divisor``, so that clipping keeps them.
     """
+
+    modes: ClassVar[tuple[Mode, ...]] = ("policy", "forward_dynamics", "inverse_dynamics", "video", "joint")
 
     def __init__(self, model: ModelConfig, diffusion: DiffusionConfig):
         super().__init__()
