@@ -16,7 +16,7 @@ from infra import registry, tracking
 from preprocessing.episode import UserError
 from preprocessing.windows import Embodiment
 from uwm_model.config import DiffusionConfig, ModelConfig
-from uwm_model.world_model import UnifiedWorldModel
+from uwm_model.kinds import Model, build
 
 
 class Settings(BaseModel):
@@ -37,8 +37,9 @@ class Settings(BaseModel):
     run_id: str | None = None
     step: int = 0
 
-    def build(self) -> UnifiedWorldModel:
-        return UnifiedWorldModel(self.model, self.diffusion)
+    def build(self) -> Model:
+        """A fresh model of the settings' kind; settings written before there were kinds are UWM's."""
+        return build(self.model, self.diffusion)
 
 
 def save(folder: Path, weights: dict[str, torch.Tensor], settings: Settings) -> None:
@@ -60,7 +61,7 @@ def load_settings(folder: Path) -> Settings:
         raise UserError(f"{folder}: not a checkpoint of this project ({reason})") from None
 
 
-def load(folder: Path) -> tuple[UnifiedWorldModel, Settings]:
+def load(folder: Path) -> tuple[Model, Settings]:
     """The model with its weights, in evaluation mode, and its settings."""
     settings = load_settings(folder)
     model = settings.build()

@@ -204,6 +204,8 @@ def evaluate(
     report = run(model, store, env, episodes, folder, embodiment)
     for part in ("open_loop", "closed_loop"):
         for name, value in report.get(part, {}).items():
+            if value is None:  # not something that this kind of model does
+                continue
             say(f"{name:>22} {value:.4g}" if isinstance(value, float) else f"{name:>22} {value}")
     say(f"written to {folder}")
     answer(report | {"folder": str(folder)}, as_json)

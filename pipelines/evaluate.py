@@ -1,8 +1,9 @@
 """``uwm evaluate``: how good a model is, on held-out episodes (open loop) and in a simulator (closed loop).
 
 Open loop: action error in policy and inverse-dynamics mode; PSNR of forward dynamics between its floor (the current
-frame, copied) and its ceiling (the true future frame through the VAE). Closed loop: success rate with its interval,
-and a video of every episode. Everything goes into a folder and to the model's MLflow run.
+frame, copied) and its ceiling (the true future frame through the VAE); all as far as this kind of model has those
+modes. Closed loop: success rate with its interval, and a video of every episode. Everything goes into a folder and to
+the model's MLflow run.
 """
 
 from __future__ import annotations
@@ -43,15 +44,15 @@ IDENTICAL = 60.0  # dB that equal pictures count as, for their PSNR is infinite
 
 @dataclass
 class OpenLoop:
-    """Means over held-out windows; action errors in the robot's units, PSNR in dB."""
+    """Means over held-out windows; action errors in the robot's units, PSNR in dB. None: this kind of model cannot."""
 
     windows: int
     action_error_policy: float
-    action_error_inverse: float
+    action_error_inverse: float | None
     action_error_mean: float  # of always answering the training mean: what an error is to be held against
-    psnr_forward: float
-    psnr_floor: float
-    psnr_ceiling: float
+    psnr_forward: float | None
+    psnr_floor: float | None
+    psnr_ceiling: float | None
 
 
 @dataclass
@@ -90,7 +91,7 @@ def evaluate(
     if store_uri:
         result = open_loop(policy, store_uri, output)
         report["open_loop"] = asdict(result)
-        metrics |= {name: float(value) for name, value in asdict(result).items()}
+        metrics |= {name: float(value) for name, value in asdict(result).items() if value is not None}
     if env:
         rollout = closed_loop(policy, env, episodes, output, seed)
         report["closed_loop"] = asdict(rollout)
@@ -131,35 +132,53 @@ def open_loop(policy: Policy, store_uri: str, output: Path) -> OpenLoop:
         return float((np.abs(action - true) * scale)[mask].mean())
 
     by_policy, _ = model.sample("policy", batch, generator=generator)
-    by_inverse, _ = model.sample("inverse_dynamics", batch, generator=generator)
-    _, future = model.sample("forward_dynamics", batch, generator=generator)
-    assert by_policy is not None and by_inverse is not None and future is not None
+    assert by_policy is not None
+    by_inverse = None
+    if "inverse_dynamics" in model.modes:
+        by_inverse, _ = model.sample("inverse_dynamics", batch, generator=generator)
+    of_frames: tuple[float | None, float | None, float | None] = (None, None, None)
+    if "forward_dynamics" in model.modes:
+        _, future = model.sample("forward_dynamics", batch, generator=generator)
+        assert future is not None and batch.future_latents is not None
+        of_frames = _frame_quality(policy, data, episode, frame, future.numpy(), batch.future_latents.numpy(), output)
+    return OpenLoop(
+        WINDOWS,
+        error(by_policy.numpy()),
+        None if by_inverse is None else error(by_inverse.numpy()),
+        error(np.broadcast_to(true.sum((0, 1)) / np.maximum(mask.sum((0, 1)), 1), true.shape)),
+        *of_frames,
+    )
 
+
+def _frame_quality(
+    policy: Policy,
+    data: Any,
+    episode: np.ndarray,
+    frame: np.ndarray,
+    predicted_latents: np.ndarray,
+    true_latents: np.ndarray,
+    output: Path,
+) -> tuple[float, float, float]:
+    """PSNR of the predicted frames, of the current ones copied (floor), of the true latents decoded (ceiling).
+
+    Latents [windows, V, Tf, C, h, w]. Pictures of the first predictions go to ``output``.
+    """
     # The farthest of the future frames, of every window and camera slot at once.
-    slots = range(settings.model.cameras)
-    predictions = [policy.encoder.decode(future[:, slot, -1].numpy()) for slot in slots]
-    assert batch.future_latents is not None
-    rebuilds = [policy.encoder.decode(batch.future_latents[:, slot, -1].numpy()) for slot in slots]
+    slots = range(true_latents.shape[1])
+    predictions = [policy.encoder.decode(predicted_latents[:, slot, -1]) for slot in slots]
+    rebuilds = [policy.encoder.decode(true_latents[:, slot, -1]) for slot in slots]
     quality: list[list[float]] = []
     pictures: list[np.ndarray] = []
     for i, frames in enumerate(tqdm(_true_frames(policy, data, episode, frame), "frames", total=WINDOWS, leave=False)):
         for slot, (now, then) in frames.items():
             predicted, rebuilt = predictions[slot][i], rebuilds[slot][i]
             quality.append([min(float(psnr(image, then)), IDENTICAL) for image in (predicted, now, rebuilt)])
-            if len(pictures) < PICTURES * settings.model.cameras:
+            if len(pictures) < PICTURES * len(slots):
                 pictures.append(np.concatenate([now, predicted, then], axis=1))
     for number, picture in enumerate(pictures):
         Image.fromarray(picture).save(output / f"forward_{number}.png")
     forward, floor, ceiling = np.mean(quality, axis=0) if quality else [float("nan")] * 3
-    return OpenLoop(
-        WINDOWS,
-        error(by_policy.numpy()),
-        error(by_inverse.numpy()),
-        error(np.broadcast_to(true.sum((0, 1)) / np.maximum(mask.sum((0, 1)), 1), true.shape)),
-        float(forward),
-        float(floor),
-        float(ceiling),
-    )
+    return float(forward), float(floor), float(ceiling)
 
 
 def _true_frames(

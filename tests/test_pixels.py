@@ -31,7 +31,7 @@ def test_pixels_lie_beside_latents_and_train_a_policy(
     raw, store = write_demos(tmp_path / "toy_demo.hdf5", demos=6, steps=20), str(tmp_path / "store")
     ingest([str(raw)], store, IngestRecipe(image_size=80))
     recipe = load_recipe("paper_libero", SMALL)
-    with pytest.raises(UserError, match="holds no pixels, which this model observes; .* --encoder pixels"):
+    with pytest.raises(UserError, match=r"holds no pixels, which this model observes; .* --encoder pixels"):
         plan(store, recipe)
     both = ingest([str(raw)], store, IngestRecipe(image_size=80, encoder=["tiny", "pixels"]))
     assert both.episodes["new"] == 6

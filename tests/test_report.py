@@ -187,6 +187,19 @@ def test_what_is_absent_is_left_out(road: dict[str, Any], tmp_path: Path) -> Non
     assert "champion" not in text and "<video" not in text
 
 
+def test_what_a_kind_of_model_cannot_do_is_not_measured(road: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "policy"
+    folder.mkdir()
+    nothing = dict.fromkeys(("action_error_inverse", "psnr_forward", "psnr_floor", "psnr_ceiling"))
+    numbers = {"windows": 64, "action_error_policy": 0.1, "action_error_mean": 0.4, **nothing}
+    (folder / "evaluation.json").write_text(json.dumps({"embodiment": "arm", "open_loop": numbers}))
+    (tmp_path / "page").mkdir()
+    text, _ = _write(tmp_path / "page", **road | {"evaluations": {"dp": folder}})
+    words = " ".join(re.sub(r"<style>.*</style>|<[^>]+>", " ", text, flags=re.DOTALL).split())
+    assert "dp 0.1000 – 0.4000 25 %" in words
+    assert "This kind of model does not predict frames from actions." in words
+
+
 def test_only_the_first_videos_are_shown_and_the_page_says_so(
     road: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,8 @@ schedule     how noise is added, and taken away step by step
 objective    the training loss
 sampling     one loop, five modes: policy, forward and inverse dynamics, video, joint
 world_model  the face of it all: ``loss(batch)`` and ``sample(mode, batch)``
+baselines    the paper's comparisons, with the same face
+kinds        the class that a model's settings ask for
 metrics      how good an image, an action or a success rate is
 official     reads published checkpoints
 """

@@ -6,6 +6,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from uwm_model.config import ModelConfig
+
 
 class Block(nn.Module):
     """Attention and MLP. Freshly made it is the identity, since the modulation starts at zero and gates both."""
@@ -18,7 +20,7 @@ class Block(nn.Module):
         self.modulation = modulation(condition_width, 6 * width)
 
     def forward(self, x: Tensor, condition: Tensor, keys: Tensor | None) -> Tensor:
-        """x [B, N, D], condition [B, K], keys bool [B, 1, 1, N] (False: nobody attends to it) -> [B, N, D]."""
+        """x [B, N, D], condition [B, K], keys bool [B, 1, 1 or N, N] (False: not attended to) -> [B, N, D]."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition)[:, None].chunk(6, dim=-1)
         x = x + gate_a * self.attention(normalise(x, shift_a, scale_a), keys)
         return x + gate_m * self.mlp(normalise(x, shift_m, scale_m))
@@ -48,10 +50,18 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
-        """x [B, N, D], keys bool [B, 1, 1, N] -> [B, N, D]."""
+        """x [B, N, D], keys bool [B, 1, 1 or N, N] -> [B, N, D]."""
         q, k, v = rearrange(self.qkv(x), "b n (three heads d) -> three b heads n d", three=3, heads=self.heads)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
         return self.out(rearrange(mixed, "b heads n d -> b n (heads d)"))
+
+
+def stack(config: ModelConfig, condition_width: int) -> nn.ModuleList:
+    """The ``depth`` blocks of a transformer, modulated by a condition of that width."""
+    return nn.ModuleList(
+        Block(config.width, config.heads, config.mlp_ratio, config.qkv_bias, condition_width)
+        for _ in range(config.depth)
+    )
 
 
 def modulation(condition_width: int, out: int) -> nn.Sequential:

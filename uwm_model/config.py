@@ -20,6 +20,9 @@ class ModelConfig:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
+    # Which model it is: UWM, or one of the paper's comparisons (kinds.py).
+    kind: Literal["uwm", "dp", "pad", "gr1"] = "uwm"
+
     # What the data decides.
     cameras: int
     latent_channels: int
@@ -63,6 +66,8 @@ class ModelConfig:
             raise ValueError(f"timestep_width: {self.timestep_width} is not an even number of at least 4")
         if self.mlp_ratio <= 0:
             raise ValueError(f"mlp_ratio: {self.mlp_ratio} is not above 0")
+        if self.kind not in ("uwm", "dp", "pad", "gr1"):
+            raise ValueError(f"kind: {self.kind} is unknown; known: uwm, dp, pad, gr1")
         if self.observation not in ("latents", "pixels"):
             raise ValueError(f"observation: {self.observation} is unknown; known: latents, pixels")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from uwm_model.blocks import Block, Head
+from uwm_model.blocks import Head, stack
 from uwm_model.config import ModelConfig
 from uwm_model.tokens import ActionTokens, LatentPatches, TimestepEmbedding
 
@@ -31,10 +31,7 @@ class Denoiser(nn.Module):
         self.position = nn.Parameter(torch.empty(1, config.tokens, config.width))
         self.timesteps = TimestepEmbedding(config.timestep_width)
         modulated_by = config.condition_size + config.timestep_width
-        self.blocks = nn.ModuleList(
-            Block(config.width, config.heads, config.mlp_ratio, config.qkv_bias, modulated_by)
-            for _ in range(config.depth)
-        )
+        self.blocks = stack(config, modulated_by)
         self.head = Head(config.width, modulated_by)
         self._initialise()
 
@@ -42,10 +39,8 @@ class Denoiser(nn.Module):
         """Small embeddings, and predictions of exactly zero: a fresh model's loss is the noise's variance, 1."""
         nn.init.normal_(self.registers, std=0.02)
         nn.init.normal_(self.position, std=0.02)
-        for last in (self.actions.decode[2], self.latents.decoder):
-            assert isinstance(last, nn.Linear)
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+        self.actions.silence()
+        self.latents.silence()
 
     def forward(
         self,
@@ -56,12 +51,14 @@ class Denoiser(nn.Module):
         t_video: Tensor,
         camera_mask: Tensor | None = None,
         current_latents: Tensor | None = None,
+        action_shown: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Predictions shaped like ``action`` and ``latents``.
 
         condition [B, condition_size], action [B, L, A], latents [B, V, Tf, C, h, w], t_action and t_video int64 [B]
         or 0-d, camera_mask bool [B, V]: nobody attends to the tokens of a missing camera, and the prediction for it
         means nothing. None: all cameras are there. current_latents [B, V, To, C, h, w] are for ``current_patches``.
+        action_shown bool [B]: nobody attends to the action tokens of a sample where it is False. None: all are shown.
         """
         B, (L, patches) = len(action), (self.config.action_chunk, self.config.cameras * self.config.patches)
         registers = self.registers.expand(B, -1, -1)
@@ -73,15 +70,20 @@ class Denoiser(nn.Module):
         x_BND = torch.cat([self.actions.encode(action), future, registers], dim=1) + self.position
         times = self.timesteps(t_action.expand(B), t_video.expand(B))
         condition_BK = torch.cat([condition, times], dim=1)
-        keys = None if camera_mask is None else self._keys(camera_mask)
+        keys = self._keys(x_BND, camera_mask, action_shown)
         for block in self.blocks:
             x_BND = block(x_BND, condition_BK, keys)
         x_BND = self.head(x_BND, condition_BK)
         return self.actions.decode(x_BND[:, :L]), self.latents.decode(x_BND[:, L : L + patches])
 
-    def _keys(self, camera_mask: Tensor) -> Tensor:
-        """bool [B, V] -> bool [B, 1, 1, N]: which tokens may be attended to."""
-        latents = camera_mask.repeat_interleave(self.config.patches, dim=1)
-        action = latents.new_ones(len(latents), self.config.action_chunk)
-        registers = latents.new_ones(len(latents), self.config.registers)
-        return torch.cat([action, latents, registers], dim=1)[:, None, None]
+    def _keys(self, x: Tensor, camera_mask: Tensor | None, action_shown: Tensor | None) -> Tensor | None:
+        """bool [B, 1, 1, N]: which tokens may be attended to; None: all of them."""
+        if camera_mask is None and action_shown is None:
+            return None
+        keys, L = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), self.config.action_chunk
+        if action_shown is not None:
+            keys[:, :L] = action_shown[:, None]
+        if camera_mask is not None:
+            latents = camera_mask.repeat_interleave(self.config.patches, dim=1)
+            keys[:, L : L + latents.shape[1]] = latents
+        return keys[:, None, None]

@@ -64,13 +64,13 @@ def joint_loss(
     noisy_action = schedule.noisy(action, noise.action, t_action)
     noisy_latents = schedule.noisy(latents, noise.latents, noise.t_video)
     action_prediction, latent_prediction = denoise(noisy_action, t_action, noisy_latents, noise.t_video)
-    action_total, action_each = _masked_mean(
+    action_total, action_each = masked_mean(
         (action_prediction - schedule.target(action, noise.action, t_action)).square(), action_counted
     )
     video_error_BV = (
         (latent_prediction - schedule.target(latents, noise.latents, noise.t_video)).square().mean(dim=(2, 3, 4, 5))
     )
-    video_total, video_each = _masked_mean(video_error_BV, camera_mask)
+    video_total, video_each = masked_mean(video_error_BV, camera_mask)
     return Losses(
         total=action_total + video_total,
         action=action_total.detach(),
@@ -80,7 +80,7 @@ def joint_loss(
     )
 
 
-def _masked_mean(error: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def masked_mean(error: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """error and mask [B, ...] -> the mean over all True entries (0 where there is none), and that of each sample."""
     counted, count = error.where(mask, 0).flatten(1).sum(1), mask.flatten(1).sum(1)
     return counted.sum() / count.sum().clamp(min=1), counted / count

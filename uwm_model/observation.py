@@ -16,6 +16,11 @@ EMBODIMENT_WIDTH = 64
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of red, green, blue
 
 
+def observation(config: ModelConfig) -> PixelObservation | LatentObservation:
+    """The encoder that the settings ask for, from a Batch to the condition [B, condition_size]."""
+    return LatentObservation(config) if config.observation == "latents" else PixelObservation(config)
+
+
 class PixelObservation(nn.Module):
     """Current images -> condition [B, V * To * frame_width]: the paper's (section III-B), images and nothing else.
 

@@ -40,6 +40,13 @@ def roles(mode: str) -> tuple[Role, Role]:
     return ROLES[mode]
 
 
+def require(mode: str, modes: tuple[Mode, ...], who: str) -> None:
+    """ValueError unless ``mode`` is one of the ``modes`` that this model has."""
+    roles(mode)
+    if mode not in modes:
+        raise ValueError(f"mode: {who} has no {mode}; it has {', '.join(modes)}")
+
+
 def sample(
     mode: Mode,
     denoise: Denoise,

@@ -1,4 +1,4 @@
-"""Noisy actions and noisy latents to tokens, predictions back from tokens, and the timesteps to a vector."""
+"""Actions and latents to tokens, predictions back from tokens, and the timesteps to a vector."""
 
 from __future__ import annotations
 
@@ -35,6 +35,10 @@ class LatentPatches(nn.Module):
             self.current = nn.Linear(config.latent_channels * config.observed_frames * rows * columns, config.width)
             nn.init.zeros_(self.current.weight)  # what is at a place now is a hint, and must not drown the position
 
+    def silence(self) -> None:
+        """Let it predict exactly zero, until trained."""
+        _zero(self.decoder)
+
     def encode(self, latents: Tensor) -> Tensor:
         """float [B, V, Tf, C, h, w] -> [B, V * patches, D]."""
         patches = rearrange(latents, "b v (t pt) c (h ph) (w pw) -> b (v t h w) (c pt ph pw)", **self.patch)
@@ -65,22 +69,33 @@ class ActionTokens(nn.Module):
         self.encode = nn.Sequential(nn.Linear(config.action_dim, hidden), nn.Mish(), nn.Linear(hidden, config.width))
         self.decode = nn.Sequential(nn.Linear(config.width, hidden), nn.Mish(), nn.Linear(hidden, config.action_dim))
 
+    def silence(self) -> None:
+        """Let it predict exactly zero, until trained."""
+        last = self.decode[2]
+        assert isinstance(last, nn.Linear)
+        _zero(last)
+
+
+def _zero(linear: nn.Linear) -> None:
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+
 
 class TimestepEmbedding(nn.Module):
-    """Both diffusion timesteps as one vector: sinusoids of t_action, then of t_video, through an MLP."""
+    """Diffusion timesteps as one vector: sinusoids of each, side by side (t_action, then t_video), through an MLP."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, times: int = 2):
         super().__init__()
         self.frequencies = width // 2
-        self.mlp = nn.Sequential(nn.Linear(2 * width, 4 * width), nn.Mish(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(times * width, 4 * width), nn.Mish(), nn.Linear(4 * width, width))
 
-    def forward(self, t_action: Tensor, t_video: Tensor) -> Tensor:
+    def forward(self, *times: Tensor) -> Tensor:
         """int64 [B] each -> [B, width]."""
         weights = next(self.mlp.parameters()).dtype
         # At least float32: bfloat16 cannot tell t = 98 from 99 in the fast sinusoids.
         precise = torch.promote_types(weights, torch.float32)
         step = math.log(10_000) / (self.frequencies - 1)
-        frequency = torch.exp(-step * torch.arange(self.frequencies, device=t_action.device, dtype=precise))
-        angle = torch.stack([t_action, t_video], dim=1)[:, :, None] * frequency  # [B, 2, width / 2]
+        frequency = torch.exp(-step * torch.arange(self.frequencies, device=times[0].device, dtype=precise))
+        angle = torch.stack(times, dim=1)[:, :, None] * frequency  # [B, times, width / 2]
         sinusoids = torch.cat([angle.sin(), angle.cos()], dim=2).flatten(1)
         return self.mlp(sinusoids.to(weights))

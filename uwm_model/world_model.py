@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +12,7 @@ from uwm_model.batch import Batch
 from uwm_model.config import DiffusionConfig, ModelConfig
 from uwm_model.denoiser import Denoise, Denoiser
 from uwm_model.objective import Losses, Noise
-from uwm_model.observation import LatentObservation, PixelObservation
+from uwm_model.observation import observation
 from uwm_model.sampling import Mode, Role
 from uwm_model.schedule import DiffusionSchedule, unit_noise
 
@@ -21,10 +23,12 @@ class UnifiedWorldModel(nn.Module):
     Outside, latents are standardised; inside, they are divided by ``latent_divisor``, so that clipping keeps them.
     """
 
+    modes: ClassVar[tuple[Mode, ...]] = ("policy", "forward_dynamics", "inverse_dynamics", "video", "joint")
+
     def __init__(self, model: ModelConfig, diffusion: DiffusionConfig):
         super().__init__()
         self.model_config, self.diffusion_config = model, diffusion
-        self.observation = LatentObservation(model) if model.observation == "latents" else PixelObservation(model)
+        self.observation = observation(model)
         self.denoiser = Denoiser(model)
         self.schedule = DiffusionSchedule(diffusion)
 

@@ -1,0 +1,114 @@
+"""DP: Diffusion Policy (arXiv 2303.04137), as the UWM paper compares with it (arXiv 2504.02792, appendix B1).
+
+It is UWM's transformer without the image tokens, without their timestep and without the registers, all else the same:
+the condition still reaches every block through its modulation. What the future looks like it never learns, and
+action-free video teaches it nothing.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from uwm_model import sampling
+from uwm_model.batch import Batch
+from uwm_model.blocks import Head, stack
+from uwm_model.config import DiffusionConfig, ModelConfig
+from uwm_model.objective import Losses, masked_mean
+from uwm_model.observation import observation
+from uwm_model.sampling import Mode
+from uwm_model.schedule import DiffusionSchedule, home, unit_noise
+from uwm_model.tokens import ActionTokens, TimestepEmbedding
+
+
+class DiffusionPolicy(nn.Module):
+    """p(action | observation)."""
+
+    modes: ClassVar[tuple[Mode, ...]] = ("policy",)
+
+    def __init__(self, model: ModelConfig, diffusion: DiffusionConfig):
+        super().__init__()
+        self.model_config, self.diffusion_config = model, diffusion
+        self.observation = observation(model)
+        self.denoiser = ActionDenoiser(model)
+        self.schedule = DiffusionSchedule(diffusion)
+
+    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Losses:
+        """``loss``, under the name that training engines call."""
+        return self.loss(batch, generator)
+
+    def loss(self, batch: Batch, generator: torch.Generator | None = None) -> Losses:
+        """The diffusion loss of the actions that there are; that of video is 0, and NaN of each sample."""
+        if batch.action is None:
+            raise ValueError("training needs batch.action (zeros where masked)")
+        action, device = batch.action, batch.action.device
+        where = home(generator, device)
+        t = torch.randint(self.schedule.last + 1, (len(action),), generator=generator, device=where).to(device)
+        noise = unit_noise(action.shape, generator, device)
+        prediction = self._predict(batch, self.observation(batch), self.schedule.noisy(action, noise, t), t)
+        error = (prediction - self.schedule.target(action, noise, t)).square()
+        total, each = masked_mean(error, batch.action_mask)
+        return Losses(
+            total=total,
+            action=total.detach(),
+            video=torch.zeros_like(total),
+            action_per_sample=each.detach(),
+            video_per_sample=torch.full_like(each, torch.nan),
+        )
+
+    @torch.no_grad()
+    def sample(
+        self,
+        mode: Mode,
+        batch: Batch,
+        steps: int | None = None,
+        generator: torch.Generator | None = None,
+        noise_action: Tensor | None = None,
+        noise_latents: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(action float32 [B, L, A], None), padding 0. ValueError for any mode but policy.
+
+        Noise shaped like the action may be given, and comes from ``generator`` otherwise; there is none of latents.
+        """
+        sampling.require(mode, self.modes, "Diffusion Policy")
+        c, condition = self.model_config, self.observation(batch)
+        if noise_action is None:
+            shape = (len(condition), c.action_chunk, c.action_dim)
+            noise_action = unit_noise(shape, generator, condition.device)
+        action, _ = sampling.sample(
+            mode,
+            lambda action, t, latents, _: (self._predict(batch, condition, action, t), latents),
+            self.schedule,
+            steps or self.diffusion_config.sampling_steps,
+            self.diffusion_config.marginal_timestep,
+            noise_action,
+            noise_action.new_zeros(0),  # no latents
+        )
+        return action.float() * batch.action_visible, None
+
+    def _predict(self, batch: Batch, condition: Tensor, action: Tensor, t: Tensor) -> Tensor:
+        return self.denoiser(condition, (action * batch.action_visible).to(condition.dtype), t)
+
+
+class ActionDenoiser(nn.Module):
+    """One token for each of the L actions; condition and timestep reach every block through its modulation."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        modulated_by = config.condition_size + config.timestep_width
+        self.actions = ActionTokens(config)
+        self.position = nn.Parameter(0.02 * torch.randn(1, config.action_chunk, config.width))
+        self.timestep = TimestepEmbedding(config.timestep_width, times=1)
+        self.blocks = stack(config, modulated_by)
+        self.head = Head(config.width, modulated_by)
+        self.actions.silence()
+
+    def forward(self, condition: Tensor, action: Tensor, t: Tensor) -> Tensor:
+        """condition [B, condition_size], noisy action [B, L, A], t int64 [B] or 0-d -> a prediction [B, L, A]."""
+        x_BLD = self.actions.encode(action) + self.position
+        condition_BK = torch.cat([condition, self.timestep(t.expand(len(action)))], dim=1)
+        for block in self.blocks:
+            x_BLD = block(x_BLD, condition_BK, None)
+        return self.actions.decode(self.head(x_BLD, condition_BK))

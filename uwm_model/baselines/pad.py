@@ -1,0 +1,109 @@
+"""PAD, Prediction with Action (arXiv 2411.18179), as the UWM paper compares with it (arXiv 2504.02792, appendix B2).
+
+It is UWM's transformer, but actions and future latents are noised to one time and denoised together, so neither can
+be given or ignored: what it samples is always the joint.
+From PAD: the clean current latents go in with the noisy future ones at the same place (a linear layer over both side
+by side is ``current_patches``); of a sample without actions nobody attends to the action tokens, and there is no
+action loss. UWM's comparison puts a learned token in their place instead.
+From neither: the modulation carries the observation as in UWM, beside the timestep. Proprio and embodiment have no
+other way in, and the network stays as large as UWM's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from uwm_model import objective, sampling
+from uwm_model.batch import Batch
+from uwm_model.config import DiffusionConfig, ModelConfig
+from uwm_model.denoiser import Denoise, Denoiser
+from uwm_model.objective import Losses, Noise
+from uwm_model.observation import observation
+from uwm_model.sampling import Mode
+from uwm_model.schedule import DiffusionSchedule, unit_noise
+
+
+class PredictionWithAction(nn.Module):
+    """p(action, future | observation), under one timestep. Latents are divided by ``latent_divisor`` inside."""
+
+    modes: ClassVar[tuple[Mode, ...]] = ("policy", "video", "joint")
+
+    def __init__(self, model: ModelConfig, diffusion: DiffusionConfig):
+        super().__init__()
+        self.model_config, self.diffusion_config = model, diffusion
+        self.observation = observation(model)
+        self.denoiser = Denoiser(dataclasses.replace(model, current_patches=True))
+        self.schedule = DiffusionSchedule(diffusion)
+
+    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Losses:
+        """``loss``, under the name that training engines call."""
+        return self.loss(batch, generator)
+
+    def loss(self, batch: Batch, generator: torch.Generator | None = None) -> Losses:
+        """UWM's joint loss, both modalities at the time that is drawn for the video."""
+        if batch.action is None or batch.future_latents is None:
+            raise ValueError("training needs batch.action and batch.future_latents (zeros where masked)")
+        latents = batch.future_latents / self.diffusion_config.latent_divisor
+        drawn = objective.draw_noise(batch.action, latents, self.schedule.last, generator)
+        return objective.joint_loss(
+            self._denoiser_of(batch),
+            self.schedule,
+            batch.action,
+            batch.action_mask,
+            latents,
+            batch.camera_mask,
+            Noise(drawn.action, drawn.latents, t_action=drawn.t_video, t_video=drawn.t_video),
+            batch.action_mask,
+        )
+
+    @torch.no_grad()
+    def sample(
+        self,
+        mode: Mode,
+        batch: Batch,
+        steps: int | None = None,
+        generator: torch.Generator | None = None,
+        noise_action: Tensor | None = None,
+        noise_latents: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(action [B, L, A] or None, future latents [B, V, Tf, C, h, w] or None), float32: the joint, or a part of it.
+
+        Noise shaped like the outputs may be given, and comes from ``generator`` otherwise. Padding comes out as 0, and
+        so does the action of a sample whose ``action_mask`` is False throughout. ValueError for forward and inverse
+        dynamics: with one timestep, nothing can be given.
+        """
+        sampling.require(mode, self.modes, "PAD")
+        B, device, c = len(batch.embodiment), batch.embodiment.device, self.model_config
+        if noise_action is None:
+            noise_action = unit_noise((B, c.action_chunk, c.action_dim), generator, device)
+        if noise_latents is None:
+            shape = (B, c.cameras, c.future_frames, c.latent_channels, *c.latent_size)
+            noise_latents = unit_noise(shape, generator, device)
+        action, latents = sampling.sample(
+            "joint",
+            self._denoiser_of(batch),
+            self.schedule,
+            steps or self.diffusion_config.sampling_steps,
+            self.diffusion_config.marginal_timestep,
+            noise_action,
+            noise_latents,
+        )
+        latents = latents.float() * self.diffusion_config.latent_divisor
+        return (
+            action.float() * batch.action_mask if mode != "video" else None,
+            latents * batch.camera_mask[:, :, None, None, None, None] if mode != "policy" else None,
+        )
+
+    def _denoiser_of(self, batch: Batch) -> Denoise:
+        """The network with this batch's observation and masks filled in. It has one time, the video's."""
+        condition, shown = self.observation(batch), batch.action_mask.any(dim=(1, 2))
+
+        def denoise(action: Tensor, _: Tensor, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            action, latents = (action * batch.action_mask).to(condition.dtype), latents.to(condition.dtype)
+            return self.denoiser(condition, action, t, latents, t, batch.camera_mask, batch.current_latents, shown)
+
+        return denoise
