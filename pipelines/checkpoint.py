@@ -29,6 +29,8 @@ class Settings(BaseModel):
     encoder: str
     encoder_digest: str
     image_size: int = 0  # of the frames that the store holds; 0, of earlier checkpoints: as many as the latents are
+    text_encoder: str | None = None
+    text_encoder_digest: str | None = None
     embodiments: dict[str, Embodiment]
     store: str
     snapshot: str

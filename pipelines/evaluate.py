@@ -269,7 +269,8 @@ def _rollout(folder: Path, embodiment: str, task: str, seed: int, number: int, o
     while not success and len(seen) <= HORIZON:
         if not queue:
             images, proprio = history(seen, policy.settings.model.observed_frames)
-            queue = list(policy.act(images, proprio, generator)[0, :EXECUTED])
+            action = policy.act(images, proprio, generator, instruction=simulator.instruction)
+            queue = list(action[0, :EXECUTED])
         observation, success = simulator.step(queue.pop(0))
         seen.append(observation)
     outcome = "success" if success else "failure"

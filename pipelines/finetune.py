@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipelines import checkpoint
 from pipelines.checkpoint import Settings
-from pipelines.pretrain import tracked, training_rows
+from pipelines.pretrain import sentences_of, tracked, training_rows
 from pipelines.recipe import STRIDE, Recipe
 from preprocessing.episode import UserError
 from preprocessing.store import LatentStore
@@ -30,6 +30,12 @@ def plan(initial: Path, store_uri: str, recipe: Recipe, snapshot_id: str | None 
             f"ingest with: uwm ingest SOURCE --store {store_uri} --encoder {settings.encoder}"
         )
     rows = training_rows(all_rows, recipe, store_uri)
+    if settings.text_encoder_digest:
+        sentences_of(snapshot, settings.text_encoder_digest, rows)
+    elif recipe.text_encoder:
+        raise UserError(
+            f"text_encoder: the model was pretrained without; pretrain with text_encoder={recipe.text_encoder}"
+        )
     shape = snapshot.shape(rows[0]["cameras"][0]["segments"][0])
     size = settings.image_size or settings.model.latent_size[0] * STRIDE
     if (shape[1], shape[2] * STRIDE) != (settings.model.latent_channels, size):

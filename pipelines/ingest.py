@@ -31,6 +31,7 @@ from preprocessing.promise import Promises
 from preprocessing.snapshot import Snapshot
 from preprocessing.storage import parse
 from preprocessing.store import LatentStore
+from preprocessing.text import load_text_encoder, text_encoder_digest
 
 ENOUGH_TO_JUDGE = 10  # bad episodes, before their share can stop a job
 BUSY = 0.8  # encoders that compute so much of the time are what bounds an ingest
@@ -92,6 +93,8 @@ def ingest(
     limits.use(recipe.limits)
     places = [place for uri in uris for place in sources.find(uri, format)]
     digests = {_in_full(name): encoder_digest(name, recipe.precision) for name in recipe.encoder}
+    if recipe.text_encoder:
+        text_encoder_digest(recipe.text_encoder)  # that there is none such is told before hours of work
     absent = dry_run and parse(store_uri).content() == "nothing"
     with TemporaryDirectory() as nowhere:  # a dry run makes no store, and compares with an empty one
         place = nowhere if absent else store_uri
@@ -107,8 +110,26 @@ def ingest(
         if work:
             with cluster(address, verbose):
                 _survey(work, plan, head, report) if dry_run else _run(store, work, plan, report)
+        if recipe.text_encoder and not dry_run:
+            report.snapshot = keep_sentences(store, recipe.text_encoder)
     report.seconds = round(time.monotonic() - began, 2)
     return report
+
+
+def keep_sentences(store: LatentStore, name: str) -> str:
+    """The vectors of all instructions in the store that it does not hold yet; returns the id of the snapshot."""
+    head, digest = store.snapshot(), text_encoder_digest(name)
+    known = {row["text"] for row in head.sentence_rows() if row["encoder_digest"] == digest}
+    texts = sorted({row["instruction"] for row in head.episodes(["instruction"]).to_pylist()} - known - {None, ""})
+    if not texts:
+        return head.id
+    vectors = load_text_encoder(name).encode(texts, lambda batches: tqdm(batches, "sentences", leave=False, delay=2))
+    return store.add_sentences(
+        [
+            {"text": text, "encoder": name, "encoder_digest": digest, "vector": vector.tolist()}
+            for text, vector in zip(texts, vectors, strict=True)
+        ]
+    ).id
 
 
 def _try(work: list[Work], plan: Plan) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pipelines.training import to_batch
 from preprocessing.encoders import load_encoder
 from preprocessing.episode import UserError
 from preprocessing.promise import Promise
+from preprocessing.text import TextEncoder, load_text_encoder
 from preprocessing.windows import Embodiment
 from uwm_model.augment import centre
 
@@ -36,6 +38,7 @@ class Policy:
             held = ", ".join(acting) or "none with actions"
             raise UserError(f"{folder}: choose an embodiment with --embodiment; the model knows {held}")
         self.embodiment = chosen
+        self._vectors: dict[str, np.ndarray] = {}
 
     @property
     def spec(self) -> Embodiment:
@@ -55,18 +58,39 @@ class Policy:
         proprio: dict[str, np.ndarray],
         generator: torch.Generator | None = None,
         steps: int | None = None,
+        instruction: str | None = None,
     ) -> np.ndarray:
         """The next actions in the robot's units, float32 ``[B, L, action_dim]``.
 
         ``images`` uint8 ``[B, To, S, S, 3]`` by camera (one may be missing), ``proprio`` float32 ``[B, To, D]`` by
-        name; To is the number of observed frames, the newest last. Raises UserError where shapes or names do not fit.
+        name; To is the number of observed frames, the newest last. ``instruction`` is for models that are told one;
+        others pass it by. Raises UserError where shapes or names do not fit.
         """
-        batch = to_batch(self._observation(images, proprio), torch.device("cpu"), torch.float32)
+        seen = self._observation(images, proprio)
+        seen |= self._told(instruction, len(seen["embodiment"]))
+        batch = to_batch(seen, torch.device("cpu"), torch.float32)
         batch = centre(batch, self.settings.model.latent_size)
         with torch.inference_mode():
             action, _ = self.model.sample("policy", batch, steps=steps, generator=generator)
         assert action is not None
         return self.spec.action_normalizer.invert(action[:, :, : self.spec.action_dim].numpy())
+
+    def _told(self, instruction: str | None, count: int) -> dict[str, np.ndarray]:
+        if not instruction or self.settings.text_encoder is None:
+            return {}
+        if instruction not in self._vectors:
+            self._vectors = {instruction: self._text_encoder.encode([instruction])}  # asked again and again
+        vectors = np.tile(self._vectors[instruction], (count, 1))
+        return {"instruction": vectors, "instruction_mask": np.ones(count, bool)}
+
+    @cached_property
+    def _text_encoder(self) -> TextEncoder:
+        name, digest = self.settings.text_encoder, self.settings.text_encoder_digest
+        assert name is not None
+        encoder = load_text_encoder(name)
+        if encoder.digest != digest:
+            raise UserError(f"{self.folder}: told by text encoder {name} ({digest}); the one here is {encoder.digest}")
+        return encoder
 
     def _observation(self, images: dict[str, np.ndarray], proprio: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         model, spec = self.settings.model, self.spec

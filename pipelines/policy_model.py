@@ -3,6 +3,7 @@
 Input, by name: ``image.CAMERA`` uint8 [B, To, S, S, 3] and ``proprio.NAME`` float32 [B, To, D]. Output: float32
 actions [B, L, A] in the robot's units. With the parameter ``contract`` (JSON: fps, cameras, proprio, action_dim,
 action_layout) a robot says what it shows and carries out; where training knew it otherwise, it gets no action.
+With ``instruction`` it says what is to be done.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class PolicyModel(PythonModel):
 
         if promise := (params or {}).get("contract"):
             self._policy.accept(Promise.model_validate_json(promise), "the robot that asks")
-        return self._policy.act(part("image."), part("proprio."))
+        instruction = (params or {}).get("instruction") or None
+        return self._policy.act(part("image."), part("proprio."), instruction=instruction)
 
 
 set_model(PolicyModel())

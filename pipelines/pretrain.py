@@ -44,6 +44,9 @@ def plan(store_uri: str, recipe: Recipe, snapshot_id: str | None = None) -> Sett
         "proprio_dim": max(1, *(spec.proprio_dim for spec in embodiments.values()), 1),
         "embodiments": len(embodiments) + SPARE_EMBODIMENTS,
     }
+    told = sentences_of(snapshot, recipe.text_encoder, rows) if recipe.text_encoder else {}
+    if told:
+        derived["text_width"] = told.pop("text_width")
     try:
         model = ModelConfig(**derived | recipe.model)
         diffusion = DiffusionConfig(**recipe.diffusion)
@@ -58,6 +61,7 @@ def plan(store_uri: str, recipe: Recipe, snapshot_id: str | None = None) -> Sett
         encoder=rows[0]["encoder"],
         encoder_digest=rows[0]["encoder_digest"],
         image_size=shape[2] * STRIDE,
+        **told,
         embodiments=embodiments,
         store=snapshot.uri,
         snapshot=snapshot.id,
@@ -84,6 +88,23 @@ def choose_encoder(snapshot: Snapshot, name: str | None) -> str:
             f"{snapshot.uri}: holds latents of several encoders: {names}; choose with encoder=NAME or DIGEST"
         )
     return next(iter(digests))
+
+
+def sentences_of(snapshot: Snapshot, encoder: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Name, digest and width of a text encoder, by its name or digest.
+
+    UserError where the store lacks one of the rows' instructions' vectors.
+    """
+    hint = f"uwm ingest SOURCE --store {snapshot.uri} --set text_encoder={encoder}"
+    held = [row for row in snapshot.sentence_rows() if encoder in (row["encoder"], row["encoder_digest"])]
+    digests = sorted({row["encoder_digest"] for row in held})
+    if len(digests) != 1:
+        found = "none" if not digests else f"several versions, {', '.join(digests)}; choose one of them"
+        raise UserError(f"{snapshot.uri}: of text encoder {encoder} it holds {found}; {hint}")
+    if missing := {row["instruction"] for row in rows} - {None, ""} - {row["text"] for row in held}:
+        raise UserError(f"{snapshot.uri}: {len(missing)} instructions are without a vector of {encoder}; {hint}")
+    width = len(held[0]["vector"])
+    return {"text_encoder": held[0]["encoder"], "text_encoder_digest": digests[0], "text_width": width}
 
 
 def training_rows(rows: list[dict[str, Any]], recipe: Recipe, store_uri: str) -> list[dict[str, Any]]:

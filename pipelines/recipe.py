@@ -27,6 +27,7 @@ class IngestRecipe(BaseModel):
     name: str = "ingest"
     encoder: list[str] = Field(default=["tiny"], min_length=1, description="all of them in one pass over the frames")
     precision: Precision = "float32"
+    text_encoder: str | None = Field(default=None, description="whose vectors of the instructions are kept, too")
     image_size: int = Field(default=128, description="pixels, a multiple of 8")
     fps: float | None = Field(default=None, ge=0.01, description="thin videos without actions to this rate")
     max_bad: float = Field(default=0.5, ge=0, le=1, description="stop when more than this share is bad")
@@ -68,6 +69,7 @@ class Recipe(BaseModel):
     validation_share: float = Field(default=0.05, ge=0, lt=1)
     log_every: int = Field(default=20, gt=0)
     encoder: str | None = Field(default=None, description="which latents, where a store holds several encoders'")
+    text_encoder: str | None = Field(default=None, description="the model is told the instruction, as this one has it")
     instructions: list[str] | None = Field(default=None, description="train on episodes with these alone")
     mixture: dict[str, float] = Field(default_factory=dict, description="weight by embodiment, else its windows")
     model: dict[str, Any] = Field(default_factory=dict)

@@ -26,7 +26,7 @@ def register(checkpoint: Path, name: str, embodiment: str | None = None) -> str:
         Path(__file__).with_name("policy_model.py"),
         inputs,
         (-1, settings.model.action_chunk, spec.action_dim),
-        ("contract",),
+        ("contract", "instruction"),
         {"embodiment": policy.embodiment},
         {"snapshot": settings.snapshot, "store": settings.store, "parent": settings.parent or "none"},
     )

@@ -125,7 +125,10 @@ def dataset(settings: Settings, validation: bool, recipe: Recipe) -> LatentDatas
         model.proprio_dim,
     )
     pixels = snapshot.rows(PIXELS) if model.observation == "pixels" else None
-    return LatentDataset(snapshot, rows, settings.embodiments, shape, pixels)
+    sentences = None
+    if settings.text_encoder_digest:
+        sentences = snapshot.sentences(settings.text_encoder_digest)
+    return LatentDataset(snapshot, rows, settings.embodiments, shape, pixels, sentences)
 
 
 def to_batch(arrays: dict[str, np.ndarray], device: torch.device, dtype: torch.dtype) -> Batch:

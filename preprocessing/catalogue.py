@@ -72,8 +72,22 @@ QUARANTINE = pa.schema(
     ]
 )
 REMOVED = pa.schema([("id", pa.string()), ("uri", pa.string()), ("index", pa.int64())])
+SENTENCES = pa.schema(  # an instruction as a text encoder has it
+    [
+        ("text", pa.string()),
+        ("encoder", pa.string()),  # as it was named to uwm ingest
+        ("encoder_digest", pa.string()),
+        ("vector", pa.list_(pa.float32())),
+    ]
+)
 KINDS = {"latents": np.float16, "pixels": np.uint8, "steps": np.float32}  # of segments, by their arrays' names
-TABLES = {"catalogue": CATALOGUE, "statistics": STATISTICS, "quarantine": QUARANTINE, "removed": REMOVED}
+TABLES = {
+    "catalogue": CATALOGUE,
+    "statistics": STATISTICS,
+    "quarantine": QUARANTINE,
+    "removed": REMOVED,
+    "sentences": SENTENCES,
+}
 
 READERS = 16  # tables read at a time: on an object store each costs a round trip
 
@@ -83,8 +97,12 @@ class DamagedError(Exception):
 
 
 def parts(store: Any, group: str) -> list[str]:
-    """Names of a group's tables in the order of their commits. ``store`` is a session's."""
-    return sorted(zarr.open_group(store, path=group, mode="r").array_keys())
+    """Names of a group's tables in the order of their commits; none of a group that an earlier version did not know.
+
+    ``store`` is a session's.
+    """
+    root = zarr.open_group(store, mode="r")
+    return sorted(zarr.open_group(store, path=group, mode="r").array_keys()) if group in root else []
 
 
 def write_table(store: Any, group: str, part: str, rows: list[dict[str, Any]]) -> None:

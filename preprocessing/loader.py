@@ -42,7 +42,8 @@ class LatentDataset:
 
     ``rows`` are catalogue rows of one encoder; ``embodiments`` says how each fills the model's slots. An episode of
     which several spans may be used counts as so many: ``rows`` holds its row as often, ``first`` where each begins.
-    ``pixels`` are catalogue rows of the same episodes, where windows are to have the current frames' pixels too.
+    ``pixels`` are catalogue rows of the same episodes, where windows are to have the current frames' pixels too;
+    ``sentences`` float32 [E] by instruction, where they are to have the episode's.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class LatentDataset:
         embodiments: dict[str, Embodiment],
         shape: WindowShape,
         pixels: list[dict[str, Any]] | None = None,
+        sentences: dict[str, np.ndarray] | None = None,
     ):
         used = [(row, first, stop) for row in rows for first, stop in spans(row)]
         self.rows, self.shape = [row for row, _, _ in used], shape
@@ -59,6 +61,9 @@ class LatentDataset:
             return
         self._latents, self._steps = _flat_files(snapshot, rows)
         self._pixels = None if pixels is None else _flat_pixels(snapshot, _alike(rows, pixels))
+        self._sentences = None if sentences is None else np.stack([*sentences.values()])
+        places = {text: place for place, text in enumerate(sentences or ())}
+        self._sentence = np.array([places.get(row["instruction"], -1) for row in self.rows])
         latents_start, steps_start = _starts(rows)
         rows = self.rows
         self.first = np.array([first for _, first, _ in used])
@@ -85,7 +90,8 @@ class LatentDataset:
 
         current_latents float16 [B, V, To, C, h, w], future_latents [B, V, Tf, C, h, w], camera_mask bool [B, V],
         action float32 [B, L, A] in [-1, 1], action_mask bool [B, L, A], proprio float32 [B, To, P],
-        proprio_mask bool [B, P], embodiment int64 [B]; current_pixels uint8 [B, V, To, 3, H, W] where there are any.
+        proprio_mask bool [B, P], embodiment int64 [B]; where asked for, current_pixels uint8 [B, V, To, 3, H, W],
+        instruction float32 [B, E] and instruction_mask bool [B].
         """
         shape, last = self.shape, self.frames[episode, None] - 1
         observed = np.clip(frame[:, None] + np.arange(1 - shape.observed_frames, 1), 0, last)
@@ -103,8 +109,11 @@ class LatentDataset:
         proprio, proprio_mask = self._columns(episode, observed, self._action_dim, self._proprio_dim, shape.proprio_dim)
         offset, scale = self._proprio_scale
         proprio = np.where(proprio_mask[:, None], (proprio - offset[group, None]) / scale[group, None], 0)
-        pixels = {} if self._pixels is None else {"current_pixels": _frames(self._pixels, start, present, observed)}
-        return pixels | {
+        more = {} if self._pixels is None else {"current_pixels": _frames(self._pixels, start, present, observed)}
+        if self._sentences is not None:
+            sentence = self._sentence[episode]
+            more |= {"instruction": self._sentences[sentence], "instruction_mask": sentence >= 0}
+        return more | {
             "current_latents": _frames(self._latents, start, present, observed),
             "future_latents": _frames(self._latents, start, present, future),
             "camera_mask": present,

@@ -83,6 +83,15 @@ class Snapshot:
         steps = {row["key"]: Statistics.from_row(row) for row in of_steps}
         return [row | {"statistics": steps.get(row["key"])} for row in newest.values()]
 
+    def sentence_rows(self) -> list[dict[str, Any]]:
+        """Instructions' vectors (SENTENCES), of every text encoder."""
+        return read_tables(self._store, "sentences").to_pylist()
+
+    def sentences(self, encoder_digest: str) -> dict[str, np.ndarray]:
+        """Of one text encoder, float32 ``[E]`` by instruction."""
+        rows = self.sentence_rows()
+        return {r["text"]: np.array(r["vector"], np.float32) for r in rows if r["encoder_digest"] == encoder_digest}
+
     def statistics(self, keys: Iterable[str], array: str) -> Statistics | None:
         """Of one array ("steps" or a camera) over all these catalogue rows; None where none of them has it."""
         table, chosen = read_tables(self._store, "statistics"), set(keys)

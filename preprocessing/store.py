@@ -224,6 +224,20 @@ class LatentStore:
         head = self._commit(name, change, forks)
         return Commit(head.id, frozenset(key for part in head.parts("catalogue", name) for key in head.keys(part)))
 
+    def add_sentences(self, rows: list[dict[str, Any]]) -> Snapshot:
+        """Keep instructions' vectors (SENTENCES) that are not there yet. Returns the snapshot that has them."""
+
+        def change(store: Any, head: Snapshot) -> tuple[str, dict[str, int]] | None:
+            known = {(row["text"], row["encoder_digest"]) for row in head.sentence_rows()}
+            new = [row for row in rows if (row["text"], row["encoder_digest"]) not in known]
+            if not new:
+                return None
+            write_table(store, "sentences", _part(store, name), new)
+            return f"{len(new)} sentences", {"sentences": len(new)}
+
+        name = uuid.uuid4().hex
+        return self._commit(name, change)
+
     def remove(self, ids: list[str], sources: list[str]) -> list[dict[str, Any]]:
         """Take episodes out for good, by id (or the beginning of one) and by source (a URI, or a folder of them).
 

@@ -22,7 +22,8 @@ class AugmentConfig:
     """How far colours of current pixels are changed: factors from 1 - x to 1 + x, hue by up to x of a turn.
 
     The paper's: 0.2 each. It changes the future frames' colours alike, which stored latents cannot follow. ``shared``:
-    one draw for each camera serves the whole batch, as in the published code.
+    one draw for each camera serves the whole batch, as in the published code. ``untold``: the share of samples whose
+    instruction is withheld, so that the model can do without one.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -32,15 +33,21 @@ class AugmentConfig:
     saturation: float = 0.0
     hue: float = 0.0
     shared: bool = False
+    untold: float = 0.1
 
     def __post_init__(self) -> None:
-        for key, most in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5)):
+        for key, most in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5), ("untold", 1)):
             if not 0 <= getattr(self, key) <= most:
                 raise ValueError(f"{key}: {getattr(self, key)} is not from 0 to {most}")
 
 
 def augment(batch: Batch, size: tuple[int, int], config: AugmentConfig, generator: torch.Generator) -> Batch:
-    """The batch with latents of ``size`` (h, w), cut out anywhere, and its pixels' colours changed."""
+    """The batch with latents of ``size`` (h, w), cut out anywhere, its pixels' colours changed, some untold."""
+    if batch.instruction_mask is not None and config.untold:
+        where = home(generator, batch.instruction_mask.device)
+        drawn = torch.rand(len(batch.instruction_mask), generator=generator, device=where)
+        told = drawn.to(batch.instruction_mask.device) >= config.untold
+        batch = replace(batch, instruction_mask=batch.instruction_mask & told)
     spare_h, spare_w = _spare(batch, size)
     changes = (config.brightness, config.contrast, config.saturation, config.hue)
     coloured = batch.current_pixels is not None and any(changes)

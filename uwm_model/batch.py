@@ -15,7 +15,7 @@ class Batch:
     A slot without a camera, a step past the episode's end and a dimension this robot lacks are padded with zeros and
     False in the masks. A sample of action-free video has an ``action_mask`` that is False throughout.
     ``future_latents`` and ``action`` are needed for training, and for sampling where the mode is given them;
-    ``current_pixels`` by a model that observes pixels.
+    ``current_pixels`` by a model that observes pixels. Without ``instruction`` nobody is told anything.
     """
 
     current_latents: Tensor  # float [B, V, To, C, h, w], standardised: about unit deviation
@@ -27,6 +27,8 @@ class Batch:
     future_latents: Tensor | None = None  # float [B, V, Tf, C, h, w]
     action: Tensor | None = None  # float [B, L, A] in [-1, 1]
     current_pixels: Tensor | None = None  # uint8 [B, V, To, 3, H, W] RGB, or float in [0, 1]
+    instruction: Tensor | None = None  # float [B, E]: a frozen text encoder's vectors
+    instruction_mask: Tensor | None = None  # bool [B]: who is told one
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Batch:
         """On that device, its floating point tensors in that dtype."""

@@ -50,11 +50,12 @@ class ModelConfig:
     # The observation encoder: small convolutions over the current latents, or the paper's ResNet-18 over pixels.
     observation: Literal["latents", "pixels"] = "latents"
     frame_width: int = 128  # features of one camera's one frame
+    text_width: int = 0  # values of an instruction's vector; 0: the model is told none
     condition_width: int = 256  # of latents; those of pixels lie side by side, as wide as they are
 
     def __post_init__(self) -> None:
         _tuples(self, latent_size=2, patch=3)
-        _check_integers(self, may_be_zero=("registers",))
+        _check_integers(self, may_be_zero=("registers", "text_width"))
         for key, size in (("future_frames", self.future_frames), ("latent_size", self.latent_size)):
             patch = self.patch[:1] if key == "future_frames" else self.patch[1:]
             sizes = (size,) if isinstance(size, int) else size
@@ -70,6 +71,8 @@ class ModelConfig:
             raise ValueError(f"kind: {self.kind} is unknown; known: uwm, dp, pad, gr1")
         if self.observation not in ("latents", "pixels"):
             raise ValueError(f"observation: {self.observation} is unknown; known: latents, pixels")
+        if self.observation == "pixels" and self.text_width:
+            raise ValueError("text_width: a model that observes pixels is told no instruction, as the paper's")
 
     @property
     def condition_size(self) -> int:

@@ -13,6 +13,7 @@ from uwm_model.resnet import ResNet18
 CHANNELS = (64, 128)  # of the two convolutions
 PROPRIO_WIDTH = 128
 EMBODIMENT_WIDTH = 64
+INSTRUCTION_WIDTH = 128
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of red, green, blue
 
 
@@ -79,6 +80,10 @@ class LatentObservation(nn.Module):
         )
         self.embodiment = nn.Embedding(config.embodiments, EMBODIMENT_WIDTH)
         everything = frames * config.frame_width + PROPRIO_WIDTH + EMBODIMENT_WIDTH
+        if config.text_width:
+            self.instruction = nn.Linear(config.text_width, INSTRUCTION_WIDTH)
+            self.untold = nn.Parameter(torch.zeros(INSTRUCTION_WIDTH))  # stands in where there is no instruction
+            everything += INSTRUCTION_WIDTH
         self.join = nn.Sequential(
             nn.Linear(everything, config.condition_width),
             nn.GELU(),
@@ -95,6 +100,13 @@ class LatentObservation(nn.Module):
         )
         known = batch.proprio_mask.to(batch.proprio.dtype)  # [B, P]
         felt = torch.cat([batch.proprio * known[:, None], known[:, None]], dim=1).flatten(1)  # [B, (To + 1) * P]
-        return self.join(
-            torch.cat([frames_BVTF.flatten(1), self.proprio(felt), self.embodiment(batch.embodiment)], dim=1)
-        )
+        parts = [frames_BVTF.flatten(1), self.proprio(felt), self.embodiment(batch.embodiment)]
+        if hasattr(self, "instruction"):
+            parts.append(self._told(batch))
+        return self.join(torch.cat(parts, dim=1))
+
+    def _told(self, batch: Batch) -> Tensor:
+        """[B, INSTRUCTION_WIDTH]"""
+        if batch.instruction is None or batch.instruction_mask is None:
+            return self.untold.expand(len(batch.embodiment), -1)
+        return self.instruction(batch.instruction).where(batch.instruction_mask[:, None], self.untold)
