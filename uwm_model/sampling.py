@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from uwm_model.denoiser import Denoise
-from uwm_model.schedule import DiffusionSchedule
+from uwm_model.schedule import Schedule, Seen
 
 Mode = Literal["policy", "forward_dynamics", "inverse_dynamics", "video", "joint"]
 
@@ -43,7 +43,7 @@ def roles(mode: str) -> tuple[Role, Role]:
 def sample(
     mode: Mode,
     denoise: Denoise,
-    schedule: DiffusionSchedule,
+    schedule: Schedule,
     steps: int,
     marginal_timestep: Literal["leading", "last"],
     action: Tensor,
@@ -56,13 +56,20 @@ def sample(
     of_action, of_video = roles(mode)
     times = schedule.timesteps(steps)
     held = times[0] if marginal_timestep == "leading" else schedule.last
-    table = {Role.ASKED: times, Role.GIVEN: [0] * steps, Role.IGNORED: [held] * steps}
-    t_action, t_video = (torch.tensor(table[role], device=action.device) for role in (of_action, of_video))
-    for i, t in enumerate(times):
+    # One more than there are steps: a modality moves at a step after which its time is another, at last None (clean).
+    table = {Role.ASKED: [*times, None], Role.GIVEN: [0] * (steps + 1), Role.IGNORED: [held] * (steps + 1)}
+    action_times, video_times = table[of_action], table[of_video]
+    t_action, t_video = (torch.tensor(times[:-1], device=action.device) for times in (action_times, video_times))
+    action_before: Seen | None = None
+    video_before: Seen | None = None
+    for i in range(steps):
         action_prediction, latent_prediction = denoise(action, t_action[i], latents, t_video[i])
-        t_next = times[i + 1] if i + 1 < steps else None
-        if of_action is Role.ASKED:
-            action = schedule.step(action, action_prediction, t, t_next)
-        if of_video is Role.ASKED:
-            latents = schedule.step(latents, latent_prediction, t, t_next)
+        if action_times[i + 1] != action_times[i]:
+            seen = Seen(action, action_prediction, action_times[i])
+            action = schedule.step(*seen, action_times[i + 1], action_before)
+            action_before = seen
+        if video_times[i + 1] != video_times[i]:
+            seen = Seen(latents, latent_prediction, video_times[i])
+            latents = schedule.step(*seen, video_times[i + 1], video_before)
+            video_before = seen
     return action, latents

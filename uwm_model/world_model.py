@@ -12,7 +12,7 @@ from uwm_model.denoiser import Denoise, Denoiser
 from uwm_model.objective import Losses, Noise
 from uwm_model.observation import LatentObservation, PixelObservation
 from uwm_model.sampling import Mode, Role
-from uwm_model.schedule import DiffusionSchedule, unit_noise
+from uwm_model.schedule import make_schedule, unit_noise
 
 
 class UnifiedWorldModel(nn.Module):
@@ -26,7 +26,7 @@ class UnifiedWorldModel(nn.Module):
         self.model_config, self.diffusion_config = model, diffusion
         self.observation = LatentObservation(model) if model.observation == "latents" else PixelObservation(model)
         self.denoiser = Denoiser(model)
-        self.schedule = DiffusionSchedule(diffusion)
+        self.schedule = make_schedule(diffusion)
 
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Losses:
         """``loss``, under the name that training engines call."""
@@ -44,7 +44,7 @@ class UnifiedWorldModel(nn.Module):
             batch.action_mask,
             latents,
             batch.camera_mask,
-            noise or objective.draw_noise(batch.action, latents, self.schedule.last, generator),
+            noise or objective.draw_noise(batch.action, latents, self.schedule, generator),
             batch.action_visible if self.diffusion_config.action_free_loss else batch.action_mask,
         )
 
