@@ -59,6 +59,9 @@ def answer(schedule: Schedule, clean: Tensor, noise: Tensor, t: float) -> Tensor
         ({"sampler": "euler"}, "sampler: euler is unknown; known: ddim, dpm_solver"),
         ({"sampling_steps": 1}, "sampling_steps: 1; choose 2 to train_timesteps=100 where the prediction is epsilon"),
         ({"prediction": "v", "sampling_steps": 101}, "sampling_steps: 101; choose 1 to train_timesteps=100"),
+        ({"video_steps": 11}, "video_steps: 11; choose 2 to sampling_steps=10"),
+        ({"video_steps": 1}, "video_steps: 1; choose 2 to sampling_steps=10 where the prediction is epsilon"),
+        ({"video_steps": 2.5}, "video_steps: 2.5 is not a whole number above 0"),
     ],
 )
 def test_a_wrong_setting_is_named(wrong: dict, message: str) -> None:
@@ -124,6 +127,38 @@ def test_asked_runs_down_given_is_clean_ignored_is_noise(schedule, prediction, s
     times = visited(fresh(settings(schedule, prediction, sampler)), mode)
     for found, role in zip(zip(*times, strict=True), ROLES[mode], strict=True):
         assert found == pytest.approx(table[role], abs=1e-4)
+
+
+@pytest.mark.parametrize("schedule", ["squaredcos_cap_v2", "flow"])
+def test_the_video_may_take_fewer_steps_than_the_actions(schedule: str) -> None:
+    model = fresh(settings(schedule, "v", video_steps=4))
+    slow = model.schedule.timesteps(4)
+    action, video = zip(*visited(model, "joint"), strict=True)
+    assert action == pytest.approx(STAGES[schedule], abs=1e-4)
+    assert video == pytest.approx([slow[i] for i in (0, 0, 0, 1, 1, 2, 2, 2, 3, 3)], abs=1e-4)
+    assert visited(model, "video") == visited(fresh(settings(schedule, "v")), "video")
+    with pytest.raises(ValueError, match="video_steps: 4 are more than the 3 steps"):
+        model.sample("joint", make_batch(1), steps=3)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("schedule", ["squaredcos_cap_v2", "flow"])
+def test_a_waiting_video_stays_as_it_is_and_ends_clean(schedule: str, sampler: str) -> None:
+    """A network that knows the answer is asked: both arrive, whatever the number of steps."""
+    model = fresh(settings(schedule, "sample", sampler, video_steps=2))
+    batch = make_batch(2)
+    assert batch.action is not None and batch.future_latents is not None
+    clean = batch.action, (batch.future_latents / 3).clamp(-1, 1)
+    shown: list[Tensor] = []
+
+    def denoise(_condition, _action, _t_action, latents: Tensor, *_) -> tuple[Tensor, Tensor]:
+        shown.append(latents)
+        return clean
+
+    model.denoise = denoise  # type: ignore[method-assign, assignment]
+    action, latents = model.sample("joint", batch, steps=5, generator=seeded(0))
+    torch.testing.assert_close((action, latents), (clean[0], 3 * clean[1]))
+    assert [torch.equal(a, b) for a, b in itertools.pairwise(shown)] == [True, True, False, True]
 
 
 # Steps

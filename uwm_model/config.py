@@ -101,6 +101,8 @@ class DiffusionConfig:
     ``sampler``: ``ddim`` takes first-order steps, for a flow those of Euler; ``dpm_solver`` is DPM-Solver++ of second
     order. One trained network serves both.
     ``sampling_steps``: evaluations of the network, 1 to train_timesteps; where it predicts the noise at least 2.
+    ``video_steps``: how many of them move the future latents in mode ``joint``; None: all. The number of evaluations
+    stays.
     ``action_free_loss``: whether samples without actions have an action loss, the noise that stands in for theirs to be
     predicted like any other, as in the published code.
     """
@@ -114,6 +116,7 @@ class DiffusionConfig:
     clip_sample: bool = True  # predicted clean values are clipped to [-1, 1]
     latent_divisor: float = 3.0  # standardised latents / 3 survive that clip
     sampling_steps: int = 10
+    video_steps: int | None = None
     marginal_timestep: Literal["leading", "last"] = "last"
     action_free_loss: bool = False
 
@@ -138,6 +141,14 @@ class DiffusionConfig:
                 f"sampling_steps: {self.sampling_steps}; choose {self.fewest_steps} to "
                 f"train_timesteps={self.train_timesteps} where the prediction is {self.prediction}"
             )
+        if self.video_steps is not None:
+            if not _is_count(self.video_steps):
+                raise ValueError(f"video_steps: {self.video_steps!r} is not a whole number above 0, nor empty")
+            if not self.fewest_steps <= self.video_steps <= self.sampling_steps:
+                raise ValueError(
+                    f"video_steps: {self.video_steps}; choose {self.fewest_steps} to "
+                    f"sampling_steps={self.sampling_steps} where the prediction is {self.prediction}"
+                )
 
     @property
     def fewest_steps(self) -> int:

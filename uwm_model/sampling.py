@@ -48,10 +48,12 @@ def sample(
     marginal_timestep: Literal["leading", "last"],
     action: Tensor,
     latents: Tensor,
+    video_steps: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Both after the last step: changed where asked for, else as they came.
 
     action [B, L, A] and latents [B, V, Tf, C, h, w] are clean values where the mode is given them, else noise.
+    In mode ``joint`` the latents take ``video_steps`` of the steps (None: all) and wait in between.
     """
     of_action, of_video = roles(mode)
     times = schedule.timesteps(steps)
@@ -59,6 +61,11 @@ def sample(
     # One more than there are steps: a modality moves at a step after which its time is another, at last None (clean).
     table = {Role.ASKED: [*times, None], Role.GIVEN: [0] * (steps + 1), Role.IGNORED: [held] * (steps + 1)}
     action_times, video_times = table[of_action], table[of_video]
+    if mode == "joint" and video_steps is not None:
+        if video_steps > steps:
+            raise ValueError(f"video_steps: {video_steps} are more than the {steps} steps")
+        slow = schedule.timesteps(video_steps)
+        video_times = [*(slow[i * video_steps // steps] for i in range(steps)), None]
     t_action, t_video = (torch.tensor(times[:-1], device=action.device) for times in (action_times, video_times))
     action_before: Seen | None = None
     video_before: Seen | None = None

@@ -91,6 +91,7 @@ class UnifiedWorldModel(nn.Module):
             self.diffusion_config.marginal_timestep,
             action,
             latents,
+            self.diffusion_config.video_steps,
         )
         return (
             action.float() * batch.action_visible if of_action is Role.ASKED else None,
