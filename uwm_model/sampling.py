@@ -53,7 +53,8 @@ def sample(
     """Both after the last step: changed where asked for, else as they came.
 
     action [B, L, A] and latents [B, V, Tf, C, h, w] are clean values where the mode is given them, else noise.
-    In mode ``joint`` the latents take ``video_steps`` of the steps (None: all) and wait in between.
+    In mode ``joint`` the latents take ``video_steps`` of the steps (None: all) and wait in between. ValueError where
+    those are more than the steps, or the schedule cannot do as many.
     """
     of_action, of_video = roles(mode)
     times = schedule.timesteps(steps)
