@@ -100,9 +100,17 @@ class DiffusionConfig:
     ``marginal_timestep``: where a modality that is not asked for is held while sampling. ``last`` is pure noise
     (t = 99), where training puts the actions of action-free video. ``leading`` is the first of the sampling steps
     (t = 90 of 10), as the published code has it.
+    ``schedule``: ``squaredcos_cap_v2`` is the paper's DDPM, ``flow`` is flow matching, the straight line between noise
+    and clean values in continuous time.
     ``prediction``: what the network answers with: the noise (the paper); v, a mix of noise and clean values that is as
-    well scaled at every t; or the clean sample itself. Noise fills every dimension of a patch, clean latents do not:
-    a network narrower than a few patches can only answer with the sample (arXiv 2511.13720).
+    well scaled at every t, for a flow the velocity; or the clean sample itself. Noise fills every dimension of a patch,
+    clean latents do not: a network narrower than a few patches can only answer with the sample (arXiv 2511.13720).
+    A flow begins at pure noise, of which a predicted noise tells nothing: it knows v and sample alone.
+    ``sampler``: ``ddim`` takes first-order steps, for a flow those of Euler; ``dpm_solver`` is DPM-Solver++ of second
+    order. One trained network serves both.
+    ``sampling_steps``: evaluations of the network, 1 to train_timesteps; where it predicts the noise at least 2.
+    ``video_steps``: how many of them move the future latents in mode ``joint``; None: all. The number of evaluations
+    stays.
     ``action_free_loss``: whether samples without actions have an action loss, the noise that stands in for theirs to be
     predicted like any other, as in the published code.
     """
@@ -110,30 +118,50 @@ class DiffusionConfig:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     train_timesteps: int = 100
-    schedule: Literal["squaredcos_cap_v2"] = "squaredcos_cap_v2"
+    schedule: Literal["squaredcos_cap_v2", "flow"] = "squaredcos_cap_v2"
     prediction: Literal["epsilon", "v", "sample"] = "epsilon"
+    sampler: Literal["ddim", "dpm_solver"] = "ddim"
     clip_sample: bool = True  # predicted clean values are clipped to [-1, 1]
     latent_divisor: float = 3.0  # standardised latents / 3 survive that clip
     sampling_steps: int = 10
+    video_steps: int | None = None
     marginal_timestep: Literal["leading", "last"] = "last"
     action_free_loss: bool = False
 
     def __post_init__(self) -> None:
         _check_integers(self)
-        if self.schedule != "squaredcos_cap_v2":
-            raise ValueError(f"schedule: {self.schedule} is unknown; known: squaredcos_cap_v2")
+        if self.schedule not in ("squaredcos_cap_v2", "flow"):
+            raise ValueError(f"schedule: {self.schedule} is unknown; known: squaredcos_cap_v2, flow")
         if self.prediction not in ("epsilon", "v", "sample"):
             raise ValueError(f"prediction: {self.prediction} is unknown; known: epsilon, v, sample")
+        if self.schedule == "flow" and self.prediction == "epsilon":
+            raise ValueError("prediction: epsilon is not for schedule flow; choose v (the velocity) or sample")
+        if self.sampler not in ("ddim", "dpm_solver"):
+            raise ValueError(f"sampler: {self.sampler} is unknown; known: ddim, dpm_solver")
         if self.marginal_timestep not in ("leading", "last"):
             raise ValueError(f"marginal_timestep: {self.marginal_timestep} is unknown; known: leading, last")
         if self.latent_divisor <= 0:
             raise ValueError(f"latent_divisor: {self.latent_divisor} is not above 0")
         if self.train_timesteps < 2:
             raise ValueError(f"train_timesteps: {self.train_timesteps}; choose at least 2")
-        if not 2 <= self.sampling_steps <= self.train_timesteps:
+        if not self.fewest_steps <= self.sampling_steps <= self.train_timesteps:
             raise ValueError(
-                f"sampling_steps: {self.sampling_steps}; choose 2 to train_timesteps={self.train_timesteps}"
+                f"sampling_steps: {self.sampling_steps}; choose {self.fewest_steps} to "
+                f"train_timesteps={self.train_timesteps} where the prediction is {self.prediction}"
             )
+        if self.video_steps is not None:
+            if not _is_count(self.video_steps):
+                raise ValueError(f"video_steps: {self.video_steps!r} is not a whole number above 0, nor empty")
+            if not self.fewest_steps <= self.video_steps <= self.sampling_steps:
+                raise ValueError(
+                    f"video_steps: {self.video_steps}; choose {self.fewest_steps} to "
+                    f"sampling_steps={self.sampling_steps} where the prediction is {self.prediction}"
+                )
+
+    @property
+    def fewest_steps(self) -> int:
+        """One step begins at the last timestep, where clean values cannot be told from a predicted noise."""
+        return 2 if self.prediction == "epsilon" else 1
 
 
 def _tuples(config: ModelConfig, **lengths: int) -> None:

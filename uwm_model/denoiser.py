@@ -55,9 +55,10 @@ class Denoiser(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Predictions shaped like ``action`` and ``latents``.
 
-        condition [B, condition_size], action [B, L, A], latents [B, V, Tf, C, h, w], t_action and t_video int64 [B]
-        or 0-d, camera_mask bool [B, V]: nobody attends to the tokens of a missing camera, and the prediction for it
-        means nothing. None: all cameras are there. current_latents [B, V, To, C, h, w] are for ``current_patches``.
+        condition [B, condition_size], action [B, L, A], latents [B, V, Tf, C, h, w], t_action and t_video int64 or
+        float32, [B] or 0-d, camera_mask bool [B, V]: nobody attends to the tokens of a missing camera, and the
+        prediction for it means nothing. None: all cameras are there. current_latents [B, V, To, C, h, w] are for
+        ``current_patches``.
         action_shown bool [B]: nobody attends to the action tokens of a sample where it is False. None: all are shown.
         """
         B, (L, patches) = len(action), (self.config.action_chunk, self.config.cameras * self.config.patches)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from uwm_model.denoiser import Denoise
-from uwm_model.schedule import DiffusionSchedule, home, unit_noise
+from uwm_model.schedule import Schedule, unit_noise
 
 
 class Losses(NamedTuple):
@@ -32,14 +32,14 @@ class Noise:
 
     action: Tensor  # float32 [B, L, A]
     latents: Tensor  # float32 [B, V, Tf, C, h, w]
-    t_action: Tensor  # int64 [B]
-    t_video: Tensor  # int64 [B]
+    t_action: Tensor  # int64 [B], of a flow float32
+    t_video: Tensor  # the same
 
 
-def draw_noise(action: Tensor, latents: Tensor, last: int, generator: torch.Generator | None) -> Noise:
-    """Unit noise for these shapes, and times uniform over 0 ... last, all on their device."""
+def draw_noise(action: Tensor, latents: Tensor, schedule: Schedule, generator: torch.Generator | None) -> Noise:
+    """Unit noise for these shapes, and uniform times of the schedule, all on their device."""
     device = action.device
-    times = torch.randint(last + 1, (2, len(action)), generator=generator, device=home(generator, device)).to(device)
+    times = schedule.draw((2, len(action)), generator, device)
     return Noise(
         unit_noise(action.shape, generator, device), unit_noise(latents.shape, generator, device), times[0], times[1]
     )
@@ -47,7 +47,7 @@ def draw_noise(action: Tensor, latents: Tensor, last: int, generator: torch.Gene
 
 def joint_loss(
     denoise: Denoise,
-    schedule: DiffusionSchedule,
+    schedule: Schedule,
     action: Tensor,
     action_mask: Tensor,
     latents: Tensor,

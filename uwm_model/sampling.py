@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from uwm_model.denoiser import Denoise
-from uwm_model.schedule import DiffusionSchedule
+from uwm_model.schedule import Schedule, Seen
 
 Mode = Literal["policy", "forward_dynamics", "inverse_dynamics", "video", "joint"]
 
@@ -50,26 +50,41 @@ def require(mode: str, modes: tuple[Mode, ...], who: str) -> None:
 def sample(
     mode: Mode,
     denoise: Denoise,
-    schedule: DiffusionSchedule,
+    schedule: Schedule,
     steps: int,
     marginal_timestep: Literal["leading", "last"],
     action: Tensor,
     latents: Tensor,
+    video_steps: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Both after the last step: changed where asked for, else as they came.
 
     action [B, L, A] and latents [B, V, Tf, C, h, w] are clean values where the mode is given them, else noise.
+    In mode ``joint`` the latents take ``video_steps`` of the steps (None: all) and wait in between. ValueError where
+    those are more than the steps, or the schedule cannot do as many.
     """
     of_action, of_video = roles(mode)
     times = schedule.timesteps(steps)
     held = times[0] if marginal_timestep == "leading" else schedule.last
-    table = {Role.ASKED: times, Role.GIVEN: [0] * steps, Role.IGNORED: [held] * steps}
-    t_action, t_video = (torch.tensor(table[role], device=action.device) for role in (of_action, of_video))
-    for i, t in enumerate(times):
+    # One more than there are steps: a modality moves at a step after which its time is another, at last None (clean).
+    table = {Role.ASKED: [*times, None], Role.GIVEN: [0] * (steps + 1), Role.IGNORED: [held] * (steps + 1)}
+    action_times, video_times = table[of_action], table[of_video]
+    if mode == "joint" and video_steps is not None:
+        if video_steps > steps:
+            raise ValueError(f"video_steps: {video_steps} are more than the {steps} steps")
+        slow = schedule.timesteps(video_steps)
+        video_times = [*(slow[i * video_steps // steps] for i in range(steps)), None]
+    t_action, t_video = (torch.tensor(times[:-1], device=action.device) for times in (action_times, video_times))
+    action_before: Seen | None = None
+    video_before: Seen | None = None
+    for i in range(steps):
         action_prediction, latent_prediction = denoise(action, t_action[i], latents, t_video[i])
-        t_next = times[i + 1] if i + 1 < steps else None
-        if of_action is Role.ASKED:
-            action = schedule.step(action, action_prediction, t, t_next)
-        if of_video is Role.ASKED:
-            latents = schedule.step(latents, latent_prediction, t, t_next)
+        if action_times[i + 1] != action_times[i]:
+            seen = Seen(action, action_prediction, action_times[i])
+            action = schedule.step(*seen, action_times[i + 1], action_before)
+            action_before = seen
+        if video_times[i + 1] != video_times[i]:
+            seen = Seen(latents, latent_prediction, video_times[i])
+            latents = schedule.step(*seen, video_times[i + 1], video_before)
+            video_before = seen
     return action, latents

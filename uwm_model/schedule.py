@@ -1,18 +1,34 @@
 """The noise: how it is added in training, and taken away step by step in sampling.
 
-``DiffusionSchedule`` is DDPM's forward process (arXiv 2006.11239) with the squared cosine schedule (arXiv 2102.09672),
-and DDIM's deterministic steps (arXiv 2010.02502). What the rest of the package needs of it is ``noisy``, ``target``,
-``timesteps``, ``step`` and ``last``; another kind of diffusion would answer the same five.
+A noisy value is signal * clean + share * noise, and a schedule says how much of each there is at time t in 0 ... T-1:
+
+- ``DiffusionSchedule`` is DDPM's forward process (arXiv 2006.11239) with the squared cosine schedule (arXiv
+  2102.09672): whole timesteps, nearly clean at 0, nearly pure noise at T-1;
+- ``FlowSchedule`` is flow matching on straight lines (rectified flow, arXiv 2209.03003; arXiv 2210.02747; for actions
+  pi0, arXiv 2410.24164): continuous time, clean at exactly 0, pure noise at exactly T-1.
+
+What the rest of the package needs of either is ``draw``, ``noisy``, ``target``, ``timesteps``, ``step`` and ``last``.
+Both take the same steps (``advance``): DDIM's (arXiv 2010.02502, eta = 0), which on straight lines are Euler's, or
+those of DPM-Solver++ 2M (arXiv 2211.01095).
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from uwm_model.config import DiffusionConfig
+
+
+class Seen(NamedTuple):
+    """What the network was shown, and what it said."""
+
+    sample: Tensor  # float [B, ...]
+    prediction: Tensor  # float [B, ...]
+    t: float
 
 
 class DiffusionSchedule:
@@ -22,53 +38,144 @@ class DiffusionSchedule:
     """
 
     def __init__(self, config: DiffusionConfig):
+        self.config = config
         self.last = config.train_timesteps - 1
-        self.clip = config.clip_sample
-        self.prediction = config.prediction
         self.alphas_cumprod = squared_cosine(config.train_timesteps)
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
+        """Times to train at: int64 of that shape, uniform over 0 ... T-1."""
+        return torch.randint(self.last + 1, shape, generator=generator, device=home(generator, device)).to(device)
 
     def noisy(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What ``clean`` [B, ...] looks like at t int64 [B], given that noise."""
         alpha = self._alpha(t, clean)
         return alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
 
-    def _alpha(self, t: Tensor, like: Tensor) -> Tensor:
-        return self.alphas_cumprod.to(like.device)[t].reshape(-1, *[1] * (like.ndim - 1))
-
     def target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What the network learns to predict at t int64 [B]: the noise, v (arXiv 2202.00512), or the clean sample."""
-        if self.prediction == "epsilon":
+        if self.config.prediction == "epsilon":
             return noise
-        if self.prediction == "sample":
+        if self.config.prediction == "sample":
             return clean
         alpha = self._alpha(t, clean)
         return alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
 
-    def timesteps(self, steps: int) -> list[int]:
-        """The times that sampling visits, "leading": (S-1) * (T // S), ..., 0. For 10 of 100: 90, ..., 0, never 99."""
-        if not 2 <= steps <= self.last + 1:
-            raise ValueError(f"steps: {steps}; choose 2 to {self.last + 1}, the timesteps of training")
-        stride = (self.last + 1) // steps
-        return [stride * i for i in reversed(range(steps))]
+    def _alpha(self, t: Tensor, like: Tensor) -> Tensor:
+        return _beside(self.alphas_cumprod.to(like.device)[t], like)
 
-    def step(self, sample: Tensor, prediction: Tensor, t: int, t_next: int | None) -> Tensor:
-        """The sample at t_next (None: clean) from the sample and the network's prediction at t (DDIM, eta = 0)."""
-        alpha = self.alphas_cumprod[t]
-        alpha_next = torch.tensor(1.0) if t_next is None else self.alphas_cumprod[t_next]
-        # 0-d float32 coefficients do not change the sample's dtype, and come to any device by themselves.
-        if self.prediction == "epsilon":
-            noise = prediction
-            clean = (sample - (1 - alpha).sqrt() * noise) / alpha.sqrt()
-        elif self.prediction == "sample":
-            clean = prediction
-            noise = (sample - alpha.sqrt() * clean) / (1 - alpha).sqrt()
-        else:
-            noise = alpha.sqrt() * prediction + (1 - alpha).sqrt() * sample
-            clean = alpha.sqrt() * sample - (1 - alpha).sqrt() * prediction
-        if self.clip:
-            clean = clean.clamp(-1, 1)
-        # The noise is as predicted, not re-derived from the clipped sample.
-        return alpha_next.sqrt() * clean + (1 - alpha_next).sqrt() * noise
+    def timesteps(self, steps: int) -> list[int]:
+        """The times that sampling visits, "leading": (S-1) * (T // S), ..., 0. For 10 of 100: 90, ..., 0, never 99.
+
+        Leading, a single step would begin at 0, where the network takes what it sees for clean: it begins at T-1.
+        """
+        _check_steps(steps, self.config)
+        stride = (self.last + 1) // steps
+        return [stride * i for i in reversed(range(steps))] if steps > 1 else [self.last]
+
+    def step(
+        self, sample: Tensor, prediction: Tensor, t: float, t_next: float | None, before: Seen | None = None
+    ) -> Tensor:
+        """The sample at t_next (None: clean) from the sample and the prediction at t (see ``advance``)."""
+        return advance(self, Seen(sample, prediction, t), t_next, before)
+
+    def scales(self, t: float) -> tuple[Tensor, Tensor]:
+        """(signal, share) at t, float32 []."""
+        alpha = self.alphas_cumprod[int(t)]
+        return alpha.sqrt(), (1 - alpha).sqrt()
+
+    def clean_and_noise(self, seen: Seen) -> tuple[Tensor, Tensor]:
+        """What the prediction says that the sample is made of."""
+        sample, prediction, t = seen
+        signal, share = self.scales(t)
+        if self.config.prediction == "epsilon":
+            return (sample - share * prediction) / signal, prediction
+        if self.config.prediction == "sample":
+            return prediction, (sample - signal * prediction) / share
+        return signal * sample - share * prediction, signal * prediction + share * sample
+
+
+class FlowSchedule:
+    """Time t in 0 ... T-1, any number between: t / (T-1) of a noisy value is noise, and the rest is clean.
+
+    The scale is the diffusion's, so that the network's embedding of times, made for 0 ... T-1, is used in full, and
+    that 0 means "given" and T-1 "ignored" in both.
+    """
+
+    def __init__(self, config: DiffusionConfig):
+        self.config = config
+        self.last = config.train_timesteps - 1
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
+        """Times to train at: float32 of that shape, uniform in [0, T-1)."""
+        return self.last * torch.rand(shape, generator=generator, device=home(generator, device)).to(device)
+
+    def noisy(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What ``clean`` [B, ...] looks like at t [B], given that noise."""
+        share = _beside(t / self.last, clean)
+        return (1 - share) * clean + share * noise
+
+    def target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the network learns to predict: the velocity, the same at every t [B], or the clean sample."""
+        return clean if self.config.prediction == "sample" else noise - clean
+
+    def timesteps(self, steps: int) -> list[float]:
+        """The times that sampling visits, evenly from pure noise: T-1, ..., (T-1) / S."""
+        _check_steps(steps, self.config)
+        return [self.last * i / steps for i in range(steps, 0, -1)]
+
+    def step(
+        self, sample: Tensor, prediction: Tensor, t: float, t_next: float | None, before: Seen | None = None
+    ) -> Tensor:
+        """The sample at t_next (None: clean) from the sample and the prediction at t > 0 (see ``advance``)."""
+        return advance(self, Seen(sample, prediction, t), t_next, before)
+
+    def scales(self, t: float) -> tuple[Tensor, Tensor]:
+        """(signal, share) at t, float32 []."""
+        share = torch.tensor(t / self.last)
+        return 1 - share, share
+
+    def clean_and_noise(self, seen: Seen) -> tuple[Tensor, Tensor]:
+        """What the prediction says that the sample is made of."""
+        sample, prediction, t = seen
+        signal, share = self.scales(t)
+        if self.config.prediction == "sample":
+            return prediction, (sample - signal * prediction) / share
+        return sample - share * prediction, sample + signal * prediction
+
+
+Schedule = DiffusionSchedule | FlowSchedule
+
+
+def make_schedule(config: DiffusionConfig) -> Schedule:
+    return FlowSchedule(config) if config.schedule == "flow" else DiffusionSchedule(config)
+
+
+def advance(schedule: Schedule, now: Seen, t_next: float | None, before: Seen | None) -> Tensor:
+    """The sample [B, ...] at t_next (None: clean), by the solver that the settings name; in the sample's dtype.
+
+    DPM-Solver++ draws a line through the last two clean samples, over log(signal / share), and takes the clean one from
+    half way to t_next. ``before`` is what was seen one step earlier: without it, and at the last step, it is of first
+    order as DDIM is. Both clip each clean sample as it was predicted, where the settings say so.
+    """
+    clean, noise = schedule.clean_and_noise(now)
+    clean = _clip(clean, schedule.config)
+    # 0-d float32 coefficients do not change the sample's dtype, and come to any device by themselves.
+    signal_next, share_next = (torch.tensor(1.0), torch.tensor(0.0)) if t_next is None else schedule.scales(t_next)
+    if schedule.config.sampler == "dpm_solver":
+        signal, share = schedule.scales(now.t)
+        if before is not None and t_next is not None:
+            signal_before, share_before = schedule.scales(before.t)
+            clean_before = _clip(schedule.clean_and_noise(before)[0], schedule.config)
+            ahead = (signal_next / share_next).log() - (signal / share).log()
+            behind = (signal / share).log() - (signal_before / share_before).log()  # infinite after pure noise
+            clean = clean + ahead / (2 * behind) * (clean - clean_before)
+        noise = (now.sample - signal * clean) / share
+    # DDIM's noise is as predicted, not re-derived from the clipped sample.
+    return signal_next * clean + share_next * noise
+
+
+def _clip(clean: Tensor, config: DiffusionConfig) -> Tensor:
+    return clean.clamp(-1, 1) if config.clip_sample else clean
 
 
 def unit_noise(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
@@ -88,3 +195,16 @@ def squared_cosine(timesteps: int) -> Tensor:
 
     betas = [min(1 - signal((i + 1) / timesteps) / signal(i / timesteps), 0.999) for i in range(timesteps)]
     return torch.cumprod(1 - torch.tensor(betas, dtype=torch.float32), dim=0)
+
+
+def _check_steps(steps: int, config: DiffusionConfig) -> None:
+    if not config.fewest_steps <= steps <= config.train_timesteps:
+        raise ValueError(
+            f"steps: {steps}; choose {config.fewest_steps} to {config.train_timesteps}, the timesteps of training, "
+            f"where the prediction is {config.prediction}"
+        )
+
+
+def _beside(each: Tensor, like: Tensor) -> Tensor:
+    """[B] -> [B, 1, ...], to be multiplied with ``like`` [B, ...]."""
+    return each.reshape(-1, *[1] * (like.ndim - 1))

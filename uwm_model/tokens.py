@@ -90,7 +90,7 @@ class TimestepEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(times * width, 4 * width), nn.Mish(), nn.Linear(4 * width, width))
 
     def forward(self, *times: Tensor) -> Tensor:
-        """int64 [B] each -> [B, width]."""
+        """int64 or float32 [B] each -> [B, width]."""
         weights = next(self.mlp.parameters()).dtype
         # At least float32: bfloat16 cannot tell t = 98 from 99 in the fast sinusoids.
         precise = torch.promote_types(weights, torch.float32)

@@ -14,7 +14,7 @@ from uwm_model.denoiser import Denoise, Denoiser
 from uwm_model.objective import Losses, Noise
 from uwm_model.observation import observation
 from uwm_model.sampling import Mode, Role
-from uwm_model.schedule import DiffusionSchedule, unit_noise
+from uwm_model.schedule import make_schedule, unit_noise
 
 
 class UnifiedWorldModel(nn.Module):
@@ -30,7 +30,7 @@ class UnifiedWorldModel(nn.Module):
         self.model_config, self.diffusion_config = model, diffusion
         self.observation = observation(model)
         self.denoiser = Denoiser(model)
-        self.schedule = DiffusionSchedule(diffusion)
+        self.schedule = make_schedule(diffusion)
 
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Losses:
         """``loss``, under the name that training engines call."""
@@ -48,7 +48,7 @@ class UnifiedWorldModel(nn.Module):
             batch.action_mask,
             latents,
             batch.camera_mask,
-            noise or objective.draw_noise(batch.action, latents, self.schedule.last, generator),
+            noise or objective.draw_noise(batch.action, latents, self.schedule, generator),
             batch.action_visible if self.diffusion_config.action_free_loss else batch.action_mask,
         )
 
@@ -95,6 +95,7 @@ class UnifiedWorldModel(nn.Module):
             self.diffusion_config.marginal_timestep,
             action,
             latents,
+            self.diffusion_config.video_steps,
         )
         return (
             action.float() * batch.action_visible if of_action is Role.ASKED else None,

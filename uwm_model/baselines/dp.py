@@ -19,7 +19,7 @@ from uwm_model.config import DiffusionConfig, ModelConfig
 from uwm_model.objective import Losses, masked_mean
 from uwm_model.observation import observation
 from uwm_model.sampling import Mode
-from uwm_model.schedule import DiffusionSchedule, home, unit_noise
+from uwm_model.schedule import make_schedule, unit_noise
 from uwm_model.tokens import ActionTokens, TimestepEmbedding
 
 
@@ -33,7 +33,7 @@ class DiffusionPolicy(nn.Module):
         self.model_config, self.diffusion_config = model, diffusion
         self.observation = observation(model)
         self.denoiser = ActionDenoiser(model)
-        self.schedule = DiffusionSchedule(diffusion)
+        self.schedule = make_schedule(diffusion)
 
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Losses:
         """``loss``, under the name that training engines call."""
@@ -44,8 +44,7 @@ class DiffusionPolicy(nn.Module):
         if batch.action is None:
             raise ValueError("training needs batch.action (zeros where masked)")
         action, device = batch.action, batch.action.device
-        where = home(generator, device)
-        t = torch.randint(self.schedule.last + 1, (len(action),), generator=generator, device=where).to(device)
+        t = self.schedule.draw((len(action),), generator, device)
         noise = unit_noise(action.shape, generator, device)
         prediction = self._predict(batch, self.observation(batch), self.schedule.noisy(action, noise, t), t)
         error = (prediction - self.schedule.target(action, noise, t)).square()

@@ -24,7 +24,7 @@ from uwm_model.denoiser import Denoise, Denoiser
 from uwm_model.objective import Losses, Noise
 from uwm_model.observation import observation
 from uwm_model.sampling import Mode
-from uwm_model.schedule import DiffusionSchedule, unit_noise
+from uwm_model.schedule import make_schedule, unit_noise
 
 
 class PredictionWithAction(nn.Module):
@@ -37,7 +37,7 @@ class PredictionWithAction(nn.Module):
         self.model_config, self.diffusion_config = model, diffusion
         self.observation = observation(model)
         self.denoiser = Denoiser(dataclasses.replace(model, current_patches=True))
-        self.schedule = DiffusionSchedule(diffusion)
+        self.schedule = make_schedule(diffusion)
 
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Losses:
         """``loss``, under the name that training engines call."""
