@@ -64,22 +64,30 @@ class Denoiser(nn.Module):
         means nothing. None: all cameras are there. current_latents [B, V, To, C, h, w] are for ``current_patches``.
         """
         B, (L, patches) = len(action), (self.config.action_chunk, self.config.cameras * self.config.patches)
-        registers = self.registers.expand(B, -1, -1)
-        future = self.latents.encode(latents)
-        if self.config.current_patches:
-            if current_latents is None:
-                raise ValueError("a model with current_patches needs current_latents")
-            future = future + self.latents.encode_current(current_latents)
-        x_BND = torch.cat([self.actions.encode(action), future, registers], dim=1) + self.position
+        x_BND = torch.cat([self.embed_action(action), self.embed_others(latents, current_latents)], dim=1)
         times = self.timesteps(t_action.expand(B), t_video.expand(B))
         condition_BK = torch.cat([condition, times], dim=1)
-        keys = None if camera_mask is None else self._keys(camera_mask)
+        keys = None if camera_mask is None else self.keys(camera_mask)
         for block in self.blocks:
             x_BND = block(x_BND, condition_BK, keys)
         x_BND = self.head(x_BND, condition_BK)
         return self.actions.decode(x_BND[:, :L]), self.latents.decode(x_BND[:, L : L + patches])
 
-    def _keys(self, camera_mask: Tensor) -> Tensor:
+    def embed_action(self, action: Tensor) -> Tensor:
+        """float [B, L, A] -> the first L tokens, [B, L, D]."""
+        return self.actions.encode(action) + self.position[:, : self.config.action_chunk]
+
+    def embed_others(self, latents: Tensor, current_latents: Tensor | None) -> Tensor:
+        """float [B, V, Tf, C, h, w] and [B, V, To, C, h, w] -> the tokens of latents and registers, [B, N - L, D]."""
+        future = self.latents.encode(latents)
+        if self.config.current_patches:
+            if current_latents is None:
+                raise ValueError("a model with current_patches needs current_latents")
+            future = future + self.latents.encode_current(current_latents)
+        registers = self.registers.expand(len(latents), -1, -1)
+        return torch.cat([future, registers], dim=1) + self.position[:, self.config.action_chunk :]
+
+    def keys(self, camera_mask: Tensor) -> Tensor:
         """bool [B, V] -> bool [B, 1, 1, N]: which tokens may be attended to."""
         latents = camera_mask.repeat_interleave(self.config.patches, dim=1)
         action = latents.new_ones(len(latents), self.config.action_chunk)

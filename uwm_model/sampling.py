@@ -40,6 +40,17 @@ def roles(mode: str) -> tuple[Role, Role]:
     return ROLES[mode]
 
 
+def timetable(
+    mode: str, schedule: DiffusionSchedule, steps: int, marginal_timestep: str, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """t_action and t_video of every step, int64 [steps] each."""
+    times = schedule.timesteps(steps)
+    held = times[0] if marginal_timestep == "leading" else schedule.last
+    table = {Role.ASKED: times, Role.GIVEN: [0] * steps, Role.IGNORED: [held] * steps}
+    of_action, of_video = (torch.tensor(table[role], device=device) for role in roles(mode))
+    return of_action, of_video
+
+
 def sample(
     mode: Mode,
     denoise: Denoise,
@@ -55,9 +66,7 @@ def sample(
     """
     of_action, of_video = roles(mode)
     times = schedule.timesteps(steps)
-    held = times[0] if marginal_timestep == "leading" else schedule.last
-    table = {Role.ASKED: times, Role.GIVEN: [0] * steps, Role.IGNORED: [held] * steps}
-    t_action, t_video = (torch.tensor(table[role], device=action.device) for role in (of_action, of_video))
+    t_action, t_video = timetable(mode, schedule, steps, marginal_timestep, action.device)
     for i, t in enumerate(times):
         action_prediction, latent_prediction = denoise(action, t_action[i], latents, t_video[i])
         t_next = times[i + 1] if i + 1 < steps else None
