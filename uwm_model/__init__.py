@@ -12,7 +12,7 @@ denoiser     all of it together: two noisy things in, two predictions out
 schedule     how noise is added, and taken away step by step
 objective    the training loss
 sampling     one loop, five modes: policy, forward and inverse dynamics, video, joint
-query        the policy mode again, sooner: for whoever is waited for by a robot
 world_model  the face of it all: ``loss(batch)`` and ``sample(mode, batch)``
+query        the policy mode again, sooner, for a robot that waits
 metrics      how good an image, an action or a success rate is
 """

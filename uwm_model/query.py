@@ -6,8 +6,8 @@ timesteps' part of every modulation, for all steps at once. The last block goes 
 nothing is made of the others. This is exact.
 
 Two things are not, and are off unless asked for. Fewer ``steps``, as in any sampling. And ``refresh``: the keys and
-values of the tokens that are no actions (of latents, which are held as pure noise, and of registers) hardly follow the
-action; where they are kept from an earlier step, a step runs the action tokens alone.
+values of the tokens that are no actions (of latents, which are held as pure noise, and of registers) follow the action
+only a little; where they are kept from an earlier step, a step runs the action tokens alone.
 """
 
 from __future__ import annotations
