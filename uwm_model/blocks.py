@@ -35,13 +35,13 @@ class Block(nn.Module):
     ) -> tuple[Tensor, KeysValues]:
         """The block under its six modulations [B, 1, D]: the tokens after it, and the keys and values of x [B, M, D].
 
-        Only the first ``asking`` tokens of x ask and come back, [B, asking, D]; the others are asked (None: all ask).
-        ``others`` belong to N - M tokens that are not in x; they are asked as if they came after it.
+        Only the first ``asking`` tokens of x go on, [B, asking, D]; the rest are but attended to (None: all go on).
+        ``others`` belong to N - M tokens that are not in x, and are attended to as if they came after it.
         """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
-        q, *own = self.attention.project(normalise(x, shift_a, scale_a), asking)
+        q, *own = self.attention.project(normalise(x, shift_a, scale_a))
         k, v = own if others is None else (torch.cat(pair, dim=2) for pair in zip(own, others, strict=True))
-        x = x[:, :asking] + gate_a * self.attention.mix(q, k, v, keys)
+        x = x[:, :asking] + gate_a * self.attention.mix(q[:, :, :asking], k, v, keys)
         return x + gate_m * self.mlp(normalise(x, shift_m, scale_m)), own
 
 
@@ -71,19 +71,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.out = nn.Linear(width, width)
 
-    def project(self, x: Tensor, asking: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, N, D] -> keys and values [B, heads, N, d] behind queries [B, heads, asking, d] of its first tokens."""
-        if asking is None:
-            q, k, v = self._by_head(self.qkv(x), 3)
-            return q, k, v
-        D, bias = x.shape[2], self.qkv.bias
-        (q,) = self._by_head(F.linear(x[:, :asking], self.qkv.weight[:D], None if bias is None else bias[:D]), 1)
-        k, v = self._by_head(F.linear(x, self.qkv.weight[D:], None if bias is None else bias[D:]), 2)
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, N, D] -> queries, keys and values [B, heads, N, d]."""
+        # Not by einops: a small model's query notices the time that einops itself takes.
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return q, k, v
-
-    def _by_head(self, x: Tensor, parts: int) -> Tensor:
-        """[B, N, parts * D] -> [parts, B, heads, N, d]. Not by einops, whose own time a small model's query notices."""
-        return x.unflatten(2, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None) -> Tensor:
         """q [B, heads, M, d], k and v [B, heads, N, d], keys bool [B, 1, 1, N] -> [B, M, D]."""

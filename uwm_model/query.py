@@ -76,7 +76,7 @@ class PolicyQuery:
                 x, kept = torch.cat([x, others], dim=1), []
             for at, block in enumerate(net.blocks):
                 assert isinstance(block, Block)
-                asking = L if all_run and block is net.blocks[-1] else None
+                asking = L if block is net.blocks[-1] else None
                 x, own = block.modulated(x, of_blocks[at][step], keys, asking, None if all_run else kept[at])
                 if all_run and self._is_followed(step):
                     kept.append([of_all[:, :, L:] for of_all in own])
