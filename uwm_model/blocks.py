@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from einops import rearrange
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from uwm_model.config import ModelConfig
+
+KeysValues = Sequence[Tensor]  # two of [B, heads, N, d]
 
 
 class Block(nn.Module):
@@ -21,9 +25,26 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor, keys: Tensor | None) -> Tensor:
         """x [B, N, D], condition [B, K], keys bool [B, 1, 1 or N, N] (False: not attended to) -> [B, N, D]."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition)[:, None].chunk(6, dim=-1)
-        x = x + gate_a * self.attention(normalise(x, shift_a, scale_a), keys)
-        return x + gate_m * self.mlp(normalise(x, shift_m, scale_m))
+        return self.modulated(x, self.modulation(condition)[:, None].chunk(6, dim=-1), keys)[0]
+
+    def modulated(
+        self,
+        x: Tensor,
+        modulation: Sequence[Tensor],
+        keys: Tensor | None,
+        asking: int | None = None,
+        others: KeysValues | None = None,
+    ) -> tuple[Tensor, KeysValues]:
+        """The block under its six modulations [B, 1, D]: the tokens after it, and the keys and values of x [B, M, D].
+
+        Only the first ``asking`` tokens of x go on, [B, asking, D]; the rest are but attended to (None: all go on).
+        ``others`` belong to N - M tokens that are not in x, and are attended to as if they came after it.
+        """
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
+        q, *own = self.attention.project(normalise(x, shift_a, scale_a))
+        k, v = own if others is None else (torch.cat(pair, dim=2) for pair in zip(own, others, strict=True))
+        x = x[:, :asking] + gate_a * self.attention.mix(q[:, :, :asking], k, v, keys)
+        return x + gate_m * self.mlp(normalise(x, shift_m, scale_m)), own
 
 
 class Head(nn.Module):
@@ -36,8 +57,11 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """x [B, N, D], condition [B, K] -> [B, N, D]."""
-        shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)
-        return self.linear(normalise(x, shift, scale))
+        return self.modulated(x, self.modulation(condition)[:, None].chunk(2, dim=-1))
+
+    def modulated(self, x: Tensor, modulation: Sequence[Tensor]) -> Tensor:
+        """x [B, N, D] under two modulations [B, 1, D] -> [B, N, D]."""
+        return self.linear(normalise(x, *modulation))
 
 
 class Attention(nn.Module):
@@ -49,11 +73,16 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
-        """x [B, N, D], keys bool [B, 1, 1 or N, N] -> [B, N, D]."""
-        q, k, v = rearrange(self.qkv(x), "b n (three heads d) -> three b heads n d", three=3, heads=self.heads)
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, N, D] -> queries, keys and values [B, heads, N, d]."""
+        # Not by einops: a small model's query notices the time that einops itself takes.
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None) -> Tensor:
+        """q [B, heads, M, d], k and v [B, heads, N, d], keys bool [B, 1, 1 or M, N] -> [B, M, D]."""
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
-        return self.out(rearrange(mixed, "b heads n d -> b n (heads d)"))
+        return self.out(mixed.transpose(1, 2).flatten(2))
 
 
 def stack(config: ModelConfig, condition_width: int) -> nn.ModuleList:
@@ -69,6 +98,20 @@ def modulation(condition_width: int, out: int) -> nn.Sequential:
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return nn.Sequential(nn.SiLU(), linear)
+
+
+def modulations(layers: nn.Sequential, condition: Tensor, times: Tensor, width: int) -> list[tuple[Tensor, ...]]:
+    """The modulations [B, 1, width] that ``layers`` make of condition [B, K - T] beside each of the times [S, T].
+
+    A linear map of two vectors side by side is the sum of a map of each: the condition, by far the wider one, is mapped
+    once, not S times. In bfloat16 that sum is rounded once more.
+    """
+    activation, linear = layers
+    assert isinstance(linear, nn.Linear)
+    of_condition, of_times = linear.weight.split([condition.shape[1], times.shape[1]], dim=1)
+    known = F.linear(activation(condition), of_condition, linear.bias)
+    both = known + F.linear(activation(times), of_times)[:, None]  # [S, B, out]
+    return [step.unbind() for step in both.unflatten(2, (-1, 1, width)).transpose(1, 2)]
 
 
 def normalise(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

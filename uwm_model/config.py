@@ -82,6 +82,16 @@ class ModelConfig:
         return self.cameras * self.observed_frames * self.frame_width
 
     @property
+    def action_shape(self) -> tuple[int, int]:
+        """(L, A): of one sample's chunk of actions."""
+        return (self.action_chunk, self.action_dim)
+
+    @property
+    def latents_shape(self) -> tuple[int, int, int, int, int]:
+        """(V, Tf, C, h, w): of one sample's future latents."""
+        return (self.cameras, self.future_frames, self.latent_channels, *self.latent_size)
+
+    @property
     def patches(self) -> int:
         """Tokens of one camera's future latents."""
         (pt, ph, pw), (h, w) = self.patch, self.latent_size

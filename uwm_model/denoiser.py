@@ -62,29 +62,41 @@ class Denoiser(nn.Module):
         action_shown bool [B]: nobody attends to the action tokens of a sample where it is False. None: all are shown.
         """
         B, (L, patches) = len(action), (self.config.action_chunk, self.config.cameras * self.config.patches)
-        registers = self.registers.expand(B, -1, -1)
-        future = self.latents.encode(latents)
-        if self.config.current_patches:
-            if current_latents is None:
-                raise ValueError("a model with current_patches needs current_latents")
-            future = future + self.latents.encode_current(current_latents)
-        x_BND = torch.cat([self.actions.encode(action), future, registers], dim=1) + self.position
+        x_BND = torch.cat([self.embed_action(action), self.embed_others(latents, current_latents)], dim=1)
         times = self.timesteps(t_action.expand(B), t_video.expand(B))
         condition_BK = torch.cat([condition, times], dim=1)
-        keys = self._keys(x_BND, camera_mask, action_shown)
+        keys = self.keys(camera_mask, action_shown)
         for block in self.blocks:
             x_BND = block(x_BND, condition_BK, keys)
         x_BND = self.head(x_BND, condition_BK)
         return self.actions.decode(x_BND[:, :L]), self.latents.decode(x_BND[:, L : L + patches])
 
-    def _keys(self, x: Tensor, camera_mask: Tensor | None, action_shown: Tensor | None) -> Tensor | None:
-        """bool [B, 1, 1, N]: which tokens may be attended to; None: all of them."""
+    def embed_action(self, action: Tensor) -> Tensor:
+        """float [B, L, A] -> the first L tokens, [B, L, D]."""
+        return self.actions.encode(action) + self.position[:, : self.config.action_chunk]
+
+    def embed_others(self, latents: Tensor, current_latents: Tensor | None) -> Tensor:
+        """float [B, V, Tf, C, h, w] and [B, V, To, C, h, w] -> the tokens of latents and registers, [B, N - L, D]."""
+        future = self.latents.encode(latents)
+        if self.config.current_patches:
+            if current_latents is None:
+                raise ValueError("a model with current_patches needs current_latents")
+            future = future + self.latents.encode_current(current_latents)
+        registers = self.registers.expand(len(latents), -1, -1)
+        return torch.cat([future, registers], dim=1) + self.position[:, self.config.action_chunk :]
+
+    def keys(self, camera_mask: Tensor | None, action_shown: Tensor | None = None) -> Tensor | None:
+        """Both bool, [B, V] and [B] -> bool [B, 1, 1, N]: which tokens may be attended to; None: all of them."""
         if camera_mask is None and action_shown is None:
             return None
-        keys, L = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), self.config.action_chunk
+        given = camera_mask if camera_mask is not None else action_shown
+        assert given is not None
+        L = self.config.action_chunk
+        keys = given.new_ones(len(given), self.config.tokens)
         if action_shown is not None:
             keys[:, :L] = action_shown[:, None]
         if camera_mask is not None:
-            latents = camera_mask.repeat_interleave(self.config.patches, dim=1)
-            keys[:, L : L + latents.shape[1]] = latents
+            keys[:, L : self.config.tokens - self.config.registers] = camera_mask.repeat_interleave(
+                self.config.patches, dim=1
+            )
         return keys[:, None, None]

@@ -47,6 +47,29 @@ def require(mode: str, modes: tuple[Mode, ...], who: str) -> None:
         raise ValueError(f"mode: {who} has no {mode}; it has {', '.join(modes)}")
 
 
+def timetable(
+    mode: str,
+    schedule: Schedule,
+    steps: int,
+    marginal_timestep: Literal["leading", "last"],
+    video_steps: int | None = None,
+) -> tuple[list[float | None], list[float | None]]:
+    """t_action and t_video of every step, and one more: a modality moves at a step after which its time is another.
+
+    At last that is None (clean) for what is asked for.
+    """
+    times = schedule.timesteps(steps)
+    held = times[0] if marginal_timestep == "leading" else schedule.last
+    table = {Role.ASKED: [*times, None], Role.GIVEN: [0] * (steps + 1), Role.IGNORED: [held] * (steps + 1)}
+    action_times, video_times = (table[role] for role in roles(mode))
+    if mode == "joint" and video_steps is not None:
+        if video_steps > steps:
+            raise ValueError(f"video_steps: {video_steps} are more than the {steps} steps")
+        slow = schedule.timesteps(video_steps)
+        video_times = [*(slow[i * video_steps // steps] for i in range(steps)), None]
+    return action_times, video_times
+
+
 def sample(
     mode: Mode,
     denoise: Denoise,
@@ -63,28 +86,23 @@ def sample(
     In mode ``joint`` the latents take ``video_steps`` of the steps (None: all) and wait in between. ValueError where
     those are more than the steps, or the schedule cannot do as many.
     """
-    of_action, of_video = roles(mode)
-    times = schedule.timesteps(steps)
-    held = times[0] if marginal_timestep == "leading" else schedule.last
-    # One more than there are steps: a modality moves at a step after which its time is another, at last None (clean).
-    table = {Role.ASKED: [*times, None], Role.GIVEN: [0] * (steps + 1), Role.IGNORED: [held] * (steps + 1)}
-    action_times, video_times = table[of_action], table[of_video]
-    if mode == "joint" and video_steps is not None:
-        if video_steps > steps:
-            raise ValueError(f"video_steps: {video_steps} are more than the {steps} steps")
-        slow = schedule.timesteps(video_steps)
-        video_times = [*(slow[i * video_steps // steps] for i in range(steps)), None]
+    action_times, video_times = timetable(mode, schedule, steps, marginal_timestep, video_steps)
     t_action, t_video = (torch.tensor(times[:-1], device=action.device) for times in (action_times, video_times))
     action_before: Seen | None = None
     video_before: Seen | None = None
     for i in range(steps):
         action_prediction, latent_prediction = denoise(action, t_action[i], latents, t_video[i])
-        if action_times[i + 1] != action_times[i]:
-            seen = Seen(action, action_prediction, action_times[i])
-            action = schedule.step(*seen, action_times[i + 1], action_before)
-            action_before = seen
-        if video_times[i + 1] != video_times[i]:
-            seen = Seen(latents, latent_prediction, video_times[i])
-            latents = schedule.step(*seen, video_times[i + 1], video_before)
-            video_before = seen
+        action, action_before = _moved(schedule, action, action_prediction, action_times[i : i + 2], action_before)
+        latents, video_before = _moved(schedule, latents, latent_prediction, video_times[i : i + 2], video_before)
     return action, latents
+
+
+def _moved(
+    schedule: Schedule, sample: Tensor, prediction: Tensor, times: list[float | None], before: Seen | None
+) -> tuple[Tensor, Seen | None]:
+    """The sample at the second of two times, and what was seen at the first; as they were where the times are one."""
+    now, then = times
+    if now is None or now == then:
+        return sample, before
+    seen = Seen(sample, prediction, now)
+    return schedule.step(*seen, then, before), seen

@@ -74,7 +74,7 @@ class UnifiedWorldModel(nn.Module):
                 raise ValueError(f"mode {mode} needs batch.action")
             action = batch.action
         elif noise_action is None:
-            action = unit_noise((B, c.action_chunk, c.action_dim), generator, device)
+            action = unit_noise((B, *c.action_shape), generator, device)
         else:
             action = noise_action
         divisor = self.diffusion_config.latent_divisor
@@ -83,8 +83,7 @@ class UnifiedWorldModel(nn.Module):
                 raise ValueError(f"mode {mode} needs batch.future_latents")
             latents = batch.future_latents / divisor
         elif noise_latents is None:
-            shape = (B, c.cameras, c.future_frames, c.latent_channels, *c.latent_size)
-            latents = unit_noise(shape, generator, device)
+            latents = unit_noise((B, *c.latents_shape), generator, device)
         else:
             latents = noise_latents
         action, latents = sampling.sample(

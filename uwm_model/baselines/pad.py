@@ -48,7 +48,7 @@ class PredictionWithAction(nn.Module):
         if batch.action is None or batch.future_latents is None:
             raise ValueError("training needs batch.action and batch.future_latents (zeros where masked)")
         latents = batch.future_latents / self.diffusion_config.latent_divisor
-        drawn = objective.draw_noise(batch.action, latents, self.schedule.last, generator)
+        drawn = objective.draw_noise(batch.action, latents, self.schedule, generator)
         return objective.joint_loss(
             self._denoiser_of(batch),
             self.schedule,
