@@ -18,6 +18,8 @@ from preprocessing.promise import Promise
 from preprocessing.text import TextEncoder, load_text_encoder
 from preprocessing.windows import Embodiment
 from uwm_model.augment import centre
+from uwm_model.query import PolicyQuery
+from uwm_model.world_model import UnifiedWorldModel
 
 
 class Policy:
@@ -70,9 +72,12 @@ class Policy:
         seen |= self._told(instruction, len(seen["embodiment"]))
         batch = to_batch(seen, torch.device("cpu"), torch.float32)
         batch = centre(batch, self.settings.model.latent_size)
-        with torch.inference_mode():
-            action, _ = self.model.sample("policy", batch, steps=steps, generator=generator)
-        assert action is not None
+        if isinstance(self.model, UnifiedWorldModel):  # the same answer, sooner
+            action = PolicyQuery(self.model, steps)(batch, generator)
+        else:
+            sampled, _ = self.model.sample("policy", batch, steps=steps, generator=generator)
+            assert sampled is not None
+            action = sampled
         return self.spec.action_normalizer.invert(action[:, :, : self.spec.action_dim].numpy())
 
     def _told(self, instruction: str | None, count: int) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import shutil
 import tempfile
@@ -21,6 +22,7 @@ import ray
 import torch
 from ray.train import Checkpoint, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import WorkerGroupError
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -30,6 +32,7 @@ from pipelines import checkpoint
 from pipelines.checkpoint import Settings
 from pipelines.recipe import Recipe
 from preprocessing.encoders import PIXELS
+from preprocessing.episode import UserError
 from preprocessing.loader import LatentDataset, WindowShape
 from preprocessing.store import Snapshot
 from preprocessing.windows import split
@@ -37,6 +40,10 @@ from uwm_model.augment import augment, centre
 from uwm_model.batch import Batch
 
 VALIDATION_BATCHES = 4
+
+
+class Diverged(Exception):
+    """A loss is not a number, or infinite: nothing that follows would mean anything."""
 
 
 def train(
@@ -75,7 +82,13 @@ def train(
             _quiet(verbose),
         ):
             bar.set_postfix_str("starting the workers")
-            result = trainer.fit()
+            try:
+                result = trainer.fit()
+            except WorkerGroupError as error:
+                for cause in error.worker_failures.values():
+                    if isinstance(cause, UserError | Diverged):
+                        raise cause from None
+                raise
     assert result.checkpoint is not None
     folder = output / "checkpoint"
     shutil.rmtree(folder, ignore_errors=True)
@@ -168,6 +181,12 @@ def _worker(config: dict[str, Any]) -> None:
         generator = torch.Generator(device).manual_seed(hash((recipe.seed, step, rank)) % 2**63)
         batch = augment(batch, settings.model.latent_size, recipe.augment, generator)
         losses = deepspeed(batch, generator=generator)
+        if not math.isfinite(losses.total.item()):
+            episodes = data.drawn(recipe.seed, weights, recipe.batch_size, step - 1, rank, world)
+            raise Diverged(
+                f"step {step}: the loss is {losses.total:g} (action {losses.action:g}, video {losses.video:g}); no "
+                f"checkpoint was kept; try a lower learning_rate, or look at these episodes: {', '.join(episodes)}"
+            )
         deepspeed.backward(losses.total)
         deepspeed.step()
         average.update_parameters(model)

@@ -135,6 +135,11 @@ class LatentDataset:
             yield self.gather(episode[rank::world], frame[rank::world])
             step += 1
 
+    def drawn(self, seed: int, weights: dict[int, float], size: int, step: int, rank: int, world: int) -> list[str]:
+        """Ids of the episodes that this worker's share of that step's batch is from."""
+        episode, _ = WindowSampler(self.frames, self.embodiment, weights, seed).batch(step, size)
+        return sorted({self.rows[i]["id"] for i in episode[rank::world]})
+
     def _columns(
         self, episode: np.ndarray, frame: np.ndarray, first: Any, width: np.ndarray, padded: int
     ) -> tuple[np.ndarray, np.ndarray]:

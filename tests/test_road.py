@@ -125,6 +125,18 @@ def test_a_model_that_does_not_fit_the_stores_encoder_is_told_in_one_line(road: 
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_batch(road: Any, tmp_path: Path, uwm: Uwm) -> None:
+    code, _, err = uwm(
+        "pretrain", "--store", road["store"], "--output", tmp_path, "steps=40", "learning_rate=1e18",
+        "warmup_steps=0", *SMALL[:2], *TINY,
+    )  # fmt: skip
+    line = err.strip().splitlines()[-1]
+    assert code == 1 and "failed: Diverged: step" in line and "the loss is nan" in line, err
+    ids = {row["id"] for row in LatentStore.open(road["store"]).snapshot().rows()}
+    named = line.partition("look at these episodes: ")[2].removesuffix(" (-v shows more)").split(", ")
+    assert named and set(named) <= ids
+
+
 def test_a_model_answers_in_the_robots_units_and_refuses_other_inputs(road: Any) -> None:
     settings = checkpoint.load_settings(road["finetuned"])
     name = next(name for name, spec in settings.embodiments.items() if spec.action_dim)

@@ -1,0 +1,175 @@
+"""``make bench-model``: which settings of the model learn most. Writes docs/benchmarks/model.md.
+
+Every variant differs from the recipe ``small`` by the settings that its line names, and is trained on the same data
+with the same number of steps and samples, on one core, from each of three seeds. The data are demonstrations and
+videos of five Meta-World tasks. What is measured is on held-out episodes. A result is kept in
+docs/benchmarks/model.jsonl as it is found; what is there under the same settings is not measured again.
+
+    python tests/bench_model.py [VARIANT ...]    only these
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from infra.engine import adamw
+from pipelines import checkpoint
+from pipelines.evaluate import open_loop
+from pipelines.policy import Policy
+from pipelines.pretrain import plan
+from pipelines.recipe import Recipe, load_recipe
+from pipelines.training import dataset, optimizer_settings, to_batch
+from preprocessing.cache import cache_folder
+from uwm_model.augment import augment
+
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "model.md"
+RESULTS = PAGE.with_suffix(".jsonl")
+TASKS = ["drawer-close", "button-press-topdown", "door-open", "window-close", "reach"]
+EPISODES, VIDEOS = 24, 8  # of each task
+SEEDS = (0, 1, 2)
+BASE = [
+    "steps=400",
+    "batch_size=32",
+    "warmup_steps=40",
+    "learning_rate=0.001",
+    "ema_decay=0.98",
+    "validation_share=0.1",
+]
+BASE += ["model.width=128", "model.depth=4", "model.heads=4"]
+MEASURED = ("action_error_policy", "action_error_inverse", "psnr_forward")
+PAPER = ["model.current_patches=false", "diffusion.prediction=epsilon", "diffusion.action_free_loss=true"]
+PAPER += ["diffusion.marginal_timestep=leading"]
+VARIANTS: dict[str, tuple[str, list[str]]] = {  # name: (what it is, its settings over BASE)
+    "default": ("the recipe small", []),
+    "parity": ("the published settings", PAPER),
+    "epsilon": ("the network predicts the noise", ["diffusion.prediction=epsilon"]),
+    "v": ("the network predicts v", ["diffusion.prediction=v"]),
+    "no-current": ("future tokens do not see the current latents", ["model.current_patches=false"]),
+    "unmasked": ("action-free samples have an action loss", ["diffusion.action_free_loss=true"]),
+    "leading": ("ignored modalities are held at t = 90", ["diffusion.marginal_timestep=leading"]),
+}
+
+
+def data() -> Path:
+    """The store, made once on this machine."""
+    from pipelines.ingest import ingest
+    from pipelines.record import record
+
+    root = cache_folder() / "bench-model"
+    root.mkdir(parents=True, exist_ok=True)
+    record(root / "raw", TASKS, EPISODES, VIDEOS)
+    ingest([str(root / "raw")], str(root / "store"))
+    return root / "store"
+
+
+def measure(store: Path, variant: str, seed: int, folder: Path) -> dict[str, Any]:
+    """Train one model on one core, without Ray, and evaluate its average on held-out episodes."""
+    torch.set_num_threads(1)
+    recipe = load_recipe("small", [*BASE, *VARIANTS[variant][1], f"seed={seed}"])
+    settings = plan(str(store), recipe)
+    torch.manual_seed(seed)
+    model, seconds = train(settings, recipe)
+    checkpoint.save(folder, model.state_dict(), settings)
+    policy = Policy(folder)
+    folder.with_name(f"{folder.name}-pictures").mkdir(exist_ok=True)
+    result = open_loop(policy, str(store), folder.with_name(f"{folder.name}-pictures"))
+    return {
+        "variant": variant,
+        "seed": seed,
+        "settings": [*BASE, *VARIANTS[variant][1]],
+        "seconds_per_step": round(seconds / recipe.steps, 4),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        **{name: round(float(value), 5) for name, value in dataclasses.asdict(result).items()},
+    }
+
+
+def train(settings: checkpoint.Settings, recipe: Recipe) -> tuple[torch.nn.Module, float]:
+    """The average of the weights, and the seconds that the steps took."""
+    model = settings.build()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
+    optimizer, schedule = adamw(model, optimizer_settings(recipe))
+    batches = dataset(settings, validation=False, recipe=recipe).batches(recipe.seed, {}, recipe.batch_size)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    began = time.perf_counter()
+    for _ in range(recipe.steps):
+        batch = to_batch(next(batches), torch.device("cpu"), torch.float32)
+        batch = augment(batch, settings.model.latent_size, recipe.augment, generator)
+        optimizer.zero_grad()
+        model.loss(batch, generator).total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
+        optimizer.step()
+        schedule.step()
+        average.update_parameters(model)
+    return average.module, time.perf_counter() - began
+
+
+def known() -> list[dict[str, Any]]:
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    rows = [json.loads(line) for line in lines]
+    return [row for row in rows if row["settings"] == [*BASE, *VARIANTS.get(row["variant"], ("", []))[1]]]
+
+
+def page(rows: list[dict[str, Any]]) -> None:
+    where = f"{os.cpu_count()} CPU cores, torch {torch.__version__}"
+    lines = [
+        "# What the model learns by",
+        "",
+        f"`make bench-model` on {where}: {', '.join(TASKS)} of Meta-World,",
+        f"{EPISODES} demonstrations and {VIDEOS} videos of each; {' '.join(BASE)}.",
+        "Mean and 95 % interval (Student's t) over the seeds. Action errors in the robot's units, PSNR in dB.",
+        "",
+        "| variant | | seeds | error, policy | error, inverse | PSNR, forward | s a step | M parameters |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, (what, _) in VARIANTS.items():
+        if mine := [row for row in rows if row["variant"] == name]:
+            cells = [_interval([row[key] for row in mine], 4 if "error" in key else 2) for key in MEASURED]
+            step = statistics.median(row["seconds_per_step"] for row in mine)
+            cells += [f"{step:.3f}", f"{mine[0]['parameters'] / 1e6:.2f}"]
+            lines.append(f"| {' | '.join([name, what, str(len(mine)), *cells])} |")
+    PAGE.write_text("\n".join(lines) + "\n")
+
+
+def _interval(values: list[float], digits: int) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}"
+    from scipy.stats import t
+
+    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{np.mean(values):.{digits}f} ± {half:.{digits}f}"
+
+
+def main(chosen: list[str]) -> None:
+    store = data()
+    done = {(row["variant"], row["seed"]) for row in known()}
+    jobs = [(v, s) for s in SEEDS for v in chosen or VARIANTS if (v, s) not in done]
+    runs = store.with_name("runs")
+    runs.mkdir(exist_ok=True)
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        futures = {pool.submit(measure, store, v, s, runs / f"{v}-{s}"): (v, s) for v, s in jobs}
+        for number, future in enumerate(as_completed(futures), 1):
+            row = future.result()
+            with RESULTS.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            page(known())
+            print(
+                f"{number} of {len(jobs)}: {row['variant']} {row['seed']} {[row[key] for key in MEASURED]}", flush=True
+            )
+    page(known())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
