@@ -33,6 +33,7 @@ from pipelines.training import dataset, to_batch
 from preprocessing import sources
 from preprocessing.contract import DataContract
 from preprocessing.episode import BadEpisode, EpisodeRef, UserError
+from preprocessing.promise import Promise
 from uwm_model.augment import centre
 from uwm_model.metrics import psnr, wilson_interval
 
@@ -115,6 +116,9 @@ def open_loop(policy: Policy, store_uri: str, output: Path) -> OpenLoop:
     chosen = [i for i, row in enumerate(data.rows) if row["embodiment"] == policy.embodiment]
     if not chosen:
         raise UserError(f"{store_uri}: no held-out episode of {policy.embodiment}; raise validation_share in training")
+    for row in (data.rows[i] for i in chosen):
+        if broken := policy.spec.promise.differences(Promise.of(row)):
+            raise UserError(f"{row['uri']} #{row['index']} is not what {policy.folder} knows: {'; '.join(broken)}")
     random = np.random.default_rng(0)
     episode = random.choice(chosen, WINDOWS)
     # Windows whose future is still in the episode: a frame that merely repeats the last one predicts itself.

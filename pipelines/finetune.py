@@ -45,8 +45,11 @@ def plan(initial: Path, store_uri: str, recipe: Recipe, snapshot_id: str | None 
         index = known.index if known else len(settings.embodiments)
         fresh = describe(name, members, index, settings.model.cameras)
         if known is not None:
-            if (fresh.action_dim, fresh.proprio) != (known.action_dim, known.proprio):
-                raise UserError(f"embodiment {name}: its actions or proprioception differ from those pretraining saw")
+            if misfits := known.misfits(fresh):
+                raise UserError(
+                    f"embodiment {name} is not as in pretraining: {'; '.join(misfits)}; if it is another robot, give "
+                    "it a name of its own (--contract, embodiment: NAME)"
+                )
             continue
         for what, needed, limit in (
             ("embodiments", index + 1, settings.model.embodiments),

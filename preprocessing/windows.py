@@ -16,9 +16,10 @@ import numpy as np
 
 from preprocessing.episode import UserError
 from preprocessing.promise import Promise
-from preprocessing.statistics import Normalizer, normalizers
+from preprocessing.statistics import MINIMUM_RANGE, Normalizer, normalizers
 
 HELD_OUT = ("val", "test")
+FARTHEST = 5.0  # times a column's scale that other data may reach: beyond, it is of another unit
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,29 @@ class Embodiment:
             action_dim=self.action_dim,
             action_layout=json.loads(self.action_layout),
         )
+
+    def misfits(self, data: Embodiment) -> list[str]:
+        """Why this one, as a model knows it, is not what the data are of, a phrase each with both values.
+
+        Videos are always.
+        """
+        if not (self.action_dim or self.proprio or data.action_dim or data.proprio):
+            return []
+        found = self.promise.differences(data.promise)
+        if not set(self.cameras) & set(data.cameras):
+            found.append(f"cameras are {', '.join(data.cameras)}, not {', '.join(self.cameras)}")
+        if found:  # columns that do not correspond cannot be compared
+            return found
+        columns = [f"action[{i}]" for i in range(self.action_dim)]
+        columns += [f"{part}[{i}]" for part, width in self.proprio for i in range(width)]
+        mine, theirs = (
+            [*zip(one.offset, one.scale, strict=True), *zip(two.offset, two.scale, strict=True)]
+            for one, two in ((e.action_normalizer, e.proprio_normalizer) for e in (self, data))
+        )
+        for column, (offset, scale), (other, spread) in zip(columns, mine, theirs, strict=True):
+            if abs(other - offset) + spread > FARTHEST * scale and spread > MINIMUM_RANGE:
+                found.append(f"{column} is {other:.3g} ± {spread:.3g}, not {offset:.3g} ± {scale:.3g}")
+        return found
 
 
 def describe(name: str, rows: list[dict[str, Any]], index: int, slots: int) -> Embodiment:

@@ -58,8 +58,13 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {  # name: (what it is, its setting
     "epsilon": ("the network predicts the noise", ["diffusion.prediction=epsilon"]),
     "v": ("the network predicts v", ["diffusion.prediction=v"]),
     "no-current": ("future tokens do not see the current latents", ["model.current_patches=false"]),
+    "flow": ("flow matching, the network predicts the velocity", ["diffusion.schedule=flow", "diffusion.prediction=v"]),
+    "flow-sample": ("flow matching, the network predicts the clean sample", ["diffusion.schedule=flow"]),
     "unmasked": ("action-free samples have an action loss", ["diffusion.action_free_loss=true"]),
     "leading": ("ignored modalities are held at t = 90", ["diffusion.marginal_timestep=leading"]),
+    "dp": ("Diffusion Policy", ["model.kind=dp"]),
+    "pad": ("PAD", ["model.kind=pad"]),
+    "gr1": ("GR1", ["model.kind=gr1"]),
 }
 
 
@@ -92,7 +97,7 @@ def measure(store: Path, variant: str, seed: int, folder: Path) -> dict[str, Any
         "settings": [*BASE, *VARIANTS[variant][1]],
         "seconds_per_step": round(seconds / recipe.steps, 4),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        **{name: round(float(value), 5) for name, value in dataclasses.asdict(result).items()},
+        **{name: value and round(value, 5) for name, value in dataclasses.asdict(result).items()},
     }
 
 
@@ -136,14 +141,17 @@ def page(rows: list[dict[str, Any]]) -> None:
     ]
     for name, (what, _) in VARIANTS.items():
         if mine := [row for row in rows if row["variant"] == name]:
-            cells = [_interval([row[key] for row in mine], 4 if "error" in key else 2) for key in MEASURED]
+            cells = [_interval([row[key] for row in mine], 3 if "error" in key else 1) for key in MEASURED]
             step = statistics.median(row["seconds_per_step"] for row in mine)
             cells += [f"{step:.3f}", f"{mine[0]['parameters'] / 1e6:.2f}"]
             lines.append(f"| {' | '.join([name, what, str(len(mine)), *cells])} |")
     PAGE.write_text("\n".join(lines) + "\n")
 
 
-def _interval(values: list[float], digits: int) -> str:
+def _interval(found: list[float | None], digits: int) -> str:
+    values = [value for value in found if value is not None]
+    if not values:
+        return "–"
     if len(values) < 2:
         return f"{values[0]:.{digits}f}"
     from scipy.stats import t
@@ -155,7 +163,7 @@ def _interval(values: list[float], digits: int) -> str:
 def main(chosen: list[str]) -> None:
     store = data()
     done = {(row["variant"], row["seed"]) for row in known()}
-    jobs = [(v, s) for s in SEEDS for v in chosen or VARIANTS if (v, s) not in done]
+    jobs = [(v, s) for v in chosen or VARIANTS for s in SEEDS if (v, s) not in done]
     runs = store.with_name("runs")
     runs.mkdir(exist_ok=True)
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:

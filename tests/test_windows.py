@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from rows import commit, fill, write_episode
 
 from preprocessing.episode import UserError
 from preprocessing.loader import LatentDataset, WindowShape
+from preprocessing.statistics import Normalizer
 from preprocessing.store import LatentStore
 from preprocessing.windows import WindowSampler, describe, is_validation
 
@@ -102,3 +104,18 @@ def test_episodes_of_one_embodiment_that_disagree_are_refused(tmp_path: Path) ->
     rows[1]["action_dim"] = 2
     with pytest.raises(UserError, match="actions have 2 columns, not 3"):
         describe("arm", rows, 0, 1)
+
+
+def test_what_a_model_knows_and_the_data_are_compared_with_both_values(tmp_path: Path) -> None:
+    store = LatentStore.create(str(tmp_path / "store"))
+    fill(store, ["a"])
+    known = describe("arm", store.snapshot().rows(), 0, 2)
+    assert known.misfits(known) == []
+    (offset, *offsets), (scale, *scales) = known.action_normalizer.offset, known.action_normalizer.scale
+    millimetres = Normalizer((1000 * offset, *offsets), (1000 * scale, *scales))
+    [unit] = known.misfits(replace(known, action_normalizer=millimetres))
+    assert unit.startswith("action[0] is ") and unit.count(" ± ") == 2 and ", not " in unit
+    [cameras] = known.misfits(replace(known, cameras=("elsewhere",)))
+    assert cameras == f"cameras are elsewhere, not {', '.join(known.cameras)}"
+    [columns] = known.misfits(replace(known, action_dim=known.action_dim + 1))
+    assert columns == f"actions have {known.action_dim + 1} columns, not {known.action_dim}"
