@@ -43,7 +43,7 @@ def plan(initial: Path, store_uri: str, recipe: Recipe, snapshot_id: str | None 
     for name, members in by_embodiment(rows).items():
         known = settings.embodiments.get(name)
         index = known.index if known else len(settings.embodiments)
-        fresh = describe(name, members, index, settings.model.cameras)
+        fresh = describe(name, members, index, settings.model.cameras, recipe.normalise)
         if known is not None:
             if misfits := known.misfits(fresh):
                 raise UserError(

@@ -27,7 +27,8 @@ def plan(store_uri: str, recipe: Recipe, snapshot_id: str | None = None) -> Sett
     rows = training_rows(snapshot.rows(choose_encoder(snapshot, recipe.encoder)), recipe, store_uri)
     slots = recipe.model.get("cameras") or max(len(row["cameras"]) for row in rows)
     embodiments = {
-        name: describe(name, members, index, slots) for index, (name, members) in enumerate(by_embodiment(rows).items())
+        name: describe(name, members, index, slots, recipe.normalise)
+        for index, (name, members) in enumerate(by_embodiment(rows).items())
     }
     if unknown := sorted(set(recipe.mixture) - set(embodiments)):
         raise UserError(f"mixture: no embodiment {unknown[0]} in the store; it holds {', '.join(embodiments)}")

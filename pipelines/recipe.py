@@ -71,6 +71,7 @@ class Recipe(BaseModel):
     encoder: str | None = Field(default=None, description="which latents, where a store holds several encoders'")
     text_encoder: str | None = Field(default=None, description="the model is told the instruction, as this one has it")
     instructions: list[str] | None = Field(default=None, description="train on episodes with these alone")
+    normalise: Literal["extremes", "quantiles"] = Field(default="extremes", description="what of actions is -1 and 1")
     mixture: dict[str, float] = Field(default_factory=dict, description="weight by embodiment, else its windows")
     model: dict[str, Any] = Field(default_factory=dict)
     diffusion: dict[str, Any] = Field(default_factory=dict)

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 MINIMUM_RANGE = 1e-3  # a column that hardly moves is not blown up to [-1, 1]
+TAIL = 0.01  # of the data on either side, which quantiles leave outside of [-1, 1]
+FLOOR = 0.1  # of the whole range, which quantiles keep: a gripper that opens in few steps has none of its own
 RANKS = (1 - np.cos(np.linspace(0, np.pi, 33))) / 2  # the t-digest's scale k1; 0 is the minimum, 1 the maximum
 SHARES = np.diff(np.concatenate([[0], (RANKS[1:] + RANKS[:-1]) / 2, [1]]))  # of the data, for each knot
 
@@ -92,7 +94,7 @@ def merge(parts: Iterable[Statistics]) -> Statistics:
 
 @dataclass(frozen=True)
 class Normalizer:
-    """Columns to [-1, 1] by minimum and maximum (paper section IV, actions) or to unit deviation (proprioception).
+    """Columns to [-1, 1] by their extremes (paper section IV) or quantiles (actions), or to unit deviation (proprio).
 
     ``scale`` and ``offset`` are float ``[D]``: normalised = (raw - offset) / scale.
     """
@@ -110,16 +112,24 @@ class Normalizer:
         return asdict(self)
 
 
-def normalizers(parts: Sequence[Statistics], action_dim: int, proprio_dim: int) -> tuple[Normalizer, Normalizer]:
+def normalizers(
+    parts: Sequence[Statistics],
+    action_dim: int,
+    proprio_dim: int,
+    actions: Literal["extremes", "quantiles"] = "extremes",
+) -> tuple[Normalizer, Normalizer]:
     """(action, proprio) normalisers from the steps' statistics of one embodiment's episodes; empty for video alone.
 
-    The action's columns come first, then those of the proprioception; what is behind them is not normalised.
+    The action's columns come first, then those of the proprioception; what is behind them is not normalised. What goes
+    to -1 and 1 are an action's ``extremes`` (the paper's), or its ``quantiles``, which a rare outlier does not move.
     """
     if not parts:
         return Normalizer((), ()), Normalizer((), ())
     total = merge(part.first(action_dim + proprio_dim) for part in parts)
     low, high = total.min[:action_dim], total.max[:action_dim]
-    half = np.maximum((high - low) / 2, MINIMUM_RANGE)
-    action = Normalizer(tuple((low + high) / 2), tuple(half))
+    least = np.maximum((high - low) / 2 * (FLOOR if actions == "quantiles" else 1), MINIMUM_RANGE)
+    if actions == "quantiles":
+        low, high = (total.first(action_dim).quantile(rank) for rank in (TAIL, 1 - TAIL))
+    action = Normalizer(tuple((low + high) / 2), tuple(np.maximum((high - low) / 2, least)))
     deviation = np.maximum(total.std[action_dim:], MINIMUM_RANGE)
     return action, Normalizer(tuple(total.mean[action_dim:]), tuple(deviation))

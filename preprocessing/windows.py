@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -76,8 +76,17 @@ class Embodiment:
         return found
 
 
-def describe(name: str, rows: list[dict[str, Any]], index: int, slots: int) -> Embodiment:
-    """The embodiment of these catalogue rows; UserError where its episodes do not agree with one another."""
+def describe(
+    name: str,
+    rows: list[dict[str, Any]],
+    index: int,
+    slots: int,
+    actions: Literal["extremes", "quantiles"] = "extremes",
+) -> Embodiment:
+    """The embodiment of these catalogue rows; UserError where its episodes do not agree with one another.
+
+    ``actions`` says what of them goes to -1 and 1.
+    """
     first = rows[0]
     promise = Promise.of(first)
     for row in rows:
@@ -89,7 +98,7 @@ def describe(name: str, rows: list[dict[str, Any]], index: int, slots: int) -> E
     cameras = list(dict.fromkeys(camera["name"] for row in rows for camera in row["cameras"]))
     statistics = [row["statistics"] for row in rows if row["statistics"] is not None]
     width = sum(part["width"] for part in first["proprio"])
-    action, proprio = normalizers(statistics, first["action_dim"], width)
+    action, proprio = normalizers(statistics, first["action_dim"], width, actions)
     return Embodiment(
         index=index,
         cameras=tuple(cameras[:slots]),

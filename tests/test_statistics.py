@@ -66,3 +66,19 @@ def test_a_column_that_hardly_moves_is_not_blown_up() -> None:
     np.testing.assert_allclose(proprio.apply(values[:, 2:]), [[-1], [1]])
     np.testing.assert_allclose(proprio.invert(proprio.apply(values[:, 2:])), values[:, 2:])
     assert normalizers([], 0, 0)[0].apply(np.zeros((4, 0))).shape == (4, 0)
+
+
+def test_quantiles_leave_outliers_outside_and_keep_a_floor() -> None:
+    values = np.random.default_rng(0).uniform(-2, 4, (5000, 3))
+    values[7, 0] = 15  # an outlier
+    values[:, 1] = np.where(np.arange(5000) % 500, 1, 0)  # a gripper that is nearly always closed
+    values[:, 2] = 5
+    action, _ = normalizers([Statistics.of(values)], 3, 0, "quantiles")
+    inside = action.apply(values)
+    assert 0.9 < np.abs(np.delete(inside[:, 0], 7)).max() < 1.15 and inside[7, 0] > 4
+    assert np.quantile(np.abs(inside[:, 0]), 0.98) == pytest.approx(1, abs=0.05)
+    assert set(np.round(inside[:, 1], 6)) == {-20, 0}  # a tenth of its range is 1
+    assert not inside[:, 2].any()
+    np.testing.assert_allclose(action.invert(inside), values, rtol=1e-4, atol=1e-5)
+    extremes, _ = normalizers([Statistics.of(values)], 3, 0)
+    assert np.abs(extremes.apply(values)).max() <= 1.0001
