@@ -60,6 +60,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {  # name: (what it is, its setting
     "no-current": ("future tokens do not see the current latents", ["model.current_patches=false"]),
     "flow": ("flow matching, the network predicts the velocity", ["diffusion.schedule=flow", "diffusion.prediction=v"]),
     "flow-sample": ("flow matching, the network predicts the clean sample", ["diffusion.schedule=flow"]),
+    "shared": ("one modulation for all blocks, with offsets", ["model.modulation=shared"]),
     "quantiles": ("actions are normalised by quantiles", ["normalise=quantiles"]),
     "unmasked": ("action-free samples have an action loss", ["diffusion.action_free_loss=true"]),
     "leading": ("ignored modalities are held at t = 90", ["diffusion.marginal_timestep=leading"]),

@@ -38,6 +38,7 @@ TINY = ModelConfig(
     condition_width=64,
 )
 SEEING = dataclasses.replace(TINY, current_patches=True)
+SHARED = dataclasses.replace(SEEING, modulation="shared")
 
 
 @pytest.fixture(autouse=True)
@@ -323,7 +324,7 @@ def test_a_fresh_model_predicts_no_noise_at_all() -> None:
     assert first == pytest.approx({"action": 1, "video": 1}, abs=0.05)
 
 
-@pytest.mark.parametrize(("prediction", "config"), [("epsilon", TINY), ("sample", SEEING)])
+@pytest.mark.parametrize(("prediction", "config"), [("epsilon", TINY), ("sample", SEEING), ("sample", SHARED)])
 def test_it_learns_one_batch_in_every_mode(prediction, config: ModelConfig) -> None:
     config = dataclasses.replace(config, latent_channels=2, latent_size=(4, 4), patch=(2, 2, 2))
     diffusion = DiffusionConfig(prediction=prediction)

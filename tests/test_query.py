@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_model import SEEING, TINY, changed, make_batch, seeded
+from test_model import SEEING, SHARED, TINY, changed, make_batch, seeded
 from torch import Tensor
 
 from uwm_model.batch import Batch
@@ -61,7 +61,7 @@ def plain(model: UnifiedWorldModel, batch: Batch, steps: int | None = None, seed
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-@pytest.mark.parametrize("config", [TINY, SEEING, ONE_BLOCK], ids=["paper", "patches", "one block"])
+@pytest.mark.parametrize("config", [TINY, SEEING, ONE_BLOCK, SHARED], ids=["paper", "patches", "one block", "shared"])
 @pytest.mark.parametrize("marginal", ["last", "leading"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "sample"])
 def test_it_answers_as_the_plain_loop_does(prediction, marginal, config, dtype, tolerance) -> None:

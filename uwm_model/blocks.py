@@ -14,17 +14,24 @@ KeysValues = Sequence[Tensor]  # two of [B, heads, N, d]
 
 
 class Block(nn.Module):
-    """Attention and MLP. Freshly made it is the identity, since the modulation starts at zero and gates both."""
+    """Attention and MLP. Freshly made it is the identity, since the modulation starts at zero and gates both.
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, qkv_bias: bool, condition_width: int):
+    Without a ``condition_width`` the condition is the six modulations that all blocks share, of which each has its own
+    offset (PixArt-alpha's adaLN-single, arXiv 2310.00426).
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, qkv_bias: bool, condition_width: int | None):
         super().__init__()
         hidden = int(width * mlp_ratio)
         self.attention = Attention(width, heads, qkv_bias)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
-        self.modulation = modulation(condition_width, 6 * width)
+        self.modulation = Offset(6 * width) if condition_width is None else modulation(condition_width, 6 * width)
 
     def forward(self, x: Tensor, condition: Tensor, keys: Tensor | None) -> Tensor:
-        """x [B, N, D], condition [B, K], keys bool [B, 1, 1 or N, N] (False: not attended to) -> [B, N, D]."""
+        """x [B, N, D], condition [B, K], or [B, 6 * D] where shared -> [B, N, D].
+
+        keys bool [B, 1, 1 or N, N]: False where not attended to.
+        """
         return self.modulated(x, self.modulation(condition)[:, None].chunk(6, dim=-1), keys)[0]
 
     def modulated(
@@ -45,6 +52,17 @@ class Block(nn.Module):
         k, v = own if others is None else (torch.cat(pair, dim=2) for pair in zip(own, others, strict=True))
         x = x[:, :asking] + gate_a * self.attention.mix(q[:, :, :asking], k, v, keys)
         return x + gate_m * self.mlp(normalise(x, shift_m, scale_m)), own
+
+
+class Offset(nn.Module):
+    """Its own vector on top of what is given; zero at first."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.offset = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.offset
 
 
 class Head(nn.Module):
@@ -85,8 +103,8 @@ class Attention(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
-def stack(config: ModelConfig, condition_width: int) -> nn.ModuleList:
-    """The ``depth`` blocks of a transformer, modulated by a condition of that width."""
+def stack(config: ModelConfig, condition_width: int | None) -> nn.ModuleList:
+    """The ``depth`` blocks of a transformer, modulated by a condition of that width, or all alike."""
     return nn.ModuleList(
         Block(config.width, config.heads, config.mlp_ratio, config.qkv_bias, condition_width)
         for _ in range(config.depth)

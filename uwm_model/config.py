@@ -44,6 +44,7 @@ class ModelConfig:
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
     registers: int = 8
+    modulation: Literal["block", "shared"] = "block"  # each block's own (the paper's), or one with offsets
     current_patches: bool = False  # a token of future latents also sees the current ones at its place; the paper's not
     timestep_width: int = 128
 
@@ -69,6 +70,10 @@ class ModelConfig:
             raise ValueError(f"mlp_ratio: {self.mlp_ratio} is not above 0")
         if self.kind not in ("uwm", "dp", "pad", "gr1"):
             raise ValueError(f"kind: {self.kind} is unknown; known: uwm, dp, pad, gr1")
+        if self.modulation not in ("block", "shared"):
+            raise ValueError(f"modulation: {self.modulation} is unknown; known: block, shared")
+        if self.modulation == "shared" and self.kind not in ("uwm", "pad"):
+            raise ValueError(f"modulation: shared is not for kind {self.kind}; choose block")
         if self.observation not in ("latents", "pixels"):
             raise ValueError(f"observation: {self.observation} is unknown; known: latents, pixels")
         if self.observation == "pixels" and self.text_width:

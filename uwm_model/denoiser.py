@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from uwm_model.blocks import Head, stack
+from uwm_model.blocks import Block, Head, Offset, modulation, modulations, stack
 from uwm_model.config import ModelConfig
 from uwm_model.tokens import ActionTokens, LatentPatches, TimestepEmbedding
 
@@ -19,7 +19,8 @@ Denoise = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 class Denoiser(nn.Module):
     """One sequence of N tokens: L actions, V * patches latents, R registers, all under one learned position embedding.
 
-    Condition and both timesteps reach every block through its modulation (K = condition_size + timestep_width).
+    Condition and both timesteps reach every block through its modulation (K = condition_size + timestep_width), which
+    is the block's own (the paper's) or shared.
     """
 
     def __init__(self, config: ModelConfig):
@@ -31,7 +32,9 @@ class Denoiser(nn.Module):
         self.position = nn.Parameter(torch.empty(1, config.tokens, config.width))
         self.timesteps = TimestepEmbedding(config.timestep_width)
         modulated_by = config.condition_size + config.timestep_width
-        self.blocks = stack(config, modulated_by)
+        shared = config.modulation == "shared"
+        self.modulation = modulation(modulated_by, 6 * config.width) if shared else nn.Identity()
+        self.blocks = stack(config, None if shared else modulated_by)
         self.head = Head(config.width, modulated_by)
         self._initialise()
 
@@ -66,10 +69,24 @@ class Denoiser(nn.Module):
         times = self.timesteps(t_action.expand(B), t_video.expand(B))
         condition_BK = torch.cat([condition, times], dim=1)
         keys = self.keys(camera_mask, action_shown)
+        for_blocks = self.modulation(condition_BK)
         for block in self.blocks:
-            x_BND = block(x_BND, condition_BK, keys)
+            x_BND = block(x_BND, for_blocks, keys)
         x_BND = self.head(x_BND, condition_BK)
         return self.actions.decode(x_BND[:, :L]), self.latents.decode(x_BND[:, L : L + patches])
+
+    def modulations(self, condition: Tensor, times: Tensor) -> list[list[tuple[Tensor, ...]]]:
+        """Of every block, and of the head, at each of the times [S, T]: six modulations [B, 1, D], the head's two."""
+        width = self.config.width
+        if not isinstance(self.modulation, nn.Sequential):
+            return [modulations(part.modulation, condition, times, width) for part in (*self.blocks, self.head)]
+        shared = modulations(self.modulation, condition, times, width)
+        of_parts = []
+        for block in self.blocks:
+            assert isinstance(block, Block) and isinstance(block.modulation, Offset)
+            offset = block.modulation.offset.unflatten(0, (6, width))
+            of_parts.append([tuple(a + b for a, b in zip(step, offset, strict=True)) for step in shared])
+        return [*of_parts, modulations(self.head.modulation, condition, times, width)]
 
     def embed_action(self, action: Tensor) -> Tensor:
         """float [B, L, A] -> the first L tokens, [B, L, D]."""

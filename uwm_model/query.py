@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from uwm_model.batch import Batch
-from uwm_model.blocks import Block, KeysValues, modulations
+from uwm_model.blocks import Block, KeysValues
 from uwm_model.sampling import timetable
 from uwm_model.schedule import Seen, unit_noise
 from uwm_model.world_model import UnifiedWorldModel
@@ -66,9 +66,7 @@ class PolicyQuery:
         action_times, video_times = timetable("policy", model.schedule, len(self.times), marginal)
         t_action, t_video = (torch.tensor(times[:-1], device=device) for times in (action_times, video_times))
         times = net.timesteps(t_action, t_video)
-        *of_blocks, of_head = (
-            modulations(part.modulation, condition, times, config.width) for part in (*net.blocks, net.head)
-        )
+        *of_blocks, of_head = net.modulations(condition, times)
         others, keys = self._others(batch, latents.to(dtype))
         kept: list[KeysValues] = []
         before: Seen | None = None
