@@ -30,7 +30,7 @@ from pipelines import checkpoint
 from pipelines.evaluate import open_loop
 from pipelines.policy import Policy
 from pipelines.pretrain import plan
-from pipelines.recipe import Recipe, load_recipe
+from pipelines.recipe import IngestRecipe, Recipe, load_recipe
 from pipelines.training import dataset, optimizer_settings, to_batch
 from preprocessing.cache import cache_folder
 from uwm_model.augment import augment
@@ -61,6 +61,12 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {  # name: (what it is, its setting
     "flow": ("flow matching, the network predicts the velocity", ["diffusion.schedule=flow", "diffusion.prediction=v"]),
     "flow-sample": ("flow matching, the network predicts the clean sample", ["diffusion.schedule=flow"]),
     "shared": ("one modulation for all blocks, with offsets", ["model.modulation=shared"]),
+    "tokens": (
+        "the current latents are tokens, not in the condition",
+        ["model.observation=tokens", "model.current_patches=false"],
+    ),
+    "factored": ("positions of camera, time and place", ["model.position=factored"]),
+    "told": ("the model is told the instruction", ["text_encoder=minilm"]),
     "quantiles": ("actions are normalised by quantiles", ["normalise=quantiles"]),
     "unmasked": ("action-free samples have an action loss", ["diffusion.action_free_loss=true"]),
     "leading": ("ignored modalities are held at t = 90", ["diffusion.marginal_timestep=leading"]),
@@ -78,7 +84,7 @@ def data() -> Path:
     root = cache_folder() / "bench-model"
     root.mkdir(parents=True, exist_ok=True)
     record(root / "raw", TASKS, EPISODES, VIDEOS)
-    ingest([str(root / "raw")], str(root / "store"))
+    ingest([str(root / "raw")], str(root / "store"), load_recipe("ingest", ["text_encoder=minilm"], IngestRecipe))
     return root / "store"
 
 

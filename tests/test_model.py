@@ -39,6 +39,7 @@ TINY = ModelConfig(
 )
 SEEING = dataclasses.replace(TINY, current_patches=True)
 SHARED = dataclasses.replace(SEEING, modulation="shared")
+TOKENS = dataclasses.replace(TINY, observation="tokens", position="factored")
 
 
 @pytest.fixture(autouse=True)
@@ -194,6 +195,38 @@ def test_bfloat16_leaves_the_schedule_precise() -> None:
     assert model.schedule.alphas_cumprod.dtype == torch.float32
 
 
+def test_factored_positions_serve_another_horizon_and_more_cameras() -> None:
+    one = dataclasses.replace(TOKENS, cameras=1)
+    weights, wide = stirred(one).state_dict(), stirred(TOKENS)
+    longer = stirred(dataclasses.replace(one, action_chunk=12, latent_size=(16, 16), future_frames=4))
+    assert {name: tensor.shape for name, tensor in longer.state_dict().items()} == {
+        name: tensor.shape for name, tensor in weights.items()
+    }
+    differing = {name for name, tensor in wide.state_dict().items() if tensor.shape != weights[name].shape}
+    assert differing == {"denoiser.position.camera"}
+
+    camera = torch.cat([weights["denoiser.position.camera"], torch.ones(1, TOKENS.width)])
+    wide.load_state_dict({**weights, "denoiser.position.camera": camera})
+    narrow = stirred(one)
+    narrow.load_state_dict(weights)
+    full = make_batch(3, config=TOKENS)
+    both = dataclasses.replace(full, camera_mask=changed(full.camera_mask, (slice(None), 1), False))
+    first = dataclasses.replace(
+        full,
+        current_latents=full.current_latents[:, :1],
+        future_latents=full.future_latents[:, :1],
+        camera_mask=full.camera_mask[:, :1],
+    )
+    noise = torch.randn(full.future_latents.shape, generator=seeded(1))
+    for mode in ROLES:
+        action, latents = wide.sample(mode, both, 3, seeded(0), noise_latents=noise)
+        action_of_one, latents_of_one = narrow.sample(mode, first, 3, seeded(0), noise_latents=noise[:, :1])
+        if action is not None:
+            torch.testing.assert_close(action, action_of_one)
+        if latents is not None:
+            torch.testing.assert_close(latents[:, :1], latents_of_one)
+
+
 # Masks
 
 
@@ -212,7 +245,7 @@ def test_a_padded_action_dimension_changes_nothing(mode) -> None:
         assert not outputs[0][0][..., -1].any()
 
 
-@pytest.mark.parametrize("config", [TINY, SEEING], ids=["paper", "current patches"])
+@pytest.mark.parametrize("config", [TINY, SEEING, TOKENS], ids=["paper", "current patches", "tokens"])
 @pytest.mark.parametrize("mode", list(ROLES))
 def test_a_missing_camera_changes_nothing(mode, config: ModelConfig) -> None:
     model, full = stirred(config), make_batch()
@@ -324,7 +357,9 @@ def test_a_fresh_model_predicts_no_noise_at_all() -> None:
     assert first == pytest.approx({"action": 1, "video": 1}, abs=0.05)
 
 
-@pytest.mark.parametrize(("prediction", "config"), [("epsilon", TINY), ("sample", SEEING), ("sample", SHARED)])
+@pytest.mark.parametrize(
+    ("prediction", "config"), [("epsilon", TINY), ("sample", SEEING), ("sample", SHARED), ("v", TOKENS)]
+)
 def test_it_learns_one_batch_in_every_mode(prediction, config: ModelConfig) -> None:
     config = dataclasses.replace(config, latent_channels=2, latent_size=(4, 4), patch=(2, 2, 2))
     diffusion = DiffusionConfig(prediction=prediction)

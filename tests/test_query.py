@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_model import SEEING, SHARED, TINY, changed, make_batch, seeded
+from test_model import SEEING, SHARED, TINY, TOKENS, changed, make_batch, seeded
 from torch import Tensor
 
 from uwm_model.batch import Batch
@@ -61,7 +61,9 @@ def plain(model: UnifiedWorldModel, batch: Batch, steps: int | None = None, seed
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-@pytest.mark.parametrize("config", [TINY, SEEING, ONE_BLOCK, SHARED], ids=["paper", "patches", "one block", "shared"])
+@pytest.mark.parametrize(
+    "config", [TINY, SEEING, ONE_BLOCK, SHARED, TOKENS], ids=["paper", "patches", "one", "shared", "tokens"]
+)
 @pytest.mark.parametrize("marginal", ["last", "leading"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "sample"])
 def test_it_answers_as_the_plain_loop_does(prediction, marginal, config, dtype, tolerance) -> None:
@@ -85,7 +87,7 @@ def test_pixels_are_seen() -> None:
 
 @pytest.mark.parametrize("missing", [[0], [1], [0, 1]])
 def test_a_camera_that_nobody_has_is_left_out(missing: list[int]) -> None:
-    model, full = made(SEEING), make_batch(2, config=SEEING)
+    model, full = made(TOKENS), make_batch(2, config=TOKENS)
     batch = dataclasses.replace(full, camera_mask=changed(full.camera_mask, (slice(None), missing), False))
     torch.testing.assert_close(PolicyQuery(model)(batch, seeded(0)), plain(model, batch), rtol=0, atol=1e-5)
 

@@ -45,14 +45,16 @@ class ModelConfig:
     qkv_bias: bool = True
     registers: int = 8
     modulation: Literal["block", "shared"] = "block"  # each block's own (the paper's), or one with offsets
+    position: Literal["learned", "factored"] = "learned"  # a vector a token (the paper's), or of camera, time and place
     current_patches: bool = False  # a token of future latents also sees the current ones at its place; the paper's not
     timestep_width: int = 128
 
-    # The observation encoder: small convolutions over the current latents, or the paper's ResNet-18 over pixels.
-    observation: Literal["latents", "pixels"] = "latents"
+    # How the robot's cameras are observed: by small convolutions over the current latents, or by the paper's ResNet-18
+    # over pixels, both into the condition; or as clean patches of the current latents, tokens among the others.
+    observation: Literal["latents", "pixels", "tokens"] = "latents"
     frame_width: int = 128  # features of one camera's one frame
     text_width: int = 0  # values of an instruction's vector; 0: the model is told none
-    condition_width: int = 256  # of latents; those of pixels lie side by side, as wide as they are
+    condition_width: int = 256  # not of pixels, whose features lie side by side, as wide as they are
 
     def __post_init__(self) -> None:
         _tuples(self, latent_size=2, patch=3)
@@ -72,19 +74,24 @@ class ModelConfig:
             raise ValueError(f"kind: {self.kind} is unknown; known: uwm, dp, pad, gr1")
         if self.modulation not in ("block", "shared"):
             raise ValueError(f"modulation: {self.modulation} is unknown; known: block, shared")
+        if self.position not in ("learned", "factored"):
+            raise ValueError(f"position: {self.position} is unknown; known: learned, factored")
+        if self.position == "factored" and (self.width % 8 or self.kind not in ("uwm", "pad")):
+            raise ValueError("position: factored is for kinds uwm and pad, of a width that 8 divides; choose learned")
         if self.modulation == "shared" and self.kind not in ("uwm", "pad"):
             raise ValueError(f"modulation: shared is not for kind {self.kind}; choose block")
-        if self.observation not in ("latents", "pixels"):
-            raise ValueError(f"observation: {self.observation} is unknown; known: latents, pixels")
+        if self.observation not in ("latents", "pixels", "tokens"):
+            raise ValueError(f"observation: {self.observation} is unknown; known: latents, pixels, tokens")
+        if self.observation == "tokens" and self.kind not in ("uwm", "pad"):
+            raise ValueError(f"observation: tokens is not for kind {self.kind}; choose latents or pixels")
         if self.observation == "pixels" and self.text_width:
             raise ValueError("text_width: a model that observes pixels is told no instruction, as the paper's")
 
     @property
     def condition_size(self) -> int:
         """K: values of the condition vector."""
-        if self.observation == "latents":
-            return self.condition_width
-        return self.cameras * self.observed_frames * self.frame_width
+        pixels = self.observation == "pixels"
+        return self.cameras * self.observed_frames * self.frame_width if pixels else self.condition_width
 
     @property
     def action_shape(self) -> tuple[int, int]:
@@ -103,9 +110,15 @@ class ModelConfig:
         return (self.future_frames // pt) * (h // ph) * (w // pw)
 
     @property
+    def observed_patches(self) -> int:
+        """Tokens of one camera's current latents, all observed frames in each."""
+        (_, ph, pw), (h, w) = self.patch, self.latent_size
+        return (h // ph) * (w // pw) if self.observation == "tokens" else 0
+
+    @property
     def tokens(self) -> int:
         """N: length of the transformer's sequence (actions, latents of all cameras, registers)."""
-        return self.action_chunk + self.cameras * self.patches + self.registers
+        return self.action_chunk + self.cameras * (self.patches + self.observed_patches) + self.registers
 
 
 @dataclass(frozen=True, kw_only=True)

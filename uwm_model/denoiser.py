@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from uwm_model.blocks import Block, Head, Offset, modulation, modulations, stack
 from uwm_model.config import ModelConfig
-from uwm_model.tokens import ActionTokens, LatentPatches, TimestepEmbedding
+from uwm_model.tokens import ActionTokens, FactoredPosition, LatentPatches, TimestepEmbedding
 
 # A denoiser for one batch, its observation and masks filled in:
 # (noisy action, t_action, noisy latents, t_video) -> predictions shaped like action and latents.
@@ -17,7 +17,8 @@ Denoise = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Denoiser(nn.Module):
-    """One sequence of N tokens: L actions, V * patches latents, R registers, all under one learned position embedding.
+    """One sequence of N tokens: L actions, V * patches future latents, V * observed_patches current latents (where they
+    are tokens), R registers, all under one position embedding.
 
     Condition and both timesteps reach every block through its modulation (K = condition_size + timestep_width), which
     is the block's own (the paper's) or shared.
@@ -29,7 +30,11 @@ class Denoiser(nn.Module):
         self.actions = ActionTokens(config)
         self.latents = LatentPatches(config)
         self.registers = nn.Parameter(torch.empty(1, config.registers, config.width))
-        self.position = nn.Parameter(torch.empty(1, config.tokens, config.width))
+        self.position: nn.Parameter | FactoredPosition
+        if config.position == "factored":
+            self.position = FactoredPosition(config)
+        else:
+            self.position = nn.Parameter(torch.empty(1, config.tokens, config.width))
         self.timesteps = TimestepEmbedding(config.timestep_width)
         modulated_by = config.condition_size + config.timestep_width
         shared = config.modulation == "shared"
@@ -41,7 +46,8 @@ class Denoiser(nn.Module):
     def _initialise(self) -> None:
         """Small embeddings, and predictions of exactly zero: a fresh model's loss is the noise's variance, 1."""
         nn.init.normal_(self.registers, std=0.02)
-        nn.init.normal_(self.position, std=0.02)
+        if isinstance(self.position, nn.Parameter):
+            nn.init.normal_(self.position, std=0.02)
         self.actions.silence()
         self.latents.silence()
 
@@ -61,7 +67,7 @@ class Denoiser(nn.Module):
         condition [B, condition_size], action [B, L, A], latents [B, V, Tf, C, h, w], t_action and t_video int64 or
         float32, [B] or 0-d, camera_mask bool [B, V]: nobody attends to the tokens of a missing camera, and the
         prediction for it means nothing. None: all cameras are there. current_latents [B, V, To, C, h, w] are for
-        ``current_patches``.
+        ``current_patches`` and observation by tokens.
         action_shown bool [B]: nobody attends to the action tokens of a sample where it is False. None: all are shown.
         """
         B, (L, patches) = len(action), (self.config.action_chunk, self.config.cameras * self.config.patches)
@@ -90,17 +96,24 @@ class Denoiser(nn.Module):
 
     def embed_action(self, action: Tensor) -> Tensor:
         """float [B, L, A] -> the first L tokens, [B, L, D]."""
-        return self.actions.encode(action) + self.position[:, : self.config.action_chunk]
+        return self.actions.encode(action) + self._positions()[:, : self.config.action_chunk]
 
     def embed_others(self, latents: Tensor, current_latents: Tensor | None) -> Tensor:
         """float [B, V, Tf, C, h, w] and [B, V, To, C, h, w] -> the tokens of latents and registers, [B, N - L, D]."""
-        future = self.latents.encode(latents)
-        if self.config.current_patches:
+        parts = [self.latents.encode(latents)]
+        if self.config.current_patches or self.config.observed_patches:
             if current_latents is None:
-                raise ValueError("a model with current_patches needs current_latents")
-            future = future + self.latents.encode_current(current_latents)
-        registers = self.registers.expand(len(latents), -1, -1)
-        return torch.cat([future, registers], dim=1) + self.position[:, self.config.action_chunk :]
+                raise ValueError("a model with current_patches, or observation by tokens, needs current_latents")
+            if self.config.current_patches:
+                parts[0] = parts[0] + self.latents.encode_current(current_latents)
+            if self.config.observed_patches:
+                parts.append(self.latents.encode_observed(current_latents))
+        parts.append(self.registers.expand(len(latents), -1, -1))
+        return torch.cat(parts, dim=1) + self._positions()[:, self.config.action_chunk :]
+
+    def _positions(self) -> Tensor:
+        """[1, N, D]"""
+        return self.position if isinstance(self.position, nn.Parameter) else self.position()
 
     def keys(self, camera_mask: Tensor | None, action_shown: Tensor | None = None) -> Tensor | None:
         """Both bool, [B, V] and [B] -> bool [B, 1, 1, N]: which tokens may be attended to; None: all of them."""
@@ -113,7 +126,7 @@ class Denoiser(nn.Module):
         if action_shown is not None:
             keys[:, :L] = action_shown[:, None]
         if camera_mask is not None:
-            keys[:, L : self.config.tokens - self.config.registers] = camera_mask.repeat_interleave(
-                self.config.patches, dim=1
-            )
+            both = (self.config.patches, self.config.observed_patches)
+            of_latents = torch.cat([camera_mask.repeat_interleave(each, dim=1) for each in both], dim=1)
+            keys[:, L : L + of_latents.shape[1]] = of_latents
         return keys[:, None, None]

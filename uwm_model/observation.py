@@ -19,7 +19,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation 
 
 def observation(config: ModelConfig) -> PixelObservation | LatentObservation:
     """The encoder that the settings ask for, from a Batch to the condition [B, condition_size]."""
-    return LatentObservation(config) if config.observation == "latents" else PixelObservation(config)
+    return PixelObservation(config) if config.observation == "pixels" else LatentObservation(config)
 
 
 class PixelObservation(nn.Module):
@@ -50,36 +50,39 @@ class PixelObservation(nn.Module):
 
 
 class LatentObservation(nn.Module):
-    """Current latents, proprio and embodiment -> condition [B, condition_width].
+    """Current latents, proprio, embodiment and instruction -> condition [B, condition_width].
 
     In place of the paper's ResNet-18 on pixels (section III-B): the VAE has done the seeing already, so two strided
     convolutions do, shared by cameras and frames. Their map is flattened, never pooled: a policy needs to know where.
+    Where the latents are tokens of the transformer, they are left out here.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        one, two = CHANNELS
-        frames = config.cameras * config.observed_frames
-        cells = (-(-config.latent_size[0] // 4)) * (-(-config.latent_size[1] // 4))  # two strides of 2, rounded up
-        self.first = nn.Conv2d(config.latent_channels, one, 3, stride=2, padding=1)
-        self.camera = nn.Embedding(config.cameras, one)  # which camera, told before the first nonlinearity
-        self.rest = nn.Sequential(
-            nn.GroupNorm(8, one),
-            nn.GELU(),
-            nn.Conv2d(one, two, 3, stride=2, padding=1),
-            nn.GroupNorm(8, two),
-            nn.GELU(),
-            nn.Flatten(),
-            nn.Linear(two * cells, config.frame_width),
-        )
-        self.missing = nn.Parameter(torch.zeros(config.frame_width))  # stands in for a frame of a missing camera
+        self.looks = config.observation == "latents"
+        everything = PROPRIO_WIDTH + EMBODIMENT_WIDTH
+        if self.looks:
+            one, two = CHANNELS
+            cells = (-(-config.latent_size[0] // 4)) * (-(-config.latent_size[1] // 4))  # two strides of 2, rounded up
+            self.first = nn.Conv2d(config.latent_channels, one, 3, stride=2, padding=1)
+            self.camera = nn.Embedding(config.cameras, one)  # which camera, told before the first nonlinearity
+            self.rest = nn.Sequential(
+                nn.GroupNorm(8, one),
+                nn.GELU(),
+                nn.Conv2d(one, two, 3, stride=2, padding=1),
+                nn.GroupNorm(8, two),
+                nn.GELU(),
+                nn.Flatten(),
+                nn.Linear(two * cells, config.frame_width),
+            )
+            self.missing = nn.Parameter(torch.zeros(config.frame_width))  # stands in for a frame of a missing camera
+            everything += config.cameras * config.observed_frames * config.frame_width
         self.proprio = nn.Sequential(
             nn.Linear((config.observed_frames + 1) * config.proprio_dim, PROPRIO_WIDTH),
             nn.GELU(),
             nn.Linear(PROPRIO_WIDTH, PROPRIO_WIDTH),
         )
         self.embodiment = nn.Embedding(config.embodiments, EMBODIMENT_WIDTH)
-        everything = frames * config.frame_width + PROPRIO_WIDTH + EMBODIMENT_WIDTH
         if config.text_width:
             self.instruction = nn.Linear(config.text_width, INSTRUCTION_WIDTH)
             self.untold = nn.Parameter(torch.zeros(INSTRUCTION_WIDTH))  # stands in where there is no instruction
@@ -91,6 +94,16 @@ class LatentObservation(nn.Module):
         )
 
     def forward(self, batch: Batch) -> Tensor:
+        known = batch.proprio_mask.to(batch.proprio.dtype)  # [B, P]
+        felt = torch.cat([batch.proprio * known[:, None], known[:, None]], dim=1).flatten(1)  # [B, (To + 1) * P]
+        parts = [self._seen(batch)] if self.looks else []
+        parts += [self.proprio(felt), self.embodiment(batch.embodiment)]
+        if hasattr(self, "instruction"):
+            parts.append(self._told(batch))
+        return self.join(torch.cat(parts, dim=1))
+
+    def _seen(self, batch: Batch) -> Tensor:
+        """[B, V * To * frame_width]"""
         B, V, To = batch.current_latents.shape[:3]
         x = self.first(rearrange(batch.current_latents, "b v t c h w -> (b v t) c h w"))
         camera = self.camera.weight[:, None].expand(B, V, To, -1)
@@ -98,12 +111,7 @@ class LatentObservation(nn.Module):
         frames_BVTF = torch.where(
             batch.camera_mask[:, :, None, None], rearrange(x, "(b v t) f -> b v t f", b=B, v=V), self.missing
         )
-        known = batch.proprio_mask.to(batch.proprio.dtype)  # [B, P]
-        felt = torch.cat([batch.proprio * known[:, None], known[:, None]], dim=1).flatten(1)  # [B, (To + 1) * P]
-        parts = [frames_BVTF.flatten(1), self.proprio(felt), self.embodiment(batch.embodiment)]
-        if hasattr(self, "instruction"):
-            parts.append(self._told(batch))
-        return self.join(torch.cat(parts, dim=1))
+        return frames_BVTF.flatten(1)
 
     def _told(self, batch: Batch) -> Tensor:
         """[B, INSTRUCTION_WIDTH]"""

@@ -55,7 +55,7 @@ class PolicyQuery:
         The batch may come in any dtype and on any device.
         """
         model, net, config = self.model, self.model.denoiser, self.model.model_config
-        device, dtype = net.position.device, net.position.dtype
+        device, dtype = net.registers.device, net.registers.dtype
         batch = batch.to(device, dtype)
         B, L, visible = len(batch.embodiment), config.action_chunk, batch.action_visible
         # In the order of model.sample, so that one seed gives both the same noise.

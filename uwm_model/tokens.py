@@ -7,6 +7,7 @@ import math
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from uwm_model.config import ModelConfig
 
@@ -31,8 +32,11 @@ class LatentPatches(nn.Module):
         }
         self.encoder = nn.Linear(values, config.width)
         self.decoder = nn.Linear(config.width, values)
+        observed = config.latent_channels * config.observed_frames * rows * columns
+        if config.observation == "tokens":
+            self.observed = nn.Linear(observed, config.width)
         if config.current_patches:
-            self.current = nn.Linear(config.latent_channels * config.observed_frames * rows * columns, config.width)
+            self.current = nn.Linear(observed, config.width)
             nn.init.zeros_(self.current.weight)  # what is at a place now is a hint, and must not drown the position
 
     def silence(self) -> None:
@@ -46,9 +50,15 @@ class LatentPatches(nn.Module):
 
     def encode_current(self, latents: Tensor) -> Tensor:
         """float [B, V, To, C, h, w] -> [B, V * patches, D]: to each future patch what is at its place now."""
+        return repeat(self.current(self._places(latents)), "b v n d -> b (v t n) d", t=self.grid["t"])
+
+    def encode_observed(self, latents: Tensor) -> Tensor:
+        """float [B, V, To, C, h, w] -> tokens of their own, [B, V * observed_patches, D]."""
+        return self.observed(self._places(latents)).flatten(1, 2)
+
+    def _places(self, latents: Tensor) -> Tensor:
         size = {"ph": self.patch["ph"], "pw": self.patch["pw"]}
-        places = self.current(rearrange(latents, "b v t c (h ph) (w pw) -> b v (h w) (t c ph pw)", **size))
-        return repeat(places, "b v n d -> b (v t n) d", t=self.grid["t"])
+        return rearrange(latents, "b v t c (h ph) (w pw) -> b v (h w) (t c ph pw)", **size)
 
     def decode(self, tokens: Tensor) -> Tensor:
         """[B, V * patches, D] -> float [B, V, Tf, C, h, w]."""
@@ -79,6 +89,54 @@ class ActionTokens(nn.Module):
 def _zero(linear: nn.Linear) -> None:
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
+
+
+class FactoredPosition(nn.Module):
+    """Where a token belongs, from its kind, camera, time, row and column: [1, N, D].
+
+    Nothing in it counts steps, frames, rows or columns, so its weights serve any horizon and size of latents; those of
+    a camera are a row of ``camera``. Time is one axis: actions at 0 ... L-1, future patches from L on, the present
+    at 0.
+    """
+
+    coordinates: Tensor
+    cameras: Tensor
+    kinds: Tensor
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.kind = nn.Parameter(0.02 * torch.randn(3, config.width))  # actions, future, present
+        self.camera = nn.Parameter(0.02 * torch.randn(config.cameras, config.width))
+        self.mix = nn.Linear(config.width, config.width, bias=False)
+        nn.init.normal_(self.mix.weight, std=0.02)
+        (pt, ph, pw), (h, w), L = config.patch, config.latent_size, config.action_chunk
+        places = []  # (kind, camera, time, row, column)
+        places += [(0, -1, step, 0, 0) for step in range(L)]
+        for camera in range(config.cameras):
+            for frame in range(0, config.future_frames, pt):
+                places += [(1, camera, L + frame, y, x) for y in range(h // ph) for x in range(w // pw)]
+        for camera in range(config.cameras if config.observed_patches else 0):
+            places += [(2, camera, 0, y, x) for y in range(h // ph) for x in range(w // pw)]
+        table = torch.tensor(places)
+        widths = (config.width // 2, config.width // 4, config.width // 4)
+        features = torch.cat([_waves(table[:, 2 + i], width) for i, width in enumerate(widths)], dim=1)
+        self.registers = config.registers
+        self.register_buffer("coordinates", features, persistent=False)
+        self.register_buffer("kinds", table[:, 0], persistent=False)
+        self.register_buffer("cameras", table[:, 1], persistent=False)
+
+    def forward(self) -> Tensor:
+        """[1, N, D]; zeros for the registers, which are vectors of their own."""
+        of_camera = self.camera[self.cameras.clamp(min=0)] * (self.cameras >= 0)[:, None]
+        place = self.mix(self.coordinates) + self.kind[self.kinds] + of_camera
+        return F.pad(place, (0, 0, 0, self.registers))[None]
+
+
+def _waves(at: Tensor, width: int) -> Tensor:
+    """Sinusoids of whole numbers [N] -> float32 [N, width]."""
+    frequency = 10_000 ** -torch.linspace(0, 1, width // 2)
+    angle = at[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 class TimestepEmbedding(nn.Module):
