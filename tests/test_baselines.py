@@ -17,6 +17,7 @@ from test_model import SEEING, TINY, changed, make_batch, repeated, seeded, trai
 
 from infra import tracking
 from pipelines import checkpoint
+from pipelines.evaluate import evaluate
 from pipelines.ingest import ingest
 from pipelines.recipe import IngestRecipe
 from uwm_model.baselines.dp import DiffusionPolicy
@@ -339,11 +340,12 @@ def test_it_goes_the_same_road_as_uwm(
         checkpoint.save(checkpoints[kind], other.build().state_dict(), other)
     for kind, folder in checkpoints.items():
         assert list(checkpoint.load(folder)[0].modes) == MODES[kind]
-        code, report, err = uwm("evaluate", folder, "--store", store, *runs, "--json")
-        assert code == 0 and "None" not in err, err
+        report = evaluate(str(folder), str(store), None, 0, tmp_path / f"evaluation-{kind}")
         measured = {name for name, value in report["open_loop"].items() if value is not None}
         assert measured == {"windows", "action_error_policy", "action_error_mean"} < set(report["open_loop"])
-        assert not list(Path(report["folder"]).glob("*.png"))
+        assert not list((tmp_path / f"evaluation-{kind}").glob("*.png"))
+    code, _, err = uwm("evaluate", checkpoints["dp"], "--store", store, *runs, "--json")
+    assert code == 0 and "None" not in err, err
     logged = set(client.get_run(run_id).data.metrics)
     assert measured <= logged and not {"action_error_inverse", "psnr_forward"} & logged
 

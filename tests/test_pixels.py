@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Uwm
+from bench_model import train
 from formats import moving, write_demos
 
 from pipelines import checkpoint
+from pipelines.evaluate import evaluate
 from pipelines.ingest import ingest
 from pipelines.policy import Policy
 from pipelines.pretrain import choose_encoder, plan
@@ -24,9 +25,8 @@ SMALL += ["model.width=32", "model.depth=1", "model.heads=2", "model.frame_width
 
 
 def test_pixels_lie_beside_latents_and_train_a_policy(
-    ray_cluster: None, tmp_path: Path, uwm: Uwm, monkeypatch: pytest.MonkeyPatch
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     monkeypatch.setenv("UWM_CACHE", str(tmp_path / "cache"))
     raw, store = write_demos(tmp_path / "toy_demo.hdf5", demos=6, steps=20), str(tmp_path / "store")
     ingest([str(raw)], store, IngestRecipe(image_size=80))
@@ -52,11 +52,8 @@ def test_pixels_lie_beside_latents_and_train_a_policy(
     truth = moving(20)[7].mean()  # resized, never re-encoded
     assert abs(gathered["current_pixels"][0, 0, 1].mean() - truth) < 1
 
-    code, trained, err = uwm(
-        "pretrain", "--store", store, "--recipe", "paper_libero", "--output", tmp_path / "runs", "--json", *SMALL
-    )
-    assert code == 0, err
-    folder = Path(trained["checkpoint"])
+    folder = tmp_path / "checkpoint"
+    checkpoint.save(folder, train(settings, recipe)[0].state_dict(), settings)
     assert checkpoint.load_settings(folder).recipe["augment"]["shared"] is True
     policy = Policy(folder)
     camera = policy.spec.cameras[0]
@@ -74,6 +71,5 @@ def test_pixels_lie_beside_latents_and_train_a_policy(
     np.testing.assert_array_equal(act(images), act(edge))
     assert not np.allclose(act(images), act(middle))
 
-    code, report, err = uwm("evaluate", folder, "--store", store, "--output", tmp_path / "evaluation", "--json")
-    assert code == 0, err
+    report = evaluate(str(folder), store, None, 0, tmp_path / "evaluation")
     assert report["open_loop"]["psnr_ceiling"] > 15

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from bench_model import train
 from conftest import Uwm
 from formats import write_demos
 from test_model import TINY, changed, make_batch, seeded, stirred
@@ -17,6 +18,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from pipelines import checkpoint
 from pipelines.policy import Policy
+from pipelines.pretrain import plan
+from pipelines.recipe import load_recipe
+from pipelines.training import dataset
 from preprocessing.episode import UserError
 from preprocessing.store import LatentStore
 from preprocessing.text import load_text_encoder, text_encoder_digest
@@ -105,16 +109,14 @@ def test_a_model_hears_the_instruction_and_nothing_where_there_is_none() -> None
 def test_instructions_go_from_the_data_to_the_policy(
     ray_cluster: None, tmp_path: Path, uwm: Uwm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     monkeypatch.setenv("UWM_CACHE", str(tmp_path / "cache"))
     store, encoder = tmp_path / "store", write_text_encoder(tmp_path / "clip", "clip")
     raw = write_demos(tmp_path / "toy_demo.hdf5", demos=5, steps=20)
     ingest = ("ingest", raw, "--store", store, "--image-size", "64", "--json")
-    training = ("pretrain", "--store", store, "--output", tmp_path / "runs", "--json", f"text_encoder={encoder}")
-    training += ("steps=2", "batch_size=4", "workers=1", "model.width=32", "model.depth=1", "model.heads=2")
+    small = ["steps=2", "batch_size=4", "model.width=32", "model.depth=1", "model.heads=2", f"text_encoder={encoder}"]
     code, _, _ = uwm(*ingest)
     assert code == 0
-    code, _, err = uwm(*training)
+    code, _, err = uwm("pretrain", "--store", store, "--dry-run", *small)
     assert code == 2 and "it holds none; uwm ingest" in err and "--set text_encoder=" in err
 
     code, report, _ = uwm(*ingest, "--set", f"text_encoder={encoder}")
@@ -126,10 +128,13 @@ def test_instructions_go_from_the_data_to_the_policy(
     assert {row["instruction"] for row in snapshot.rows()} == set(snapshot.sentences(digest))
     assert list(snapshot.verify()) == []
 
-    code, trained, err = uwm(*training)
-    assert code == 0, err
-    folder = Path(trained["checkpoint"])
-    settings = checkpoint.load_settings(folder)
+    recipe = load_recipe("small", small)
+    settings, folder = plan(str(store), recipe), tmp_path / "checkpoint"
+    data = dataset(settings, validation=False, recipe=recipe)
+    gathered = data.gather(np.array([0]), np.array([3]))
+    np.testing.assert_array_equal(gathered["instruction"][0], snapshot.sentences(digest)[data.rows[0]["instruction"]])
+    assert gathered["instruction_mask"].tolist() == [True]
+    checkpoint.save(folder, train(settings, recipe)[0].state_dict(), settings)
     assert settings.model.text_width == 12 and settings.text_encoder_digest == digest
     policy = Policy(folder)
     torch.nn.init.normal_(policy.model.denoiser.actions.decode[2].weight)  # two steps leave it near its zeros
