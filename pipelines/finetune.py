@@ -43,7 +43,8 @@ def plan(initial: Path, store_uri: str, recipe: Recipe, snapshot_id: str | None 
     for name, members in by_embodiment(rows).items():
         known = settings.embodiments.get(name)
         index = known.index if known else len(settings.embodiments)
-        fresh = describe(name, members, index, settings.model.cameras, recipe.normalise)
+        normalise = settings.recipe.get("normalise", "extremes") if known else recipe.normalise  # like with like
+        fresh = describe(name, members, index, settings.model.cameras, normalise)
         if known is not None:
             if misfits := known.misfits(fresh):
                 raise UserError(

@@ -13,6 +13,7 @@ from torch import Tensor
 from uwm_model.batch import Batch
 from uwm_model.config import DiffusionConfig, ModelConfig
 from uwm_model.query import PolicyQuery
+from uwm_model.schedule import Seen, make_schedule
 from uwm_model.world_model import UnifiedWorldModel
 
 ONE_BLOCK = dataclasses.replace(TINY, depth=1, registers=0, qkv_bias=False)
@@ -188,3 +189,28 @@ def test_bfloat16_weights_tell_neighbouring_timesteps_apart() -> None:
     coarse = embed.bfloat16()(t, torch.full_like(t, 99)).detach().float()
     nearest = torch.cdist(coarse, precise).argmin(dim=1)
     assert torch.equal(nearest, t)
+
+
+@pytest.mark.parametrize("schedule", ["squaredcos_cap_v2", "flow"])
+def test_the_solver_of_second_order_remembers_its_last_step(schedule) -> None:
+    """Step by step by hand, in the loop of sampling, and in the query: the same answer, and not one of first order."""
+    model, batch = made(TINY), make_batch(2)
+    settings = dataclasses.replace(model.diffusion_config, schedule=schedule, prediction="v", sampler="dpm_solver")
+    model.diffusion_config, model.schedule = settings, make_schedule(settings)
+    noise, latents = (torch.randn(shape.shape, generator=seeded(1)) for shape in (batch.action, batch.future_latents))
+    action, before, times = noise, None, model.schedule.timesteps(5)
+    first_order = noise
+    condition = model.condition(batch)
+    with torch.inference_mode():
+        for t, t_next in zip(times, [*times[1:], None], strict=True):
+            at, last = torch.tensor(t), torch.tensor(model.schedule.last)
+            mask, current = batch.camera_mask, batch.current_latents
+            seen = Seen(action, model.denoise(condition, action, at, latents, last, mask, current)[0], t)
+            action, before = model.schedule.step(*seen, t_next, before), seen
+            answer = model.denoise(condition, first_order, at, latents, last, mask, current)[0]
+            first_order = model.schedule.step(first_order, answer, t, t_next)
+    sampled, _ = model.sample("policy", batch, 5, noise_action=noise, noise_latents=latents)
+    queried = PolicyQuery(model, 5)(batch, noise_action=noise, noise_latents=latents)
+    torch.testing.assert_close(sampled, action, rtol=0, atol=1e-5)
+    torch.testing.assert_close(queried, action, rtol=0, atol=1e-5)
+    assert (sampled - first_order).abs().max() > 1e-3

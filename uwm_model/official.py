@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy._core import multiarray
 from torch import Tensor
 
 from uwm_model.config import DiffusionConfig, ModelConfig
@@ -127,8 +128,8 @@ class _Numbers:
 
 
 _NUMPY_PARTS = {
-    "_reconstruct": np.core.multiarray._reconstruct,  # type: ignore[attr-defined]
-    "scalar": np.core.multiarray.scalar,  # type: ignore[attr-defined]
+    "_reconstruct": multiarray._reconstruct,
+    "scalar": multiarray.scalar,
     "ndarray": np.ndarray,
     "dtype": np.dtype,
 }
