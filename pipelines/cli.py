@@ -191,6 +191,7 @@ def evaluate(
     env: Annotated[str | None, typer.Option(help="SUITE:TASK, closed loop, e.g. metaworld:drawer-close.")] = None,
     episodes: Annotated[int, typer.Option(min=1, help="Rollouts, closed loop.")] = 10,
     embodiment: Annotated[str | None, typer.Option(help="Whose actions, where the model knows several.")] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="Ask as docs/benchmarks/query.md recommends: sooner.")] = False,
     output: Output = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
@@ -201,7 +202,7 @@ def evaluate(
     if not (store or env):
         raise UserError("nothing to evaluate on: give --store URI, --env SUITE:TASK or both")
     folder = timestamped(output)
-    report = run(model, store, env, episodes, folder, embodiment)
+    report = run(model, store, env, episodes, folder, embodiment, fast=fast)
     for part in ("open_loop", "closed_loop"):
         for name, value in report.get(part, {}).items():
             if value is None:  # not something that this kind of model does

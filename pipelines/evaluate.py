@@ -76,10 +76,11 @@ def evaluate(
     output: Path,
     embodiment: str | None = None,
     seed: int = 1000,
+    fast: bool = False,
 ) -> dict[str, Any]:
     """Evaluate MODEL where asked to; writes ``output/evaluation.json`` and returns its content."""
     folder = checkpoint.resolve(model)
-    policy = Policy(folder, embodiment)
+    policy = Policy(folder, embodiment, fast)
     output.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {
         "model": model,
@@ -87,6 +88,7 @@ def evaluate(
         "embodiment": policy.embodiment,
         "cameras": list(policy.spec.cameras),
         "seed": seed,
+        "fast": fast,
     }
     metrics: dict[str, float] = {}
     if store_uri:
@@ -94,10 +96,12 @@ def evaluate(
         report["open_loop"] = asdict(result)
         metrics |= {name: float(value) for name, value in asdict(result).items() if value is not None}
     if env:
-        rollout = closed_loop(policy, env, episodes, output, seed)
-        report["closed_loop"] = asdict(rollout)
-        metrics[f"success_rate.{env.replace(':', '.')}"] = rollout.success_rate
+        of_task = closed_loop(policy, env, episodes, output, seed)
+        report["closed_loop"] = asdict(of_task)
+        metrics[f"success_rate.{env.replace(':', '.')}"] = of_task.success_rate
     (output / "evaluation.json").write_text(json.dumps(report, indent=1))
+    if fast:  # how another policy fares, as far as the gates of promotion are concerned
+        metrics = {f"fast.{name}": value for name, value in metrics.items()}
     if policy.settings.run_id:
         tracking.connect()
         tracking.log_metrics(policy.settings.run_id, metrics, policy.settings.step)
@@ -108,72 +112,82 @@ def evaluate(
 @torch.inference_mode()
 def open_loop(policy: Policy, store_uri: str, output: Path) -> OpenLoop:
     """Held-out windows of the store that the model was trained on; writes predicted against true frames as PNG."""
-    settings, model = policy.settings, policy.model
-    recipe = Recipe.model_validate(settings.recipe)
-    if Path(store_uri).resolve() != Path(settings.store).resolve():
-        settings = settings.model_copy(update={"store": str(Path(store_uri).resolve())})
-    data = dataset(settings, validation=True, recipe=recipe)
-    chosen = [i for i, row in enumerate(data.rows) if row["embodiment"] == policy.embodiment]
-    if not chosen:
-        raise UserError(f"{store_uri}: no held-out episode of {policy.embodiment}; raise validation_share in training")
-    for row in (data.rows[i] for i in chosen):
-        if broken := policy.spec.promise.differences(Promise.of(row)):
-            raise UserError(f"{row['uri']} #{row['index']} is not what {policy.folder} knows: {'; '.join(broken)}")
-    random = np.random.default_rng(0)
-    episode = random.choice(chosen, WINDOWS)
-    # Windows whose future is still in the episode: a frame that merely repeats the last one predicts itself.
-    ahead = data.shape.action_chunk + data.shape.future_frames
-    frame = (random.random(WINDOWS) * np.maximum(data.frames[episode] - ahead, 1)).astype(int)
-    arrays = data.gather(episode, frame)
-    batch = centre(to_batch(arrays, torch.device("cpu"), torch.float32), settings.model.latent_size)
-    generator = torch.Generator().manual_seed(0)
-
-    scale = np.ones(settings.model.action_dim)
-    scale[: policy.spec.action_dim] = policy.spec.action_normalizer.scale
-    true, mask = arrays["action"], arrays["action_mask"]
-
-    def error(action: np.ndarray) -> float:
-        return float((np.abs(action - true) * scale)[mask].mean())
-
-    by_policy, _ = model.sample("policy", batch, generator=generator)
-    assert by_policy is not None
+    model, held_out = policy.model, HeldOut(policy, store_uri)
+    batch, generator = held_out.batch, torch.Generator().manual_seed(0)
+    by_policy = policy.ask(batch, generator)
     by_inverse = None
     if "inverse_dynamics" in model.modes:
         by_inverse, _ = model.sample("inverse_dynamics", batch, generator=generator)
     of_frames: tuple[float | None, float | None, float | None] = (None, None, None)
     if "forward_dynamics" in model.modes:
         _, future = model.sample("forward_dynamics", batch, generator=generator)
-        assert future is not None and batch.future_latents is not None
-        of_frames = _frame_quality(policy, data, episode, frame, future.numpy(), batch.future_latents.numpy(), output)
+        assert future is not None
+        of_frames = _frame_quality(policy, held_out, future.numpy(), output)
     return OpenLoop(
         WINDOWS,
-        error(by_policy.numpy()),
-        None if by_inverse is None else error(by_inverse.numpy()),
-        error(np.broadcast_to(true.sum((0, 1)) / np.maximum(mask.sum((0, 1)), 1), true.shape)),
+        held_out.error(by_policy),
+        None if by_inverse is None else held_out.error(by_inverse),
+        held_out.error(held_out.mean_action()),
         *of_frames,
     )
 
 
+class HeldOut:
+    """Windows of held-out episodes of the policy's embodiment, the same at every call.
+
+    ``batch`` is what the model sees of them. Raises UserError where there are none, or they are not what it knows.
+    """
+
+    def __init__(self, policy: Policy, store_uri: str):
+        settings = policy.settings
+        if Path(store_uri).resolve() != Path(settings.store).resolve():
+            settings = settings.model_copy(update={"store": str(Path(store_uri).resolve())})
+        self.data = data = dataset(settings, validation=True, recipe=Recipe.model_validate(settings.recipe))
+        chosen = [i for i, row in enumerate(data.rows) if row["embodiment"] == policy.embodiment]
+        if not chosen:
+            raise UserError(
+                f"{store_uri}: no held-out episode of {policy.embodiment}; raise validation_share in training"
+            )
+        for row in (data.rows[i] for i in chosen):
+            if broken := policy.spec.promise.differences(Promise.of(row)):
+                raise UserError(f"{row['uri']} #{row['index']} is not what {policy.folder} knows: {'; '.join(broken)}")
+        random = np.random.default_rng(0)
+        self.episode = random.choice(chosen, WINDOWS)
+        # Windows whose future is still in the episode: a frame that merely repeats the last one predicts itself.
+        ahead = data.shape.action_chunk + data.shape.future_frames
+        self.frame = (random.random(WINDOWS) * np.maximum(data.frames[self.episode] - ahead, 1)).astype(int)
+        arrays = data.gather(self.episode, self.frame)
+        self.batch = centre(to_batch(arrays, torch.device("cpu"), torch.float32), settings.model.latent_size)
+        self._true, self._mask = arrays["action"], arrays["action_mask"]
+        self._scale = np.ones(settings.model.action_dim)
+        self._scale[: policy.spec.action_dim] = policy.spec.action_normalizer.scale
+
+    def error(self, action: torch.Tensor) -> float:
+        """Mean absolute error of normalised actions [windows, L, A], in the robot's units."""
+        return float((np.abs(action.numpy() - self._true) * self._scale)[self._mask].mean())
+
+    def mean_action(self) -> torch.Tensor:
+        """Of these windows, for each step and dimension, [windows, L, A]: an answer without a look."""
+        mean = self._true.sum((0, 1)) / np.maximum(self._mask.sum((0, 1)), 1)
+        return torch.from_numpy(np.broadcast_to(mean, self._true.shape).copy())
+
+
 def _frame_quality(
-    policy: Policy,
-    data: Any,
-    episode: np.ndarray,
-    frame: np.ndarray,
-    predicted_latents: np.ndarray,
-    true_latents: np.ndarray,
-    output: Path,
+    policy: Policy, held_out: HeldOut, predicted_latents: np.ndarray, output: Path
 ) -> tuple[float, float, float]:
     """PSNR of the predicted frames, of the current ones copied (floor), of the true latents decoded (ceiling).
 
     Latents [windows, V, Tf, C, h, w]. Pictures of the first predictions go to ``output``.
     """
+    assert held_out.batch.future_latents is not None
+    true_latents = held_out.batch.future_latents.numpy()
     # The farthest of the future frames, of every window and camera slot at once.
     slots = range(true_latents.shape[1])
     predictions = [policy.encoder.decode(predicted_latents[:, slot, -1]) for slot in slots]
     rebuilds = [policy.encoder.decode(true_latents[:, slot, -1]) for slot in slots]
     quality: list[list[float]] = []
     pictures: list[np.ndarray] = []
-    for i, frames in enumerate(tqdm(_true_frames(policy, data, episode, frame), "frames", total=WINDOWS, leave=False)):
+    for i, frames in enumerate(tqdm(_true_frames(policy, held_out), "frames", total=WINDOWS, leave=False)):
         for slot, (now, then) in frames.items():
             predicted, rebuilt = predictions[slot][i], rebuilds[slot][i]
             quality.append([min(float(psnr(image, then)), IDENTICAL) for image in (predicted, now, rebuilt)])
@@ -185,20 +199,18 @@ def _frame_quality(
     return float(forward), float(floor), float(ceiling)
 
 
-def _true_frames(
-    policy: Policy, data: Any, episode: np.ndarray, frame: np.ndarray
-) -> Iterator[dict[int, tuple[np.ndarray, np.ndarray]]]:
+def _true_frames(policy: Policy, held_out: HeldOut) -> Iterator[dict[int, tuple[np.ndarray, np.ndarray]]]:
     """For each window, by camera slot: (the current frame, the farthest future frame) from the source files, of which
     as much as the model sees.
 
     Windows whose source is gone or changed yield nothing: latents alone cannot say what the camera saw.
     """
-    shape = data.shape
+    data, shape = held_out.data, held_out.data.shape
     decoded: dict[int, dict[str, np.ndarray]] = {}
     stride, seen = policy.encoder.stride, policy.settings.model.latent_size[0]
     first = (policy.image_size // stride - seen) // 2 * stride
     middle = slice(first, first + seen * stride)
-    for index, at in zip(episode, frame, strict=True):
+    for index, at in zip(held_out.episode, held_out.frame, strict=True):
         row = data.rows[index]
         if index not in decoded:
             ref = EpisodeRef(row["uri"], row["format"], row["index"], digest="")
@@ -238,7 +250,7 @@ def closed_loop(policy: Policy, env: str, episodes: int, output: Path, seed: int
     with ProcessPoolExecutor(min(os.cpu_count() or 1, episodes), get_context("spawn")) as pool:
         try:
             jobs = [
-                pool.submit(_rollout, policy.folder, policy.embodiment, task, seed, number, output)
+                pool.submit(rollout, policy.folder, policy.embodiment, policy.fast, task, seed, number, output)
                 for number in range(episodes)
             ]
             with tqdm(as_completed(jobs), f"rollout {task}", total=episodes, unit="ep") as bar:
@@ -253,19 +265,20 @@ def closed_loop(policy: Policy, env: str, episodes: int, output: Path, seed: int
 
 
 @cache
-def _player(folder: Path, embodiment: str, task: str, seed: int) -> tuple[Policy, Any]:
+def _player(folder: Path, embodiment: str, fast: bool, task: str, seed: int) -> tuple[Policy, Any]:
     """A process keeps its policy and its simulator."""
     from infra.simulators.metaworld import MetaWorld
 
     torch.set_num_threads(1)  # as many processes as cores
-    policy = Policy(folder, embodiment)
+    policy = Policy(folder, embodiment, fast)
     return policy, MetaWorld(task, policy.image_size, seed)
 
 
-def _rollout(folder: Path, embodiment: str, task: str, seed: int, number: int, output: Path) -> bool:
+def rollout(folder: Path, embodiment: str, fast: bool, task: str, seed: int, number: int, output: Path) -> bool:
+    """One episode in this process, on one thread: whether it succeeded. Its video goes to ``output``."""
     from infra.simulators.metaworld import FPS, HORIZON
 
-    policy, simulator = _player(folder, embodiment, task, seed)
+    policy, simulator = _player(folder, embodiment, fast, task, seed)
     generator = torch.Generator().manual_seed(seed + number)
     seen = [simulator.reset(number)]
     queue: list[np.ndarray] = []

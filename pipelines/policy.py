@@ -18,15 +18,19 @@ from preprocessing.promise import Promise
 from preprocessing.text import TextEncoder, load_text_encoder
 from preprocessing.windows import Embodiment
 from uwm_model.augment import centre
-from uwm_model.query import PolicyQuery
+from uwm_model.batch import Batch
+from uwm_model.query import PolicyQuery, fast_query
 from uwm_model.world_model import UnifiedWorldModel
 
 
 class Policy:
-    """Loads a checkpoint folder and the encoder it was trained on; UserError where their digests differ."""
+    """Loads a checkpoint folder and the encoder it was trained on; UserError where their digests differ.
 
-    def __init__(self, folder: Path, embodiment: str | None = None):
-        self.folder = folder
+    ``fast``: answers sooner and almost the same (``uwm_model.query.fast``).
+    """
+
+    def __init__(self, folder: Path, embodiment: str | None = None, fast: bool = False):
+        self.folder, self.fast = folder, fast
         self.model, self.settings = checkpoint.load(folder)
         self.encoder = load_encoder(self.settings.encoder)
         if self.encoder.digest != self.settings.encoder_digest:
@@ -40,6 +44,11 @@ class Policy:
             held = ", ".join(acting) or "none with actions"
             raise UserError(f"{folder}: choose an embodiment with --embodiment; the model knows {held}")
         self.embodiment = chosen
+        self._query: PolicyQuery | None = None  # other kinds are asked by their plain loop
+        if isinstance(self.model, UnifiedWorldModel):
+            self._query = fast_query(self.model) if fast else PolicyQuery(self.model)
+        elif fast:
+            raise UserError(f"{folder}: a model of kind {self.settings.model.kind} has no fast query; leave it out")
         self._vectors: dict[str, np.ndarray] = {}
 
     @property
@@ -59,7 +68,6 @@ class Policy:
         images: dict[str, np.ndarray],
         proprio: dict[str, np.ndarray],
         generator: torch.Generator | None = None,
-        steps: int | None = None,
         instruction: str | None = None,
     ) -> np.ndarray:
         """The next actions in the robot's units, float32 ``[B, L, action_dim]``.
@@ -72,13 +80,16 @@ class Policy:
         seen |= self._told(instruction, len(seen["embodiment"]))
         batch = to_batch(seen, torch.device("cpu"), torch.float32)
         batch = centre(batch, self.settings.model.latent_size)
-        if isinstance(self.model, UnifiedWorldModel):  # the same answer, sooner
-            action = PolicyQuery(self.model, steps)(batch, generator)
-        else:
-            sampled, _ = self.model.sample("policy", batch, steps=steps, generator=generator)
-            assert sampled is not None
-            action = sampled
+        action = self.ask(batch, generator)
         return self.spec.action_normalizer.invert(action[:, :, : self.spec.action_dim].numpy())
+
+    def ask(self, batch: Batch, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Normalised actions, float32 [B, L, A], for a batch as in training."""
+        if self._query:
+            return self._query(batch, generator)
+        action, _ = self.model.sample("policy", batch, generator=generator)
+        assert action is not None
+        return action
 
     def _told(self, instruction: str | None, count: int) -> dict[str, np.ndarray]:
         if not instruction or self.settings.text_encoder is None:

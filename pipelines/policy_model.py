@@ -3,7 +3,8 @@
 Input, by name: ``image.CAMERA`` uint8 [B, To, S, S, 3] and ``proprio.NAME`` float32 [B, To, D]. Output: float32
 actions [B, L, A] in the robot's units. With the parameter ``contract`` (JSON: fps, cameras, proprio, action_dim,
 action_layout) a robot says what it shows and carries out; where training knew it otherwise, it gets no action.
-With ``instruction`` it says what is to be done.
+With ``instruction`` it says what is to be done. Loaded with ``model_config={"fast": True}`` the model answers sooner
+and almost the same.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from preprocessing.promise import Promise
 
 class PolicyModel(PythonModel):
     def load_context(self, context: Any) -> None:
-        embodiment = context.model_config["embodiment"]
-        self._policy = Policy(Path(context.artifacts["checkpoint"]), embodiment)
+        config = context.model_config
+        self._policy = Policy(Path(context.artifacts["checkpoint"]), config["embodiment"], config["fast"])
 
     # No type hints: MLflow would take them for a second signature, and knows no dictionary of arrays.
     def predict(self, context, model_input, params=None):

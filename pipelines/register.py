@@ -27,6 +27,6 @@ def register(checkpoint: Path, name: str, embodiment: str | None = None) -> str:
         inputs,
         (-1, settings.model.action_chunk, spec.action_dim),
         ("contract", "instruction"),
-        {"embodiment": policy.embodiment},
+        {"embodiment": policy.embodiment, "fast": False},
         {"snapshot": settings.snapshot, "store": settings.store, "parent": settings.parent or "none"},
     )

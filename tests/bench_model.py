@@ -23,17 +23,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench_query import queries
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from infra.engine import adamw
 from pipelines import checkpoint
-from pipelines.evaluate import open_loop
+from pipelines.evaluate import HeldOut, open_loop, rollout
 from pipelines.policy import Policy
 from pipelines.pretrain import plan
 from pipelines.recipe import IngestRecipe, Recipe, load_recipe
 from pipelines.training import dataset, optimizer_settings, to_batch
 from preprocessing.cache import cache_folder
 from uwm_model.augment import augment
+from uwm_model.query import PolicyQuery
+from uwm_model.world_model import UnifiedWorldModel
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "model.md"
 RESULTS = PAGE.with_suffix(".jsonl")
@@ -49,6 +52,10 @@ BASE = [
     "validation_share=0.1",
 ]
 BASE += ["model.width=128", "model.depth=4", "model.heads=4"]
+ROLLOUTS = 6  # of each task
+SAMPLED = ("default", "epsilon", "v", "flow", "flow-sample")
+PLAYED = ("default", "parity")
+STEPS = (1, 2, 3, 5, 10)
 MEASURED = ("action_error_policy", "action_error_inverse", "psnr_forward")
 PAPER = ["model.current_patches=false", "diffusion.prediction=epsilon", "diffusion.action_free_loss=true"]
 PAPER += ["diffusion.marginal_timestep=leading"]
@@ -65,6 +72,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {  # name: (what it is, its setting
         "the current latents are tokens, not in the condition",
         ["model.observation=tokens", "model.current_patches=false"],
     ),
+    "last": ("the last weights, not their average", ["ema_decay=0"]),
     "factored": ("positions of camera, time and place", ["model.position=factored"]),
     "told": ("the model is told the instruction", ["text_encoder=minilm"]),
     "quantiles": ("actions are normalised by quantiles", ["normalise=quantiles"]),
@@ -97,8 +105,9 @@ def measure(store: Path, variant: str, seed: int, folder: Path) -> dict[str, Any
     model, seconds = train(settings, recipe)
     checkpoint.save(folder, model.state_dict(), settings)
     policy = Policy(folder)
-    folder.with_name(f"{folder.name}-pictures").mkdir(exist_ok=True)
-    result = open_loop(policy, str(store), folder.with_name(f"{folder.name}-pictures"))
+    pictures = folder.with_name(f"{folder.name}-pictures")
+    pictures.mkdir(exist_ok=True)
+    result = open_loop(policy, str(store), pictures)
     return {
         "variant": variant,
         "seed": seed,
@@ -106,6 +115,48 @@ def measure(store: Path, variant: str, seed: int, folder: Path) -> dict[str, Any
         "seconds_per_step": round(seconds / recipe.steps, 4),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         **{name: value and round(value, 5) for name, value in dataclasses.asdict(result).items()},
+        **({"few_steps": few_steps(policy, HeldOut(policy, str(store)))} if variant in SAMPLED else {}),
+        **({"queries": asked(policy, HeldOut(policy, str(store)))} if variant == "default" else {}),
+        **({"success": successes(policy, False, pictures)} if variant in PLAYED else {}),
+        **({"success_fast": successes(policy, True, pictures)} if variant == "default" else {}),
+    }
+
+
+def few_steps(policy: Policy, held_out: HeldOut) -> dict[str, float]:
+    """The policy's error by sampler and number of steps."""
+    model = policy.model
+    assert isinstance(model, UnifiedWorldModel)
+    errors = {}
+    for sampler in ("ddim", "dpm_solver"):
+        other = UnifiedWorldModel(model.model_config, dataclasses.replace(model.diffusion_config, sampler=sampler))
+        other.load_state_dict(model.state_dict())
+        for steps in STEPS[1:] if model.diffusion_config.prediction == "epsilon" else STEPS:
+            action = PolicyQuery(other.eval(), steps)(held_out.batch, torch.Generator().manual_seed(0))
+            errors[f"{sampler} {steps}"] = round(held_out.error(action), 5)
+    return errors
+
+
+def asked(policy: Policy, held_out: HeldOut) -> dict[str, tuple[float, float]]:
+    """By the way of asking: the policy's error, and how far its answers are from the exact ones."""
+    assert isinstance(policy.model, UnifiedWorldModel)
+    answers = {
+        way: query(held_out.batch, torch.Generator().manual_seed(0)) for way, query in queries(policy.model).items()
+    }
+    other_noise = PolicyQuery(policy.model)(held_out.batch, torch.Generator().manual_seed(1))
+    answers["other noise"] = other_noise
+    exact = answers["exact query"]
+    return {
+        way: (round(held_out.error(answer), 5), round(float((answer - exact).abs().mean()), 5))
+        for way, answer in answers.items()
+    }
+
+
+def successes(policy: Policy, fast: bool, pictures: Path) -> dict[str, int]:
+    """By task: in how many of ROLLOUTS episodes the policy succeeds."""
+    folder, embodiment = policy.folder, policy.embodiment
+    return {
+        task: sum(rollout(folder, embodiment, fast, task, 1000, number, pictures) for number in range(ROLLOUTS))
+        for task in TASKS
     }
 
 

@@ -70,11 +70,9 @@ def batch_of(config: ModelConfig) -> Batch:
     )
 
 
-def ways(config: ModelConfig) -> dict[str, Callable[[], object]]:
-    torch.manual_seed(0)
-    model, batch = UnifiedWorldModel(config, DiffusionConfig()).eval(), batch_of(config)
+def queries(model: UnifiedWorldModel) -> dict[str, PolicyQuery]:
     half = copy.deepcopy(model).to(torch.bfloat16, memory_format=torch.channels_last)
-    queries = {
+    return {
         "exact query": PolicyQuery(model),
         "keys and values kept from steps {0, 5}": PolicyQuery(model, refresh=(0, 5)),
         "keys and values kept from step 0": PolicyQuery(model, refresh=(0,)),
@@ -82,8 +80,14 @@ def ways(config: ModelConfig) -> dict[str, Callable[[], object]]:
         "5 steps, kept from step 0": PolicyQuery(model, 5, (0,)),
         "bfloat16": PolicyQuery(half),
         "bfloat16, 5 steps, kept from step 0": PolicyQuery(half, 5, (0,)),
+        "bfloat16, 3 steps, kept from step 0": PolicyQuery(half, 3, (0,)),
     }
-    asked = {name: lambda query=query: query(batch) for name, query in queries.items()}
+
+
+def ways(config: ModelConfig) -> dict[str, Callable[[], object]]:
+    torch.manual_seed(0)
+    model, batch = UnifiedWorldModel(config, DiffusionConfig()).eval(), batch_of(config)
+    asked = {name: lambda query=query: query(batch) for name, query in queries(model).items()}
     return {PLAIN: lambda: model.sample("policy", batch), **asked}
 
 

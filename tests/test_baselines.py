@@ -344,6 +344,8 @@ def test_it_goes_the_same_road_as_uwm(
         measured = {name for name, value in report["open_loop"].items() if value is not None}
         assert measured == {"windows", "action_error_policy", "action_error_mean"} < set(report["open_loop"])
         assert not list((tmp_path / f"evaluation-{kind}").glob("*.png"))
+    code, _, err = uwm("evaluate", checkpoints["dp"], "--store", store, *runs, "--fast")
+    assert code == 2 and "kind dp has no fast query" in err
     code, _, err = uwm("evaluate", checkpoints["dp"], "--store", store, *runs, "--json")
     assert code == 0 and "None" not in err, err
     logged = set(client.get_run(run_id).data.metrics)

@@ -147,6 +147,10 @@ def test_a_model_answers_in_the_robots_units_and_refuses_other_inputs(road: Any)
     assert action.shape == (3, settings.model.action_chunk, policy.spec.action_dim)
     normalizer = policy.spec.action_normalizer
     assert (np.abs(action - normalizer.offset) <= np.asarray(normalizer.scale) * 1.001).all()
+    fast = Policy(road["finetuned"], name, fast=True)
+    near = fast.act(images, proprio, torch.Generator().manual_seed(0))
+    gap = np.abs(near - action) / normalizer.scale
+    assert 0 < gap.mean() < 0.2, "as it was trained for six steps, its answers are little but noise"
     with pytest.raises(UserError, match="camera"):
         policy.act({"elsewhere": images[policy.spec.cameras[0]]}, proprio)
     with pytest.raises(UserError, match="expected uint8"):
@@ -162,6 +166,11 @@ def test_evaluation_registration_and_the_gate(road: Any, tmp_path: Path, monkeyp
     assert report["open_loop"]["psnr_ceiling"] > report["open_loop"]["psnr_forward"] - 3
     assert json.loads((tmp_path / "evaluation" / "evaluation.json").read_text()) == report
     assert list((tmp_path / "evaluation").glob("forward_*.png"))
+    fast = evaluate(str(road["finetuned"]), road["store"], None, 1, tmp_path / "fast", name, fast=True)
+    exactly, nearly = (each["open_loop"].pop("action_error_policy") for each in (report, fast))
+    assert exactly != nearly and nearly < 1.5 * exactly and (report["fast"], fast["fast"]) == (False, True)
+    logged = tracking.MlflowClient().get_run(road["finetune_run"]).data.metrics
+    assert logged["action_error_policy"] == exactly and logged["fast.action_error_policy"] == nearly
 
     one = register(road["finetuned"], "toy", name)
     with pytest.raises(Refused, match="no success rate"):
@@ -194,7 +203,11 @@ def test_a_registered_model_loads_through_mlflow_and_rejects_other_shapes(
     model = mlflow.pyfunc.load_model(f"models:/served/{version}")
     inputs = {f"image.{camera}": np.zeros((1, 2, 64, 64, 3), np.uint8) for camera in spec.cameras}
     inputs |= {f"proprio.{part}": np.zeros((1, 2, width), np.float32) for part, width in spec.proprio}
-    assert model.predict(inputs).shape == (1, settings.model.action_chunk, spec.action_dim)
+    answer = model.predict(inputs)
+    assert answer.shape == (1, settings.model.action_chunk, spec.action_dim)
+    fast = mlflow.pyfunc.load_model(f"models:/served/{version}", model_config={"fast": True})
+    assert fast.unwrap_python_model()._policy.fast and not model.unwrap_python_model()._policy.fast
+    assert fast.predict(inputs).shape == answer.shape
     with pytest.raises(mlflow.exceptions.MlflowException):
         model.predict({key: value.astype(np.float64) for key, value in inputs.items()})
     model.predict(inputs, {"contract": spec.promise.model_dump_json()})

@@ -12,6 +12,7 @@ only a little; where they are kept from an earlier step, a step runs the action 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 
 import torch
@@ -22,6 +23,18 @@ from uwm_model.blocks import Block, KeysValues
 from uwm_model.sampling import timetable
 from uwm_model.schedule import Seen, unit_noise
 from uwm_model.world_model import UnifiedWorldModel
+
+FAST_STEPS = 5
+
+
+def fast_query(model: UnifiedWorldModel) -> PolicyQuery:
+    """The recommended way to ask sooner: bfloat16, few steps, keys and values kept from the first.
+
+    What it gains, and what it costs on a trained policy: docs/benchmarks/query.md, model.md. Holds weights of its own.
+    """
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    half.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return PolicyQuery(half, min(FAST_STEPS, model.diffusion_config.sampling_steps), (0,))
 
 
 class PolicyQuery:
