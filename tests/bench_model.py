@@ -35,6 +35,7 @@ from pipelines.recipe import IngestRecipe, Recipe, load_recipe
 from pipelines.training import dataset, optimizer_settings, to_batch
 from preprocessing.cache import cache_folder
 from uwm_model.augment import augment
+from uwm_model.metrics import wilson_interval
 from uwm_model.query import PolicyQuery
 from uwm_model.world_model import UnifiedWorldModel
 
@@ -187,6 +188,7 @@ def known() -> list[dict[str, Any]]:
 
 
 def page(rows: list[dict[str, Any]]) -> None:
+    of = {name: [row for row in rows if row["variant"] == name] for name in VARIANTS}
     where = f"{os.cpu_count()} CPU cores, torch {torch.__version__}"
     lines = [
         "# What the model learns by",
@@ -198,12 +200,57 @@ def page(rows: list[dict[str, Any]]) -> None:
         "| variant | | seeds | error, policy | error, inverse | PSNR, forward | s a step | M parameters |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, (what, _) in VARIANTS.items():
-        if mine := [row for row in rows if row["variant"] == name]:
+    for name, mine in of.items():
+        if mine:
             cells = [_interval([row[key] for row in mine], 3 if "error" in key else 1) for key in MEASURED]
             step = statistics.median(row["seconds_per_step"] for row in mine)
             cells += [f"{step:.3f}", f"{mine[0]['parameters'] / 1e6:.2f}"]
-            lines.append(f"| {' | '.join([name, what, str(len(mine)), *cells])} |")
+            lines.append(f"| {' | '.join([name, VARIANTS[name][0], str(len(mine)), *cells])} |")
+    lines += [
+        "",
+        "## In the simulator",
+        "",
+        f"{ROLLOUTS} episodes of each task and seed, the same initial states for all. 95 % interval (Wilson).",
+        "",
+        f"| variant | {' | '.join(TASKS)} | success |",
+        f"|---|{'---|' * (len(TASKS) + 1)}",
+    ]
+    for name, key in [*((name, "success") for name in PLAYED), ("default", "success_fast")]:
+        mine = [row[key] for row in of[name] if key in row]
+        by_task = [sum(row[task] for row in mine) for task in TASKS]
+        trials = ROLLOUTS * len(mine)
+        if mine:
+            low, high = wilson_interval(sum(by_task), trials * len(TASKS))
+            rate = f"{sum(by_task) / (trials * len(TASKS)):.2f} ({low:.2f} to {high:.2f})"
+            cells = [*(f"{count} of {trials}" for count in by_task), rate]
+            lines.append(f"| {name}{', asked fast' if key == 'success_fast' else ''} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "## Ways to ask the default model",
+        "",
+        "What they gain in time: query.md. The distance is that of normalised actions from the exact answer.",
+        "",
+        "| how | error, policy | distance |",
+        "|---|---|---|",
+    ]
+    for way in of["default"][0]["queries"] if of["default"] else []:
+        error, distance = (_interval([row["queries"][way][i] for row in of["default"]], 3) for i in (0, 1))
+        lines.append(f"| {way} | {error} | {distance} |")
+    counts = [f"{steps} step{'s' if steps > 1 else ''}" for steps in STEPS]
+    lines += [
+        "",
+        "## Steps of sampling",
+        "",
+        "The policy's error.",
+        "",
+        f"| variant | sampler | {' | '.join(counts)} |",
+        f"|---|---|{'---|' * len(STEPS)}",
+    ]
+    for name in SAMPLED:
+        for sampler in ("ddim", "dpm_solver"):
+            mine = [row["few_steps"] for row in of[name] if "few_steps" in row]
+            cells = [_interval([row.get(f"{sampler} {steps}") for row in mine], 3) for steps in STEPS]
+            lines.append(f"| {name} | {sampler} | {' | '.join(cells)} |")
     PAGE.write_text("\n".join(lines) + "\n")
 
 

@@ -50,8 +50,8 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
         q, *own = self.attention.project(normalise(x, shift_a, scale_a))
         k, v = own if others is None else (torch.cat(pair, dim=2) for pair in zip(own, others, strict=True))
-        x = x[:, :asking] + gate_a * self.attention.mix(q[:, :, :asking], k, v, keys)
-        return x + gate_m * self.mlp(normalise(x, shift_m, scale_m)), own
+        x = torch.addcmul(x[:, :asking], gate_a, self.attention.mix(q[:, :, :asking], k, v, keys))
+        return torch.addcmul(x, gate_m, self.mlp(normalise(x, shift_m, scale_m))), own
 
 
 class Offset(nn.Module):
@@ -134,4 +134,6 @@ def modulations(layers: nn.Sequential, condition: Tensor, times: Tensor, width: 
 
 def normalise(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Layer norm of x [B, N, D], whose affine part is the modulation [B, 1, D]."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    if len(x) == 1 and not torch.is_grad_enabled():  # a robot's query: the norm's own affine part does it in one pass
+        return F.layer_norm(x, x.shape[-1:], 1 + scale.flatten(), shift.flatten(), eps=1e-6)
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
