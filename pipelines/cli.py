@@ -33,6 +33,7 @@ app = typer.Typer(
 app.add_typer(store_app, name="store")
 app.add_typer(contract_app, name="contract")
 
+MODEL = "Run id, checkpoint folder, models:/NAME@ALIAS, or a published UWM checkpoint."
 Store = Annotated[str, typer.Option(help="Folder of the latent store.", metavar="URI")]
 Address = Annotated[str | None, typer.Option(help="A running Ray cluster; one is started here if left out.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Set keys of the recipe.")]
@@ -157,36 +158,36 @@ def pretrain(
 
 @app.command()
 def finetune(
-    model: Annotated[str, typer.Option("--from", help="Run id, checkpoint folder or models:/NAME@ALIAS.")],
+    model: Annotated[str, typer.Option("--from", help=MODEL)],
     store: Store,
     overrides: Overrides = None,
     recipe: Annotated[str, typer.Option(help="A shipped recipe's name or a YAML file.")] = "finetune",
     snapshot: Snapshot = None,
     output: Output = Path("runs"),
     register: Annotated[str | None, typer.Option(help="Register the result under this name.")] = None,
-    embodiment: Annotated[str | None, typer.Option(help="Whose actions the registered policy gives.")] = None,
+    embodiment: Annotated[str | None, typer.Option(help="Whose actions, where there are several.")] = None,
     address: Address = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Train on from a model, on part of a store or on new data."""
-    from pipelines import checkpoint
     from pipelines import finetune as verb
+    from pipelines.published import resolve
     from pipelines.recipe import load_recipe
     from pipelines.register import register as to_registry
 
     chosen = load_recipe(recipe, overrides or [])
     if dry_run:
-        _plan(verb.plan(checkpoint.resolve(model), store, chosen, snapshot), as_json)
+        _plan(verb.plan(resolve(model, store, embodiment), store, chosen, snapshot), as_json)
         return
-    run_id, folder = verb.finetune(model, store, chosen, output, snapshot, address, VERBOSE)
+    run_id, folder = verb.finetune(model, store, chosen, output, snapshot, address, VERBOSE, embodiment)
     version = to_registry(folder, register, embodiment) if register else None
     _trained(run_id, folder, as_json, **({"name": register, "version": version} if register else {}))
 
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Run id, checkpoint folder or models:/NAME@ALIAS.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)],
     store: Annotated[str | None, typer.Option(help="Held-out episodes of this store, open loop.")] = None,
     env: Annotated[str | None, typer.Option(help="SUITE:TASK, closed loop, e.g. metaworld:drawer-close.")] = None,
     episodes: Annotated[int, typer.Option(min=1, help="Rollouts, closed loop.")] = 10,

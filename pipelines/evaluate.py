@@ -26,8 +26,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from infra import tracking
-from pipelines import checkpoint
 from pipelines.policy import Policy, history
+from pipelines.published import resolve
 from pipelines.recipe import Recipe
 from pipelines.training import dataset, to_batch
 from preprocessing import sources
@@ -79,7 +79,7 @@ def evaluate(
     fast: bool = False,
 ) -> dict[str, Any]:
     """Evaluate MODEL where asked to; writes ``output/evaluation.json`` and returns its content."""
-    folder = checkpoint.resolve(model)
+    folder = resolve(model, store_uri, embodiment)
     policy = Policy(folder, embodiment, fast)
     output.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {

@@ -7,6 +7,7 @@ from pathlib import Path
 from pipelines import checkpoint
 from pipelines.checkpoint import Settings
 from pipelines.pretrain import sentences_of, tracked, training_rows
+from pipelines.published import resolve
 from pipelines.recipe import STRIDE, Recipe
 from preprocessing.episode import UserError
 from preprocessing.store import LatentStore
@@ -82,8 +83,9 @@ def finetune(
     snapshot_id: str | None = None,
     address: str | None = None,
     verbose: bool = False,
+    embodiment: str | None = None,
 ) -> tuple[str, Path]:
     """Train on from MODEL; returns (MLflow run id, checkpoint folder)."""
-    initial = checkpoint.resolve(model)
+    initial = resolve(model, store_uri, embodiment)
     settings = plan(initial, store_uri, recipe, snapshot_id)
     return tracked("finetune", settings, recipe, initial, output, address, verbose)

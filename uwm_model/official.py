@@ -22,6 +22,7 @@ from uwm_model.config import DiffusionConfig, ModelConfig
 from uwm_model.world_model import UnifiedWorldModel
 
 HEAD_WIDTH = 64  # of the published models' attention; the weights do not tell
+UNTOLD = {"heads", "proprio_dim", "embodiments"}  # by the weights: assumed, and free to be set
 PUBLISHED = {"marginal_timestep": "leading", "action_free_loss": True}  # where this project's default differs
 NET, IMAGE, VAE = "noise_pred_net.", "obs_encoder.img_encoder.model.", "obs_encoder.vae."
 NAMES = (  # (published, ours), the first that fits
@@ -191,7 +192,7 @@ def _model_config(held: Mapping[str, Tensor], settings: dict[str, Any]) -> Model
         "frame_width": frame_width,
     }
     for name, value in settings.items():
-        if name in inferred.keys() - {"heads"} and value != inferred[name]:
+        if name in inferred.keys() - UNTOLD and value != inferred[name]:
             raise ValueError(f"{name}: {value} by the settings, {inferred[name]} by the checkpoint")
     return ModelConfig(**(inferred | sizes))
 

@@ -1,0 +1,114 @@
+"""A published UWM checkpoint as a MODEL: its weights, and from a store what its file does not tell.
+
+The file knows neither cameras nor robot by name, nor the rate. Those are taken from an embodiment of the store, whose
+cameras fill the model's slots in their order there; numbers of actions and cameras have to agree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from pipelines import checkpoint
+from pipelines.pretrain import SPARE_EMBODIMENTS, choose_encoder
+from pipelines.recipe import STRIDE, load_recipe
+from preprocessing.cache import cache_folder
+from preprocessing.encoders import PIXELS
+from preprocessing.episode import UserError
+from preprocessing.statistics import MINIMUM_RANGE, Normalizer
+from preprocessing.store import LatentStore
+from preprocessing.windows import FARTHEST, Embodiment, by_embodiment, describe
+from uwm_model.official import load_official, read_official
+
+ENCODER = "sdxl-vae"  # the published models'
+ALL = 0.9999  # of the episodes count as held out: what such a model was trained on is not known here
+BEYOND = 1.5  # how far from 0 the store's actions may lie, once the published normaliser is through with them
+
+
+def resolve(model: str, store_uri: str | None, embodiment: str | None = None) -> Path:
+    """The checkpoint folder of MODEL, which may also be a published file where a store is given."""
+    if not Path(model).is_file():
+        return checkpoint.resolve(model)
+    if store_uri is None:
+        raise UserError(f"{model}: a published checkpoint names no robot; give --store, with episodes of its robot")
+    return adopt(Path(model), store_uri, embodiment)
+
+
+def adopt(file: Path, store_uri: str, embodiment: str | None = None) -> Path:
+    """A checkpoint folder in this machine's cache; UserError where the store's embodiment is not the model's."""
+    snapshot = LatentStore.open(store_uri).snapshot()
+    named = {row["encoder"] for row in snapshot.episodes(["encoder"]).to_pylist()}
+    encoder = choose_encoder(snapshot, ENCODER if ENCODER in named else None)
+    if not snapshot.rows(PIXELS):
+        raise UserError(f"{store_uri}: holds no pixels, which {file} observes; ingest with --encoder {PIXELS}, too")
+    rows = by_embodiment([row for row in snapshot.rows(encoder) if row["action_dim"]])
+    name = embodiment or (next(iter(rows)) if len(rows) == 1 else None)
+    if name is None or name not in rows:
+        raise UserError(f"{file}: choose an embodiment with --embodiment; the store knows {', '.join(rows) or 'none'}")
+    robot = describe(name, rows[name], 0, max(len(row["cameras"]) for row in rows[name]))
+    try:
+        held = read_official(file)
+        model = load_official(held.weights, proprio_dim=max(1, robot.proprio_dim), embodiments=1 + SPARE_EMBODIMENTS)
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from None
+    config = model.model_config
+    shape = snapshot.shape(rows[name][0]["cameras"][0]["segments"][0])
+    for what, ours, theirs in (
+        ("values an action", config.action_dim, robot.action_dim),
+        ("cameras", config.cameras, len(robot.cameras)),
+        ("latent channels", config.latent_channels, shape[1]),
+    ):
+        if ours != theirs:
+            raise UserError(f"{file}: {ours} {what}; {name} in {store_uri} has {theirs}")
+    if min(shape[2:]) < max(config.latent_size):
+        sizes = (config.latent_size[0] * STRIDE, shape[2] * STRIDE)
+        raise UserError(f"{file}: sees {sizes[0]} pixels; {store_uri} holds {sizes[1]}; ingest with more --image-size")
+    robot = dataclasses.replace(robot, action_normalizer=_normalizer(held.action_normalizer, robot, file))
+    settings = checkpoint.Settings(
+        model=config,
+        diffusion=model.diffusion_config,
+        encoder=rows[name][0]["encoder"],
+        encoder_digest=encoder,
+        image_size=shape[2] * STRIDE,
+        embodiments={name: robot},
+        store=snapshot.uri,
+        snapshot=snapshot.id,
+        recipe=load_recipe("paper_libero", [f"validation_share={ALL}"]).model_dump(),
+        parent=str(file),
+        step=held.step or 0,
+    )
+    key = hashlib.sha256(settings.model_dump_json().encode())
+    with file.open("rb") as content:
+        key.update(hashlib.file_digest(content, "sha256").digest())
+    folder = cache_folder() / f"published-{key.hexdigest()[:24]}"
+    if not folder.exists():
+        checkpoint.save(folder, model.state_dict(), settings)
+    return folder
+
+
+def _normalizer(numbers: dict[str, np.ndarray], robot: Embodiment, file: Path) -> Normalizer:
+    """The published one's: of the two readings of a scale and an offset, that under which the store's actions fill
+    [-1, 1]. UserError where neither does: they are of another robot, or in other units.
+    """
+    found = {name.rpartition(".")[2].strip("_"): np.ravel(values).astype(float) for name, values in numbers.items()}
+    if not {"scale", "offset"} <= set(found) or {found[key].size for key in ("scale", "offset")} != {robot.action_dim}:
+        held = ", ".join(f"{name} {values.shape}" for name, values in numbers.items()) or "nothing"
+        raise UserError(f"{file}: its normaliser has no scale and offset of {robot.action_dim} actions, but {held}")
+    scale, offset = found["scale"], found["offset"]
+    if not scale.all():
+        raise UserError(f"{file}: its normaliser scales an action by 0")
+    seen = robot.action_normalizer
+    extremes = np.asarray(seen.offset) + np.outer([-1, 1], seen.scale)
+    readings = [Normalizer(tuple(offset), tuple(scale)), Normalizer(tuple(-offset / scale), tuple(1 / scale))]
+    reach = [np.abs(reading.apply(extremes)).max(0).clip(MINIMUM_RANGE) for reading in readings]  # [A], 1 at its best
+    misses = [np.median(np.abs(np.log(of_all))) for of_all in reach]
+    best = int(np.argmin(misses))
+    if reach[best].max() > BEYOND or misses[best] > np.log(FARTHEST):
+        raise UserError(
+            f"{file}: its normaliser (scale {scale.round(3).tolist()}, offset {offset.round(3).tolist()}) does not fit "
+            f"the store's actions, from {extremes[0].round(3).tolist()} to {extremes[1].round(3).tolist()}"
+        )
+    return readings[best]

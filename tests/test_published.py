@@ -1,0 +1,119 @@
+"""A published checkpoint on the command line: evaluated and finetuned on a store of its robot, refused on others."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Uwm
+from formats import write_demos
+from test_official import WRITER, published
+
+from pipelines import checkpoint
+from pipelines.evaluate import HeldOut
+from pipelines.ingest import ingest
+from pipelines.policy import Policy
+from pipelines.pretrain import choose_encoder
+from pipelines.published import adopt
+from pipelines.recipe import IngestRecipe
+from preprocessing.episode import UserError
+from preprocessing.statistics import Normalizer
+from preprocessing.store import LatentStore
+from preprocessing.windows import describe
+from uwm_model.official import load_official
+
+
+def write(path: Path, scale: Any, offset: Any, **sizes: int) -> Path:
+    """As the published code does, its own class of normaliser pickled; heads are 64 wide."""
+    numbers = f"LinearNormalizer(np.array({list(scale)}), np.array({list(offset)}))"
+    writer = WRITER.replace("LinearNormalizer(np.arange(7, dtype=np.float32), torch.ones(7))", numbers)
+    assert writer != WRITER
+    torch.save(published(**{"cameras": 1, "grid": 2, "registers": 8} | sizes), path.with_suffix(".weights"))
+    subprocess.run([sys.executable, "-c", writer, path.with_suffix(".weights"), path], check=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("published")
+    raw = write_demos(root / "toy_demo.hdf5", demos=6, steps=40)
+    ingest([str(raw)], str(root / "store"), IngestRecipe(image_size=80, encoder=["tiny", "pixels"]))
+    return root
+
+
+@pytest.fixture(autouse=True)
+def own_cache(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UWM_CACHE", str(place / "cache"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place / 'mlflow.db'}")
+
+
+def of_store(place: Path) -> Normalizer:
+    snapshot = LatentStore.open(str(place / "store")).snapshot()
+    return describe("toy", snapshot.rows(choose_encoder(snapshot, None)), 0, 1).action_normalizer
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_it_answers_as_the_published_model_in_the_robots_units(place: Path, inverse: bool) -> None:
+    seen = of_store(place)
+    scale, offset = np.asarray(seen.scale) * 1.1, np.asarray(seen.offset) + 0.01
+    numbers = (1 / scale, -offset / scale) if inverse else (scale, offset)
+    file = write(place / f"{inverse}.pt", *numbers)
+    folder = adopt(file, str(place / "store"))
+    policy = Policy(folder)
+    np.testing.assert_allclose(policy.spec.action_normalizer.scale, scale, rtol=1e-6)
+    np.testing.assert_allclose(policy.spec.action_normalizer.offset, offset, atol=1e-6)
+    assert policy.settings.step == 42 and policy.image_size == 80 and policy.spec.cameras == ("agentview",)
+    batch = HeldOut(policy, str(place / "store")).batch
+    expected, _ = load_official(file).sample("policy", batch, generator=torch.Generator().manual_seed(0))
+    answer = policy.ask(batch, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(answer, expected, rtol=0, atol=1e-4)
+    assert adopt(file, str(place / "store")) == folder
+
+
+def test_it_is_evaluated_and_finetuned(place: Path, uwm: Uwm, tmp_path: Path) -> None:
+    seen = of_store(place)
+    file = write(place / "whole.pt", seen.scale, seen.offset)
+    runs = ("--output", tmp_path / "runs")
+    code, report, err = uwm("evaluate", file, "--store", place / "store", *runs, "--json")
+    assert code == 0, err
+    assert report["open_loop"]["psnr_forward"] and report["open_loop"]["action_error_inverse"]
+    small = ["steps=2", "batch_size=4", "workers=1", "warmup_steps=0", "log_every=1"]
+    code, trained, err = uwm("finetune", "--from", file, "--store", place / "store", *runs, "--json", *small)
+    assert code == 0, err
+    folders = (adopt(file, str(place / "store")), Path(trained["checkpoint"]))
+    (before, known), (after, settings) = (checkpoint.load(folder) for folder in folders)
+    moved = [not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
+    assert sum(moved) > 0.9 * len(moved)
+    assert settings.embodiments == known.embodiments
+
+
+def test_another_robot_is_refused_with_both_values(place: Path, uwm: Uwm) -> None:
+    seen, store = of_store(place), str(place / "store")
+    plain = (seen.scale, seen.offset)
+    for name, numbers, sizes, message in (
+        ("two.pt", plain, {"cameras": 2}, r"two.pt: 2 cameras; .* in .*store has 1"),
+        ("big.pt", plain, {"grid": 4}, r"big.pt: sees 128 pixels; .*store holds 80; ingest with more --image-size"),
+        ("units.pt", (np.asarray(seen.scale) * 100, seen.offset), {}, r"units.pt: its normaliser .* does not fit"),
+        (
+            "six.pt",
+            (seen.scale[:6], seen.offset[:6]),
+            {},
+            r"six.pt: .* no scale and offset of 7 actions, but scale \(6,\)",
+        ),
+        ("zero.pt", (np.zeros(7), seen.offset), {}, r"zero.pt: its normaliser scales an action by 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            adopt(write(place / name, *numbers, **sizes), store)
+    with pytest.raises(UserError, match="choose an embodiment with --embodiment; the store knows"):
+        adopt(place / "two.pt", store, "elsewhere")
+    code, _, err = uwm("evaluate", place / "two.pt", "--env", "metaworld:reach")
+    assert code == 2 and "a published checkpoint names no robot; give --store" in err
+    (place / "text.pt").write_text("no checkpoint")
+    code, _, err = uwm("evaluate", place / "text.pt", "--store", store)
+    [line] = err.strip().splitlines()
+    assert code == 2 and "text.pt: not a file of torch.save" in line
