@@ -192,7 +192,7 @@ def evaluate(
     env: Annotated[str | None, typer.Option(help="SUITE:TASK, closed loop, e.g. metaworld:drawer-close.")] = None,
     episodes: Annotated[int, typer.Option(min=1, help="Rollouts, closed loop.")] = 10,
     embodiment: Annotated[str | None, typer.Option(help="Whose actions, where the model knows several.")] = None,
-    fast: Annotated[bool, typer.Option("--fast", help="Ask as docs/benchmarks/query.md recommends: sooner.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="Answer sooner, almost the same: bfloat16, 5 steps.")] = False,
     output: Output = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
