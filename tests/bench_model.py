@@ -1,7 +1,8 @@
 """``make bench-model``: which settings of the model learn most. Writes docs/benchmarks/model.md.
 
-Every variant differs from the recipe ``small`` by the settings that its line names, and is trained on the same data
-with the same number of steps and samples, on one core, from each of three seeds. The data are demonstrations and
+Every variant differs from ``base``, the recipe ``small`` with a position learned for each token, by the settings that
+its line names, and is trained on the same data with the same number of steps and samples, on one core, from each of
+three seeds. The data are demonstrations and
 videos of five Meta-World tasks. What is measured is on held-out episodes. A result is kept in
 docs/benchmarks/model.jsonl as it is found; what is there under the same settings is not measured again.
 
@@ -52,16 +53,18 @@ BASE = [
     "ema_decay=0.98",
     "validation_share=0.1",
 ]
-BASE += ["model.width=128", "model.depth=4", "model.heads=4"]
+BASE += ["model.width=128", "model.depth=4", "model.heads=4", "model.position=learned"]
 ROLLOUTS = 6  # of each task
-SAMPLED = ("default", "epsilon", "v", "flow", "flow-sample")
-PLAYED = ("default", "parity")
+SAMPLED = ("base", "small", "epsilon", "v", "flow", "flow-sample")
+ASKED = ("base", "small")
+PLAYED = ("parity", "base", "small")
 STEPS = (1, 2, 3, 5, 10)
 MEASURED = ("action_error_policy", "action_error_inverse", "psnr_forward")
 PAPER = ["model.current_patches=false", "diffusion.prediction=epsilon", "diffusion.action_free_loss=true"]
 PAPER += ["diffusion.marginal_timestep=leading"]
 VARIANTS: dict[str, tuple[str, list[str]]] = {  # name: (what it is, its settings over BASE)
-    "default": ("the recipe small", []),
+    "base": ("the recipe small, but for its positions", []),
+    "small": ("the recipe small: positions of camera, time and place", ["model.position=factored"]),
     "parity": ("the published settings", PAPER),
     "epsilon": ("the network predicts the noise", ["diffusion.prediction=epsilon"]),
     "v": ("the network predicts v", ["diffusion.prediction=v"]),
@@ -74,7 +77,6 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {  # name: (what it is, its setting
         ["model.observation=tokens", "model.current_patches=false"],
     ),
     "last": ("the last weights, not their average", ["ema_decay=0"]),
-    "factored": ("positions of camera, time and place", ["model.position=factored"]),
     "told": ("the model is told the instruction", ["text_encoder=minilm"]),
     "quantiles": ("actions are normalised by quantiles", ["normalise=quantiles"]),
     "unmasked": ("action-free samples have an action loss", ["diffusion.action_free_loss=true"]),
@@ -117,9 +119,9 @@ def measure(store: Path, variant: str, seed: int, folder: Path) -> dict[str, Any
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         **{name: value and round(value, 5) for name, value in dataclasses.asdict(result).items()},
         **({"few_steps": few_steps(policy, HeldOut(policy, str(store)))} if variant in SAMPLED else {}),
-        **({"queries": asked(policy, HeldOut(policy, str(store)))} if variant == "default" else {}),
+        **({"queries": asked(policy, HeldOut(policy, str(store)))} if variant in ASKED else {}),
         **({"success": successes(policy, False, pictures)} if variant in PLAYED else {}),
-        **({"success_fast": successes(policy, True, pictures)} if variant == "default" else {}),
+        **({"success_fast": successes(policy, True, pictures)} if variant in ASKED else {}),
     }
 
 
@@ -215,7 +217,7 @@ def page(rows: list[dict[str, Any]]) -> None:
         f"| variant | {' | '.join(TASKS)} | success |",
         f"|---|{'---|' * (len(TASKS) + 1)}",
     ]
-    for name, key in [*((name, "success") for name in PLAYED), ("default", "success_fast")]:
+    for name, key in [*((name, "success") for name in PLAYED), *((name, "success_fast") for name in ASKED)]:
         mine = [row[key] for row in of[name] if key in row]
         by_task = [sum(row[task] for row in mine) for task in TASKS]
         trials = ROLLOUTS * len(mine)
@@ -226,16 +228,17 @@ def page(rows: list[dict[str, Any]]) -> None:
             lines.append(f"| {name}{', asked fast' if key == 'success_fast' else ''} | {' | '.join(cells)} |")
     lines += [
         "",
-        "## Ways to ask the default model",
+        "## Ways to ask",
         "",
         "What they gain in time: query.md. The distance is that of normalised actions from the exact answer.",
         "",
-        "| how | error, policy | distance |",
-        "|---|---|---|",
+        "| variant | how | error, policy | distance |",
+        "|---|---|---|---|",
     ]
-    for way in of["default"][0]["queries"] if of["default"] else []:
-        error, distance = (_interval([row["queries"][way][i] for row in of["default"]], 3) for i in (0, 1))
-        lines.append(f"| {way} | {error} | {distance} |")
+    for name in ASKED:
+        for way in of[name][0]["queries"] if of[name] else []:
+            error, distance = (_interval([row["queries"][way][i] for row in of[name]], 3) for i in (0, 1))
+            lines.append(f"| {name} | {way} | {error} | {distance} |")
     counts = [f"{steps} step{'s' if steps > 1 else ''}" for steps in STEPS]
     lines += [
         "",
@@ -248,7 +251,7 @@ def page(rows: list[dict[str, Any]]) -> None:
     ]
     for name in SAMPLED:
         for sampler in ("ddim", "dpm_solver"):
-            mine = [row["few_steps"] for row in of[name] if "few_steps" in row]
+            mine = [row["few_steps"] for row in of[name]]
             cells = [_interval([row.get(f"{sampler} {steps}") for row in mine], 3) for steps in STEPS]
             lines.append(f"| {name} | {sampler} | {' | '.join(cells)} |")
     PAGE.write_text("\n".join(lines) + "\n")

@@ -45,7 +45,8 @@ class ModelConfig:
     qkv_bias: bool = True
     registers: int = 8
     modulation: Literal["block", "shared"] = "block"  # each block's own (the paper's), or one with offsets
-    position: Literal["learned", "factored"] = "learned"  # a vector a token (the paper's), or of camera, time and place
+    # A vector a token (the paper's, and of kinds dp and gr1 always), or made of camera, time and place.
+    position: Literal["learned", "factored"] = "learned"
     current_patches: bool = False  # a token of future latents also sees the current ones at its place; the paper's not
     timestep_width: int = 128
 
@@ -76,8 +77,10 @@ class ModelConfig:
             raise ValueError(f"modulation: {self.modulation} is unknown; known: block, shared")
         if self.position not in ("learned", "factored"):
             raise ValueError(f"position: {self.position} is unknown; known: learned, factored")
-        if self.position == "factored" and (self.width % 8 or self.kind not in ("uwm", "pad")):
-            raise ValueError("position: factored is for kinds uwm and pad, of a width that 8 divides; choose learned")
+        if self.position == "factored" and self.width % 8:
+            raise ValueError(
+                f"position: factored needs a width that 8 divides, not {self.width}; change width or position"
+            )
         if self.modulation == "shared" and self.kind not in ("uwm", "pad"):
             raise ValueError(f"modulation: shared is not for kind {self.kind}; choose block")
         if self.observation not in ("latents", "pixels", "tokens"):

@@ -71,7 +71,9 @@ class Denoiser(nn.Module):
         action_shown bool [B]: nobody attends to the action tokens of a sample where it is False. None: all are shown.
         """
         B, (L, patches) = len(action), (self.config.action_chunk, self.config.cameras * self.config.patches)
-        x_BND = torch.cat([self.embed_action(action), self.embed_others(latents, current_latents)], dim=1)
+        of_action, of_others = self.positions()
+        tokens = [self.embed_action(action, of_action), self.embed_others(latents, current_latents, of_others)]
+        x_BND = torch.cat(tokens, dim=1)
         times = self.timesteps(t_action.expand(B), t_video.expand(B))
         condition_BK = torch.cat([condition, times], dim=1)
         keys = self.keys(camera_mask, action_shown)
@@ -94,11 +96,16 @@ class Denoiser(nn.Module):
             of_parts.append([tuple(a + b for a, b in zip(step, offset, strict=True)) for step in shared])
         return [*of_parts, modulations(self.head.modulation, condition, times, width)]
 
-    def embed_action(self, action: Tensor) -> Tensor:
-        """float [B, L, A] -> the first L tokens, [B, L, D]."""
-        return self.actions.encode(action) + self._positions()[:, : self.config.action_chunk]
+    def positions(self) -> tuple[Tensor, Tensor]:
+        """Of the L action tokens [1, L, D], and of the others [1, N - L, D]."""
+        every = self.position if isinstance(self.position, nn.Parameter) else self.position()
+        return every[:, : self.config.action_chunk], every[:, self.config.action_chunk :]
 
-    def embed_others(self, latents: Tensor, current_latents: Tensor | None) -> Tensor:
+    def embed_action(self, action: Tensor, positions: Tensor) -> Tensor:
+        """float [B, L, A] -> the first L tokens, [B, L, D]."""
+        return self.actions.encode(action) + positions
+
+    def embed_others(self, latents: Tensor, current_latents: Tensor | None, positions: Tensor) -> Tensor:
         """float [B, V, Tf, C, h, w] and [B, V, To, C, h, w] -> the tokens of latents and registers, [B, N - L, D]."""
         parts = [self.latents.encode(latents)]
         if self.config.current_patches or self.config.observed_patches:
@@ -109,11 +116,7 @@ class Denoiser(nn.Module):
             if self.config.observed_patches:
                 parts.append(self.latents.encode_observed(current_latents))
         parts.append(self.registers.expand(len(latents), -1, -1))
-        return torch.cat(parts, dim=1) + self._positions()[:, self.config.action_chunk :]
-
-    def _positions(self) -> Tensor:
-        """[1, N, D]"""
-        return self.position if isinstance(self.position, nn.Parameter) else self.position()
+        return torch.cat(parts, dim=1) + positions
 
     def keys(self, camera_mask: Tensor | None, action_shown: Tensor | None = None) -> Tensor | None:
         """Both bool, [B, V] and [B] -> bool [B, 1, 1, N]: which tokens may be attended to; None: all of them."""

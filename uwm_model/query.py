@@ -80,11 +80,12 @@ class PolicyQuery:
         t_action, t_video = (torch.tensor(times[:-1], device=device) for times in (action_times, video_times))
         times = net.timesteps(t_action, t_video)
         *of_blocks, of_head = net.modulations(condition, times)
-        others, keys = self._others(batch, latents.to(dtype))
+        of_action, of_others = net.positions()
+        others, keys = self._others(batch, latents.to(dtype), of_others)
         kept: list[KeysValues] = []
         before: Seen | None = None
         for step, t in enumerate(self.times):
-            x = net.embed_action((action * visible).to(dtype))
+            x = net.embed_action((action * visible).to(dtype), of_action)
             all_run = step in self.refresh
             if all_run:
                 x, kept = torch.cat([x, others], dim=1), []
@@ -106,7 +107,7 @@ class PolicyQuery:
         """By a step that uses its keys and values."""
         return step + 1 < len(self.times) and step + 1 not in self.refresh
 
-    def _others(self, batch: Batch, latents: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _others(self, batch: Batch, latents: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
         """The tokens that are no actions [B, M, D], and which of all tokens may be attended to, bool [B, 1, 1, L + M].
 
         Without those of a camera that the whole batch lacks, which nobody attends to. None: to all that are left.
@@ -115,6 +116,6 @@ class PolicyQuery:
         keys = net.keys(batch.camera_mask)
         assert keys is not None
         present = keys.any(dim=0).flatten()  # bool [N]
-        others = net.embed_others(latents, batch.current_latents)[:, present[net.config.action_chunk :]]
+        others = net.embed_others(latents, batch.current_latents, positions)[:, present[net.config.action_chunk :]]
         keys = keys[..., present]
         return others, None if keys.all() else keys
