@@ -178,7 +178,7 @@ def finetune(
 
     chosen = load_recipe(recipe, overrides or [])
     if dry_run:
-        _plan(verb.plan(resolve(model, store, embodiment), store, chosen, snapshot), as_json)
+        _plan(verb.plan(resolve(model, store, embodiment, snapshot), store, chosen, snapshot), as_json)
         return
     run_id, folder = verb.finetune(model, store, chosen, output, snapshot, address, VERBOSE, embodiment)
     version = to_registry(folder, register, embodiment) if register else None
@@ -192,7 +192,7 @@ def evaluate(
     env: Annotated[str | None, typer.Option(help="SUITE:TASK, closed loop, e.g. metaworld:drawer-close.")] = None,
     episodes: Annotated[int, typer.Option(min=1, help="Rollouts, closed loop.")] = 10,
     embodiment: Annotated[str | None, typer.Option(help="Whose actions, where the model knows several.")] = None,
-    fast: Annotated[bool, typer.Option("--fast", help="Answer sooner, almost the same: bfloat16, 5 steps.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="Answer sooner, almost the same: fewer steps.")] = False,
     output: Output = Path("runs"),
     as_json: AsJson = False,
 ) -> None:

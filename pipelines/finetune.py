@@ -86,6 +86,6 @@ def finetune(
     embodiment: str | None = None,
 ) -> tuple[str, Path]:
     """Train on from MODEL; returns (MLflow run id, checkpoint folder)."""
-    initial = resolve(model, store_uri, embodiment)
+    initial = resolve(model, store_uri, embodiment, snapshot_id)
     settings = plan(initial, store_uri, recipe, snapshot_id)
     return tracked("finetune", settings, recipe, initial, output, address, verbose)

@@ -26,7 +26,7 @@ from uwm_model.world_model import UnifiedWorldModel
 class Policy:
     """Loads a checkpoint folder and the encoder it was trained on; UserError where their digests differ.
 
-    ``fast``: answers sooner and almost the same (``uwm_model.query.fast``).
+    ``fast``: answers sooner and almost the same (``uwm_model.query.fast_query``).
     """
 
     def __init__(self, folder: Path, embodiment: str | None = None, fast: bool = False):

@@ -23,25 +23,28 @@ from preprocessing.store import LatentStore
 from preprocessing.windows import FARTHEST, Embodiment, by_embodiment, describe
 from uwm_model.official import load_official, read_official
 
-ENCODER = "sdxl-vae"  # the published models'
+ENCODER = "sdxl-vae"  # the published models'; a folder of it has a name of its own
+OTHERS = ("tiny", "taesdxl", PIXELS)  # which are not
 ALL = 0.9999  # of the episodes count as held out: what such a model was trained on is not known here
 BEYOND = 1.5  # how far from 0 the store's actions may lie, once the published normaliser is through with them
+EXACT = 0.02  # how far from -1 and 1 its extremes are where they are those that the normaliser was made of
 
 
-def resolve(model: str, store_uri: str | None, embodiment: str | None = None) -> Path:
+def resolve(model: str, store_uri: str | None, embodiment: str | None = None, snapshot_id: str | None = None) -> Path:
     """The checkpoint folder of MODEL, which may also be a published file where a store is given."""
     if not Path(model).is_file():
         return checkpoint.resolve(model)
     if store_uri is None:
         raise UserError(f"{model}: a published checkpoint names no robot; give --store, with episodes of its robot")
-    return adopt(Path(model), store_uri, embodiment)
+    return adopt(Path(model), store_uri, embodiment, snapshot_id)
 
 
-def adopt(file: Path, store_uri: str, embodiment: str | None = None) -> Path:
+def adopt(file: Path, store_uri: str, embodiment: str | None = None, snapshot_id: str | None = None) -> Path:
     """A checkpoint folder in this machine's cache; UserError where the store's embodiment is not the model's."""
-    snapshot = LatentStore.open(store_uri).snapshot()
+    snapshot = LatentStore.open(store_uri).snapshot(snapshot_id)
     named = {row["encoder"] for row in snapshot.episodes(["encoder"]).to_pylist()}
-    encoder = choose_encoder(snapshot, ENCODER if ENCODER in named else None)
+    own = [name for name in sorted(named) if name not in OTHERS]
+    encoder = choose_encoder(snapshot, own[0] if len(own) == 1 else ENCODER)
     if not snapshot.rows(PIXELS):
         raise UserError(f"{store_uri}: holds no pixels, which {file} observes; ingest with --encoder {PIXELS}, too")
     rows = by_embodiment([row for row in snapshot.rows(encoder) if row["action_dim"]])
@@ -53,7 +56,7 @@ def adopt(file: Path, store_uri: str, embodiment: str | None = None) -> Path:
         held = read_official(file)
         model = load_official(held.weights, proprio_dim=max(1, robot.proprio_dim), embodiments=1 + SPARE_EMBODIMENTS)
     except ValueError as error:
-        raise UserError(f"{file}: {error}") from None
+        raise UserError(f"{file}: {str(error).removeprefix(f'{file}: ')}") from None
     config = model.model_config
     shape = snapshot.shape(rows[name][0]["cameras"][0]["segments"][0])
     for what, ours, theirs in (
@@ -77,7 +80,7 @@ def adopt(file: Path, store_uri: str, embodiment: str | None = None) -> Path:
         store=snapshot.uri,
         snapshot=snapshot.id,
         recipe=load_recipe("paper_libero", [f"validation_share={ALL}"]).model_dump(),
-        parent=str(file),
+        parent=str(file.resolve()),
         step=held.step or 0,
     )
     key = hashlib.sha256(settings.model_dump_json().encode())
@@ -90,25 +93,30 @@ def adopt(file: Path, store_uri: str, embodiment: str | None = None) -> Path:
 
 
 def _normalizer(numbers: dict[str, np.ndarray], robot: Embodiment, file: Path) -> Normalizer:
-    """The published one's: of the two readings of a scale and an offset, that under which the store's actions fill
-    [-1, 1]. UserError where neither does: they are of another robot, or in other units.
+    """The published one's. Its scale and offset do not say which way they are meant; the store's actions do, where
+    under one of both readings alone they are near [-1, 1], or fill it. UserError where neither is so, or both are near.
     """
     found = {name.rpartition(".")[2].strip("_"): np.ravel(values).astype(float) for name, values in numbers.items()}
     if not {"scale", "offset"} <= set(found) or {found[key].size for key in ("scale", "offset")} != {robot.action_dim}:
         held = ", ".join(f"{name} {values.shape}" for name, values in numbers.items()) or "nothing"
         raise UserError(f"{file}: its normaliser has no scale and offset of {robot.action_dim} actions, but {held}")
     scale, offset = found["scale"], found["offset"]
-    if not scale.all():
-        raise UserError(f"{file}: its normaliser scales an action by 0")
+    if not (np.isfinite([scale, offset]).all() and scale.all()):
+        raise UserError(f"{file}: its normaliser has scales that are 0, or numbers that are not finite")
     seen = robot.action_normalizer
+    moving = np.asarray(seen.scale) > MINIMUM_RANGE  # a column that does not tells nothing
     extremes = np.asarray(seen.offset) + np.outer([-1, 1], seen.scale)
-    readings = [Normalizer(tuple(offset), tuple(scale)), Normalizer(tuple(-offset / scale), tuple(1 / scale))]
-    reach = [np.abs(reading.apply(extremes)).max(0).clip(MINIMUM_RANGE) for reading in readings]  # [A], 1 at its best
-    misses = [np.median(np.abs(np.log(of_all))) for of_all in reach]
-    best = int(np.argmin(misses))
-    if reach[best].max() > BEYOND or misses[best] > np.log(FARTHEST):
-        raise UserError(
-            f"{file}: its normaliser (scale {scale.round(3).tolist()}, offset {offset.round(3).tolist()}) does not fit "
-            f"the store's actions, from {extremes[0].round(3).tolist()} to {extremes[1].round(3).tolist()}"
-        )
-    return readings[best]
+    near: list[tuple[float, Normalizer]] = []
+    for reading in (Normalizer(tuple(offset), tuple(scale)), Normalizer(tuple(-offset / scale), tuple(1 / scale))):
+        ends = reading.apply(extremes)[:, moving]
+        reach = np.abs(ends).max(0).clip(MINIMUM_RANGE)
+        if reach.max(initial=0) <= BEYOND and np.median(np.abs(np.log(reach))) <= np.log(FARTHEST):
+            near.append((float(np.abs(ends - [[-1], [1]]).max(initial=0)), reading))
+    what = f"{file}: its normaliser (scale {scale.tolist()}, offset {offset.tolist()})"
+    actions = f"the store's actions, from {extremes[0].tolist()} to {extremes[1].tolist()}"
+    if not near:
+        raise UserError(f"{what} does not fit {actions}")
+    miss, reading = min(near, key=lambda pair: pair[0])
+    if len(near) == 2 and miss > EXACT:
+        raise UserError(f"{what} may multiply or divide: {actions}, fit both; give a store of all that it was made of")
+    return reading

@@ -242,7 +242,7 @@ def page(rows: list[dict[str, Any]]) -> None:
         "|---|---|---|---|",
     ]
     for name in ASKED:
-        for way in of[name][0]["queries"] if of[name] else []:
+        for way in of[name][0].get("queries", []) if of[name] else []:
             error, distance = (_interval([row["queries"][way][i] for row in of[name]], 3) for i in (0, 1))
             lines.append(f"| {name} | {way} | {error} | {distance} |")
     counts = [f"{steps} step{'s' if steps > 1 else ''}" for steps in STEPS]
@@ -257,7 +257,7 @@ def page(rows: list[dict[str, Any]]) -> None:
     ]
     for name in SAMPLED:
         for sampler in ("ddim", "dpm_solver"):
-            mine = [row["few_steps"] for row in of[name]]
+            mine = [row["few_steps"] for row in of[name] if "few_steps" in row]
             cells = [_interval([row.get(f"{sampler} {steps}") for row in mine], 3) for steps in STEPS]
             lines.append(f"| {name} | {sampler} | {' | '.join(cells)} |")
     PAGE.write_text("\n".join(lines) + "\n")

@@ -135,3 +135,15 @@ def test_what_is_no_published_model_is_refused(tmp_path: Path) -> None:
     torch.save([1], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="no weights under the key model"):
         load_official(tmp_path / "list.pt")
+
+
+def test_what_cannot_be_read_is_a_valueerror(tmp_path: Path) -> None:
+    weights = published()
+    torch.save({"model": weights, "action_normalizer": np.ones(3, np.float16)}, tmp_path / "half.pt")
+    with pytest.raises(ValueError, match=r"half.pt: holds what is not read"):
+        read_official(tmp_path / "half.pt")
+    with pytest.raises(ValueError, match=r"noise_pred_net.blocks.0.mlp.fc1.weight: not a tensor"):
+        load_official(weights | {"noise_pred_net.blocks.0.mlp.fc1.weight": "text"})
+    less = {name: tensor for name, tensor in weights.items() if ".action_encoder." not in name}
+    with pytest.raises(ValueError, match=r"action_encoder.0.weight: missing in a published UWM"):
+        load_official(less)

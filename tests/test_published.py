@@ -15,6 +15,7 @@ from formats import write_demos
 from test_official import WRITER, published
 
 from pipelines import checkpoint
+from pipelines import published as published_module
 from pipelines.evaluate import HeldOut
 from pipelines.ingest import ingest
 from pipelines.policy import Policy
@@ -22,15 +23,16 @@ from pipelines.pretrain import choose_encoder
 from pipelines.published import adopt
 from pipelines.recipe import IngestRecipe
 from preprocessing.episode import UserError
-from preprocessing.statistics import Normalizer
+from preprocessing.statistics import MINIMUM_RANGE, Normalizer
 from preprocessing.store import LatentStore
-from preprocessing.windows import describe
+from preprocessing.windows import Embodiment, describe
 from uwm_model.official import load_official
 
 
 def write(path: Path, scale: Any, offset: Any, **sizes: int) -> Path:
     """As the published code does, its own class of normaliser pickled; heads are 64 wide."""
-    numbers = f"LinearNormalizer(np.array({list(scale)}), np.array({list(offset)}))"
+    lists = (repr([float(value) for value in values]).replace("inf", "np.inf") for values in (scale, offset))
+    numbers = "LinearNormalizer(np.array({}), np.array({}))".format(*lists)
     writer = WRITER.replace("LinearNormalizer(np.arange(7, dtype=np.float32), torch.ones(7))", numbers)
     assert writer != WRITER
     torch.save(published(**{"cameras": 1, "grid": 2, "registers": 8} | sizes), path.with_suffix(".weights"))
@@ -49,6 +51,7 @@ def place(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def own_cache(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UWM_CACHE", str(place / "cache"))
+    monkeypatch.setattr(published_module, "OTHERS", ("pixels",))  # as if its small VAE were the published models'
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place / 'mlflow.db'}")
 
 
@@ -105,15 +108,45 @@ def test_another_robot_is_refused_with_both_values(place: Path, uwm: Uwm) -> Non
             {},
             r"six.pt: .* no scale and offset of 7 actions, but scale \(6,\)",
         ),
-        ("zero.pt", (np.zeros(7), seen.offset), {}, r"zero.pt: its normaliser scales an action by 0"),
+        ("zero.pt", (np.zeros(7), seen.offset), {}, r"zero.pt: its normaliser has scales that are 0"),
+        ("nan.pt", (seen.scale, [1e999] * 7), {}, r"nan.pt: its normaliser .* not finite"),
     ):
         with pytest.raises(UserError, match=message):
             adopt(write(place / name, *numbers, **sizes), store)
     with pytest.raises(UserError, match="choose an embodiment with --embodiment; the store knows"):
         adopt(place / "two.pt", store, "elsewhere")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(published_module, "OTHERS", ("tiny", "pixels"))
+        with pytest.raises(UserError, match="no latents of sdxl-vae; it holds tiny"):
+            adopt(place / "two.pt", store)
     code, _, err = uwm("evaluate", place / "two.pt", "--env", "metaworld:reach")
     assert code == 2 and "a published checkpoint names no robot; give --store" in err
     (place / "text.pt").write_text("no checkpoint")
     code, _, err = uwm("evaluate", place / "text.pt", "--store", store)
     [line] = err.strip().splitlines()
     assert code == 2 and "text.pt: not a file of torch.save" in line
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "scale", "offset", "expected"),
+    [
+        (-1, 1, 1.0, 0.0, (1.0, 0.0)),  # both readings are one
+        (0, 1, 2.0, -1.0, (0.5, 0.5)),  # multiplied: both reach 1, but one fills [-1, 1]
+        (0, 1, 0.5, 0.5, (0.5, 0.5)),
+        (-1.4, 1.4, 1.4, 0.0, (1.4, 0.0)),  # exactly what it was made of
+        (-0.6, 0.6, 1.5, 0.0, None),  # part of what one was made of, or nearly all of the other's
+    ],
+)
+def test_the_stores_actions_say_which_way_a_normaliser_is_meant(low, high, scale, offset, expected, place) -> None:
+    half, middle = (high - low) / 2, (high + low) / 2
+    still = MINIMUM_RANGE  # a third column never moves: it says nothing, whatever its scale
+    robot = Embodiment(
+        0, ("front",), 3, "[]", (), 10.0, Normalizer((middle, middle, 0.0), (half, half, still)), Normalizer((), ())
+    )
+    numbers = {"scale": np.array([scale, scale, 1e-6]), "offset": np.array([offset, offset, 0.0])}
+    if expected is None:
+        with pytest.raises(UserError, match=r"may multiply or divide: .* fit both"):
+            published_module._normalizer(numbers, robot, Path("file.pt"))
+    else:
+        found = published_module._normalizer(numbers, robot, Path("file.pt"))
+        assert (found.scale[0], found.offset[0]) == pytest.approx(expected)

@@ -8,6 +8,7 @@ is SDXL's, in the store's encoder). Sizes are inferred from the weights' shapes 
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import re
 from collections.abc import Mapping
 from os import PathLike, fspath
@@ -65,6 +66,8 @@ def load_official(weights: Mapping[str, Any] | str | PathLike[str], **settings: 
     """
     content: Mapping[str, Any] = weights if isinstance(weights, Mapping) else read_official(weights).weights
     held = {name.removeprefix("module."): tensor for name, tensor in content.get("model", content).items()}
+    if odd := [name for name, tensor in held.items() if not isinstance(tensor, Tensor)]:
+        raise ValueError(f"{odd[0]}: not a tensor, in a published UWM")
     ours = {our_name(name): tensor for name, tensor in held.items() if not name.startswith(VAE)}
     for name in (f"{NET}pos_embed", f"{NET}registers", f"{IMAGE}fc.weight"):
         if name not in held:
@@ -77,7 +80,10 @@ def load_official(weights: Mapping[str, Any] | str | PathLike[str], **settings: 
     of_model: dict[str, Any] = {}
     for name, value in settings.items():
         (of_diffusion if name in diffusion else of_model)[name] = value
-    model = UnifiedWorldModel(_model_config(held, of_model), DiffusionConfig(**of_diffusion))
+    try:
+        model = UnifiedWorldModel(_model_config(held, of_model), DiffusionConfig(**of_diffusion))
+    except KeyError as error:
+        raise ValueError(f"{error.args[0]}: missing in a published UWM") from None
     expected = model.state_dict()
     if odd := sorted(set(ours) ^ set(expected)):
         raise ValueError(f"{odd[0]}: {'no place for it' if odd[0] in ours else 'missing'} in a published UWM")
@@ -115,8 +121,12 @@ def read_official(path: str | PathLike[str]) -> Published:
         else:
             raise ValueError(f"{fspath(path)}: its pickle asks for {name}; only arrays and normalisers are read")
     allowed += [type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8")]
-    with torch.serialization.safe_globals(allowed):
-        content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        with torch.serialization.safe_globals(allowed):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"{fspath(path)}: holds what is not read ({reason})") from None
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise ValueError(f"{fspath(path)}: no weights under the key model; not a published UWM checkpoint")
     numbers = dict(_numbers(content.get("action_normalizer"), ""))
