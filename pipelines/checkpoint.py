@@ -85,7 +85,7 @@ def resolve(model: str) -> Path:
         hint = "list versions in the MLflow page, or check MLFLOW_TRACKING_URI"
     else:
         found = tracking.download(model, "checkpoint")
-        hint = "give a checkpoint folder, a run id or models:/NAME@ALIAS"
+        hint = "give a checkpoint folder, a run id, models:/NAME@ALIAS or a published checkpoint's file"
     if found is None:
         raise UserError(f"{model}: no such model; {hint}")
     return found

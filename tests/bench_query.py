@@ -57,17 +57,19 @@ SIZES = {"the demo's model": (DEMO, 30), "the paper's LIBERO model": (LIBERO, 3)
 PLAIN = "plain loop, float32, 10 steps"
 
 
-def batch_of(config: ModelConfig) -> Batch:
-    """One sample, nothing missing."""
+def batch_of(config: ModelConfig, B: int = 1) -> Batch:
+    """B samples, nothing missing, what training needs included."""
     V, To, (h, w) = config.cameras, config.observed_frames, config.latent_size
     return Batch(
-        current_latents=torch.randn(1, V, To, config.latent_channels, h, w),
-        camera_mask=torch.ones(1, V, dtype=torch.bool),
-        action_mask=torch.ones(1, *config.action_shape, dtype=torch.bool),
-        proprio=torch.randn(1, To, config.proprio_dim),
-        proprio_mask=torch.ones(1, config.proprio_dim, dtype=torch.bool),
-        embodiment=torch.zeros(1, dtype=torch.int64),
-        current_pixels=torch.randint(0, 256, (1, V, To, 3, 8 * h, 8 * w), dtype=torch.uint8),
+        current_latents=torch.randn(B, V, To, config.latent_channels, h, w),
+        future_latents=torch.randn(B, *config.latents_shape),
+        camera_mask=torch.ones(B, V, dtype=torch.bool),
+        action=torch.rand(B, *config.action_shape) * 2 - 1,
+        action_mask=torch.ones(B, *config.action_shape, dtype=torch.bool),
+        proprio=torch.randn(B, To, config.proprio_dim),
+        proprio_mask=torch.ones(B, config.proprio_dim, dtype=torch.bool),
+        embodiment=torch.zeros(B, dtype=torch.int64),
+        current_pixels=torch.randint(0, 256, (B, V, To, 3, 8 * h, 8 * w), dtype=torch.uint8),
     )
 
 

@@ -17,13 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bench_query import LIBERO
+from bench_query import LIBERO, batch_of
 from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from infra.engine import OptimizerSettings, adamw
-from uwm_model.batch import Batch
 from uwm_model.config import DiffusionConfig, ModelConfig
 from uwm_model.world_model import UnifiedWorldModel
 
@@ -44,25 +43,9 @@ def sdxl_vae() -> AutoencoderKL:
     )
 
 
-def batch_of(config: ModelConfig) -> Batch:
-    """Nothing missing."""
-    V, To, (h, w) = config.cameras, config.observed_frames, config.latent_size
-    return Batch(
-        current_latents=torch.randn(BATCH, V, To, config.latent_channels, h, w),
-        future_latents=torch.randn(BATCH, *config.latents_shape),
-        camera_mask=torch.ones(BATCH, V, dtype=torch.bool),
-        action=torch.rand(BATCH, *config.action_shape) * 2 - 1,
-        action_mask=torch.ones(BATCH, *config.action_shape, dtype=torch.bool),
-        proprio=torch.randn(BATCH, To, config.proprio_dim),
-        proprio_mask=torch.ones(BATCH, config.proprio_dim, dtype=torch.bool),
-        embodiment=torch.zeros(BATCH, dtype=torch.int64),
-        current_pixels=torch.randint(0, 256, (BATCH, V, To, 3, 8 * h, 8 * w), dtype=torch.uint8),
-    )
-
-
 def step_of(config: ModelConfig, vae: AutoencoderKL | None) -> Callable[[], None]:
     torch.manual_seed(0)
-    model, batch = UnifiedWorldModel(config, DiffusionConfig()), batch_of(config)
+    model, batch = UnifiedWorldModel(config, DiffusionConfig()), batch_of(config, BATCH)
     optimizer: torch.optim.Optimizer
     if vae is None:
         optimizer, _ = adamw(model, OptimizerSettings(1e-4, 1e-6, 0, 1, 0, (0.9, 0.95), "none"))

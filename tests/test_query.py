@@ -102,6 +102,20 @@ def test_noise_may_be_given() -> None:
     torch.testing.assert_close(answer, expected, rtol=0, atol=1e-5)
 
 
+def test_a_sample_alone_is_answered_as_among_others() -> None:
+    model, batch = made(), holes()
+    action = torch.randn((4, *TINY.action_shape), generator=seeded(1))
+    latents = torch.randn((4, *TINY.latents_shape), generator=seeded(2))
+    together = PolicyQuery(model)(batch, noise_action=action, noise_latents=latents)
+    for i in range(4):
+        parts = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+        alone = Batch(**{name: part if part is None else part[i : i + 1] for name, part in parts.items()})
+        noise = {"noise_action": action[i : i + 1], "noise_latents": latents[i : i + 1]}
+        torch.testing.assert_close(PolicyQuery(model)(alone, **noise), together[i : i + 1], rtol=0, atol=1e-5)
+        sampled, _ = model.sample("policy", alone, **noise)
+        torch.testing.assert_close(sampled, together[i : i + 1], rtol=0, atol=1e-5)
+
+
 def test_a_seed_says_it_all_and_nothing_is_kept_between_queries() -> None:
     query, one, two = PolicyQuery(made(), refresh=(0,)), holes(), make_batch(2, seed=1)
     first = query(one, seeded(0))
