@@ -99,7 +99,7 @@ def test_a_flow_goes_straight_from_noise_to_the_clean_sample() -> None:
     assert schedule.timesteps(4) == [99, 74.25, 49.5, 24.75]
     assert len(schedule.timesteps(100)) == 100
 
-    times = schedule.draw((10_000,), seeded(0), torch.device("cpu"))
+    times = schedule.draw(10_000, seeded(0), torch.device("cpu"))
     assert times.dtype == torch.float32 and 0 <= times.min() < 0.1 and 98.9 < times.max() < 99
     assert times.mean().item() == pytest.approx(49.5, abs=1)
 

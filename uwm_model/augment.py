@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from uwm_model.batch import Batch
-from uwm_model.schedule import home
+from uwm_model.randomness import Random, together, uniform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,24 +41,22 @@ class AugmentConfig:
                 raise ValueError(f"{key}: {getattr(self, key)} is not from 0 to {most}")
 
 
-def augment(batch: Batch, size: tuple[int, int], config: AugmentConfig, generator: torch.Generator) -> Batch:
+def augment(batch: Batch, size: tuple[int, int], config: AugmentConfig, random: Random) -> Batch:
     """The batch with latents of ``size`` (h, w), cut out anywhere, its pixels' colours changed, some untold."""
     if batch.instruction_mask is not None and config.untold:
-        where = home(generator, batch.instruction_mask.device)
-        drawn = torch.rand(len(batch.instruction_mask), generator=generator, device=where)
-        told = drawn.to(batch.instruction_mask.device) >= config.untold
+        told = uniform(batch.instruction_mask.shape, random, batch.instruction_mask.device) >= config.untold
         batch = replace(batch, instruction_mask=batch.instruction_mask & told)
     spare_h, spare_w = _spare(batch, size)
     changes = (config.brightness, config.contrast, config.saturation, config.hue)
     coloured = batch.current_pixels is not None and any(changes)
     if not (spare_h or spare_w or coloured):
         return batch
-    places = _draw(batch, config, generator)
+    places = _draw(batch, config, random)
     top, left = (places[0] * (spare_h + 1)).long(), (places[1] * (spare_w + 1)).long()
     batch = _cut(batch, top, left, size)
     if batch.current_pixels is None or not coloured:
         return batch
-    return replace(batch, current_pixels=_colour(batch.current_pixels, places[2:], changes, generator))
+    return replace(batch, current_pixels=_colour(batch.current_pixels, places[2:], changes, random))
 
 
 def centre(batch: Batch, size: tuple[int, int]) -> Batch:
@@ -78,11 +76,12 @@ def _spare(batch: Batch, size: tuple[int, int]) -> tuple[int, int]:
     return h - size[0], w - size[1]
 
 
-def _draw(batch: Batch, config: AugmentConfig, generator: torch.Generator) -> Tensor:
+def _draw(batch: Batch, config: AugmentConfig, random: Random) -> Tensor:
     """float32 [6, B, V] in [0, 1): top, left, and four colours."""
     device, (B, V) = batch.camera_mask.device, batch.camera_mask.shape
-    shape = (6, 1 if config.shared else B, V)
-    return torch.rand(shape, generator=generator, device=home(generator, device)).to(device).expand(6, B, V)
+    if config.shared:
+        return uniform((6, V), together(random), device)[:, None].expand(6, B, V)
+    return uniform((B, 6, V), random, device).transpose(0, 1)
 
 
 def _cut(batch: Batch, top: Tensor, left: Tensor, size: tuple[int, int]) -> Batch:
@@ -109,7 +108,7 @@ def _window(maps: Tensor, top: Tensor, left: Tensor, size: tuple[int, int]) -> T
     return maps[b, v, :, :, rows, columns].permute(0, 1, 4, 5, 2, 3)
 
 
-def _colour(pixels: Tensor, places: Tensor, changes: tuple[float, ...], generator: torch.Generator) -> Tensor:
+def _colour(pixels: Tensor, places: Tensor, changes: tuple[float, ...], random: Random) -> Tensor:
     """uint8 or float [B, V, To, 3, H, W] -> float in [0, 1]. Frames of a sample and camera change alike."""
     from kornia import enhance  # takes two seconds, which whoever only uses a model is spared
 
@@ -123,7 +122,8 @@ def _colour(pixels: Tensor, places: Tensor, changes: tuple[float, ...], generato
         lambda x: enhance.adjust_saturation_with_gray_subtraction(x, 1 + saturation),
         lambda x: enhance.adjust_hue(x, 2 * math.pi * hue),
     )
-    for i in torch.randperm(4, generator=generator, device=generator.device).tolist():
+    order = uniform((4,), together(random), torch.device("cpu")).argsort()
+    for i in order.tolist():
         if changes[i]:
             flat = steps[i](flat)
     return flat.reshape(images.shape)

@@ -12,8 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from uwm_model.batch import Batch
 from uwm_model.denoiser import Denoise
-from uwm_model.schedule import Schedule, unit_noise
+from uwm_model.randomness import Random, unit_noise
+from uwm_model.schedule import Schedule
 
 
 class Losses(NamedTuple):
@@ -36,13 +38,11 @@ class Noise:
     t_video: Tensor  # the same
 
 
-def draw_noise(action: Tensor, latents: Tensor, schedule: Schedule, generator: torch.Generator | None) -> Noise:
+def draw_noise(action: Tensor, latents: Tensor, schedule: Schedule, random: Random) -> Noise:
     """Unit noise for these shapes, and uniform times of the schedule, all on their device."""
     device = action.device
-    times = schedule.draw((2, len(action)), generator, device)
-    return Noise(
-        unit_noise(action.shape, generator, device), unit_noise(latents.shape, generator, device), times[0], times[1]
-    )
+    t_action, t_video = (schedule.draw(len(action), random, device) for _ in range(2))
+    return Noise(unit_noise(action.shape, random, device), unit_noise(latents.shape, random, device), t_action, t_video)
 
 
 def joint_loss(
@@ -54,10 +54,12 @@ def joint_loss(
     camera_mask: Tensor,
     noise: Noise,
     action_counted: Tensor,
+    counts: Tensor | None = None,
 ) -> Losses:
     """action [B, L, A] and latents [B, V, Tf, C, h, w] clean, camera_mask bool [B, V].
 
     action_mask bool [B, L, A] says which actions there are, action_counted, of the same shape, which have a loss.
+    ``counts`` is of ``masked_mean``: float [2], of the actions and of the cameras.
     """
     has_action = action_mask.any(dim=(1, 2))
     t_action = noise.t_action.where(has_action, schedule.last)
@@ -65,12 +67,14 @@ def joint_loss(
     noisy_latents = schedule.noisy(latents, noise.latents, noise.t_video)
     action_prediction, latent_prediction = denoise(noisy_action, t_action, noisy_latents, noise.t_video)
     action_total, action_each = masked_mean(
-        (action_prediction - schedule.target(action, noise.action, t_action)).square(), action_counted
+        (action_prediction - schedule.target(action, noise.action, t_action)).square(),
+        action_counted,
+        None if counts is None else counts[0],
     )
     video_error_BV = (
         (latent_prediction - schedule.target(latents, noise.latents, noise.t_video)).square().mean(dim=(2, 3, 4, 5))
     )
-    video_total, video_each = masked_mean(video_error_BV, camera_mask)
+    video_total, video_each = masked_mean(video_error_BV, camera_mask, None if counts is None else counts[1])
     return Losses(
         total=action_total + video_total,
         action=action_total.detach(),
@@ -80,7 +84,18 @@ def joint_loss(
     )
 
 
-def masked_mean(error: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """error and mask [B, ...] -> the mean over all True entries (0 where there is none), and that of each sample."""
+def masked_mean(error: Tensor, mask: Tensor, total: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """error and mask [B, ...] -> the mean over all True entries (0 where there is none), and that of each sample.
+
+    ``total`` float []: what the sum is divided by instead of this batch's own True entries. Whoever shares a batch out,
+    over workers or passes, says so how many there are in a share on average; the mean of the shares is then that of the
+    whole, however they differ.
+    """
     counted, count = error.where(mask, 0).flatten(1).sum(1), mask.flatten(1).sum(1)
-    return counted.sum() / count.sum().clamp(min=1), counted / count
+    return counted.sum() / (count.sum().clamp(min=1) if total is None else total), counted / count
+
+
+def counted(batch: Batch, action_free_loss: bool) -> Tensor:
+    """float32 [2]: how many action values, and how many cameras, have a loss in this batch."""
+    action = batch.action_visible if action_free_loss else batch.action_mask
+    return torch.stack([action.sum(), batch.camera_mask.sum()]).float()

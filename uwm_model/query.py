@@ -20,8 +20,9 @@ from torch import Tensor
 
 from uwm_model.batch import Batch
 from uwm_model.blocks import Block, KeysValues
+from uwm_model.randomness import unit_noise
 from uwm_model.sampling import timetable
-from uwm_model.schedule import Seen, unit_noise
+from uwm_model.schedule import Seen
 from uwm_model.world_model import UnifiedWorldModel
 
 FAST_STEPS = 5

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from uwm_model.config import DiffusionConfig
+from uwm_model.randomness import Random, integers, uniform
 
 
 class Seen(NamedTuple):
@@ -42,9 +43,9 @@ class DiffusionSchedule:
         self.last = config.train_timesteps - 1
         self.alphas_cumprod = squared_cosine(config.train_timesteps)
 
-    def draw(self, shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
-        """Times to train at: int64 of that shape, uniform over 0 ... T-1."""
-        return torch.randint(self.last + 1, shape, generator=generator, device=home(generator, device)).to(device)
+    def draw(self, count: int, random: Random, device: torch.device) -> Tensor:
+        """Times to train at: int64 [count], uniform over 0 ... T-1."""
+        return integers(self.last + 1, count, random, device)
 
     def noisy(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What ``clean`` [B, ...] looks like at t int64 [B], given that noise."""
@@ -105,9 +106,9 @@ class FlowSchedule:
         self.config = config
         self.last = config.train_timesteps - 1
 
-    def draw(self, shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
-        """Times to train at: float32 of that shape, uniform in [0, T-1)."""
-        return self.last * torch.rand(shape, generator=generator, device=home(generator, device)).to(device)
+    def draw(self, count: int, random: Random, device: torch.device) -> Tensor:
+        """Times to train at: float32 [count], uniform in [0, T-1)."""
+        return self.last * uniform((count,), random, device)
 
     def noisy(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What ``clean`` [B, ...] looks like at t [B], given that noise."""
@@ -176,15 +177,6 @@ def advance(schedule: Schedule, now: Seen, t_next: float | None, before: Seen | 
 
 def _clip(clean: Tensor, config: DiffusionConfig) -> Tensor:
     return clean.clamp(-1, 1) if config.clip_sample else clean
-
-
-def unit_noise(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """float32 on ``device``, drawn where the generator lives: a CPU generator gives every device the same noise."""
-    return torch.randn(shape, generator=generator, device=home(generator, device)).to(device)
-
-
-def home(generator: torch.Generator | None, device: torch.device) -> torch.device:
-    return generator.device if generator else device
 
 
 def squared_cosine(timesteps: int) -> Tensor:

@@ -128,7 +128,7 @@ class FactoredPosition(nn.Module):
     def forward(self) -> Tensor:
         """[1, N, D]; zeros for the registers, which are vectors of their own."""
         of_camera = self.camera[self.cameras.clamp(min=0)] * (self.cameras >= 0)[:, None]
-        place = self.mix(self.coordinates) + self.kind[self.kinds] + of_camera
+        place = self.mix(self.coordinates.to(self.kind.dtype)) + self.kind[self.kinds] + of_camera
         return F.pad(place, (0, 0, 0, self.registers))[None]
 
 

@@ -13,8 +13,9 @@ from uwm_model.config import DiffusionConfig, ModelConfig
 from uwm_model.denoiser import Denoise, Denoiser
 from uwm_model.objective import Losses, Noise
 from uwm_model.observation import observation
+from uwm_model.randomness import Random, unit_noise
 from uwm_model.sampling import Mode, Role
-from uwm_model.schedule import make_schedule, unit_noise
+from uwm_model.schedule import make_schedule
 
 
 class UnifiedWorldModel(nn.Module):
@@ -32,12 +33,17 @@ class UnifiedWorldModel(nn.Module):
         self.denoiser = Denoiser(model)
         self.schedule = make_schedule(diffusion)
 
-    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Losses:
+    def forward(self, batch: Batch, random: Random = None, counts: Tensor | None = None) -> Losses:
         """``loss``, under the name that training engines call."""
-        return self.loss(batch, generator)
+        return self.loss(batch, random, counts=counts)
 
-    def loss(self, batch: Batch, generator: torch.Generator | None = None, noise: Noise | None = None) -> Losses:
-        """The joint diffusion loss; noise and timesteps are given, or come from ``generator``."""
+    def loss(
+        self, batch: Batch, random: Random = None, noise: Noise | None = None, counts: Tensor | None = None
+    ) -> Losses:
+        """The joint diffusion loss; noise and timesteps are given, or come from ``random``.
+
+        ``counts`` is of ``objective.joint_loss``.
+        """
         if batch.action is None or batch.future_latents is None:
             raise ValueError("training needs batch.action and batch.future_latents (zeros where masked)")
         latents = batch.future_latents / self.diffusion_config.latent_divisor
@@ -48,8 +54,9 @@ class UnifiedWorldModel(nn.Module):
             batch.action_mask,
             latents,
             batch.camera_mask,
-            noise or objective.draw_noise(batch.action, latents, self.schedule, generator),
+            noise or objective.draw_noise(batch.action, latents, self.schedule, random),
             batch.action_visible if self.diffusion_config.action_free_loss else batch.action_mask,
+            counts,
         )
 
     @torch.no_grad()

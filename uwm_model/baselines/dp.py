@@ -18,8 +18,9 @@ from uwm_model.blocks import Head, stack
 from uwm_model.config import DiffusionConfig, ModelConfig
 from uwm_model.objective import Losses, masked_mean
 from uwm_model.observation import observation
+from uwm_model.randomness import Random, unit_noise
 from uwm_model.sampling import Mode
-from uwm_model.schedule import make_schedule, unit_noise
+from uwm_model.schedule import make_schedule
 from uwm_model.tokens import ActionTokens, TimestepEmbedding
 
 
@@ -35,20 +36,20 @@ class DiffusionPolicy(nn.Module):
         self.denoiser = ActionDenoiser(model)
         self.schedule = make_schedule(diffusion)
 
-    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Losses:
+    def forward(self, batch: Batch, random: Random = None, counts: Tensor | None = None) -> Losses:
         """``loss``, under the name that training engines call."""
-        return self.loss(batch, generator)
+        return self.loss(batch, random, counts=counts)
 
-    def loss(self, batch: Batch, generator: torch.Generator | None = None) -> Losses:
+    def loss(self, batch: Batch, random: Random = None, counts: Tensor | None = None) -> Losses:
         """The diffusion loss of the actions that there are; that of video is 0, and NaN of each sample."""
         if batch.action is None:
             raise ValueError("training needs batch.action (zeros where masked)")
         action, device = batch.action, batch.action.device
-        t = self.schedule.draw((len(action),), generator, device)
-        noise = unit_noise(action.shape, generator, device)
+        t = self.schedule.draw(len(action), random, device)
+        noise = unit_noise(action.shape, random, device)
         prediction = self._predict(batch, self.observation(batch), self.schedule.noisy(action, noise, t), t)
         error = (prediction - self.schedule.target(action, noise, t)).square()
-        total, each = masked_mean(error, batch.action_mask)
+        total, each = masked_mean(error, batch.action_mask, None if counts is None else counts[0])
         return Losses(
             total=total,
             action=total.detach(),

@@ -24,6 +24,7 @@ from uwm_model.blocks import Block, Head, stack
 from uwm_model.config import DiffusionConfig, ModelConfig
 from uwm_model.objective import Losses, masked_mean
 from uwm_model.observation import observation
+from uwm_model.randomness import Random
 from uwm_model.sampling import Mode
 from uwm_model.tokens import ActionTokens, LatentPatches
 
@@ -43,18 +44,20 @@ class GR1(nn.Module):
         self.observation = observation(model)
         self.transformer = Predictor(model)
 
-    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Losses:
+    def forward(self, batch: Batch, random: Random = None, counts: Tensor | None = None) -> Losses:
         """``loss``, under the name that training engines call."""
-        return self.loss(batch, generator)
+        return self.loss(batch, random, counts=counts)
 
-    def loss(self, batch: Batch, generator: torch.Generator | None = None) -> Losses:
+    def loss(self, batch: Batch, random: Random = None, counts: Tensor | None = None) -> Losses:
         """Squared errors of the actions and of the latents that there are. Nothing in it is random."""
         if batch.action is None or batch.future_latents is None:
             raise ValueError("training needs batch.action and batch.future_latents (zeros where masked)")
         action, latents = self._predict(batch)
         target = batch.future_latents.float() / self.diffusion_config.latent_divisor
-        action_total, action_each = masked_mean((action - batch.action.float()).square(), batch.action_mask)
-        video_total, video_each = masked_mean((latents - target).square().mean(dim=(2, 3, 4, 5)), batch.camera_mask)
+        of_action, of_video = (None, None) if counts is None else counts
+        action_total, action_each = masked_mean((action - batch.action.float()).square(), batch.action_mask, of_action)
+        video_error_BV = (latents - target).square().mean(dim=(2, 3, 4, 5))
+        video_total, video_each = masked_mean(video_error_BV, batch.camera_mask, of_video)
         return Losses(
             total=action_total + video_total,
             action=action_total.detach(),

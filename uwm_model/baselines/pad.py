@@ -23,8 +23,9 @@ from uwm_model.config import DiffusionConfig, ModelConfig
 from uwm_model.denoiser import Denoise, Denoiser
 from uwm_model.objective import Losses, Noise
 from uwm_model.observation import observation
+from uwm_model.randomness import Random, unit_noise
 from uwm_model.sampling import Mode
-from uwm_model.schedule import make_schedule, unit_noise
+from uwm_model.schedule import make_schedule
 
 
 class PredictionWithAction(nn.Module):
@@ -39,16 +40,16 @@ class PredictionWithAction(nn.Module):
         self.denoiser = Denoiser(dataclasses.replace(model, current_patches=True))
         self.schedule = make_schedule(diffusion)
 
-    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Losses:
+    def forward(self, batch: Batch, random: Random = None, counts: Tensor | None = None) -> Losses:
         """``loss``, under the name that training engines call."""
-        return self.loss(batch, generator)
+        return self.loss(batch, random, counts=counts)
 
-    def loss(self, batch: Batch, generator: torch.Generator | None = None) -> Losses:
+    def loss(self, batch: Batch, random: Random = None, counts: Tensor | None = None) -> Losses:
         """UWM's joint loss, both modalities at the time that is drawn for the video."""
         if batch.action is None or batch.future_latents is None:
             raise ValueError("training needs batch.action and batch.future_latents (zeros where masked)")
         latents = batch.future_latents / self.diffusion_config.latent_divisor
-        drawn = objective.draw_noise(batch.action, latents, self.schedule, generator)
+        drawn = objective.draw_noise(batch.action, latents, self.schedule, random)
         return objective.joint_loss(
             self._denoiser_of(batch),
             self.schedule,
@@ -58,6 +59,7 @@ class PredictionWithAction(nn.Module):
             batch.camera_mask,
             Noise(drawn.action, drawn.latents, t_action=drawn.t_video, t_video=drawn.t_video),
             batch.action_mask,
+            counts,
         )
 
     @torch.no_grad()
