@@ -92,10 +92,11 @@ def on_this_node() -> NodeAffinitySchedulingStrategy:
 
 @ray.remote(num_cpus=0)
 class Meter:
-    """Sums and latest values that workers send and the driver's progress line reads."""
+    """Sums and latest values that workers send and the driver's progress line reads; and what either is to be told."""
 
     def __init__(self) -> None:
         self._values: dict[str, float] = {}
+        self._said: list[str] = []
 
     def add(self, **amounts: float) -> None:
         for name, amount in amounts.items():
@@ -106,6 +107,13 @@ class Meter:
 
     def read(self) -> dict[str, float]:
         return self._values
+
+    def say(self, line: str) -> None:
+        self._said.append(line)
+
+    def said(self, since: int) -> list[str]:
+        """The lines after the first ``since``."""
+        return self._said[since:]
 
 
 @contextlib.contextmanager

@@ -137,6 +137,11 @@ class Part:
     weight: Tensor
     state: dict[str, Tensor]
 
+    def copied(self) -> Part:
+        """As it is now, in the host's memory."""
+        state = {kind: values.to("cpu", copy=True) for kind, values in self.state.items()}
+        return Part(self.name, self.start, self.weight.to("cpu", copy=True), state)
+
 
 STATES = ("exp_avg", "exp_avg_sq", "average")
 

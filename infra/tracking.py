@@ -40,6 +40,11 @@ def start_run(experiment: str, name: str, tags: dict[str, str]) -> str:
     return client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
 
 
+def resume_run(run_id: str) -> None:
+    """A run that was cut off goes on under its id."""
+    MlflowClient().update_run(run_id, status="RUNNING")
+
+
 def end_run(run_id: str, status: str = "FINISHED") -> None:
     MlflowClient().set_terminated(run_id, status)
 
@@ -61,6 +66,21 @@ def log_settings(run_id: str, settings: dict[str, Any]) -> None:
 def log_metrics(run_id: str, metrics: dict[str, float], step: int) -> None:
     now = int(time.time() * 1000)
     MlflowClient().log_batch(run_id, metrics=[Metric(name, float(value), now, step) for name, value in metrics.items()])
+
+
+def log_picture(run_id: str, picture: Any, name: str, step: int) -> None:
+    """A picture, uint8 array [H, W, 3], of the series ``name``."""
+    MlflowClient().log_image(run_id, picture, key=name, step=step)
+
+
+def system_metrics(run_id: str) -> Any:
+    """A monitor of this machine, started; ``finish()`` ends it. A run that goes on has one series."""
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
+    monitor = SystemMetricsMonitor(run_id, resume_logging=True)
+    monitor.start()
+    return monitor
 
 
 def log_folder(run_id: str, folder: Path, name: str) -> None:

@@ -49,10 +49,15 @@ def save(folder: Path, weights: dict[str, torch.Tensor], settings: Settings) -> 
     building = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, building / "model.safetensors")
-    (building / "settings.json").write_text(settings.model_dump_json(indent=1))
+    write(building, weights, settings)
     shutil.rmtree(folder, ignore_errors=True)
     building.rename(folder)
+
+
+def write(folder: Path, weights: dict[str, torch.Tensor], settings: Settings) -> None:
+    """The files of a checkpoint, into a folder that is there."""
+    save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
+    (folder / "settings.json").write_text(settings.model_dump_json(indent=1))
 
 
 def load_settings(folder: Path) -> Settings:

@@ -26,10 +26,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from infra import tracking
+from pipelines.dataset import dataset, to_batch
 from pipelines.policy import Policy, history
 from pipelines.published import resolve
 from pipelines.recipe import Recipe
-from pipelines.training import dataset, to_batch
 from preprocessing import sources
 from preprocessing.contract import DataContract
 from preprocessing.episode import BadEpisode, EpisodeRef, UserError

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from pipelines import checkpoint
 from pipelines.checkpoint import Settings
-from pipelines.pretrain import sentences_of, tracked, training_rows
+from pipelines.pretrain import sentences_of, training_rows
 from pipelines.published import resolve
 from pipelines.recipe import STRIDE, Recipe
+from pipelines.runs import tracked
 from preprocessing.episode import UserError
 from preprocessing.store import LatentStore
 from preprocessing.windows import by_embodiment, describe
@@ -84,8 +85,11 @@ def finetune(
     address: str | None = None,
     verbose: bool = False,
     embodiment: str | None = None,
+    checkpoints: str | None = None,
+    new: bool = False,
 ) -> tuple[str, Path]:
     """Train on from MODEL; returns (MLflow run id, checkpoint folder)."""
     initial = resolve(model, store_uri, embodiment, snapshot_id)
-    settings = plan(initial, store_uri, recipe, snapshot_id)
-    return tracked("finetune", settings, recipe, initial, output, address, verbose)
+    asked = {"model": model, "store": LatentStore.open(store_uri).uri, "snapshot": snapshot_id}
+    planned = lambda: plan(initial, store_uri, recipe, snapshot_id)  # noqa: E731
+    return tracked("finetune", asked, planned, recipe, initial, output, checkpoints, new, address, verbose)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pipelines import checkpoint
-from pipelines.training import to_batch
+from pipelines.dataset import to_batch
 from preprocessing.encoders import load_encoder
 from preprocessing.episode import UserError
 from preprocessing.promise import Promise

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from infra import tracking
 from pipelines.checkpoint import Settings
 from pipelines.recipe import STRIDE, Recipe
-from pipelines.training import train
+from pipelines.runs import tracked
 from preprocessing.encoders import PIXELS
 from preprocessing.episode import UserError
 from preprocessing.store import LatentStore, Snapshot
@@ -124,37 +120,10 @@ def pretrain(
     snapshot_id: str | None = None,
     address: str | None = None,
     verbose: bool = False,
+    checkpoints: str | None = None,
+    new: bool = False,
 ) -> tuple[str, Path]:
     """Train from nothing; returns (MLflow run id, checkpoint folder)."""
-    return tracked("pretrain", plan(store_uri, recipe, snapshot_id), recipe, None, output, address, verbose)
-
-
-def tracked(
-    kind: str,
-    settings: Settings,
-    recipe: Recipe,
-    initial: Path | None,
-    output: Path,
-    address: str | None,
-    verbose: bool,
-) -> tuple[str, Path]:
-    """One training as one MLflow run: settings, curves, the checkpoint, and which snapshot it read."""
-    tags = {"kind": kind, "store": settings.store, "snapshot": settings.snapshot, "parent": settings.parent or ""}
-    run_id = tracking.start_run("unified-world-models", recipe.name, tags)
-    settings.run_id = run_id
-    LatentStore.open(settings.store).tag(
-        f"run-{run_id}", settings.snapshot
-    )  # kept for as long as anybody asks what it saw
-    folder = output.resolve() / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{run_id[:6]}"
-    folder.mkdir(parents=True)
-    resolved = recipe.model_dump() | {"model": settings.model_dump()["model"]}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
-    tracking.log_settings(run_id, resolved)
-    try:
-        checkpoint = train(settings, recipe, initial, folder, address, verbose)
-        tracking.log_folder(run_id, checkpoint, "checkpoint")
-    except BaseException as error:
-        tracking.end_run(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-        raise
-    tracking.end_run(run_id)
-    return run_id, checkpoint
+    asked = {"store": LatentStore.open(store_uri).uri, "snapshot": snapshot_id}
+    planned = lambda: plan(store_uri, recipe, snapshot_id)  # noqa: E731
+    return tracked("pretrain", asked, planned, recipe, None, output, checkpoints, new, address, verbose)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from preprocessing.encoders import Precision
 from preprocessing.episode import UserError
@@ -63,9 +63,18 @@ class Recipe(BaseModel):
     decay: Literal["cosine", "none"] = Field(default="cosine", description="of the learning rate, down to a tenth")
     gradient_clip: float = Field(default=1.0, ge=0, description="of the gradient's norm; 0: none")
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
-    workers: int = Field(default=2, gt=0)
-    zero_stage: Literal[0, 1, 2] = 1
+    workers: int | tuple[int, int] = Field(default=2, description="or the least and the most, as machines come and go")
+    micro_batch_size: int | None = Field(
+        default=None, gt=0, description="samples that a worker holds at once; None: all"
+    )
+    zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["float32", "bfloat16"] = "float32"
+    activation_checkpointing: bool = Field(default=False, description="less memory for a third more time")
+    offload: bool = Field(default=False, description="the optimizer lives in the host's memory")
+    compile: bool = Field(default=False, description="the blocks, by torch.compile")
+    checkpoint_every: int = Field(default=500, gt=0, description="steps; held-out losses and pictures come with it")
+    keep_last: int = Field(default=2, gt=0, description="checkpoints, besides the best")
+    worker_price: float = Field(default=0.0, ge=0, description="of a worker's hour, for --dry-run")
     validation_share: float = Field(default=0.05, ge=0, lt=1)
     log_every: int = Field(default=20, gt=0)
     encoder: str | None = Field(default=None, description="which latents, where a store holds several encoders'")
@@ -86,6 +95,28 @@ class Recipe(BaseModel):
         if unknown := sorted(set(value) - known):
             raise ValueError(f"unknown key {unknown[0]}; known: {', '.join(sorted(known))}")
         return value
+
+    @field_validator("workers")
+    @classmethod
+    def _some(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        least, most = (value, value) if isinstance(value, int) else value
+        if not 0 < least <= most:
+            raise ValueError("choose a number above 0, or the least and the most, e.g. [1, 4]")
+        return value
+
+    @model_validator(mode="after")
+    def _fit(self) -> Recipe:
+        if self.zero_stage == 0 and (self.offload or self.precision == "bfloat16"):
+            raise ValueError("zero_stage 0 is for float32 without offload; choose 1")
+        if self.compile and self.zero_stage == 3:
+            raise ValueError("compile is not for zero_stage 3; choose 2, or compile=false")
+        if self.batch_size < self.most_workers:
+            raise ValueError(f"batch_size {self.batch_size} is not enough for {self.most_workers} workers")
+        return self
+
+    @property
+    def most_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 Kind = TypeVar("Kind", Recipe, IngestRecipe)

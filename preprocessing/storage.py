@@ -25,6 +25,7 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
 import boto3
 import icechunk
+import pyarrow.fs
 from botocore import exceptions as boto
 from botocore.config import Config
 from filelock import FileLock
@@ -65,6 +66,10 @@ class Folder:
 
     def storage(self) -> icechunk.Storage:
         return icechunk.local_filesystem_storage(str(self.path))
+
+    def filesystem(self) -> tuple[pyarrow.fs.FileSystem, str]:
+        """For plain files, and where in it this place is."""
+        return pyarrow.fs.LocalFileSystem(), str(self.path)
 
     def content(self) -> Content:
         """What is there now; UserError where nobody may look."""
@@ -138,6 +143,24 @@ class Bucket:
             force_path_style=style == "path" if is_aws else style != "virtual",  # as boto3 has it
             get_credentials=_credentials,
         )
+
+    def filesystem(self) -> tuple[pyarrow.fs.FileSystem, str]:
+        """For plain files, and where in it this place is. Its credentials are those of now: ask anew for each use."""
+        with self._one_line():
+            server = _client(self).meta
+        now, endpoint = _credentials(), urlsplit(server.endpoint_url)
+        style = (server.config.s3 or {}).get("addressing_style")
+        files = pyarrow.fs.S3FileSystem(
+            access_key=now.access_key_id,
+            secret_key=now.secret_access_key,
+            session_token=now.session_token,
+            region=server.region_name,
+            scheme=endpoint.scheme,
+            endpoint_override=endpoint.netloc,
+            force_virtual_addressing=style == "virtual",
+            allow_bucket_creation=False,
+        )
+        return files, f"{self.name}/{self.prefix}"
 
     def content(self) -> Content:
         """What is there now; UserError, within seconds, where the server, the bucket or the credentials are wrong."""

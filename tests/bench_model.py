@@ -29,11 +29,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from infra.engine import adamw
 from pipelines import checkpoint
+from pipelines.dataset import dataset, to_batch
 from pipelines.evaluate import HeldOut, open_loop, rollout
 from pipelines.policy import Policy
 from pipelines.pretrain import plan
 from pipelines.recipe import IngestRecipe, Recipe, load_recipe
-from pipelines.training import dataset, optimizer_settings, to_batch
+from pipelines.worker import optimizer_settings
 from preprocessing.cache import cache_folder
 from uwm_model.augment import augment
 from uwm_model.metrics import wilson_interval

@@ -11,12 +11,12 @@ from bench_model import train
 from formats import moving, write_demos
 
 from pipelines import checkpoint
+from pipelines.dataset import dataset
 from pipelines.evaluate import evaluate
 from pipelines.ingest import ingest
 from pipelines.policy import Policy
 from pipelines.pretrain import choose_encoder, plan
 from pipelines.recipe import IngestRecipe, load_recipe
-from pipelines.training import dataset
 from preprocessing.episode import UserError
 from preprocessing.store import LatentStore
 

@@ -17,10 +17,10 @@ from test_model import TINY, changed, make_batch, seeded, stirred
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from pipelines import checkpoint
+from pipelines.dataset import dataset
 from pipelines.policy import Policy
 from pipelines.pretrain import plan
 from pipelines.recipe import load_recipe
-from pipelines.training import dataset
 from preprocessing.episode import UserError
 from preprocessing.store import LatentStore
 from preprocessing.text import load_text_encoder, text_encoder_digest

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +39,11 @@ class Batch:
                 tensor = tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
             moved[field.name] = tensor
         return Batch(**moved)
+
+    def __getitem__(self, some: slice) -> Batch:
+        """Some of its samples."""
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: tensor[some] for name, tensor in held.items() if tensor is not None})
 
     @property
     def action_visible(self) -> Tensor:

@@ -7,17 +7,26 @@ neither on the samples beside it nor on the worker that has it. So any number of
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
 class SampleGenerators:
     """CPU generators: ``each`` of one sample, ``together`` of what all workers' samples share."""
 
-    def __init__(self, seed: int, step: int, places: Iterable[int]):
-        self.each = [_generator(seed, step, place) for place in places]
-        self.together = _generator(seed, step, -1)
+    each: list[torch.Generator]
+    together: torch.Generator
+
+    @classmethod
+    def of(cls, seed: int, step: int, places: Iterable[int]) -> SampleGenerators:
+        """For the samples at these places of that step's global batch."""
+        return cls([_generator(seed, step, place) for place in places], _generator(seed, step, -1))
+
+    def __getitem__(self, some: slice) -> SampleGenerators:
+        return SampleGenerators(self.each[some], self.together)
 
 
 Random = torch.Generator | SampleGenerators | None

@@ -1,0 +1,50 @@
+"""The windows that a recipe selects of a store, and their batches as the model takes them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from pipelines.checkpoint import Settings
+from pipelines.recipe import Recipe
+from preprocessing.encoders import PIXELS
+from preprocessing.loader import LatentDataset, WindowShape
+from preprocessing.store import Snapshot
+from preprocessing.windows import split
+from uwm_model.batch import Batch
+
+
+def dataset(settings: Settings, validation: bool, recipe: Recipe) -> LatentDataset:
+    """The training or the held-out episodes of the settings' snapshot that the recipe selects.
+
+    UserError where the model observes pixels that the store does not hold.
+    """
+    snapshot = Snapshot(settings.store, settings.snapshot)
+    rows = [
+        row
+        for row in split(
+            snapshot.rows(settings.encoder_digest), recipe.instructions, recipe.validation_share, validation
+        )
+        if row["embodiment"] in settings.embodiments
+    ]
+    model = settings.model
+    shape = WindowShape(
+        model.cameras,
+        model.observed_frames,
+        model.future_frames,
+        model.action_chunk,
+        model.action_dim,
+        model.proprio_dim,
+    )
+    pixels = snapshot.rows(PIXELS) if model.observation == "pixels" else None
+    sentences = None
+    if settings.text_encoder_digest:
+        sentences = snapshot.sentences(settings.text_encoder_digest)
+    return LatentDataset(snapshot, rows, settings.embodiments, shape, pixels, sentences)
+
+
+def to_batch(arrays: dict[str, np.ndarray], device: torch.device, dtype: torch.dtype) -> Batch:
+    """Arrays of LatentDataset.gather as the model's batch."""
+    return Batch(**{name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}).to(
+        device, dtype
+    )
