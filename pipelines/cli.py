@@ -38,6 +38,10 @@ Store = Annotated[str, typer.Option(help="Folder of the latent store.", metavar=
 Address = Annotated[str | None, typer.Option(help="A running Ray cluster; one is started here if left out.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Set keys of the recipe.")]
 Output = Annotated[Path, typer.Option(help="Folder that gets the results, in a folder of their own.")]
+Checkpoints = Annotated[
+    str | None, typer.Option(help="Where checkpoints go while it trains, s3://... too; beside the results if left out.")
+]
+New = Annotated[bool, typer.Option("--new", help="Begin anew, even where the same command was cut off.")]
 DryRun = Annotated[bool, typer.Option(help="Say what would be done, and do nothing.")]
 
 LISTED = 50  # lines of one kind, before they are counted
@@ -140,6 +144,8 @@ def pretrain(
     recipe: Annotated[str, typer.Option(help="A shipped recipe's name or a YAML file.")] = "small",
     snapshot: Snapshot = None,
     output: Output = Path("runs"),
+    checkpoints: Checkpoints = None,
+    new: New = False,
     address: Address = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -152,7 +158,7 @@ def pretrain(
     if dry_run:
         _plan(verb.plan(store, chosen, snapshot), as_json)
         return
-    run_id, folder = verb.pretrain(store, chosen, output, snapshot, address, VERBOSE)
+    run_id, folder = verb.pretrain(store, chosen, output, snapshot, address, VERBOSE, checkpoints, new)
     _trained(run_id, folder, as_json)
 
 
@@ -166,6 +172,8 @@ def finetune(
     output: Output = Path("runs"),
     register: Annotated[str | None, typer.Option(help="Register the result under this name.")] = None,
     embodiment: Annotated[str | None, typer.Option(help="Whose actions, where there are several.")] = None,
+    checkpoints: Checkpoints = None,
+    new: New = False,
     address: Address = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -180,7 +188,9 @@ def finetune(
     if dry_run:
         _plan(verb.plan(resolve(model, store, embodiment, snapshot), store, chosen, snapshot), as_json)
         return
-    run_id, folder = verb.finetune(model, store, chosen, output, snapshot, address, VERBOSE, embodiment)
+    run_id, folder = verb.finetune(
+        model, store, chosen, output, snapshot, address, VERBOSE, embodiment, checkpoints, new
+    )
     version = to_registry(folder, register, embodiment) if register else None
     _trained(run_id, folder, as_json, **({"name": register, "version": version} if register else {}))
 
@@ -316,7 +326,8 @@ def main() -> None:
         _fail(f"refused: {error}", 4)
     except SystemExit as end:
         if end.code == 130:  # Typer's own answer to Ctrl-C says nothing
-            say("interrupted; nothing half-written was kept")
+            stopped = str((end.__context__ and end.__context__.__context__) or "")
+            say(f"interrupted; {stopped or 'nothing half-written was kept'}")
         raise
     except Exception as error:
         if VERBOSE:

@@ -10,7 +10,8 @@ import numpy as np
 
 from infra import tracking
 
-PATIENCE = 10_000  # metrics that are kept for a server that does not answer
+PATIENCE = 10_000  # points that are kept for a server that does not answer
+PATIENCE_SECONDS = 20.0
 
 
 class Curves:
@@ -30,6 +31,11 @@ class Curves:
         """``draw`` makes it, uint8 [H, W, 3]."""
         if step > self._last:
             self._pool.submit(self._show, name, draw, step)
+
+    def flush(self) -> None:
+        """Wait for a while until all is sent: a run that goes on from a checkpoint shows nothing of before again."""
+        with contextlib.suppress(TimeoutError):
+            self._pool.submit(lambda: None).result(timeout=PATIENCE_SECONDS)
 
     def close(self) -> None:
         self._pool.shutdown()

@@ -110,7 +110,7 @@ def _fit(recipe: Recipe, config: dict[str, Any]) -> None:
             work,
             train_loop_config=config,
             torch_config=Listening(backend="nccl" if gpus else "gloo"),
-            scaling_config=ScalingConfig(num_workers=recipe.workers, use_gpu=gpus)  # type: ignore[arg-type],
+            scaling_config=ScalingConfig(num_workers=recipe.workers, use_gpu=gpus),  # type: ignore[arg-type]
             run_config=RunConfig(name="ray", storage_path=scratch),
         )
         outcome: list[BaseException] = []

@@ -63,8 +63,10 @@ class Validation:
 
     @torch.inference_mode()
     def picture(self) -> tuple[str, Callable[[], np.ndarray]] | None:
-        """Its name, and what makes it, uint8 [H, W, 3], which takes a while. A row for each of some windows, the cameras
-        side by side: of each what it shows now, the model's farthest frame, and the true one.
+        """Its name, and what makes it, uint8 [H, W, 3], which takes a while.
+
+        A row for each of some windows, the cameras side by side: of each what it shows now, the model's
+        farthest frame, and the true one.
         """
         mode = next((mode for mode in ("forward_dynamics", "joint") if mode in self._model.modes), None)
         if not self._batches or mode is None:

@@ -301,6 +301,8 @@ class Worker:
         def build(folder: Path) -> None:
             if self.rank == 0:
                 checkpoint.write(folder, weights, settings)
+                if self.curves:
+                    self.curves.flush()
             if self.rank == 0 or self.recipe.zero_stage:  # in stage 0 all keep the same
                 save_state(folder / f"state-{self.rank}.safetensors", kept)
 

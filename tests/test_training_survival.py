@@ -1,0 +1,107 @@
+"""What a training survives: workers, drivers and a node that die, notices of the end, a full disk, a broken checkpoint.
+
+Each run is compared with one that nobody disturbed: the same losses and the same weights, to the last bit.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rows import fill
+from safetensors.torch import load_file
+from test_survival import wait_for, workers
+
+import infra.cluster  # noqa: F401  its settings come before Ray's import
+from infra import tracking
+from preprocessing.store import LatentStore
+
+STEPS, EVERY = 40, 8
+TINY = [
+    f"steps={STEPS}", f"checkpoint_every={EVERY}", "log_every=1", "batch_size=8", "validation_share=0.2",
+    "warmup_steps=4", "model.width=32", "model.depth=2", "model.heads=2", "model.registers=1", "model.timestep_width=16",
+    "model.frame_width=8", "model.condition_width=16",
+]  # fmt: skip
+
+
+class Trainings:
+    """Pretrains on one store and one cluster, by the command line, in processes of their own."""
+
+    def __init__(self, cluster: Any, root: Path):
+        self.cluster, self.root, self.store = cluster, root, root / "store"
+        fill(LatentStore.create(str(self.store)), [f"episode-{i}" for i in range(20)], cameras=("front", "wrist"))
+        self.start("reference").finish()
+        self.reference = Training(self, "reference", None)
+
+    def start(self, name: str, *more: str) -> Training:
+        command = [sys.executable, "-m", "pipelines.cli", "pretrain", "--store", self.store, "--json"]
+        command += ["--output", self.root / name, "--address", self.cluster.address, *TINY, *more]
+        code = "import sys; from pipelines.cli import main; main()"
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, command[3:])],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{self.root / name}.db"},
+        )
+        return Training(self, name, process)
+
+
+class Training:
+    def __init__(self, trainings: Trainings, name: str, process: Any):
+        self.trainings, self.name, self.process = trainings, name, process
+        self.folder = trainings.root / name
+
+    def finish(self, code: int = 0) -> str:
+        """What it told the user."""
+        _, err = self.process.communicate(timeout=240)
+        assert self.process.returncode == code, err[-3000:]
+        return err
+
+    def checkpoints(self) -> list[Path]:
+        return sorted(self.folder.glob("*/step-*"))
+
+    def after(self, count: int) -> None:
+        """Wait until so many checkpoints were written, the older of which may be gone."""
+        wait_for(lambda: [p for p in self.checkpoints() if int(p.name[5:]) >= count * EVERY], self.process)
+
+    def losses(self) -> dict[int, float]:
+        tracking.mlflow.set_tracking_uri(f"sqlite:///{self.folder}.db")
+        [run] = tracking.MlflowClient().search_runs(["1"])
+        points = tracking.history(run.info.run_id, "loss")
+        assert len(points) == len(dict(points)), "a step is on the curve twice"
+        return dict(points)
+
+    def is_as_if_undisturbed(self) -> None:
+        reference = self.trainings.reference
+        assert self.losses() == reference.losses()
+        [mine], [its] = (list(each.folder.glob("*/checkpoint")) for each in (self, reference))
+        weights, expected = (load_file(folder / "model.safetensors") for folder in (mine, its))
+        assert all(weights[name].equal(expected[name]) for name in weights.keys() | expected.keys())
+
+
+@pytest.fixture(scope="module")
+def trainings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainings]:
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    yield Trainings(cluster, tmp_path_factory.mktemp("trainings"))
+    cluster.shutdown()
+
+
+@pytest.mark.soak
+def test_workers_that_die_and_one_that_is_told_to(trainings: Trainings) -> None:
+    training = trainings.start("workers")
+    training.after(1)
+    os.kill(workers("RayTrainWorker")[0], signal.SIGKILL)
+    training.after(3)
+    os.kill(workers("RayTrainWorker")[1], signal.SIGTERM)
+    told = training.finish()
+    assert "a worker was lost" in told and "a machine was taken away; going on from step" in told
+    training.is_as_if_undisturbed()
