@@ -156,7 +156,7 @@ def pretrain(
 
     chosen = load_recipe(recipe, overrides or [])
     if dry_run:
-        _plan(verb.plan(store, chosen, snapshot), as_json)
+        _plan(verb.plan(store, chosen, snapshot), chosen, as_json)
         return
     run_id, folder = verb.pretrain(store, chosen, output, snapshot, address, VERBOSE, checkpoints, new)
     _trained(run_id, folder, as_json)
@@ -186,7 +186,7 @@ def finetune(
 
     chosen = load_recipe(recipe, overrides or [])
     if dry_run:
-        _plan(verb.plan(resolve(model, store, embodiment, snapshot), store, chosen, snapshot), as_json)
+        _plan(verb.plan(resolve(model, store, embodiment, snapshot), store, chosen, snapshot), chosen, as_json)
         return
     run_id, folder = verb.finetune(
         model, store, chosen, output, snapshot, address, VERBOSE, embodiment, checkpoints, new
@@ -300,15 +300,33 @@ def _counted(reasons: Counter[str]) -> str:
     return ", ".join(f"{count} {name}" for name, count in reasons.most_common())
 
 
-def _plan(settings: Any, as_json: bool) -> None:
+def _plan(settings: Any, recipe: Any, as_json: bool) -> None:
     import yaml
 
-    model = settings.build()
-    parameters = sum(p.numel() for p in model.parameters())
+    from pipelines.estimate import estimate
+
     resolved = settings.recipe | {"model": dataclasses.asdict(settings.model)}
     say(yaml.safe_dump(json.loads(json.dumps(resolved)), sort_keys=False).rstrip())
-    say(f"# {parameters / 1e6:.1f} M parameters; snapshot {settings.snapshot}; {', '.join(settings.embodiments)}")
-    answer({"parameters": parameters, "snapshot": settings.snapshot, "recipe": resolved}, as_json)
+    found = estimate(settings, recipe, settings.build())
+    host = f", {found.host_bytes / 1e9:.2f} GB of its host" if found.host_bytes else ""
+    for name, value in (
+        ("snapshot", f"{settings.snapshot}; {', '.join(settings.embodiments)}"),
+        ("parameters", f"{found.parameters / 1e6:.1f} M, {found.trained / 1e6:.1f} M of them trained"),
+        ("samples", f"{found.samples} in {found.steps} steps of {recipe.batch_size}, by {found.workers} workers"),
+        (
+            "memory",
+            f"{(found.state_bytes + found.activation_bytes) / 1e9:.2f} GB a worker, "
+            f"{found.activation_bytes / 1e9:.2f} of it activations{host}",
+        ),
+        (
+            "time",
+            f"{found.seconds / 3600:.2f} h, {found.step_seconds:.3g} s a step, on workers like this {found.device}",
+        ),
+        ("cost", f"{found.cost:.2f}" if recipe.worker_price else "give worker_price, of a worker's hour"),
+    ):
+        say(f"# {name:>10}  {value}")
+    report = {"parameters": found.parameters, "snapshot": settings.snapshot, "recipe": resolved}
+    answer(report | {"estimate": dataclasses.asdict(found)}, as_json)
 
 
 def _trained(run_id: str, folder: Path, as_json: bool, **more: Any) -> None:

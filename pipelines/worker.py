@@ -106,7 +106,7 @@ class Worker:
             model.load_state_dict(weights, strict=False)
         self.plain = copy.deepcopy(model)  # to be given the averaged weights, whole and float32
         self.passes = math.ceil(max(1, recipe.batch_size // world) / (recipe.micro_batch_size or recipe.batch_size))
-        _prepare(model, recipe)
+        prepare(model, recipe)
         self.engine = engine.initialize(
             model,
             optimizer_settings(recipe),
@@ -177,7 +177,8 @@ class Worker:
         """
         action_free = self.settings.diffusion.action_free_loss and self.settings.model.kind == "uwm"
         counts = torch.zeros(2) if batch is None else counted(batch, action_free)
-        flags = [float(told_to_stop.is_set()), float(self._driver_stops()), *map(float, self.saver.votes())]
+        taken_away = told_to_stop.is_set() or ray.train.get_preemption_info() is not None
+        flags = [float(taken_away), float(self._driver_stops()), *map(float, self.saver.votes())]
         both = torch.cat([counts.double(), torch.tensor(flags, dtype=torch.float64)])
         torch.distributed.all_reduce(both, group=self.side)
         worker_stops, driver_stops, written, failed = both[2:].tolist()
@@ -319,7 +320,8 @@ def optimizer_settings(recipe: Recipe) -> OptimizerSettings:
     return OptimizerSettings(**{name: getattr(recipe, name) for name in names})
 
 
-def _prepare(model: torch.nn.Module, recipe: Recipe) -> None:
+def prepare(model: torch.nn.Module, recipe: Recipe) -> None:
+    """Its blocks as the recipe wants them computed."""
     for block in [module for module in model.modules() if isinstance(module, Block)]:
         if recipe.activation_checkpointing:
             block.forward = functools.partial(recomputed, block.forward, use_reentrant=False)  # type: ignore[method-assign]

@@ -25,8 +25,8 @@ from preprocessing.store import LatentStore
 STEPS, EVERY = 40, 8
 TINY = [
     f"steps={STEPS}", f"checkpoint_every={EVERY}", "log_every=1", "batch_size=8", "validation_share=0.2",
-    "warmup_steps=4", "model.width=32", "model.depth=2", "model.heads=2", "model.registers=1", "model.timestep_width=16",
-    "model.frame_width=8", "model.condition_width=16",
+    "warmup_steps=4", "model.width=32", "model.heads=2", "model.registers=1", "model.timestep_width=16",
+    "model.depth=2", "model.frame_width=8", "model.condition_width=16",
 ]  # fmt: skip
 
 
