@@ -40,6 +40,8 @@ class Estimate:
 def estimate(settings: Settings, recipe: Recipe, model: Any) -> Estimate:
     """``model`` is what would be trained, freshly made; it is used up."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # a worker is a core
     workers = recipe.most_workers
     share = max(1, recipe.batch_size // workers)
     micro = min(share, recipe.micro_batch_size or share)
@@ -86,7 +88,7 @@ def estimate(settings: Settings, recipe: Recipe, model: Any) -> Estimate:
         state_bytes=state,
         host_bytes=host,
         activation_bytes=activations * micro // measured,
-        device=torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        device=torch.cuda.get_device_name() if device.type == "cuda" else "core",
         step_seconds=step,
         seconds=step * recipe.steps,
         cost=step * recipe.steps / 3600 * workers * recipe.worker_price,
