@@ -9,8 +9,9 @@ from pipelines.checkpoint import Settings
 from pipelines.recipe import Recipe
 from preprocessing.encoders import PIXELS
 from preprocessing.loader import LatentDataset, WindowShape
+from preprocessing.prefetch import tensors
 from preprocessing.store import Snapshot
-from preprocessing.windows import split
+from preprocessing.windows import left_out, split
 from uwm_model.batch import Batch
 
 
@@ -25,7 +26,7 @@ def dataset(settings: Settings, validation: bool, recipe: Recipe) -> LatentDatas
         for row in split(
             snapshot.rows(settings.encoder_digest), recipe.instructions, recipe.validation_share, validation
         )
-        if row["embodiment"] in settings.embodiments
+        if row["embodiment"] in settings.embodiments and not left_out(row, recipe.mixture)
     ]
     model = settings.model
     shape = WindowShape(
@@ -40,11 +41,12 @@ def dataset(settings: Settings, validation: bool, recipe: Recipe) -> LatentDatas
     sentences = None
     if settings.text_encoder_digest:
         sentences = snapshot.sentences(settings.text_encoder_digest)
-    return LatentDataset(snapshot, rows, settings.embodiments, shape, pixels, sentences)
+    mixture = {} if validation else {name: share for name, share in recipe.mixture.items() if share}
+    return LatentDataset(
+        snapshot, rows, settings.embodiments, shape, pixels, sentences, mixture, recipe.shuffle_windows
+    )
 
 
 def to_batch(arrays: dict[str, np.ndarray], device: torch.device, dtype: torch.dtype) -> Batch:
     """Arrays of LatentDataset.gather as the model's batch."""
-    return Batch(**{name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}).to(
-        device, dtype
-    )
+    return Batch(**tensors(arrays)).to(device, dtype)

@@ -11,7 +11,7 @@ from pipelines.runs import tracked
 from preprocessing.encoders import PIXELS
 from preprocessing.episode import UserError
 from preprocessing.store import LatentStore, Snapshot
-from preprocessing.windows import by_embodiment, describe, split
+from preprocessing.windows import by_embodiment, describe, left_out, sources, split
 from uwm_model.config import DiffusionConfig, ModelConfig
 
 SPARE_EMBODIMENTS = 4  # free slots, so that finetuning can bring robots that pretraining has not seen
@@ -26,8 +26,6 @@ def plan(store_uri: str, recipe: Recipe, snapshot_id: str | None = None) -> Sett
         name: describe(name, members, index, slots, recipe.normalise)
         for index, (name, members) in enumerate(by_embodiment(rows).items())
     }
-    if unknown := sorted(set(recipe.mixture) - set(embodiments)):
-        raise UserError(f"mixture: no embodiment {unknown[0]} in the store; it holds {', '.join(embodiments)}")
     shape = snapshot.shape(rows[0]["cameras"][0]["segments"][0])
     if recipe.model.get("observation") == "pixels" and not snapshot.rows(PIXELS):
         raise UserError(
@@ -105,12 +103,13 @@ def sentences_of(snapshot: Snapshot, encoder: str, rows: list[dict[str, Any]]) -
 
 
 def training_rows(rows: list[dict[str, Any]], recipe: Recipe, store_uri: str) -> list[dict[str, Any]]:
-    """The rows the recipe trains on; UserError where none is left."""
+    """The rows the recipe trains on; UserError where none is left, or its mixture does not fit them."""
     chosen = split(rows, recipe.instructions, recipe.validation_share, validation=False)
     if not chosen:
         held = sorted({row["instruction"] for row in rows if row["instruction"]})
         raise UserError(f"{store_uri}: no episode with instructions {recipe.instructions}; it holds {held}")
-    return chosen
+    sources(chosen, recipe.mixture)
+    return [row for row in chosen if not left_out(row, recipe.mixture)]
 
 
 def pretrain(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -12,10 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from preprocessing.encoders import Precision
 from preprocessing.episode import UserError
 from preprocessing.limits import Limits
+from preprocessing.loader import SHUFFLE_WINDOWS
 from preprocessing.quality import Filters
 from uwm_model.augment import AugmentConfig
 from uwm_model.config import DiffusionConfig, ModelConfig
 
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 STRIDE = 8  # pixels a latent, of every encoder there is a name for
 
 
@@ -81,10 +83,22 @@ class Recipe(BaseModel):
     text_encoder: str | None = Field(default=None, description="the model is told the instruction, as this one has it")
     instructions: list[str] | None = Field(default=None, description="train on episodes with these alone")
     normalise: Literal["extremes", "quantiles"] = Field(default="extremes", description="what of actions is -1 and 1")
-    mixture: dict[str, float] = Field(default_factory=dict, description="weight by embodiment, else its windows")
+    mixture: dict[str, Share] = Field(
+        default_factory=dict,
+        description="share of the samples by source (its folder, or that folder's name) or embodiment, 0 to leave it "
+        "out; if there are none, each embodiment has that of its windows",
+    )
+    shuffle_windows: int = Field(default=SHUFFLE_WINDOWS, gt=0, description="that samples are drawn from at a time")
     model: dict[str, Any] = Field(default_factory=dict)
     diffusion: dict[str, Any] = Field(default_factory=dict)
     augment: AugmentConfig = AugmentConfig()
+
+    @field_validator("mixture")
+    @classmethod
+    def _of_something(cls, value: dict[str, float]) -> dict[str, float]:
+        if value and not any(value.values()):
+            raise ValueError("give a source a share above 0")
+        return value
 
     @field_validator("model", "diffusion")
     @classmethod

@@ -35,9 +35,9 @@ class Validation:
         self._batches: list[Batch] = []
         data = dataset(settings, validation=True, recipe=recipe)
         if data.rows:
-            drawn = data.batches(recipe.seed, {}, SIZE)
-            for _, arrays in zip(range(BATCHES), drawn, strict=False):
-                batch = to_batch(arrays, torch.device("cpu"), torch.float32)
+            drawn = data.batches(recipe.seed, SIZE)
+            for _, samples in zip(range(BATCHES), drawn, strict=False):
+                batch = to_batch(samples.arrays, torch.device("cpu"), torch.float32)
                 self._batches.append(centre(batch, settings.model.latent_size))
 
     @torch.inference_mode()

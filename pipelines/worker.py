@@ -14,9 +14,11 @@ import math
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 from torch import Tensor
@@ -27,11 +29,13 @@ from infra.engine import EngineSettings, OptimizerSettings
 from pipelines import checkpoint
 from pipelines.checkpoint import Settings
 from pipelines.curves import Curves
-from pipelines.dataset import dataset, to_batch
+from pipelines.dataset import dataset
 from pipelines.recipe import Recipe
 from pipelines.run_folder import RunFolder, SavedState, save_state
 from pipelines.saving import Saver
 from pipelines.validation import Validation
+from preprocessing.loader import Samples
+from preprocessing.prefetch import Prefetch, tensors
 from uwm_model.augment import augment
 from uwm_model.batch import Batch
 from uwm_model.blocks import Block
@@ -74,6 +78,7 @@ class Done:
 
     step: int
     batch: Batch
+    episode: np.ndarray  # int64 [B]
     loss: Tensor  # float []
     action_per_sample: Tensor  # float [B], NaN where there is none
     video_per_sample: Tensor  # the same
@@ -121,10 +126,8 @@ class Worker:
         self.data = dataset(settings, validation=False, recipe=recipe)
         self.validation = Validation(settings, recipe, self.plain.to(self.device).eval(), rank, world)
         self.curves = Curves(settings.run_id) if rank == 0 and settings.run_id else None
-        self.sources = list(settings.embodiments)
-        self.weights = {settings.embodiments[name].index: weight for name, weight in recipe.mixture.items()}
         # Since the last point of the curves: for each source, and in all, sums of the losses and numbers of them.
-        self.tally = torch.zeros(len(self.sources) + 1, 4, dtype=torch.float64, device=self.device)
+        self.tally = torch.zeros(len(self.data.source_names) + 1, 4, dtype=torch.float64, device=self.device)
         if rank == 0 and about.get("tally"):
             self.tally += torch.tensor(about["tally"], dtype=torch.float64, device=self.device)
         self._asked: Any = None
@@ -132,15 +135,20 @@ class Worker:
 
     def run(self) -> None:
         recipe = self.recipe
-        batches = self.data.batches(recipe.seed, self.weights, recipe.batch_size, self.step, self.rank, self.world)
+        drawn = self.data.batches(recipe.seed, recipe.batch_size, self.step, self.rank, self.world)
+        with Prefetch((Batch(**tensors(samples.arrays)), samples) for samples in drawn) as batches:
+            self._train(batches)
+
+    def _train(self, batches: Iterator[tuple[Batch, Samples]]) -> None:
+        recipe = self.recipe
         began, waited, marked, first = time.monotonic(), 0.0, time.monotonic(), self.step
         last: Done | None = None
         while self.step < recipe.steps:
             fetching = time.monotonic()
-            batch = to_batch(next(batches), torch.device("cpu"), torch.float32)
+            batch, samples = next(batches)
             waited += time.monotonic() - fetching
             counts, worker_stops, driver_stops = self._agree(batch)
-            done = self._learn(batch, counts)
+            done = self._learn(batch, samples, counts)
             if last:  # the device has long come to it, so nobody waits
                 self._check(last)
             self.step, last = self.step + 1, done
@@ -201,10 +209,9 @@ class Worker:
         answer, self._asked = ray.get(self._asked), None
         return bool(answer.get("stop"))
 
-    def _learn(self, batch: Batch, counts: Tensor) -> Done:
+    def _learn(self, batch: Batch, samples: Samples, counts: Tensor) -> Done:
         """One step of the optimizer, in as many passes as the memory asks for."""
-        places = range(self.rank, self.recipe.batch_size, self.world)
-        random = SampleGenerators.of(self.recipe.seed, self.step + 1, places)
+        random = SampleGenerators.of(self.recipe.seed, self.step + 1, samples.position.tolist())
         torch.manual_seed(self.recipe.seed + self.step)  # of what a layer may draw by itself
         batch = batch.to(self.device, self.dtype)
         batch = augment(batch, self.settings.model.latent_size, self.recipe.augment, random)
@@ -220,20 +227,20 @@ class Worker:
         action, video = (
             torch.cat([getattr(one, name) for one in found]) for name in ("action_per_sample", "video_per_sample")
         )
-        self._count(batch, action, video)
+        self._count(batch, torch.from_numpy(self.data.source[samples.episode]).to(self.device), action, video)
         for column, name in ((0, "action"), (2, "video")):
             self.tally[-1, column] += sum(getattr(one, name).double() for one in found) / share
             self.tally[-1, column + 1] += 1 / self.world
         assert isinstance(loss, Tensor)
-        return Done(self.step + 1, batch, loss, action, video)
+        return Done(self.step + 1, batch, samples.episode, loss, action, video)
 
-    def _count(self, batch: Batch, action: Tensor, video: Tensor) -> None:
+    def _count(self, batch: Batch, source: Tensor, action: Tensor, video: Tensor) -> None:
         for column, each, there in (
             (0, action, batch.action_mask.any(dim=(1, 2))),
             (2, video, batch.camera_mask.any(dim=1)),
         ):
             sums = torch.stack([each.double().where(there, 0), there.double()], dim=1)
-            self.tally[:-1, column : column + 2].index_add_(0, batch.embodiment, sums)
+            self.tally[:-1, column : column + 2].index_add_(0, source, sums)
 
     def _check(self, done: Done) -> None:
         """Raises Diverged where the loss is no number, or a weight."""
@@ -242,14 +249,12 @@ class Worker:
         there = (done.batch.action_mask.any(dim=(1, 2)), done.batch.camera_mask.any(dim=1))
         each = (done.action_per_sample, done.video_per_sample)
         bad = (there[0] & ~each[0].isfinite()) | (there[1] & ~each[1].isfinite())
-        drawn = self.data.drawn(
-            self.recipe.seed, self.weights, self.recipe.batch_size, done.step - 1, self.rank, self.world
-        )
+        of_bad = {self.data.rows[i]["id"] for i in done.episode[bad.cpu().numpy()]}
         good = max(self.folder.complete(), default=None)
         kept = "no checkpoint was kept" if good is None else f"the last good checkpoint is of step {good}"
         raise Diverged(
             f"step {done.step}: the loss is {done.loss.item():g} in {int(bad.sum())} of {len(bad)} samples; {kept}; "
-            f"try a lower learning_rate, or look at these episodes: {', '.join(drawn)}"
+            f"try a lower learning_rate, or look at these episodes: {', '.join(sorted(of_bad))}"
         )
 
     def _log(self, rate: float, waiting: float) -> None:
@@ -259,7 +264,7 @@ class Worker:
         if self.rank != 0:
             return
         metrics = {}
-        for name, row in zip([*self.sources, None], tally, strict=True):
+        for name, row in zip([*self.data.source_names, None], tally, strict=True):
             for modality, (total, count) in (("action", row[:2]), ("video", row[2:])):
                 if count:
                     metrics[f"loss_{modality}" + (f".{name}" if name else "")] = total / count

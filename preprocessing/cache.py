@@ -1,11 +1,198 @@
-"""Where this machine keeps what it can make again: copies of snapshots, and what scans have found."""
+"""Where this machine keeps what it can make again: copies of shards, and what scans have found.
+
+Copies may fill a disk, so :class:`Shelf` keeps them within ``UWM_CACHE_GB`` (10^9 bytes; by default 80 % of what is
+free and what it holds): those that nobody has used for longest make room for new ones. Any number of processes share
+it, and any of them may be killed at any moment, for all that they agree by is locks that the kernel takes back
+(flock): an item's file ``lock`` is held shared by who uses the item, and exclusively by who makes or deletes it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
+
+from preprocessing.episode import UserError
+
+FREE_SHARE = 0.8  # of what is free and what it holds, that a shelf takes where nobody says
+PATIENCE = 60.0  # seconds that other processes have to let go of what fills the shelf
+GB = 1e9
 
 
 def cache_folder() -> Path:
     """``UWM_CACHE``, or ~/.cache/uwm. It may not exist yet."""
     return Path(os.environ.get("UWM_CACHE", "~/.cache/uwm")).expanduser()
+
+
+class Item:
+    """A complete folder that stays as long as it is held. Its files stay readable where they are mapped."""
+
+    def __init__(self, path: Path, lock: BinaryIO):
+        self.path, self._lock = path, lock
+
+    def release(self) -> None:
+        self._lock.close()
+
+
+class Shelf:
+    """Items of flat files in the folder ``root``, each complete or absent, bounded in their sum."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def limit(self) -> int:
+        """Bytes that all items together may have; UserError where ``UWM_CACHE_GB`` is no number."""
+        if (given := os.environ.get("UWM_CACHE_GB")) is None:
+            self.root.mkdir(parents=True, exist_ok=True)
+            return int(FREE_SHARE * (shutil.disk_usage(self.root).free + sum(self._sizes().values())))
+        with contextlib.suppress(ValueError):
+            if (limit := float(given)) > 0:
+                return int(min(limit, 1e9) * GB)
+        raise UserError(f"UWM_CACHE_GB={given}: give a number above 0, of GB that copies of shards may take")
+
+    def hold(self, name: str, sizes: dict[str, int], fill: Callable[[Path], None], wait: bool = True) -> Item | None:
+        """The item of that name, whose files have these sizes in bytes; made first where it is not there.
+
+        ``fill`` writes into the files, which are there at their full sizes. Without ``wait``, None where another
+        process is making it. Raises UserError where what others hold leaves no room, and OSError, which tells where,
+        where the disk is full; then nothing half-made is left.
+        """
+        deadline = float("inf")
+        while True:
+            if item := self._find(name, sizes):
+                return item
+            building = self.root / f"{name}.building"
+            if (lock := _lock(building, fcntl.LOCK_EX | fcntl.LOCK_NB, make=True)) is None:
+                if not wait:
+                    return None
+                time.sleep(0.02)
+                continue
+            try:
+                if item := self._find(name, sizes):  # somebody was quicker
+                    _delete(building)
+                    return item
+                if (self.root / name).exists():  # without its lock
+                    _delete(self.root / name)
+                if not self._reserve(building, sizes):
+                    deadline = min(deadline, time.monotonic() + PATIENCE)
+                    if time.monotonic() > deadline:
+                        raise UserError(self._full(sum(sizes.values())))
+                    time.sleep(0.2)
+                    continue
+                fill(building)
+                for file in sizes:
+                    _sync(building / file)
+                building.rename(self.root / name)
+            except BaseException as error:
+                if os.fstat(lock.fileno()).st_nlink == 0 and isinstance(error, OSError):
+                    continue  # somebody deleted it while it was made
+                with contextlib.suppress(OSError):
+                    _delete(building)
+                raise
+            finally:
+                lock.close()
+
+    def _find(self, name: str, sizes: dict[str, int]) -> Item | None:
+        """The item, held, where it is there. What is not as large as it should be is deleted."""
+        path = self.root / name
+        if (lock := _lock(path, fcntl.LOCK_SH)) is None:
+            return None
+        if {file: size for file, size in _files(path) if file in sizes} == sizes:
+            os.utime(lock.fileno())
+            return Item(path, lock)
+        with contextlib.suppress(OSError):
+            _delete(path)
+        lock.close()
+        return None
+
+    def _reserve(self, building: Path, sizes: dict[str, int]) -> bool:
+        """Make room and take it: False where others hold too much of it."""
+        needed, limit = sum(sizes.values()), self.limit()
+        with (self.root / "room.lock").open("w") as room:
+            fcntl.flock(room, fcntl.LOCK_EX)
+            held = self._sizes()
+            held.pop(building, None)
+            oldest = sorted(held, key=_last_used)
+            while sum(held.values()) + needed > limit:
+                if not oldest:
+                    return False
+                victim = oldest.pop(0)
+                if (lock := _lock(victim, fcntl.LOCK_EX | fcntl.LOCK_NB)) is not None or not (victim / "lock").exists():
+                    with contextlib.suppress(OSError):
+                        _delete(victim)
+                    held.pop(victim)
+                    if lock is not None:
+                        lock.close()
+            for file, size in sizes.items():
+                _allocate(building / file, size)
+        return True
+
+    def _sizes(self) -> dict[Path, int]:
+        """Bytes of each item, half-made ones included."""
+        return {path: sum(size for _, size in _files(path)) for path in self.root.iterdir() if path.is_dir()}
+
+    def _full(self, needed: int) -> str:
+        held = sum(self._sizes().values())
+        return (
+            f"{self.root}: no room for {needed / GB:.2f} GB more: {held / GB:.2f} of {self.limit() / GB:.2f} GB are in "
+            "use by this and other runs; raise UWM_CACHE_GB, lower shuffle_windows, or wait for them"
+        )
+
+
+def _lock(path: Path, how: int, make: bool = False) -> BinaryIO | None:
+    """A file whose descriptor holds the lock of the item at ``path``; None where there is none to have."""
+    try:
+        if make:
+            path.mkdir(parents=True, exist_ok=True)
+        lock = (path / "lock").open("ab" if make else "r+b")
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(lock, how)
+        if os.path.samestat(os.fstat(lock.fileno()), (path / "lock").stat()):  # else it was renamed or deleted
+            return lock
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    lock.close()
+    return None
+
+
+def _delete(path: Path) -> None:
+    """At once for everybody who looks for the name; who has its files mapped keeps their bytes."""
+    gone = path.with_name(f"{uuid.uuid4().hex}.gone")
+    path.rename(gone)
+    shutil.rmtree(gone)
+
+
+def _files(path: Path) -> Iterator[tuple[str, int]]:
+    with contextlib.suppress(FileNotFoundError):
+        for entry in os.scandir(path):
+            yield entry.name, entry.stat().st_size
+
+
+def _last_used(path: Path) -> float:
+    with contextlib.suppress(FileNotFoundError):
+        return (path / "lock").stat().st_mtime
+    return 0.0
+
+
+def _allocate(path: Path, size: int) -> None:
+    """A file of that size whose blocks are its own, so that writing into it cannot fill the disk."""
+    with path.open("wb") as file:
+        try:
+            if size:
+                os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _sync(path: Path) -> None:
+    """So that a machine that loses its power does not come back with a file of zeros."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

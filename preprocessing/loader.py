@@ -1,28 +1,23 @@
-"""Windows to batches: whole-batch gathers from a memory map.
+"""Windows to batches: whole-batch gathers from the memory maps of a snapshot's shards.
 
-The pinned snapshot is copied once per machine into flat files (latents float16, pixels uint8, steps float32), since
-zarr-python is far too slow to read sample by sample (docs/design/store.md). A batch is then a few fancy indexes: no
-worker processes, no copies between them.
+A batch is a few fancy indexes a shard: no worker processes, no copies between them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from filelock import FileLock
-from tqdm import tqdm
 
-from preprocessing.cache import cache_folder
 from preprocessing.episode import UserError
+from preprocessing.order import Block, WindowOrder
+from preprocessing.shards import LocalCopy, width
 from preprocessing.snapshot import Snapshot
-from preprocessing.windows import Embodiment, WindowSampler, spans
+from preprocessing.windows import Embodiment, sources, spans
+
+SHUFFLE_WINDOWS = 2**20
 
 
 @dataclass(frozen=True)
@@ -37,13 +32,24 @@ class WindowShape:
     proprio_dim: int
 
 
+class Samples(NamedTuple):
+    """A worker's share of a global batch."""
+
+    arrays: dict[str, np.ndarray]  # of LatentDataset.gather
+    episode: np.ndarray  # int64 [b]
+    position: np.ndarray  # int64 [b]: their places in the global batch
+
+
 class LatentDataset:
     """Episodes of a pinned snapshot, ready to be gathered.
 
     ``rows`` are catalogue rows of one encoder; ``embodiments`` says how each fills the model's slots. An episode of
     which several spans may be used counts as so many: ``rows`` holds its row as often, ``first`` where each begins.
     ``pixels`` are catalogue rows of the same episodes, where windows are to have the current frames' pixels too;
-    ``sentences`` float32 [E] by instruction, where they are to have the episode's.
+    ``sentences`` float32 [E] by instruction, where they are to have the episode's. ``mixture`` are shares of samples
+    by source (preprocessing/windows.py), without which each embodiment has that of its windows; ``source`` int64 [E]
+    says of each episode which of ``source_names`` it counts as. Samples are drawn from about ``shuffle`` windows at a
+    time. Raises UserError where the mixture does not fit the rows.
     """
 
     def __init__(
@@ -54,32 +60,40 @@ class LatentDataset:
         shape: WindowShape,
         pixels: list[dict[str, Any]] | None = None,
         sentences: dict[str, np.ndarray] | None = None,
+        mixture: dict[str, float] | None = None,
+        shuffle: int = SHUFFLE_WINDOWS,
     ):
         used = [(row, first, stop) for row in rows for first, stop in spans(row)]
         self.rows, self.shape = [row for row, _, _ in used], shape
         if not used:
             return
-        self._latents, self._steps = _flat_files(snapshot, rows)
-        self._pixels = None if pixels is None else _flat_pixels(snapshot, _alike(rows, pixels))
+        self._copy = copy = LocalCopy(snapshot, rows, None if pixels is None else _alike(rows, pixels))
         self._sentences = None if sentences is None else np.stack([*sentences.values()])
         places = {text: place for place, text in enumerate(sentences or ())}
         self._sentence = np.array([places.get(row["instruction"], -1) for row in self.rows])
-        latents_start, steps_start = _starts(rows)
         rows = self.rows
         self.first = np.array([first for _, first, _ in used])
         self.frames = np.array([stop - first for _, first, stop in used])
-        self.embodiment = np.array([embodiments[row["embodiment"]].index for row in rows])
+        self.embodiment = np.array([embodiments[row["embodiment"]].index for row in rows], np.int64)
+        named = sources(rows, mixture or {})
+        self.source_names = [*dict.fromkeys(named)]
+        self.source = np.array([self.source_names.index(name) for name in named], np.int64)
+        windows = np.bincount(self.source, self.frames)
+        self._weights = [(mixture or {}).get(*each) for each in zip(self.source_names, windows, strict=True)]
+        self._shuffle = shuffle
+        self._shard = np.array([copy.shard[row["key"]] for row in rows])
         self._camera_start = np.full((len(rows), shape.cameras), -1)
-        self._steps_start = np.zeros(len(rows), np.int64)
         self._action_dim = np.array([row["action_dim"] for row in rows])
-        self._proprio_dim = np.array([_width(row) - row["action_dim"] for row in rows])
+        self._width = np.array([width(row) for row in rows])
+        self._steps_start = np.zeros(len(rows), np.int64)
         for i, (row, first) in enumerate(zip(rows, self.first, strict=True)):
-            slots = embodiments[row["embodiment"]].cameras
+            slots, shard = embodiments[row["embodiment"]].cameras, copy.shards[self._shard[i]]
             for number, camera in enumerate(row["cameras"]):
                 if camera["name"] in slots:
-                    start = latents_start[row["key"]] + number * row["frames"]
+                    start = shard.frame[row["key"]] + number * row["frames"]
                     self._camera_start[i, slots.index(camera["name"])] = start + first
-            self._steps_start[i] = steps_start[row["key"]] + first * _width(row)
+            if self._width[i]:  # of one without, 0 is a place, too
+                self._steps_start[i] = shard.number[row["key"]] + first * self._width[i]
 
         top = 1 + max(spec.index for spec in embodiments.values())
         self._action_scale = _table(top, shape.action_dim, embodiments, "action_normalizer")
@@ -96,68 +110,105 @@ class LatentDataset:
         shape, last = self.shape, self.frames[episode, None] - 1
         observed = np.clip(frame[:, None] + np.arange(1 - shape.observed_frames, 1), 0, last)
         future = np.minimum(frame[:, None] + shape.action_chunk + np.arange(shape.future_frames), last)
-        start = self._camera_start[episode]
-        present = start >= 0
-        group = self.embodiment[episode]
-
         acting = frame[:, None] + np.arange(shape.action_chunk)
-        action, action_dims = self._columns(episode, np.minimum(acting, last), 0, self._action_dim, shape.action_dim)
-        offset, scale = self._action_scale
+        start, group = self._camera_start[episode], self.embodiment[episode]
+        present, action_dim = start >= 0, self._action_dim[episode]
+        action_at, action_dims = self._columns(episode, np.minimum(acting, last), 0, action_dim, shape.action_dim)
+        proprio_at, proprio_mask = self._columns(
+            episode, observed, action_dim, self._width[episode] - action_dim, shape.proprio_dim
+        )
+        at = {
+            "current_latents": ("latents", _places(start, present, observed)),
+            "future_latents": ("latents", _places(start, present, future)),
+            "action": ("steps", action_at),
+            "proprio": ("steps", proprio_at),
+        }
+        if self._copy.has_pixels:
+            at["current_pixels"] = ("pixels", at["current_latents"][1])
+        arrays = self._fetch(self._shard[episode], at)
+        if not present.all():
+            for name in arrays.keys() - {"action", "proprio"}:
+                arrays[name][~present] = 0
         action_mask = (acting <= last)[:, :, None] & action_dims[:, None, :]
-        action = np.where(action_mask, (action - offset[group, None]) / scale[group, None], 0)
-
-        proprio, proprio_mask = self._columns(episode, observed, self._action_dim, self._proprio_dim, shape.proprio_dim)
-        offset, scale = self._proprio_scale
-        proprio = np.where(proprio_mask[:, None], (proprio - offset[group, None]) / scale[group, None], 0)
-        more = {} if self._pixels is None else {"current_pixels": _frames(self._pixels, start, present, observed)}
+        arrays["action"] = _normalised(arrays["action"], action_mask, self._action_scale, group)
+        arrays["proprio"] = _normalised(arrays["proprio"], proprio_mask[:, None], self._proprio_scale, group)
         if self._sentences is not None:
             sentence = self._sentence[episode]
-            more |= {"instruction": self._sentences[sentence], "instruction_mask": sentence >= 0}
-        return more | {
-            "current_latents": _frames(self._latents, start, present, observed),
-            "future_latents": _frames(self._latents, start, present, future),
-            "camera_mask": present,
-            "action": action.astype(np.float32),
-            "action_mask": action_mask,
-            "proprio": proprio.astype(np.float32),
-            "proprio_mask": proprio_mask,
-            "embodiment": group.astype(np.int64),
-        }
+            arrays |= {"instruction": self._sentences[sentence], "instruction_mask": sentence >= 0}
+        masks = {"camera_mask": present, "action_mask": action_mask, "proprio_mask": proprio_mask}
+        return arrays | masks | {"embodiment": group}
 
-    def batches(
-        self, seed: int, weights: dict[int, float], size: int, first_step: int = 0, rank: int = 0, world: int = 1
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """This worker's share of the global batch of each step, for ever, from ``first_step`` on."""
-        sampler = WindowSampler(self.frames, self.embodiment, weights, seed)
+    def batches(self, seed: int, size: int, first_step: int = 0, rank: int = 0, world: int = 1) -> Iterator[Samples]:
+        """This worker's share of the global batch of each step, for ever, from ``first_step`` on.
+
+        Each window of a source comes once an epoch (preprocessing/order.py). Shards of the current blocks are copied
+        to this node first, those of the next meanwhile.
+        """
+        order, place = self._order(seed), list[Block]()
+        position = np.arange(rank, size, world)
         step = first_step
         while True:
-            episode, frame = sampler.batch(step, size)
-            yield self.gather(episode[rank::world], frame[rank::world])
+            now, soon = order.blocks(step * size)
+            if now != place:
+                self._copy.want(*({int(n) for block in blocks for n in order.shards(block)} for blocks in (now, soon)))
+                place = now
+            episode, frame = order.draw(step, size, rank, world)
+            yield Samples(self.gather(episode, frame), episode, position)
             step += 1
 
-    def drawn(self, seed: int, weights: dict[int, float], size: int, step: int, rank: int, world: int) -> list[str]:
+    def drawn(self, seed: int, size: int, step: int, rank: int, world: int) -> list[str]:
         """Ids of the episodes that this worker's share of that step's batch is from."""
-        episode, _ = WindowSampler(self.frames, self.embodiment, weights, seed).batch(step, size)
-        return sorted({self.rows[i]["id"] for i in episode[rank::world]})
+        episode, _ = self._order(seed).draw(step, size, rank, world)
+        return sorted({self.rows[i]["id"] for i in episode})
+
+    def epoch(self, step: int, size: int) -> float:
+        """How often the windows of all sources that have a share were seen before this step, on average."""
+        return step * size / self._order(0).windows
+
+    def _order(self, seed: int) -> WindowOrder:
+        return WindowOrder(self.frames, self.source, self._shard, self._weights, self._shuffle, seed)
 
     def _columns(
-        self, episode: np.ndarray, frame: np.ndarray, first: Any, width: np.ndarray, padded: int
+        self, episode: np.ndarray, frame: np.ndarray, first: int | np.ndarray, count: np.ndarray, padded: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Columns [first, first + width) of the steps at ``frame`` [B, T] -> [B, T, padded], and which exist."""
-        row = (self._action_dim + self._proprio_dim)[episode]
+        """Where columns [first, first + count) of the steps at ``frame`` [B, T] are, int64 [B, T, padded], and which
+        of them exist, bool [B, padded]. Where one does not, any place stands in.
+        """
         column = np.arange(padded)
-        exists = column < width[episode, None]
-        offset = np.broadcast_to(first, self.frames.shape)[episode]
-        where = (self._steps_start[episode] + offset)[:, None, None] + frame[:, :, None] * row[:, None, None] + column
-        return self._steps[np.where(exists[:, None], where, 0)], exists
+        exists = column < count[:, None]
+        offset = np.where(exists, np.expand_dims(first, -1) + column, 0)
+        row = self._steps_start[episode, None] + frame * self._width[episode, None]
+        return row[:, :, None] + offset[:, None, :], exists
+
+    def _fetch(self, shard: np.ndarray, at: dict[str, tuple[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """By name, from a file of each sample's shard [B], what lies at these places [B, ...]."""
+        order = np.argsort(shard, kind="stable")
+        numbers, starts = np.unique(shard[order], return_index=True)
+        found: dict[str, np.ndarray] = {}
+        with self._copy.opened(numbers.tolist()) as opened:
+            for files, here in zip(opened.values(), np.split(order, starts[1:]), strict=True):
+                for name, (file, places) in at.items():
+                    stored = files[file]
+                    if name not in found:
+                        found[name] = np.empty(places.shape + stored.shape[1:], stored.dtype)
+                    found[name][here] = stored[places[here]] if len(stored) else 0
+        runs = sum(1 if file == "steps" else places.shape[1] for file, places in at.values())
+        self._copy.touched(len(shard) * runs, sum(values.nbytes for values in found.values()))
+        return found
 
 
-def _frames(stored: np.ndarray, start: np.ndarray, present: np.ndarray, frame: np.ndarray) -> np.ndarray:
-    """Of each camera that is present [B, V], from where its episode starts, the frames [B, T]; zeros of the others."""
-    where = np.where(present, start, 0)[:, :, None] + np.where(present[:, :, None], frame[:, None, :], 0)
-    frames = stored[where]
-    frames[~present] = 0
-    return frames
+def _places(start: np.ndarray, present: np.ndarray, frame: np.ndarray) -> np.ndarray:
+    """Of each camera [B, V], from where its episode starts, the frames [B, T]; of one that is absent, any."""
+    return np.where(present, start, 0)[:, :, None] + np.where(present[:, :, None], frame[:, None, :], 0)
+
+
+def _normalised(
+    raw: np.ndarray, mask: np.ndarray, scales: tuple[np.ndarray, np.ndarray], group: np.ndarray
+) -> np.ndarray:
+    """(raw - offset) / scale of each sample's embodiment, float32 [B, T, D]; zeros where the mask is False."""
+    offset, scale = scales
+    values = (raw - offset[group, None]) / scale[group, None]
+    return np.where(mask, values, 0).astype(np.float32)
 
 
 def _alike(rows: list[dict[str, Any]], pixels: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -174,21 +225,6 @@ def _alike(rows: list[dict[str, Any]], pixels: list[dict[str, Any]]) -> list[dic
     return [by_id[row["id"]] for row in rows]
 
 
-def _width(row: dict[str, Any]) -> int:
-    """Columns of the steps that a model reads: actions and proprioception."""
-    return row["action_dim"] + sum(part["width"] for part in row["proprio"])
-
-
-def _starts(rows: list[dict[str, Any]]) -> tuple[dict[str, int], dict[str, int]]:
-    """Where each row's frames and numbers begin in the flat files, by its key."""
-    latents, steps, frames_end, numbers_end = {}, {}, 0, 0
-    for row in rows:
-        latents[row["key"]], steps[row["key"]] = frames_end, numbers_end
-        frames_end += row["frames"] * len(row["cameras"])
-        numbers_end += row["frames"] * _width(row)
-    return latents, steps
-
-
 def _table(top: int, width: int, embodiments: dict[str, Embodiment], which: str) -> tuple[np.ndarray, np.ndarray]:
     offset, scale = np.zeros((top, width)), np.ones((top, width))
     for spec in embodiments.values():
@@ -196,72 +232,3 @@ def _table(top: int, width: int, embodiments: dict[str, Embodiment], which: str)
         offset[spec.index, : len(normalizer.offset)] = normalizer.offset
         scale[spec.index, : len(normalizer.scale)] = normalizer.scale
     return offset, scale
-
-
-def _flat_files(snapshot: Snapshot, rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Memory maps of these episodes: latents float16 [frames of all cameras, C, h, w] and steps float32, flat."""
-
-    def build(folder: Path) -> None:
-        segments, stepping = _segments(rows), [row for row in rows if row["steps"]["count"]]
-        _copy(snapshot, segments, [None] * len(segments), folder / "latents.f16", np.float16)
-        steps = [row["steps"] for row in stepping]
-        _copy(snapshot, steps, [*map(_width, stepping)], folder / "steps.f32", np.float32)
-
-    folder = _built(rows, build)
-    shape = snapshot.shape(_segments(rows)[0])[1:]
-    latents = np.memmap(folder / "latents.f16", np.float16, "r").reshape(-1, *shape)
-    return latents, np.memmap(folder / "steps.f32", np.float32, "r")
-
-
-def _flat_pixels(snapshot: Snapshot, rows: list[dict[str, Any]]) -> np.ndarray:
-    """A memory map uint8 [frames of all cameras, 3, H, W]."""
-
-    def build(folder: Path) -> None:
-        segments = _segments(rows)
-        _copy(snapshot, segments, [None] * len(segments), folder / "pixels.u8", np.uint8)
-
-    shape = snapshot.shape(_segments(rows)[0])[1:]
-    return np.memmap(_built(rows, build) / "pixels.u8", np.uint8, "r").reshape(-1, *shape)
-
-
-def _segments(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [at for row in rows for camera in row["cameras"] for at in camera["segments"]]
-
-
-def _built(rows: list[dict[str, Any]], build: Callable[[Path], None]) -> Path:
-    """The folder of these rows' flat files.
-
-    Built under a lock by the first process of a machine that asks; a folder that is there is complete.
-    """
-    name = hashlib.sha256("".join(row["key"] for row in rows).encode()).hexdigest()[:24]
-    root = cache_folder()
-    root.mkdir(parents=True, exist_ok=True)
-    folder = root / f"flat-{name}"
-    with FileLock(root / f"flat-{name}.lock"):
-        if not folder.exists():
-            building = root / f"building-{name}"
-            shutil.rmtree(building, ignore_errors=True)
-            building.mkdir()
-            build(building)
-            building.rename(folder)
-    return folder
-
-
-def _copy(
-    snapshot: Snapshot, locations: list[dict[str, Any]], columns: Sequence[int | None], path: Path, dtype: type
-) -> None:
-    """These locations one after the other in a flat file, read in the order in which the store has them.
-
-    Of each, only the first ``columns`` are kept; None keeps all.
-    """
-    shapes = [
-        (count, kept if kept is not None else width, *rest)
-        for (count, width, *rest), kept in zip(map(snapshot.shape, locations), columns, strict=True)
-    ]
-    starts = np.cumsum([0, *map(math.prod, shapes)])
-    # Never empty, for a memory map of nothing is an error.
-    flat = np.memmap(path, dtype, "w+", shape=(max(1, int(starts[-1])),))
-    pieces = snapshot.read_each(locations)
-    for i, rows in tqdm(pieces, f"cache {path.stem}", len(locations), unit=" segments", leave=False, delay=2):
-        flat[starts[i] : starts[i + 1]] = rows[:, : columns[i]].ravel()
-    flat.flush()

@@ -128,8 +128,8 @@ class Snapshot:
                     yield i, rows
 
     def shape(self, location: dict[str, Any]) -> tuple[int, ...]:
-        """Of the rows of a location, without reading them."""
-        return (location["count"], *self._array(location["array"]).shape[1:])
+        """Of the rows of a location, without asking the store."""
+        return (location["count"], *row_shape(location["array"]))
 
     def verify(self, progress: Callable[[list[Any]], Iterable[Any]] = iter) -> Iterator[str]:
         """Read everything back and yield one line for each place whose bytes are not as written.
@@ -234,10 +234,14 @@ def _batches(locations: Sequence[dict[str, Any]]) -> Iterator[list[int]]:
         yield batch
 
 
-def _row_bytes(path: str) -> int:
+def row_shape(path: str) -> tuple[int, ...]:
     """Of an array's row, by the array's name: ``data/GROUP/latents_4x16x16``."""
-    kind, _, shape = path.rpartition("/")[2].partition("_")
-    return np.dtype(KINDS[kind]).itemsize * math.prod(map(int, shape.split("x")))
+    return tuple(map(int, path.rpartition("_")[2].split("x")))
+
+
+def _row_bytes(path: str) -> int:
+    kind = path.rpartition("/")[2].partition("_")[0]
+    return np.dtype(KINDS[kind]).itemsize * math.prod(row_shape(path))
 
 
 def checksum(rows: np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""Which samples there are, and in which order they come.
+"""Which samples there are, and of which source and embodiment.
 
 A window at frame t of an episode reads the observed frames up to t, the actions t .. t+L-1, and the future frames
 from t+L on (L is the action chunk; paper section III). Every frame starts a window: before the first and after the
@@ -10,9 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, Literal
-
-import numpy as np
 
 from preprocessing.episode import UserError
 from preprocessing.promise import Promise
@@ -140,36 +139,37 @@ def spans(row: dict[str, Any]) -> list[tuple[int, int]]:
     return found if row["spans"] is not None else [(0, row["frames"])]
 
 
+def source_of(row: dict[str, Any], mixture: dict[str, float]) -> str | None:
+    """What a catalogue row counts as: the first key of the mixture that is its source, the name of that folder, or its
+    embodiment; None where no key is. Without a mixture, its embodiment.
+    """
+    if not mixture:
+        return row["embodiment"]
+    names = {row["source"], PurePath(row["source"] or "").name, row["embodiment"]}
+    return next((key for key in mixture if key in names), None)
+
+
+def sources(rows: list[dict[str, Any]], mixture: dict[str, float]) -> list[str]:
+    """What each row counts as; UserError where the mixture leaves a row unnamed, or gives a share to nothing."""
+    named = [source_of(row, mixture) for row in rows]
+    for row, name in zip(rows, named, strict=True):
+        if name is None:
+            raise UserError(
+                f"mixture: names neither {row['source']} nor its embodiment {row['embodiment']}, of which there are "
+                f"episodes; give it a share (mixture.{row['embodiment']}=0.5), or 0 to leave it out"
+            )
+    if unknown := [key for key, share in mixture.items() if share and key not in named]:
+        held = sorted({name for row in rows for name in (row["source"], row["embodiment"]) if name})
+        raise UserError(f"mixture: {unknown[0]} is no source or embodiment to train on; there are {', '.join(held)}")
+    return [name for name in named if name is not None]
+
+
+def left_out(row: dict[str, Any], mixture: dict[str, float]) -> bool:
+    """Whether the mixture gives a row the share 0."""
+    name = source_of(row, mixture)
+    return name is not None and mixture.get(name) == 0
+
+
 def is_validation(episode_id: str, share: float) -> bool:
     """Whether an episode is held out: a pure function of its id, so it never moves as data is added."""
     return int(hashlib.sha256(f"split:{episode_id}".encode()).hexdigest()[:8], 16) / 2**32 < share
-
-
-class WindowSampler:
-    """Global batches of (episode, frame), a pure function of (seed, step): any worker can take any part of any batch.
-
-    ``frames`` and ``group`` are int ``[E]``: length and embodiment of each episode. A group is drawn by its weight
-    (by default its number of windows), then one of its windows uniformly, with replacement.
-    """
-
-    def __init__(self, frames: np.ndarray, group: np.ndarray, weights: dict[int, float], seed: int):
-        self._seed = seed
-        self._groups = [np.flatnonzero(group == g) for g in np.unique(group)]
-        self._ends = [np.cumsum(frames[members]) for members in self._groups]
-        self._frames = frames
-        share = [weights.get(int(g), float(e[-1])) for g, e in zip(np.unique(group), self._ends, strict=True)]
-        self._share = np.asarray(share) / np.sum(share)
-
-    def batch(self, step: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Episode index int64 ``[size]`` and frame int64 ``[size]`` of the global batch of this step."""
-        random = np.random.default_rng((self._seed, step))
-        group = random.choice(len(self._groups), size=size, p=self._share)
-        place = random.random(size)
-        episode, frame = np.empty(size, np.int64), np.empty(size, np.int64)
-        for g, (members, ends) in enumerate(zip(self._groups, self._ends, strict=True)):
-            chosen = np.flatnonzero(group == g)
-            window = (place[chosen] * ends[-1]).astype(np.int64)
-            member = np.searchsorted(ends, window, side="right")
-            episode[chosen] = members[member]
-            frame[chosen] = window - (ends[member] - self._frames[members[member]])
-        return episode, frame

@@ -169,11 +169,11 @@ def train(settings: checkpoint.Settings, recipe: Recipe) -> tuple[torch.nn.Modul
     model = settings.build()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
     optimizer, schedule = adamw(model, optimizer_settings(recipe))
-    batches = dataset(settings, validation=False, recipe=recipe).batches(recipe.seed, {}, recipe.batch_size)
+    batches = dataset(settings, validation=False, recipe=recipe).batches(recipe.seed, recipe.batch_size)
     generator = torch.Generator().manual_seed(recipe.seed)
     began = time.perf_counter()
     for _ in range(recipe.steps):
-        batch = to_batch(next(batches), torch.device("cpu"), torch.float32)
+        batch = to_batch(next(batches).arrays, torch.device("cpu"), torch.float32)
         batch = augment(batch, settings.model.latent_size, recipe.augment, generator)
         optimizer.zero_grad()
         model.loss(batch, generator).total.backward()

@@ -11,7 +11,7 @@ from preprocessing.episode import UserError
 from preprocessing.loader import LatentDataset, WindowShape
 from preprocessing.statistics import Normalizer
 from preprocessing.store import LatentStore
-from preprocessing.windows import WindowSampler, describe, is_validation
+from preprocessing.windows import describe, is_validation, left_out, sources
 
 SHAPE = WindowShape(cameras=2, observed_frames=2, future_frames=2, action_chunk=4, action_dim=5, proprio_dim=6)
 
@@ -71,23 +71,27 @@ def test_video_without_actions_and_missing_cameras_are_masked(mixed: LatentDatas
 
 
 def test_the_order_is_a_function_of_seed_and_step_on_any_number_of_workers(mixed: LatentDataset) -> None:
-    alone = mixed.batches(3, {}, 8)
-    parts = [mixed.batches(3, {}, 8, rank=rank, world=2) for rank in range(2)]
+    alone = mixed.batches(3, 8)
+    parts = [mixed.batches(3, 8, rank=rank, world=2) for rank in range(2)]
     for _ in range(3):
-        whole, one, two = next(alone), next(parts[0]), next(parts[1])
+        whole, one, two = next(alone).arrays, next(parts[0]).arrays, next(parts[1]).arrays
         np.testing.assert_array_equal(whole["current_latents"][0::2], one["current_latents"])
         np.testing.assert_array_equal(whole["current_latents"][1::2], two["current_latents"])
-    resumed = mixed.batches(3, {}, 8, first_step=3)
-    np.testing.assert_array_equal(next(resumed)["current_latents"], next(alone)["current_latents"])
+    resumed = mixed.batches(3, 8, first_step=3)
+    np.testing.assert_array_equal(next(resumed).arrays["current_latents"], next(alone).arrays["current_latents"])
 
 
-def test_mixture_weights_are_met_and_every_window_is_drawn() -> None:
-    frames, group = np.array([5, 7, 4]), np.array([0, 0, 1])
-    sampler = WindowSampler(frames, group, {0: 1.0, 1: 3.0}, seed=0)
-    episode, frame = sampler.batch(0, 20_000)
-    assert abs((episode == 2).mean() - 0.75) < 0.02
-    assert (frame >= 0).all() and (frame < frames[episode]).all()
-    assert len(set(zip(episode.tolist(), frame.tolist(), strict=True))) == frames.sum()
+def test_a_mixture_names_every_source_by_its_folder_that_ones_name_or_its_embodiment() -> None:
+    places = [("/data/kitchen", "franka"), ("/data/lab", "franka"), ("/data/web", "video"), (None, "video")]
+    rows = [{"source": source, "embodiment": embodiment} for source, embodiment in places]
+    assert sources(rows, {}) == ["franka", "franka", "video", "video"]
+    mixture = {"/data/kitchen": 3.0, "web": 0.5, "franka": 0.0, "video": 1.0}
+    assert sources(rows, mixture) == ["/data/kitchen", "franka", "web", "video"]
+    assert [left_out(row, mixture) for row in rows] == [False, True, False, False]
+    with pytest.raises(UserError, match=r"names neither /data/lab nor its embodiment franka.*mixture.franka=0.5"):
+        sources(rows, {"kitchen": 1, "video": 1})
+    with pytest.raises(UserError, match=r"mixture: labs is no source or embodiment .* /data/lab, .*, franka"):
+        sources(rows, {"franka": 1, "video": 1, "labs": 1})
 
 
 def test_a_held_out_episode_stays_held_out_and_the_share_is_met() -> None:
