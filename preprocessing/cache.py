@@ -88,7 +88,8 @@ class Shelf:
                 fill(building)
                 for file in sizes:
                     _sync(building / file)
-                building.rename(self.root / name)
+                with self._counting():
+                    building.rename(self.root / name)
             except BaseException as error:
                 if os.fstat(lock.fileno()).st_nlink == 0 and isinstance(error, OSError):
                     continue  # somebody deleted it while it was made
@@ -114,8 +115,7 @@ class Shelf:
     def _reserve(self, building: Path, sizes: dict[str, int]) -> bool:
         """Make room and take it: False where others hold too much of it."""
         needed, limit = sum(sizes.values()), self.limit()
-        with (self.root / "room.lock").open("w") as room:
-            fcntl.flock(room, fcntl.LOCK_EX)
+        with self._counting():
             held = self._sizes()
             held.pop(building, None)
             oldest = sorted(held, key=_last_used)
@@ -132,6 +132,13 @@ class Shelf:
             for file, size in sizes.items():
                 _allocate(building / file, size)
         return True
+
+    @contextlib.contextmanager
+    def _counting(self) -> Iterator[None]:
+        """Nobody else takes room, or changes a name, so that nothing is missed."""
+        with (self.root / "room.lock").open("w") as room:
+            fcntl.flock(room, fcntl.LOCK_EX)
+            yield
 
     def _sizes(self) -> dict[Path, int]:
         """Bytes of each item, half-made ones included."""
