@@ -5,7 +5,10 @@ Each run is compared with one that nobody disturbed: the same losses and the sam
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -35,19 +38,17 @@ class Trainings:
 
     def __init__(self, cluster: Any, root: Path):
         self.cluster, self.root, self.store = cluster, root, root / "store"
+        self.node = cluster.add_node(num_cpus=1)
         fill(LatentStore.create(str(self.store)), [f"episode-{i}" for i in range(20)], cameras=("front", "wrist"))
         self.start("reference").finish()
         self.reference = Training(self, "reference", None)
 
     def start(self, name: str, *more: str) -> Training:
-        command = [sys.executable, "-m", "pipelines.cli", "pretrain", "--store", self.store, "--json"]
-        command += ["--output", self.root / name, "--address", self.cluster.address, *TINY, *more]
-        code = "import sys; from pipelines.cli import main; main()"
+        command = [sys.executable, "-c", "from pipelines.cli import main; main()", "pretrain", "--store", self.store]
         process = subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, command[3:])],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            [*command, "--output", self.root / name, "--address", self.cluster.address, *TINY, *more],
+            stdout=subprocess.DEVNULL,
+            stderr=(self.root / f"{name}.err").open("w"),
             env=os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{self.root / name}.db"},
         )
         return Training(self, name, process)
@@ -60,9 +61,11 @@ class Training:
 
     def finish(self, code: int = 0) -> str:
         """What it told the user."""
-        _, err = self.process.communicate(timeout=240)
-        assert self.process.returncode == code, err[-3000:]
-        return err
+        assert self.process.wait(timeout=240) == code, self.told()[-3000:]
+        return self.told()
+
+    def told(self) -> str:
+        return self.folder.with_suffix(".err").read_text()
 
     def checkpoints(self) -> list[Path]:
         return sorted(self.folder.glob("*/step-*"))
@@ -90,7 +93,7 @@ class Training:
 def trainings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainings]:
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     yield Trainings(cluster, tmp_path_factory.mktemp("trainings"))
     cluster.shutdown()
 
@@ -105,3 +108,61 @@ def test_workers_that_die_and_one_that_is_told_to(trainings: Trainings) -> None:
     told = training.finish()
     assert "a worker was lost" in told and "a machine was taken away; going on from step" in told
     training.is_as_if_undisturbed()
+
+
+@pytest.mark.soak
+def test_drivers_that_die_and_one_that_is_told_to(trainings: Trainings) -> None:
+    first = trainings.start("drivers")
+    first.after(3)
+    first.process.kill()
+    first.process.wait()
+    newest = first.checkpoints()[-1]
+    cut = newest / "state-0.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-1])  # as a disk that was not told to write may leave it
+
+    second = trainings.start("drivers")
+    second.after(4)
+    second.process.send_signal(signal.SIGINT)
+    told = second.finish(130)
+    assert "going on with run" in told
+    stopped = re.search(r"interrupted; stopped at step (\d+)", told)
+    assert stopped and int(stopped[1]) >= 4 * EVERY
+
+    third = trainings.start("drivers")
+    third.finish()
+    third.is_as_if_undisturbed()
+    trainings.start("drivers", "--new", "steps=1").finish()
+    assert len(list(third.folder.glob("*/run.json"))) == 2
+
+
+@pytest.mark.soak
+def test_a_node_that_dies_and_one_worker_that_goes_on(trainings: Trainings) -> None:
+    training = trainings.start("node", "workers=[1, 2]")
+    try:
+        training.after(2)
+        trainings.cluster.remove_node(trainings.node, allow_graceful=False)
+        assert "a worker was lost" in training.finish()
+    finally:
+        trainings.node = trainings.cluster.add_node(num_cpus=1)
+    reference = trainings.reference.losses()
+    assert training.losses() == pytest.approx(reference, abs=1e-4)
+    assert json.loads((training.checkpoints()[-1] / "checkpoint.json").read_text())["workers"] == 1
+
+
+@pytest.mark.soak
+def test_a_disk_that_is_full_for_a_while(trainings: Trainings, tmp_path: Path) -> None:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        training = trainings.start("full", "--checkpoints", str(tmp_path))
+        wait_for(lambda: list(tmp_path.glob("*/run.json")), training.process)
+        with contextlib.suppress(OSError), (tmp_path / "full").open("wb", buffering=0) as full:
+            while full.write(bytes(2**20)):
+                pass
+        wait_for(lambda: "no checkpoint of step 8: " in training.told(), training.process)
+        (tmp_path / "full").unlink()
+        assert "o space left" in training.finish()
+        training.is_as_if_undisturbed()
+        assert [path.name for path in sorted(tmp_path.glob("*/step-*"))][-1] == f"step-{STEPS:08d}"
+    finally:
+        subprocess.run(["umount", "--lazy", tmp_path], check=True)
