@@ -1,4 +1,4 @@
-"""``make bench-train``: what Ray, DeepSpeed, curves and checkpoints cost a training. Writes docs/benchmarks/training.md.
+"""``make bench-train``: what Ray, DeepSpeed, curves and checkpoints cost. Writes docs/benchmarks/training.md.
 
 The demo's model and batch on random latents of its shape, two workers of one thread each. The bare loop is torch alone:
 two processes, DistributedDataParallel, AdamW, batches that lie in memory; it runs before and after the others, and its
@@ -94,7 +94,7 @@ def bare_step(settings: Settings, recipe: Recipe) -> float:
 
 
 def whole_step(store: str, recipe: Recipe, root: Path) -> tuple[float, float]:
-    """A whole training: seconds a step, from the first point of its curves to the last, and the share that data took."""
+    """A whole training: seconds a step between points of its curves, and the share of waiting for data."""
     run, _ = pretrain(store, recipe, root / "runs", new=True)
     rates = [rate for step, rate in tracking.history(run, "samples_per_second") if step > WARM]
     waits = [share for _, share in tracking.history(run, "data_wait_share")]
@@ -119,12 +119,12 @@ def main() -> None:
     lines = [
         "# A training",
         "",
-        f"`make bench-train` on {device}, torch {torch.__version__}. The demo's model (recipe demo_pretrain), a batch of",
-        f"{first.batch_size} on two workers of one thread, {STEPS} steps each.",
+        f"`make bench-train` on {device}, torch {torch.__version__}. The recipe demo_pretrain, a",
+        f"batch of {first.batch_size} on two workers of one thread, {STEPS} steps each.",
         "",
         "| how | ms a step | over the bare loop | waiting for data |",
         "|---|---|---|---|",
-        f"| bare torch loop, DDP, before and after the others | {', '.join(f'{1000 * each:.0f}' for each in alone)} | | |",
+        f"| bare torch loop, DDP, before and after | {', '.join(f'{1000 * each:.0f}' for each in alone)} | | |",
     ]
     for way, (seconds, wait) in steps.items():
         lines.append(f"| {way} | {1000 * seconds:.0f} | {seconds / base - 1:+.1%} | {wait:.2%} |")
