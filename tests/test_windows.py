@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from rows import commit, fill, write_episode
 
+from pipelines.recipe import load_recipe
 from preprocessing.episode import UserError
 from preprocessing.loader import LatentDataset, WindowShape
 from preprocessing.statistics import Normalizer
@@ -92,6 +93,29 @@ def test_a_mixture_names_every_source_by_its_folder_that_ones_name_or_its_embodi
         sources(rows, {"kitchen": 1, "video": 1})
     with pytest.raises(UserError, match=r"mixture: labs is no source or embodiment .* /data/lab, .*, franka"):
         sources(rows, {"franka": 1, "video": 1, "labs": 1})
+
+
+def test_samples_have_the_shares_of_a_mixture_else_of_their_windows(mixed: LatentDataset) -> None:
+    snapshot, rows = mixed._copy._snapshot, mixed.rows
+    embodiments = {
+        name: describe(name, [row], i, 2) for i, (name, row) in enumerate(zip(("arm", "video"), rows, strict=True))
+    }
+    for mixture, share in (({}, 10), ({"video": 3, "arm": 1}, 5), ({"arm": 0.0, "video": 1.0}, 0)):
+        data = LatentDataset(snapshot, rows, embodiments, SHAPE, mixture=mixture)
+        batches = data.batches(0, 10)
+        samples = [next(batches) for _ in range(2)]
+        assert sum((each.episode == 0).sum() for each in samples) == share
+        assert all((each.arrays["embodiment"] == data.embodiment[each.episode]).all() for each in samples)
+        assert data.epoch(2, 10) == (2 if mixture.get("arm") == 0 else 1)
+    assert data.source_names == ["arm", "video"] and data.source.tolist() == [0, 1]
+    second = next(data.batches(0, 10, rank=1, world=3))
+    np.testing.assert_array_equal(second.position, [1, 4, 7])
+    np.testing.assert_array_equal(second.arrays["current_latents"], samples[0].arrays["current_latents"][1::3])
+    with pytest.raises(UserError, match="names neither"):
+        LatentDataset(snapshot, rows, embodiments, SHAPE, mixture={"arm": 1})
+    for wrong, why in (("{arm: 0}", "give a source a share above 0"), ("{arm: -1}", "greater than or equal to 0")):
+        with pytest.raises(UserError, match=why):
+            load_recipe("small", [f"mixture={wrong}"])
 
 
 def test_a_held_out_episode_stays_held_out_and_the_share_is_met() -> None:
