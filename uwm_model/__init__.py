@@ -16,6 +16,7 @@ sampling     one loop, five modes: policy, forward and inverse dynamics, video, 
 world_model  the face of it all: ``loss(batch)`` and ``sample(mode, batch)``
 baselines    the paper's comparisons, with the same face
 kinds        the class that a model's settings ask for
+transplant   a trained model's weights in one that reads something else
 query        the policy mode again, sooner, for a robot that waits
 metrics      how good an image, an action or a success rate is
 official     reads published checkpoints

@@ -1,0 +1,243 @@
+"""A trained model's weights in a model that reads something else: other actions, cameras, words, robots, horizons.
+
+Sizes say nothing about which row of a matrix goes where; what the row is about does. So every row and column that
+depends on what a model reads has a meaning ("action 3", "camera wrist, the frame before"), and weights go where their
+meaning is again. The others are fresh, as the new model made them, but for one thing: a column that reads what the old
+model did not know begins at zero, so that the new model answers as the old one did until it has learned better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from uwm_model.config import ModelConfig
+from uwm_model.observation import CHANNELS, EMBODIMENT_WIDTH, INSTRUCTION_WIDTH, PROPRIO_WIDTH
+
+# What may differ between the two models.
+CHANGEABLE = {
+    "cameras", "latent_size", "action_dim", "proprio_dim", "embodiments", "observed_frames", "future_frames",
+    "action_chunk", "position", "current_patches", "text_width",
+}  # fmt: skip
+
+PARTS = (  # of a model's parameters, by what is in their names: the first that fits
+    ("proprioception", "observation.proprio."),
+    ("embodiments", "observation.embodiment."),
+    ("instructions", "observation.instruction."),
+    ("instructions", "observation.untold"),
+    ("condition", "observation.join."),
+    ("images", "observation."),
+    ("action tokens", ".actions."),
+    ("latent tokens", ".latents."),
+    ("registers", ".registers"),
+    ("positions", ".position"),
+    ("queries", ".queries"),
+    ("timesteps", ".timestep"),
+    ("modulation", ".modulation."),
+    ("head", ".head."),
+    ("observation tokens", ".observed."),
+    ("blocks", ""),
+)
+
+Meaning = tuple[Hashable, ...]  # of a row or column: words, which a table can print, and numbers, which mean no more
+Meanings = dict[str, dict[int, list[Meaning]]]  # by the end of a parameter's name, then by axis
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a model reads. The same name is the same thing in two models."""
+
+    config: ModelConfig
+    cameras: Sequence[str]  # a name for each slot
+    text: str = ""  # the encoder of its instructions
+
+
+@dataclass(frozen=True)
+class Part:
+    """What became of one part's parameters, in numbers of values. ``loaded + fresh`` are the new model's, ``loaded +
+    left`` the old one's. ``note`` says what is fresh and left; ``names`` are the parameters that are fresh, in whole or
+    in part.
+    """
+
+    part: str
+    loaded: int
+    fresh: int
+    left: int
+    note: str
+    names: tuple[str, ...]
+
+
+def transplant(
+    weights: Mapping[str, Tensor], before: Inputs, fresh: Mapping[str, Tensor], after: Inputs
+) -> dict[str, Tensor]:
+    """The new model's state: ``fresh``, its own, with the old model's ``weights`` wherever they mean the same.
+
+    ValueError where the two models differ in more than what they read.
+    """
+    theirs, ours = _both(before, after)
+    result = dict(fresh)
+    for name in fresh.keys() & weights.keys():
+        old, new = weights[name], fresh[name].clone()
+        carried = _carried(name, old.shape, new.shape, theirs, ours)
+        if new.ndim == 2 and carried[1]:
+            rows, columns = (torch.tensor([to for to, _ in axis], dtype=torch.long) for axis in carried)
+            unknown = torch.ones(new.shape[1], dtype=torch.bool).index_fill(0, columns, False)
+            new[rows[:, None], unknown.nonzero().flatten()] = 0
+        to, back = (
+            torch.meshgrid(*(torch.tensor([pair[side] for pair in axis], dtype=torch.long) for axis in carried),
+                           indexing="ij")
+            for side in (0, 1)
+        )  # fmt: skip
+        new[to] = old[back].to(new.dtype)
+        result[name] = new
+    return result
+
+
+def survey(
+    weights: Mapping[str, Tensor], before: Inputs, fresh: Mapping[str, Tensor], after: Inputs
+) -> tuple[Part, ...]:
+    """What ``transplant`` would do, a row for each part. Only shapes are read: tensors may be on the meta device."""
+    theirs, ours = _both(before, after)
+    rows: dict[str, list[tuple[Any, ...]]] = {part: [] for part, _ in PARTS}
+    for name in dict.fromkeys([*fresh, *weights]):
+        old, new = (state[name].shape if name in state else None for state in (weights, fresh))
+        if old is None or new is None:
+            loaded, gained, lost = 0, [name] if old is None else [], [name] if new is None else []
+        else:
+            loaded = prod(len(axis) for axis in _carried(name, old, new, theirs, ours))
+            gained, lost = _unknown(_of(name, ours), _of(name, theirs)), _unknown(_of(name, theirs), _of(name, ours))
+        begun, unused = (0 if shape is None else prod(shape) - loaded for shape in (new, old))
+        rows[part_of(name)].append((name, loaded, begun, unused, gained, lost))
+    return tuple(_summed(part, found) for part, found in rows.items() if found)
+
+
+def part_of(name: str) -> str:
+    """The part that a parameter counts to."""
+    return next(part for part, contained in PARTS if contained in name)
+
+
+def _summed(part: str, rows: list[tuple[Any, ...]]) -> Part:
+    """Of rows (name, loaded, fresh, left, words of what is fresh, words of what is left)."""
+    names, loaded, fresh, left, gained, lost = zip(*rows, strict=True)
+    said = [
+        f"{what}: {_listed(dict.fromkeys(word for words in each for word in words))}"
+        for what, each in (("fresh", gained), ("left", lost))
+        if any(each)
+    ]
+    begun = tuple(name for name, new in zip(names, fresh, strict=True) if new)
+    return Part(part, sum(loaded), sum(fresh), sum(left), "; ".join(said), begun)
+
+
+def _both(before: Inputs, after: Inputs) -> tuple[Meanings, Meanings]:
+    for field in fields(ModelConfig):
+        old, new = (getattr(inputs.config, field.name) for inputs in (before, after))
+        if old != new and field.name not in CHANGEABLE:
+            raise ValueError(f"{field.name}: {new}, but the trained model's is {old}, and stays")
+    return _meanings(before), _meanings(after)
+
+
+def _carried(
+    name: str, old: Sequence[int], new: Sequence[int], theirs: Meanings, ours: Meanings
+) -> list[list[tuple[int, int]]]:
+    """For each axis, the places that mean the same: (in the new one, in the old one)."""
+    pairs = []
+    for axis, (before, after) in enumerate(zip(old, new, strict=True)):
+        known, wanted = (
+            _of(name, of).get(axis, [(i,) for i in range(n)]) for of, n in ((theirs, before), (ours, after))
+        )
+        assert (len(known), len(wanted)) == (before, after), f"{name}: {tuple(old)}, {tuple(new)}"
+        place = {meaning: i for i, meaning in enumerate(known)}
+        pairs.append([(i, place[meaning]) for i, meaning in enumerate(wanted) if meaning in place])
+    return pairs
+
+
+def _of(name: str, meanings: Meanings) -> dict[int, list[Meaning]]:
+    return next((axes for end, axes in meanings.items() if f".{name}".endswith(f".{end}")), {})
+
+
+def _unknown(mine: dict[int, list[Meaning]], theirs: dict[int, list[Meaning]]) -> list[str]:
+    """The words of one's meanings that the other lacks."""
+    found: dict[str, None] = {}
+    for axis, meanings in mine.items():
+        known = {word for meaning in theirs.get(axis, []) for word in meaning}
+        found |= {word: None for meaning in meanings for word in meaning if isinstance(word, str) and word not in known}
+    return [*found]
+
+
+def _listed(words: Iterable[str]) -> str:
+    """``action 5, action 6, action 7`` as ``action 5-7``."""
+    runs: list[tuple[str, int, int] | str] = []
+    for word in words:
+        stem, _, number = word.rpartition(" ")
+        last = runs[-1] if runs else ""
+        if not number.isdigit():
+            runs.append(word)
+        elif isinstance(last, tuple) and (last[0], last[2] + 1) == (stem, int(number)):
+            runs[-1] = (stem, last[1], int(number))
+        else:
+            runs.append((stem, int(number), int(number)))
+    return ", ".join(
+        run if isinstance(run, str) else f"{run[0]} {run[1]}" + (f"-{run[2]}" if run[2] > run[1] else "")
+        for run in runs
+    )
+
+
+def _meanings(of: Inputs) -> Meanings:
+    """Of every row and column that depends on what is read; in their order in the network's own code."""
+    c, (h, w), (pt, ph, pw) = of.config, of.config.latent_size, of.config.patch
+    frames = [f"frame {t}" for t in range(1 - c.observed_frames, 1)]  # frame 0 is now
+    actions: list[Meaning] = [(f"action {i}",) for i in range(c.action_dim)]
+    cameras: list[Meaning] = [(camera,) for camera in of.cameras]
+    looks: list[Meaning] = [(camera, t, i) for camera in of.cameras for t in frames for i in range(c.frame_width)]
+    # A picture's places are the same only in a picture of the same size.
+    places = f"{h // ph} x {w // pw} patches"
+    rows, columns = -(-h // 4), -(-w // 4)  # of the observation's map
+    cells: list[Meaning] = [(f"{rows} x {columns} cells", i) for i in range(CHANNELS[1] * rows * columns)]
+    felt: list[Meaning] = [(f"proprio {i}", t) for t in [*frames, "known"] for i in range(c.proprio_dim)]
+
+    everything = looks if c.observation == "latents" else []
+    everything = [*everything, *[("body", i) for i in range(PROPRIO_WIDTH + EMBODIMENT_WIDTH)]]
+    everything += [("instruction", i) for i in range(INSTRUCTION_WIDTH if c.text_width else 0)]
+    condition: list[Meaning] = looks if c.observation == "pixels" else [(i,) for i in range(c.condition_width)]
+    timesteps = 0 if c.kind == "gr1" else c.timestep_width
+    modulated = [*condition, *[("timestep", i) for i in range(timesteps)]]
+
+    # Steps and future frames are counted from where they begin: one model's third future frame is the other's.
+    steps: list[Meaning] = [(f"step {i}",) for i in range(c.action_chunk)]
+    patches = (h // ph) * (w // pw)
+    future: list[Meaning] = [
+        (camera, f"future {t}", places, i)
+        for camera in of.cameras
+        for t in range(c.future_frames // pt)
+        for i in range(patches)
+    ]
+    present: list[Meaning] = [
+        (camera, "present", places, i) for camera in of.cameras for i in range(c.observed_patches)
+    ]
+    registers: list[Meaning] = [("register", i) for i in range(c.registers)]
+    patch: list[Meaning] = [(t, i) for t in frames for i in range(c.latent_channels * ph * pw)]
+    observed: list[Meaning] = [(camera, t, i) for camera in of.cameras for t in frames for i in range(c.width)]
+    return {
+        "observation.camera.weight": {0: cameras},
+        "observation.rest.6.weight": {1: cells},
+        "observation.proprio.0.weight": {1: felt},
+        "observation.embodiment.weight": {0: [(f"embodiment {i}",) for i in range(c.embodiments)]},
+        "observation.instruction.weight": {1: [(of.text, i) for i in range(c.text_width)]},
+        "observation.join.0.weight": {1: everything},
+        "modulation.1.weight": {1: modulated},
+        "actions.encode.0.weight": {1: actions},
+        "actions.decode.2.weight": {0: actions},
+        "actions.decode.2.bias": {0: actions},
+        "latents.current.weight": {1: patch},
+        "latents.observed.weight": {1: patch},
+        "position.camera": {0: cameras},
+        "position": {1: steps if c.kind == "dp" else [*steps, *future, *present, *registers]},
+        "transformer.observed.weight": {0: observed, 1: condition},
+        "transformer.observed.bias": {0: observed},
+        "transformer.queries": {1: [*future, *steps]},
+    }
