@@ -29,6 +29,7 @@ from tqdm import tqdm
 from infra import engine, tracking
 from infra.cluster import Meter, cluster, watch
 from pipelines import checkpoint
+from pipelines.adaptation import adapt, adapters, merged
 from pipelines.checkpoint import Settings
 from pipelines.recipe import Recipe
 from preprocessing.encoders import PIXELS
@@ -162,6 +163,7 @@ def _worker(config: dict[str, Any]) -> None:
     torch.manual_seed(recipe.seed)
 
     model = checkpoint.load(Path(config["initial"]))[0].train() if config["initial"] else settings.build()
+    adapt(model, recipe, settings.fresh)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
     deepspeed = engine.initialize(
         model, optimizer_settings(recipe), recipe.zero_stage, recipe.precision, recipe.batch_size // world
@@ -219,7 +221,8 @@ def _worker(config: dict[str, Any]) -> None:
             tracking.log_metrics(settings.run_id, held_out, recipe.steps)
         final = Path(tempfile.mkdtemp()) / "checkpoint"
         settings.step = recipe.steps
-        checkpoint.save(final, average.module.state_dict(), settings)
+        state = average.module.state_dict()
+        checkpoint.save(final, merged(state, recipe), settings, adapters(state))
     ray.train.report({}, checkpoint=Checkpoint.from_directory(str(final)) if final else None)
 
 
