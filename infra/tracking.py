@@ -63,6 +63,10 @@ def log_metrics(run_id: str, metrics: dict[str, float], step: int) -> None:
     MlflowClient().log_batch(run_id, metrics=[Metric(name, float(value), now, step) for name, value in metrics.items()])
 
 
+def log_text(run_id: str, text: str, name: str) -> None:
+    MlflowClient().log_text(run_id, text, name)
+
+
 def log_folder(run_id: str, folder: Path, name: str) -> None:
     MlflowClient().log_artifacts(run_id, str(folder), name)
 

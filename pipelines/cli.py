@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -172,17 +173,24 @@ def finetune(
 ) -> None:
     """Train on from a model, on part of a store or on new data."""
     from pipelines import finetune as verb
+    from pipelines.checkpoint import load_settings
     from pipelines.published import resolve
     from pipelines.recipe import load_recipe
     from pipelines.register import register as to_registry
 
     chosen = load_recipe(recipe, overrides or [])
     if dry_run:
-        _plan(verb.plan(resolve(model, store, embodiment, snapshot), store, chosen, snapshot), as_json)
+        with tempfile.TemporaryDirectory() as scratch:
+            initial = resolve(model, store, embodiment, snapshot, extend=True, cache=Path(scratch))
+            settings = verb.plan(initial, store, chosen, snapshot).settings
+            for line in verb.lines(settings):
+                say(line)
+            _plan(settings, as_json, transplant=verb.table(settings))
         return
     run_id, folder = verb.finetune(model, store, chosen, output, snapshot, address, VERBOSE, embodiment)
     version = to_registry(folder, register, embodiment) if register else None
-    _trained(run_id, folder, as_json, **({"name": register, "version": version} if register else {}))
+    named = {"name": register, "version": version} if register else {}
+    _trained(run_id, folder, as_json, transplant=verb.table(load_settings(folder)), **named)
 
 
 @app.command()
@@ -290,7 +298,7 @@ def _counted(reasons: Counter[str]) -> str:
     return ", ".join(f"{count} {name}" for name, count in reasons.most_common())
 
 
-def _plan(settings: Any, as_json: bool) -> None:
+def _plan(settings: Any, as_json: bool, **more: Any) -> None:
     import yaml
 
     model = settings.build()
@@ -298,11 +306,11 @@ def _plan(settings: Any, as_json: bool) -> None:
     resolved = settings.recipe | {"model": dataclasses.asdict(settings.model)}
     say(yaml.safe_dump(json.loads(json.dumps(resolved)), sort_keys=False).rstrip())
     say(f"# {parameters / 1e6:.1f} M parameters; snapshot {settings.snapshot}; {', '.join(settings.embodiments)}")
-    answer({"parameters": parameters, "snapshot": settings.snapshot, "recipe": resolved}, as_json)
+    answer({"parameters": parameters, "snapshot": settings.snapshot, "recipe": resolved, **more}, as_json)
 
 
 def _trained(run_id: str, folder: Path, as_json: bool, **more: Any) -> None:
-    version = f", {more['name']} version {more['version']}" if more else ""
+    version = f", {more['name']} version {more['version']}" if "version" in more else ""
     say(f"run {run_id}: checkpoint in {folder}{version}")
     answer({"run_id": run_id, "checkpoint": str(folder), **more}, as_json)
 

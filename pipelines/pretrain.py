@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ SPARE_EMBODIMENTS = 4  # free slots, so that finetuning can bring robots that pr
 
 def plan(store_uri: str, recipe: Recipe, snapshot_id: str | None = None) -> Settings:
     """The settings of a new model that fits a store's snapshot; raises UserError where recipe and data disagree."""
+    if recipe.lora:
+        raise UserError("lora: adapters go beside trained weights; use them with uwm finetune, or leave them out")
     snapshot = LatentStore.open(store_uri).snapshot(snapshot_id)
     rows = training_rows(snapshot.rows(choose_encoder(snapshot, recipe.encoder)), recipe, store_uri)
     slots = recipe.model.get("cameras") or max(len(row["cameras"]) for row in rows)
@@ -133,12 +136,15 @@ def tracked(
     kind: str,
     settings: Settings,
     recipe: Recipe,
-    initial: Path | None,
+    begin: Callable[[Path], Path] | None,
     output: Path,
     address: str | None,
     verbose: bool,
 ) -> tuple[str, Path]:
-    """One training as one MLflow run: settings, curves, the checkpoint, and which snapshot it read."""
+    """One training as one MLflow run: settings, curves, the checkpoint, and which snapshot it read.
+
+    ``begin`` is given the run's folder, and returns the checkpoint that training starts from.
+    """
     tags = {"kind": kind, "store": settings.store, "snapshot": settings.snapshot, "parent": settings.parent or ""}
     run_id = tracking.start_run("unified-world-models", recipe.name, tags)
     settings.run_id = run_id
@@ -151,6 +157,7 @@ def tracked(
     (folder / "recipe.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
     tracking.log_settings(run_id, resolved)
     try:
+        initial = begin(folder) if begin else None
         checkpoint = train(settings, recipe, initial, folder, address, verbose)
         tracking.log_folder(run_id, checkpoint, "checkpoint")
     except BaseException as error:
