@@ -23,7 +23,7 @@ from pipelines.checkpoint import Normalizers, Settings
 from pipelines.pretrain import sentences_of, tracked, training_rows
 from pipelines.published import resolve
 from pipelines.recipe import STRIDE, Recipe
-from pipelines.robots import Robots, in_slots, robots
+from pipelines.robots import Robots, in_slots, inputs, robots
 from preprocessing.episode import UserError
 from preprocessing.store import LatentStore
 from preprocessing.windows import Embodiment
@@ -95,8 +95,7 @@ def plan(initial: Path, store_uri: str, recipe: Recipe, snapshot_id: str | None 
             "step": 0,
         }
     )
-    before = Inputs(parent.model, [found.slot_name(slot) for slot in range(parent.model.cameras)], _text(parent))
-    after = Inputs(model, [found.slot_name(slot) for slot in slots], _text(settings))
+    before, after = inputs(parent, found, slots, model, settings.text_encoder_digest)
     try:
         settings.transplant = survey(checkpoint.shapes(initial), before, _fresh(settings, "meta").state_dict(), after)
     except ValueError as error:
@@ -135,10 +134,6 @@ def _lacking(model: ModelConfig, robot: Embodiment) -> dict[str, int]:
     """What a robot needs of the sizes that are too small for it. A smaller model forgets such robots."""
     needs = {"action_dim": robot.action_dim, "proprio_dim": robot.proprio_dim, "embodiments": robot.index + 1}
     return {key: needed for key, needed in needs.items() if getattr(model, key) < needed}
-
-
-def _text(settings: Settings) -> str:
-    return f"{settings.text_encoder} ({settings.text_encoder_digest})"
 
 
 def _fresh(settings: Settings, device: str) -> Model:

@@ -15,6 +15,8 @@ from pipelines.checkpoint import Normalizers, Settings
 from pipelines.recipe import Recipe
 from preprocessing.episode import UserError
 from preprocessing.windows import Embodiment, by_embodiment, describe
+from uwm_model.config import ModelConfig
+from uwm_model.transplant import Inputs
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,9 @@ class Robots:
         Where there are too many, those of the data's cameras come first.
         """
         filled = {i for name in self.here for i, camera in enumerate(self.known[name].cameras) if camera}
-        count = wanted or max(held, *(i + 1 for i in filled), 1)
-        return sorted(sorted(range(max(count, held, *filled, 1)), key=lambda slot: (slot not in filled, slot))[:count])
-
-    def slot_name(self, slot: int) -> str:
-        """One for each slot, for tables."""
-        cameras = (robot.cameras[slot] for robot in self.known.values() if slot < len(robot.cameras))
-        return f"camera {slot} ({'/'.join(dict.fromkeys(name for name in cameras if name)) or 'none'})"
+        every = max([held, wanted or 0, *(i + 1 for i in filled)])
+        by_need = sorted(range(every), key=lambda slot: (slot not in filled, slot))
+        return sorted(by_need[: wanted or every])
 
 
 def robots(parent: Settings, rows: list[dict[str, Any]], recipe: Recipe) -> Robots:
@@ -68,6 +66,45 @@ def in_slots(robot: Embodiment, slots: Sequence[int]) -> Embodiment:
     while cameras and not cameras[-1]:
         cameras.pop()
     return dataclasses.replace(robot, cameras=tuple(cameras))
+
+
+def inputs(
+    parent: Settings, found: Robots, slots: Sequence[int], model: ModelConfig, text_encoder: str | None
+) -> tuple[Inputs, Inputs]:
+    """What the parent reads, and what ``model`` reads, whose cameras are in these of the slots: by name.
+
+    Of a parent that knows no robot, every place counts as used.
+    """
+    spare = "spare camera" if parent.embodiments else "camera"
+    old = [_cameras(parent.embodiments, slot) or f"{spare} {slot}" for slot in range(parent.model.cameras)]
+    used = {slot: name for slot, name in enumerate(old) if not name.startswith("spare")}
+    new = [used.get(slot) or _cameras(found.known, slot) or f"spare camera {slot}" for slot in slots]
+    return (
+        _read(parent.model, old, parent.embodiments, parent.text_encoder_digest),
+        _read(model, new, found.known, text_encoder),
+    )
+
+
+def _cameras(robots: dict[str, Embodiment], slot: int) -> str:
+    """What robots have in a slot, "camera 1 (wrist/gripper)"; empty where none has any."""
+    held = (robot.cameras[slot] for robot in robots.values() if slot < len(robot.cameras))
+    names = "/".join(dict.fromkeys(name for name in held if name))
+    return names and f"camera {slot} ({names})"
+
+
+def _read(model: ModelConfig, cameras: list[str], robots: dict[str, Embodiment], text_encoder: str | None) -> Inputs:
+    names = {robot.index: name for name, robot in robots.items()}
+    rows = [f"embodiment {names[i]}" if i in names else f"spare embodiment {i}" for i in range(model.embodiments)]
+    actions = max((robot.action_dim for robot in robots.values()), default=model.action_dim)
+    proprio = max((robot.proprio_dim for robot in robots.values()), default=model.proprio_dim)
+    return Inputs(
+        model,
+        cameras,
+        rows,
+        actions=[f"action {i}" for i in range(actions)],
+        proprio=[f"proprio {i}" for i in range(proprio)],
+        text=f"text encoder {text_encoder}",
+    )
 
 
 def _seated(cameras: Iterable[str], own: tuple[str, ...], others: Iterable[tuple[str, ...]]) -> tuple[str, ...]:

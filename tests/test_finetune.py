@@ -101,8 +101,9 @@ def test_another_robot_extends_the_model_and_finds_its_cameras_by_name(trained: 
     told = notes(settings)
     assert told["action tokens"] == "fresh: action 3-4" and told["positions"].endswith("camera 2 (side)")
     assert told["condition"] == "fresh: camera 2 (side), instruction" and told["images"] == "fresh: camera 2 (side)"
+    assert told["embodiments"] == "fresh: embodiment humanoid; left: spare embodiment 1"
     assert "step 16-19" in told["positions"] and set(told) == {
-        "action tokens", "positions", "condition", "images", "instructions"
+        "action tokens", "positions", "condition", "images", "instructions", "embodiments"
     }  # fmt: skip
     data = dataset(settings, validation=False, recipe=load_recipe("finetune", QUICK))
     assert data.gather(np.array([0]), np.array([0]))["camera_mask"].tolist() == [[True, True, True]]
@@ -124,7 +125,7 @@ def test_a_smaller_model_is_made_only_where_the_recipe_says_so(trained: Path, tm
     store = write(tmp_path / "store", "cart", action_dim=2)
     assert planned(trained, store).settings.model.action_dim == 3
     narrow = planned(trained, store, "model.action_dim=2").settings
-    assert narrow.model.action_dim == 2 and notes(narrow) == {"action tokens": "left: action 2"}
+    assert narrow.model.action_dim == 2 and notes(narrow)["action tokens"] == "left: action 2"
     assert list(narrow.embodiments) == ["cart"]  # there is no room for the other
     with pytest.raises(UserError, match=r"model.action_dim: embodiment cart needs 2; leave it out, or give no less"):
         planned(trained, store, "model.action_dim=1")
@@ -139,7 +140,7 @@ def test_words_are_added_kept_changed_and_left(trained: Path, tmp_path: Path) ->
     finetune.begin(told, tmp_path)
     for overrides, encoder, note in (
         ([], "minilm", None),
-        (["text_encoder=clip"], "clip", "fresh: clip (clipclip); left: minilm (minilmminilm)"),
+        (["text_encoder=clip"], "clip", "fresh: text encoder clipclip; left: text encoder minilmminilm"),
         (["model.text_width=0"], None, "left: observation.instruction.bias, observation.instruction.weight, "
                                        "observation.untold"),
     ):  # fmt: skip
