@@ -106,8 +106,9 @@ def adamw(module: nn.Module, settings: OptimizerSettings) -> tuple[AveragingAdam
     """The optimizer, whose weight decay spares vectors, and the schedule of its rate."""
     decay = [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
     rest = [p for p in module.parameters() if p.requires_grad and p.ndim <= 1]
+    groups = [{"params": decay, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     optimizer = AveragingAdamW(
-        [{"params": decay, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        [group for group in groups if group["params"]],  # DeepSpeed cannot flatten an empty one
         ema_decay=settings.ema_decay,
         lr=settings.learning_rate,
         betas=settings.betas,

@@ -83,6 +83,10 @@ def system_metrics(run_id: str) -> Any:
     return monitor
 
 
+def log_text(run_id: str, text: str, name: str) -> None:
+    MlflowClient().log_text(run_id, text, name)
+
+
 def log_folder(run_id: str, folder: Path, name: str) -> None:
     MlflowClient().log_artifacts(run_id, str(folder), name)
 

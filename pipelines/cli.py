@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -180,19 +181,26 @@ def finetune(
 ) -> None:
     """Train on from a model, on part of a store or on new data."""
     from pipelines import finetune as verb
+    from pipelines.checkpoint import load_settings
     from pipelines.published import resolve
     from pipelines.recipe import load_recipe
     from pipelines.register import register as to_registry
 
     chosen = load_recipe(recipe, overrides or [])
     if dry_run:
-        _plan(verb.plan(resolve(model, store, embodiment, snapshot), store, chosen, snapshot), chosen, as_json)
+        with tempfile.TemporaryDirectory() as scratch:
+            initial = resolve(model, store, embodiment, snapshot, extend=True, cache=Path(scratch))
+            settings = verb.plan(initial, store, chosen, snapshot).settings
+            for line in verb.lines(settings):
+                say(line)
+            _plan(settings, chosen, as_json, transplant=verb.table(settings))
         return
     run_id, folder = verb.finetune(
         model, store, chosen, output, snapshot, address, VERBOSE, embodiment, checkpoints, new
     )
     version = to_registry(folder, register, embodiment) if register else None
-    _trained(run_id, folder, as_json, **({"name": register, "version": version} if register else {}))
+    named = {"name": register, "version": version} if register else {}
+    _trained(run_id, folder, as_json, transplant=verb.table(load_settings(folder)), **named)
 
 
 @app.command()
@@ -300,14 +308,17 @@ def _counted(reasons: Counter[str]) -> str:
     return ", ".join(f"{count} {name}" for name, count in reasons.most_common())
 
 
-def _plan(settings: Any, recipe: Any, as_json: bool) -> None:
+def _plan(settings: Any, recipe: Any, as_json: bool, **more: Any) -> None:
     import yaml
 
+    from pipelines.adaptation import adapt
     from pipelines.estimate import estimate
 
     resolved = settings.recipe | {"model": dataclasses.asdict(settings.model)}
     say(yaml.safe_dump(json.loads(json.dumps(resolved)), sort_keys=False).rstrip())
-    found = estimate(settings, recipe, settings.build())
+    model = settings.build()
+    adapt(model, recipe, settings.fresh)
+    found = estimate(settings, recipe, model)
     host = f", {found.host_bytes / 1e9:.2f} GB of its host" if found.host_bytes else ""
     for name, value in (
         ("snapshot", f"{settings.snapshot}; {', '.join(settings.embodiments)}"),
@@ -326,11 +337,11 @@ def _plan(settings: Any, recipe: Any, as_json: bool) -> None:
     ):
         say(f"# {name:>10}  {value}")
     report = {"parameters": found.parameters, "snapshot": settings.snapshot, "recipe": resolved}
-    answer(report | {"estimate": dataclasses.asdict(found)}, as_json)
+    answer(report | {"estimate": dataclasses.asdict(found), **more}, as_json)
 
 
 def _trained(run_id: str, folder: Path, as_json: bool, **more: Any) -> None:
-    version = f", {more['name']} version {more['version']}" if more else ""
+    version = f", {more['name']} version {more['version']}" if "version" in more else ""
     say(f"run {run_id}: checkpoint in {folder}{version}")
     answer({"run_id": run_id, "checkpoint": str(folder), **more}, as_json)
 

@@ -86,7 +86,7 @@ def evaluate(
         "model": model,
         "run_id": policy.settings.run_id,
         "embodiment": policy.embodiment,
-        "cameras": list(policy.spec.cameras),
+        "cameras": list(policy.spec.seen),
         "seed": seed,
         "fast": fast,
     }

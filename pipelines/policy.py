@@ -110,8 +110,8 @@ class Policy:
 
     def _observation(self, images: dict[str, np.ndarray], proprio: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         model, spec = self.settings.model, self.spec
-        if unknown := sorted(set(images) - set(spec.cameras)):
-            raise UserError(f"camera {unknown[0]}: this policy sees {', '.join(spec.cameras)}")
+        if unknown := sorted(set(images) - set(spec.seen)):
+            raise UserError(f"camera {unknown[0]}: this policy sees {', '.join(spec.seen)}")
         if missing := [name for name, _ in spec.proprio if name not in proprio]:
             raise UserError(f"proprio {missing[0]}: missing; this policy reads {dict(spec.proprio)}")
         count = len(next(iter(images.values())))

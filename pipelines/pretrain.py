@@ -19,6 +19,8 @@ SPARE_EMBODIMENTS = 4  # free slots, so that finetuning can bring robots that pr
 
 def plan(store_uri: str, recipe: Recipe, snapshot_id: str | None = None) -> Settings:
     """The settings of a new model that fits a store's snapshot; raises UserError where recipe and data disagree."""
+    if recipe.lora:
+        raise UserError("lora: adapters go beside trained weights; use them with uwm finetune, or leave them out")
     snapshot = LatentStore.open(store_uri).snapshot(snapshot_id)
     rows = training_rows(snapshot.rows(choose_encoder(snapshot, recipe.encoder)), recipe, store_uri)
     slots = recipe.model.get("cameras") or max(len(row["cameras"]) for row in rows)
@@ -124,5 +126,5 @@ def pretrain(
 ) -> tuple[str, Path]:
     """Train from nothing; returns (MLflow run id, checkpoint folder)."""
     asked = {"store": LatentStore.open(store_uri).uri, "snapshot": snapshot_id}
-    planned = lambda: plan(store_uri, recipe, snapshot_id)  # noqa: E731
-    return tracked("pretrain", asked, planned, recipe, None, output, checkpoints, new, address, verbose)
+    begin = lambda: (plan(store_uri, recipe, snapshot_id), None)  # noqa: E731
+    return tracked("pretrain", asked, begin, recipe, output, checkpoints, new, address, verbose)

@@ -30,17 +30,35 @@ BEYOND = 1.5  # how far from 0 the store's actions may lie, once the published n
 EXACT = 0.02  # how far from -1 and 1 its extremes are where they are those that the normaliser was made of
 
 
-def resolve(model: str, store_uri: str | None, embodiment: str | None = None, snapshot_id: str | None = None) -> Path:
-    """The checkpoint folder of MODEL, which may also be a published file where a store is given."""
+def resolve(
+    model: str,
+    store_uri: str | None,
+    embodiment: str | None = None,
+    snapshot_id: str | None = None,
+    extend: bool = False,
+    cache: Path | None = None,
+) -> Path:
+    """The checkpoint folder of MODEL, which may also be a published file where a store is given (see ``adopt``)."""
     if not Path(model).is_file():
         return checkpoint.resolve(model)
     if store_uri is None:
         raise UserError(f"{model}: a published checkpoint names no robot; give --store, with episodes of its robot")
-    return adopt(Path(model), store_uri, embodiment, snapshot_id)
+    return adopt(Path(model), store_uri, embodiment, snapshot_id, extend, cache)
 
 
-def adopt(file: Path, store_uri: str, embodiment: str | None = None, snapshot_id: str | None = None) -> Path:
-    """A checkpoint folder in this machine's cache; UserError where the store's embodiment is not the model's."""
+def adopt(
+    file: Path,
+    store_uri: str,
+    embodiment: str | None = None,
+    snapshot_id: str | None = None,
+    extend: bool = False,
+    cache: Path | None = None,
+) -> Path:
+    """A checkpoint folder in ``cache`` (this machine's, if left out).
+
+    UserError where the store's embodiment is not the model's. With ``extend``, for whoever extends the model to it, it
+    may have other cameras; and other actions, of which the model then knows no embodiment.
+    """
     snapshot = LatentStore.open(store_uri).snapshot(snapshot_id)
     named = {row["encoder"] for row in snapshot.episodes(["encoder"]).to_pylist()}
     own = [name for name in sorted(named) if name not in OTHERS]
@@ -64,19 +82,23 @@ def adopt(file: Path, store_uri: str, embodiment: str | None = None, snapshot_id
         ("cameras", config.cameras, len(robot.cameras)),
         ("latent channels", config.latent_channels, shape[1]),
     ):
-        if ours != theirs:
+        if ours != theirs and not (extend and what != "latent channels"):
             raise UserError(f"{file}: {ours} {what}; {name} in {store_uri} has {theirs}")
     if min(shape[2:]) < max(config.latent_size):
         sizes = (config.latent_size[0] * STRIDE, shape[2] * STRIDE)
         raise UserError(f"{file}: sees {sizes[0]} pixels; {store_uri} holds {sizes[1]}; ingest with more --image-size")
-    robot = dataclasses.replace(robot, action_normalizer=_normalizer(held.action_normalizer, robot, file))
+    known = {}
+    if robot.action_dim == config.action_dim:
+        normalizer = _normalizer(held.action_normalizer, robot, file)
+        seen = robot.cameras[: config.cameras]
+        known = {name: dataclasses.replace(robot, cameras=seen, action_normalizer=normalizer)}
     settings = checkpoint.Settings(
         model=config,
         diffusion=model.diffusion_config,
         encoder=rows[name][0]["encoder"],
         encoder_digest=encoder,
         image_size=shape[2] * STRIDE,
-        embodiments={name: robot},
+        embodiments=known,
         store=snapshot.uri,
         snapshot=snapshot.id,
         recipe=load_recipe("paper_libero", [f"validation_share={ALL}"]).model_dump(),
@@ -86,7 +108,7 @@ def adopt(file: Path, store_uri: str, embodiment: str | None = None, snapshot_id
     key = hashlib.sha256(settings.model_dump_json().encode())
     with file.open("rb") as content:
         key.update(hashlib.file_digest(content, "sha256").digest())
-    folder = cache_folder() / f"published-{key.hexdigest()[:24]}"
+    folder = (cache or cache_folder()) / f"published-{key.hexdigest()[:24]}"
     if not folder.exists():
         checkpoint.save(folder, model.state_dict(), settings)
     return folder

@@ -45,6 +45,20 @@ class IngestRecipe(BaseModel):
         return value
 
 
+class Lora(BaseModel):
+    """Low-rank adapters (arXiv 2106.09685) in the linear layers of these names; the layers themselves stay."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rank: int = Field(default=16, gt=0)
+    alpha: float = Field(default=32, gt=0, description="adapters are scaled by alpha / rank")
+    targets: list[str] = Field(
+        default=["*.blocks.*.attention.qkv", "*.blocks.*.attention.out", "*.blocks.*.mlp.[02]"],
+        min_length=1,
+        description="patterns of modules' names",
+    )
+
+
 class Recipe(BaseModel):
     """One training run. ``model`` and ``diffusion`` override the defaults of uwm_model/config.py.
 
@@ -92,6 +106,12 @@ class Recipe(BaseModel):
     model: dict[str, Any] = Field(default_factory=dict)
     diffusion: dict[str, Any] = Field(default_factory=dict)
     augment: AugmentConfig = AugmentConfig()
+    freeze: list[str] = Field(default_factory=list, description="patterns of parameters' names that do not learn")
+    # Of finetuning alone.
+    lora: Lora | None = None
+    statistics: Literal["pretrained", "data"] = Field(
+        default="pretrained", description="whose normalisation a known embodiment has"
+    )
 
     @field_validator("mixture")
     @classmethod

@@ -16,7 +16,7 @@ def register(checkpoint: Path, name: str, embodiment: str | None = None) -> str:
     assert settings.run_id, "only trained checkpoints are registered"
     observed, size = settings.model.observed_frames, policy.image_size
     inputs: dict[str, tuple[str, tuple[int, ...]]] = {
-        f"image.{camera}": ("uint8", (-1, observed, size, size, 3)) for camera in spec.cameras
+        f"image.{camera}": ("uint8", (-1, observed, size, size, 3)) for camera in spec.seen
     }
     inputs |= {f"proprio.{part}": ("float32", (-1, observed, width)) for part, width in spec.proprio}
     return registry.register(

@@ -52,9 +52,8 @@ class Run(BaseModel):
 def tracked(
     kind: str,
     asked: dict[str, str | None],
-    plan: Callable[[], Settings],
+    begin: Callable[[], tuple[Settings, Callable[[Path], None] | None]],
     recipe: Recipe,
-    start: Path | None,
     output: Path,
     checkpoints: str | None = None,
     new: bool = False,
@@ -65,14 +64,14 @@ def tracked(
 
     ``asked`` is what the user named (store, model, snapshot): with the recipe it tells whether a run of ``output`` or
     ``checkpoints`` that was cut off is this one; then it goes on, with the snapshot it began with. Else, or where it is
-    to be ``new``, ``plan`` makes the settings of a new one.
+    to be ``new``, ``begin`` gives the settings of a new one, and what writes the weights that it starts from, if any.
     """
     home = parse(checkpoints or str(output)).uri
     what = {key: value for key, value in recipe.model_dump().items() if key not in HOW}
     identity = hashlib.sha256(json.dumps([kind, asked, what], sort_keys=True).encode()).hexdigest()[:16]
     run = None if new else _cut_off(home, identity)
     if run is None:
-        settings = plan()
+        settings, write_start = begin()
         tags = {"kind": kind, "store": settings.store, "snapshot": settings.snapshot, "parent": settings.parent or ""}
         run_id = tracking.start_run("unified-world-models", recipe.name, tags | _code())
         settings.run_id = run_id
@@ -82,6 +81,11 @@ def tracked(
         run = Run(identity=identity, name=name, settings=settings)
         resolved = recipe.model_dump() | {"model": settings.model_dump()["model"]}
         tracking.log_settings(run_id, resolved)
+        place = RunFolder(_below(home, run.name))
+        if write_start:  # as the checkpoint of step 0, which needs nobody's file any more
+            place.write(0, write_start)
+            place.commit(0, {})
+        place.put("run.json", run.model_dump_json(indent=1).encode())
     else:
         settings, resolved = run.settings, recipe.model_dump() | {"model": run.settings.model_dump()["model"]}
         run_id = str(settings.run_id)
@@ -92,15 +96,15 @@ def tracked(
     folder, place = output.resolve() / run.name, RunFolder(_below(home, run.name))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(resolved)), sort_keys=False))
-    place.put("run.json", run.model_dump_json(indent=1).encode())
     try:
         with _alone(folder):
-            final = train(settings, recipe, start, folder, place.uri, address, verbose)
+            final = train(settings, recipe, folder, place.uri, address, verbose)
         tracking.log_folder(run_id, final, "checkpoint")
     except BaseException as error:
         tracking.end_run(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     place.put("run.json", run.model_copy(update={"finished": True}).model_dump_json(indent=1).encode())
+    place.drop(0)
     tracking.end_run(run_id)
     return run_id, final
 

@@ -44,7 +44,6 @@ class Stopped(KeyboardInterrupt):
 def train(
     settings: Settings,
     recipe: Recipe,
-    start: Path | None,
     output: Path,
     checkpoints: str,
     address: str | None = None,
@@ -52,15 +51,14 @@ def train(
 ) -> Path:
     """Train on Ray and return the folder of the final weights, ``output/checkpoint``.
 
-    ``start`` is a checkpoint whose weights the run starts from, ``checkpoints`` the URI of the run's own: it goes on
-    from the newest there. Raises Stopped, Diverged, or what a worker raised that comes again.
+    ``checkpoints`` is the URI of the run's own: it goes on from the newest there. Raises Stopped, Diverged, or
+    what a worker raised that comes again.
     """
     output.mkdir(parents=True, exist_ok=True)
     folder = RunFolder(checkpoints)
     config = {
         "settings": settings.model_dump_json(),
         "recipe": recipe.model_dump_json(),
-        "start": str(start) if start else None,
         "folder": checkpoints,
         "tracking_uri": tracking.connect(),
     }
@@ -97,8 +95,9 @@ def train(
     final = output / "checkpoint"
     shutil.rmtree(final, ignore_errors=True)
     final.mkdir()
-    for name in ("model.safetensors", "settings.json"):
-        shutil.copyfile(fetched / name, final / name)
+    for name in ("model.safetensors", "settings.json", "adapter.safetensors"):
+        if (fetched / name).exists():
+            shutil.copyfile(fetched / name, final / name)
     return final
 
 

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from infra import engine, tracking
 from infra.engine import EngineSettings, OptimizerSettings
 from pipelines import checkpoint
+from pipelines.adaptation import adapt, adapters, merged
 from pipelines.checkpoint import Settings
 from pipelines.curves import Curves
 from pipelines.dataset import dataset
@@ -103,13 +104,15 @@ class Worker:
         self.step = about["step"]
 
         torch.manual_seed(recipe.seed)
-        model = checkpoint.load(Path(config["start"]))[0].train() if config["start"] else settings.build()
+        start = self.folder.fetch(0) if 0 in self.folder.complete() else None
+        model = checkpoint.load(start)[0].train() if start else settings.build()
+        adapt(model, recipe, settings.fresh)
         saved = SavedState(self.folder.fetch(self.step)) if self.step else None
         if saved:
             shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
             weights = {name: saved.read("weight", name).view(shapes[name]) for name in saved.names()}
             model.load_state_dict(weights, strict=False)
-        self.plain = copy.deepcopy(model)  # to be given the averaged weights, whole and float32
+        self.judged = copy.deepcopy(model)  # is given the averaged weights, whole and float32
         self.passes = math.ceil(max(1, recipe.batch_size // world) / (recipe.micro_batch_size or recipe.batch_size))
         prepare(model, recipe)
         self.engine = engine.initialize(
@@ -124,7 +127,7 @@ class Worker:
         self.dtype = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
 
         self.data = dataset(settings, validation=False, recipe=recipe)
-        self.validation = Validation(settings, recipe, self.plain.to(self.device).eval(), rank, world)
+        self.validation = Validation(settings, recipe, self.judged.to(self.device).eval(), rank, world)
         self.curves = Curves(settings.run_id) if rank == 0 and settings.run_id else None
         # Since the last point of the curves: for each source, and in all, sums of the losses and numbers of them.
         self.tally = torch.zeros(len(self.data.source_names) + 1, 4, dtype=torch.float64, device=self.device)
@@ -287,7 +290,7 @@ class Worker:
         for part in kept:
             if not part.weight.isfinite().all():
                 raise Diverged(f"step {self.step}: {part.name} is not finite; try a lower learning_rate")
-        by_name = dict(self.plain.named_parameters())
+        by_name = dict(self.judged.named_parameters())
         with torch.no_grad():
             for name, values in engine.whole(self.engine, "average" if self.recipe.ema_decay else "weight"):
                 by_name[name].copy_(values)
@@ -299,14 +302,14 @@ class Worker:
             if found := self.validation.picture():
                 self.curves.picture(*found, self.step)
         about = {"workers": self.world, "seed": self.recipe.seed, "tally": tally.tolist(), **metrics}
-        weights = (
-            {name: values.cpu().clone() for name, values in self.plain.state_dict().items()} if self.rank == 0 else {}
-        )
+        averaged = {}
+        if self.rank == 0:
+            averaged = {name: values.to("cpu", copy=True) for name, values in self.judged.state_dict().items()}
         settings = self.settings.model_copy(update={"step": self.step})
 
         def build(folder: Path) -> None:
             if self.rank == 0:
-                checkpoint.write(folder, weights, settings)
+                checkpoint.write(folder, merged(averaged, self.recipe), settings, adapters(averaged))
                 if self.curves:
                     self.curves.flush()
             if self.rank == 0 or self.recipe.zero_stage:  # in stage 0 all keep the same

@@ -25,7 +25,8 @@ FARTHEST = 5.0  # times a column's scale that other data may reach: beyond, it i
 class Embodiment:
     """How one embodiment's episodes fill the model's slots, and how its numbers are normalised.
 
-    Slot i of the model's cameras is ``cameras[i]``; actions and proprioception are padded on the right.
+    Slot i of the model's cameras is ``cameras[i]``, empty where this robot has none for it; actions and proprioception
+    are padded on the right.
     """
 
     index: int
@@ -42,26 +43,31 @@ class Embodiment:
         return sum(width for _, width in self.proprio)
 
     @property
+    def seen(self) -> tuple[str, ...]:
+        """Its cameras, without the slots that have none."""
+        return tuple(name for name in self.cameras if name)
+
+    @property
     def promise(self) -> Promise:
         return Promise(
             fps=self.fps,
-            cameras=self.cameras,
+            cameras=self.seen,
             proprio=dict(self.proprio),
             action_dim=self.action_dim,
             action_layout=json.loads(self.action_layout),
         )
 
-    def misfits(self, data: Embodiment) -> list[str]:
+    def misfits(self, data: Embodiment, ranges: bool = True) -> list[str]:
         """Why this one, as a model knows it, is not what the data are of, a phrase each with both values.
 
-        Videos are always.
+        Videos are always. Without ``ranges``, columns may hold other values than they did.
         """
         if not (self.action_dim or self.proprio or data.action_dim or data.proprio):
             return []
         found = self.promise.differences(data.promise)
         if not set(self.cameras) & set(data.cameras):
-            found.append(f"cameras are {', '.join(data.cameras)}, not {', '.join(self.cameras)}")
-        if found:  # columns that do not correspond cannot be compared
+            found.append(f"cameras are {', '.join(data.cameras)}, not {', '.join(self.seen)}")
+        if found or not ranges:  # columns that do not correspond cannot be compared
             return found
         columns = [f"action[{i}]" for i in range(self.action_dim)]
         columns += [f"{part}[{i}]" for part, width in self.proprio for i in range(width)]
@@ -79,12 +85,12 @@ def describe(
     name: str,
     rows: list[dict[str, Any]],
     index: int,
-    slots: int,
+    slots: int | None,
     actions: Literal["extremes", "quantiles"] = "extremes",
 ) -> Embodiment:
     """The embodiment of these catalogue rows; UserError where its episodes do not agree with one another.
 
-    ``actions`` says what of them goes to -1 and 1.
+    It has as many cameras as there are ``slots``; None: all. ``actions`` says what of them goes to -1 and 1.
     """
     first = rows[0]
     promise = Promise.of(first)

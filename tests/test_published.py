@@ -29,13 +29,18 @@ from preprocessing.windows import Embodiment, describe
 from uwm_model.official import load_official
 
 
-def write(path: Path, scale: Any, offset: Any, **sizes: int) -> Path:
+def write(path: Path, scale: Any, offset: Any, actions: int = 7, **sizes: int) -> Path:
     """As the published code does, its own class of normaliser pickled; heads are 64 wide."""
     lists = (repr([float(value) for value in values]).replace("inf", "np.inf") for values in (scale, offset))
     numbers = "LinearNormalizer(np.array({}), np.array({}))".format(*lists)
     writer = WRITER.replace("LinearNormalizer(np.arange(7, dtype=np.float32), torch.ones(7))", numbers)
     assert writer != WRITER
-    torch.save(published(**{"cameras": 1, "grid": 2, "registers": 8} | sizes), path.with_suffix(".weights"))
+    weights = published(**{"cameras": 1, "grid": 2, "registers": 8} | sizes)
+    encoder, decoder = (f"noise_pred_net.action_{name}coder" for name in ("en", "de"))
+    weights[f"{encoder}.0.weight"] = weights[f"{encoder}.0.weight"][:, :actions].clone()
+    for kind in ("weight", "bias"):
+        weights[f"{decoder}.2.{kind}"] = weights[f"{decoder}.2.{kind}"][:actions].clone()
+    torch.save(weights, path.with_suffix(".weights"))
     subprocess.run([sys.executable, "-c", writer, path.with_suffix(".weights"), path], check=True)
     return path
 
@@ -85,14 +90,33 @@ def test_it_is_evaluated_and_finetuned(place: Path, uwm: Uwm, tmp_path: Path) ->
     code, report, err = uwm("evaluate", file, "--store", place / "store", *runs, "--json")
     assert code == 0, err
     assert report["open_loop"]["psnr_forward"] and report["open_loop"]["action_error_inverse"]
-    small = ["steps=2", "batch_size=4", "workers=1", "warmup_steps=0", "log_every=1"]
+    store = LatentStore.open(str(place / "store"))
+    seen_then = store.snapshot().id
+    store.add_sentences([{"text": "go", "encoder": "e", "encoder_digest": "e", "vector": [1.0]}])
+    small = ["steps=2", "batch_size=4", "workers=1", "warmup_steps=0", "log_every=1", "--snapshot", seen_then]
     code, trained, err = uwm("finetune", "--from", file, "--store", place / "store", *runs, "--json", *small)
     assert code == 0, err
+    assert store.snapshot().id != seen_then == checkpoint.load_settings(Path(trained["checkpoint"])).snapshot
     folders = (adopt(file, str(place / "store")), Path(trained["checkpoint"]))
     (before, known), (after, settings) = (checkpoint.load(folder) for folder in folders)
     moved = [not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
     assert sum(moved) > 0.9 * len(moved)
     assert settings.embodiments == known.embodiments
+
+
+def test_finetuning_extends_it_to_another_robot_and_a_dry_run_keeps_nothing(place: Path, uwm: Uwm) -> None:
+    seen = of_store(place)
+    before = set((place / "cache").glob("published-*"))
+    for name, numbers, sizes, notes in (
+        ("five.pt", (seen.scale[:5], seen.offset[:5]), {"actions": 5}, {"action tokens": "fresh: action 5-6"}),
+        ("pair.pt", (seen.scale, seen.offset), {"cameras": 2}, {}),
+    ):
+        file = write(place / name, *numbers, **sizes)
+        code, report, err = uwm("finetune", "--from", file, "--store", place / "store", "--dry-run", "--json")
+        assert code == 0, err
+        assert {row["part"]: row["note"] for row in report["transplant"] if row["note"]} == notes
+    assert report["recipe"]["model"]["cameras"] == 2
+    assert set((place / "cache").glob("published-*")) == before
 
 
 def test_another_robot_is_refused_with_both_values(place: Path, uwm: Uwm) -> None:

@@ -57,8 +57,11 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def inputs(config: ModelConfig, cameras: Any = NAMES, text: str = "minilm") -> Inputs:
-    return Inputs(config, cameras[: config.cameras], text)
+def inputs(config: ModelConfig, cameras: Any = NAMES, text: str = "minilm", used: int = 99) -> Inputs:
+    """All places have names, or of each kind the first ``used``."""
+    kinds = {"embodiments": "embodiment", "actions": "action", "proprio": "proprio"}
+    names = {key: [f"{word} {i}" for i in range(min(9, used))] for key, word in kinds.items()}
+    return Inputs(config, cameras[: min(config.cameras, used)], **names, text=text)
 
 
 @cache
@@ -240,6 +243,19 @@ def test_a_camera_that_is_left_out_leaves_the_others_rows(kind: str) -> None:
         name: getattr(both, name).flip(1) for name in ("current_latents", "future_latents", "camera_mask")
     }, current_pixels=None if both.current_pixels is None else both.current_pixels.flip(1))  # fmt: skip
     assert_alike(new, old, batch, both, lambda latents: latents.flip(1))
+
+
+@pytest.mark.parametrize("kind", ["uwm", "factored", "gr1"])
+def test_what_was_spare_is_fresh_once_it_is_used(kind: str) -> None:
+    config = KINDS[kind]
+    spare, used = inputs(config, used=1), inputs(config)
+    _, _, table = moved(spare, used)
+    assert table["action tokens"].note == "fresh: action 1-4; left: spare action 1-4"
+    assert table["proprioception"].note == "fresh: proprio 1-2; left: spare proprio 1-2"
+    assert table["embodiments"].note == "fresh: embodiment 1; left: spare embodiment 1"
+    assert table["images"].note == "fresh: wrist; left: spare camera 1"
+    _, _, table = moved(spare, spare)
+    assert not any(row.fresh or row.left for row in table.values())
 
 
 # What some have

@@ -50,11 +50,17 @@ Meanings = dict[str, dict[int, list[Meaning]]]  # by the end of a parameter's na
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a model reads. The same name is the same thing in two models."""
+    """What a model reads, by name: the same name is the same thing in two models.
+
+    Where there are fewer names than the model has places, the others are spare: nothing was ever learned of them.
+    """
 
     config: ModelConfig
-    cameras: Sequence[str]  # a name for each slot
-    text: str = ""  # the encoder of its instructions
+    cameras: Sequence[str]
+    embodiments: Sequence[str]
+    actions: Sequence[str]  # the columns
+    proprio: Sequence[str]
+    text: str  # the encoder of its instructions
 
 
 @dataclass(frozen=True)
@@ -187,18 +193,26 @@ def _listed(words: Iterable[str]) -> str:
     )
 
 
+def _places(names: Sequence[str], what: str, size: int) -> list[str]:
+    return [*names[:size], *(f"spare {what} {i}" for i in range(len(names), size))]
+
+
 def _meanings(of: Inputs) -> Meanings:
     """Of every row and column that depends on what is read; in their order in the network's own code."""
     c, (h, w), (pt, ph, pw) = of.config, of.config.latent_size, of.config.patch
     frames = [f"frame {t}" for t in range(1 - c.observed_frames, 1)]  # frame 0 is now
-    actions: list[Meaning] = [(f"action {i}",) for i in range(c.action_dim)]
-    cameras: list[Meaning] = [(camera,) for camera in of.cameras]
-    looks: list[Meaning] = [(camera, t, i) for camera in of.cameras for t in frames for i in range(c.frame_width)]
+    actions: list[Meaning] = [(name,) for name in _places(of.actions, "action", c.action_dim)]
+    embodiments: list[Meaning] = [(name,) for name in _places(of.embodiments, "embodiment", c.embodiments)]
+    slots = _places(of.cameras, "camera", c.cameras)
+    cameras: list[Meaning] = [(camera,) for camera in slots]
+    looks: list[Meaning] = [(camera, t, i) for camera in slots for t in frames for i in range(c.frame_width)]
     # A picture's places are the same only in a picture of the same size.
     places = f"{h // ph} x {w // pw} patches"
     rows, columns = -(-h // 4), -(-w // 4)  # of the observation's map
     cells: list[Meaning] = [(f"{rows} x {columns} cells", i) for i in range(CHANNELS[1] * rows * columns)]
-    felt: list[Meaning] = [(f"proprio {i}", t) for t in [*frames, "known"] for i in range(c.proprio_dim)]
+    felt: list[Meaning] = [
+        (name, t) for t in [*frames, "known"] for name in _places(of.proprio, "proprio", c.proprio_dim)
+    ]
 
     everything = looks if c.observation == "latents" else []
     everything = [*everything, *[("body", i) for i in range(PROPRIO_WIDTH + EMBODIMENT_WIDTH)]]
@@ -212,21 +226,19 @@ def _meanings(of: Inputs) -> Meanings:
     patches = (h // ph) * (w // pw)
     future: list[Meaning] = [
         (camera, f"future {t}", places, i)
-        for camera in of.cameras
+        for camera in slots
         for t in range(c.future_frames // pt)
         for i in range(patches)
     ]
-    present: list[Meaning] = [
-        (camera, "present", places, i) for camera in of.cameras for i in range(c.observed_patches)
-    ]
+    present: list[Meaning] = [(camera, "present", places, i) for camera in slots for i in range(c.observed_patches)]
     registers: list[Meaning] = [("register", i) for i in range(c.registers)]
     patch: list[Meaning] = [(t, i) for t in frames for i in range(c.latent_channels * ph * pw)]
-    observed: list[Meaning] = [(camera, t, i) for camera in of.cameras for t in frames for i in range(c.width)]
+    observed: list[Meaning] = [(camera, t, i) for camera in slots for t in frames for i in range(c.width)]
     return {
         "observation.camera.weight": {0: cameras},
         "observation.rest.6.weight": {1: cells},
         "observation.proprio.0.weight": {1: felt},
-        "observation.embodiment.weight": {0: [(f"embodiment {i}",) for i in range(c.embodiments)]},
+        "observation.embodiment.weight": {0: embodiments},
         "observation.instruction.weight": {1: [(of.text, i) for i in range(c.text_width)]},
         "observation.join.0.weight": {1: everything},
         "modulation.1.weight": {1: modulated},
