@@ -22,7 +22,7 @@ def adapt(model: nn.Module, recipe: Recipe, fresh: Collection[str] = ()) -> None
     Adapters start as zeros, so the model answers as before. UserError as of ``learning``.
     """
     plan = learning(model, recipe, fresh)
-    if recipe.lora:
+    if recipe.lora and plan.adapted:
         from peft import LoraConfig, inject_adapter_in_model  # takes seconds, which others are spared
 
         lora = LoraConfig(r=recipe.lora.rank, lora_alpha=recipe.lora.alpha, target_modules=[*plan.adapted])  # type: ignore[arg-type]
