@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -61,15 +62,17 @@ class RunFolder:
         """
         if self._local is not None:
             hidden = _made(self._local / f".{_name(step)}")
-            build(hidden)
-            for path in hidden.iterdir():
-                with path.open("rb") as written:
-                    os.fsync(written.fileno())
+            with tempfile.TemporaryDirectory(dir=self._local, prefix=f".{_name(step)}-") as own:
+                build(Path(own))
+                for path in Path(own).iterdir():
+                    with path.open("rb") as written:
+                        os.fsync(written.fileno())
+                    path.rename(hidden / path.name)
             return
-        with tempfile.TemporaryDirectory() as made:
-            build(Path(made))
+        with tempfile.TemporaryDirectory() as own:
+            build(Path(own))
             files, root = self._place.filesystem()
-            pyarrow.fs.copy_files(made, f"{root}/{_name(step)}", destination_filesystem=files)
+            pyarrow.fs.copy_files(own, f"{root}/{_name(step)}", destination_filesystem=files)
 
     def commit(self, step: int, about: dict[str, Any]) -> None:
         """Make what all workers have written a checkpoint."""
@@ -106,10 +109,10 @@ class RunFolder:
         """Remove what a run that died left half-written. Nobody may be writing."""
         files, root = self._place.filesystem()
         there = files.get_file_info(pyarrow.fs.FileSelector(root, allow_not_found=True))
-        for name in {info.base_name.removeprefix(".") for info in there if info.type == pyarrow.fs.FileType.Directory}:
-            number = name.removeprefix("step-")
-            if number != name and int(number) not in self.complete():
-                self.drop(int(number))
+        complete = self.complete()
+        for info in there:
+            if re.fullmatch(r"step-\d+", info.base_name) and (step := int(info.base_name[5:])) not in complete:
+                self.drop(step)
         if self._local is not None:
             for hidden in self._local.glob(".step-*"):
                 shutil.rmtree(hidden)

@@ -67,13 +67,12 @@ def joint_loss(
     noisy_latents = schedule.noisy(latents, noise.latents, noise.t_video)
     action_prediction, latent_prediction = denoise(noisy_action, t_action, noisy_latents, noise.t_video)
     action_total, action_each = masked_mean(
-        (action_prediction - schedule.target(action, noise.action, t_action)).square(),
+        squared_error(action_prediction, schedule.target(action, noise.action, t_action)),
         action_counted,
         None if counts is None else counts[0],
     )
-    video_error_BV = (
-        (latent_prediction - schedule.target(latents, noise.latents, noise.t_video)).square().mean(dim=(2, 3, 4, 5))
-    )
+    target = schedule.target(latents, noise.latents, noise.t_video)
+    video_error_BV = squared_error(latent_prediction, target).mean(dim=(2, 3, 4, 5))
     video_total, video_each = masked_mean(video_error_BV, camera_mask, None if counts is None else counts[1])
     return Losses(
         total=action_total + video_total,
@@ -82,6 +81,12 @@ def joint_loss(
         action_per_sample=action_each.detach(),
         video_per_sample=video_each.detach(),
     )
+
+
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """At least float32: a mean of bfloat16 keeps two digits."""
+    precise = torch.promote_types(prediction.dtype, torch.float32)
+    return (prediction.to(precise) - target.to(precise)).square()
 
 
 def masked_mean(error: Tensor, mask: Tensor, total: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from uwm_model import sampling
 from uwm_model.batch import Batch
 from uwm_model.blocks import Head, stack
 from uwm_model.config import DiffusionConfig, ModelConfig
-from uwm_model.objective import Losses, masked_mean
+from uwm_model.objective import Losses, masked_mean, squared_error
 from uwm_model.observation import observation
 from uwm_model.randomness import Random, unit_noise
 from uwm_model.sampling import Mode
@@ -48,7 +48,7 @@ class DiffusionPolicy(nn.Module):
         t = self.schedule.draw(len(action), random, device)
         noise = unit_noise(action.shape, random, device)
         prediction = self._predict(batch, self.observation(batch), self.schedule.noisy(action, noise, t), t)
-        error = (prediction - self.schedule.target(action, noise, t)).square()
+        error = squared_error(prediction, self.schedule.target(action, noise, t))
         total, each = masked_mean(error, batch.action_mask, None if counts is None else counts[0])
         return Losses(
             total=total,
