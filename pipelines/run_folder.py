@@ -98,8 +98,8 @@ class RunFolder:
         files.delete_dir_contents(f"{root}/{_name(step)}", missing_dir_ok=True)
 
     def prune(self, last: int, judged_by: str) -> None:
-        """Keep the last few, and the one of the least ``judged_by``."""
-        complete = self.complete()
+        """Keep the last few, the one of the least ``judged_by``, and that of step 0, of which a finetuning begins."""
+        complete = {step: about for step, about in self.complete().items() if step}
         judged = {step: about[judged_by] for step, about in complete.items() if about.get(judged_by) is not None}
         kept = {*list(complete)[-last:], *([min(judged, key=judged.__getitem__)] if judged else [])}
         for step in complete.keys() - kept:

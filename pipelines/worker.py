@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import functools
 import math
+import re
 import signal
 import threading
 import time
@@ -199,7 +200,7 @@ class Worker:
             self.meter.put.remote(saved=step)
         if problem and self.rank == 0:
             self.meter.say.remote(problem)
-        return (both[:2] / (self.world * self.passes)).float(), worker_stops > 0, driver_stops > 0
+        return (both[:2].clamp(min=1) / (self.world * self.passes)).float(), worker_stops > 0, driver_stops > 0
 
     def _driver_stops(self) -> bool:
         """The first worker asks once a second, and never waits for the answer."""
@@ -270,7 +271,8 @@ class Worker:
         for name, row in zip([*self.data.source_names, None], tally, strict=True):
             for modality, (total, count) in (("action", row[:2]), ("video", row[2:])):
                 if count:
-                    metrics[f"loss_{modality}" + (f".{name}" if name else "")] = total / count
+                    of_source = "." + re.sub(r"[^\w.-]", "_", name) if name else ""
+                    metrics[f"loss_{modality}{of_source}"] = total / count
         metrics["loss"] = metrics["loss_action"] + metrics["loss_video"]
         metrics |= {
             "learning_rate": self.engine.get_lr()[0],
