@@ -45,7 +45,8 @@ from uwm_model.objective import counted
 from uwm_model.randomness import SampleGenerators
 
 JUDGED_BY = "validation_loss"  # the best checkpoint has the least
-POLL_SECONDS = 1.0
+POLL_SECONDS = 1.0  # between looks at whether the driver wants to stop
+RAY_SECONDS = 5.0  # between questions to Ray whether a node of these workers will be taken away
 
 told_to_stop = threading.Event()
 
@@ -135,7 +136,7 @@ class Worker:
         if rank == 0 and about.get("tally"):
             self.tally += torch.tensor(about["tally"], dtype=torch.float64, device=self.device)
         self._asked: Any = None
-        self._asked_at = time.monotonic()
+        self._asked_at = self._asked_ray_at = time.monotonic()
 
     def run(self) -> None:
         recipe = self.recipe
@@ -189,11 +190,14 @@ class Worker:
         """
         action_free = self.settings.diffusion.action_free_loss and self.settings.model.kind == "uwm"
         counts = torch.zeros(2) if batch is None else counted(batch, action_free)
-        taken_away = told_to_stop.is_set() or ray.train.get_preemption_info() is not None
-        flags = [float(taken_away), float(self._driver_stops()), *map(float, self.saver.votes())]
-        both = torch.cat([counts.double(), torch.tensor(flags, dtype=torch.float64)])
+        asks = self.rank == 0 and time.monotonic() - self._asked_ray_at > RAY_SECONDS
+        flags = [told_to_stop.is_set(), asks, self._driver_stops(), *self.saver.votes()]
+        both = torch.cat([counts.double(), torch.tensor([*map(float, flags)], dtype=torch.float64)])
         torch.distributed.all_reduce(both, group=self.side)
-        worker_stops, driver_stops, written, failed = both[2:].tolist()
+        worker_stops, asks, driver_stops, written, failed = both[2:].tolist()
+        if asks:  # all together, for that is how Ray answers
+            self._asked_ray_at = time.monotonic()
+            worker_stops += ray.train.get_preemption_info() is not None
         step, problem = self.saver.settle(int(written), int(failed))
         if self.rank == 0 and step is not None:
             self.folder.prune(self.recipe.keep_last, JUDGED_BY)
