@@ -14,27 +14,26 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.train import RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.torch.config import _TorchBackend
+from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from tqdm import tqdm
 
 from infra import tracking
 from infra.cluster import Meter, cluster, on_this_node, watch
+from infra.listening import Listening
 from pipelines.checkpoint import Settings
 from pipelines.recipe import Recipe
 from pipelines.run_folder import RunFolder
-from pipelines.worker import Diverged, Preempted, listen, work
+from pipelines.worker import Diverged, Preempted, work
 from preprocessing.episode import UserError
 
 ATTEMPTS = 3  # in a row that get no farther, before a failure is taken for one that comes again
-WAIT_FOR_WORKERS = "30"  # seconds, before a run with a range of workers begins with those that there are
+WAIT_FOR_WORKERS = "20"  # seconds, before a run with a range of workers begins with those that there are
 
 
 class Stopped(KeyboardInterrupt):
@@ -104,6 +103,8 @@ def train(
 def _fit(recipe: Recipe, config: dict[str, Any]) -> None:
     """One group of workers, until they are done or one of them fails."""
     gpus = ray.cluster_resources().get("GPU", 0) >= 1
+    if isinstance(recipe.workers, tuple):
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", WAIT_FOR_WORKERS)
     with tempfile.TemporaryDirectory() as scratch:  # what Ray writes of its own; our checkpoints are elsewhere
         trainer = TorchTrainer(
             work,
@@ -127,21 +128,6 @@ def _fit(recipe: Recipe, config: dict[str, Any]) -> None:
             thread.join(0.5)
         if outcome:
             raise outcome[0]
-
-
-@dataclass
-class Listening(TorchConfig):
-    """Torch's process group, and workers that are told when their machine is taken away."""
-
-    @property
-    def backend_cls(self) -> type:
-        return _Listening
-
-
-class _Listening(_TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        super().on_start(worker_group, backend_config)
-        worker_group.execute(listen)
 
 
 class Show:

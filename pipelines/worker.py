@@ -12,8 +12,6 @@ import dataclasses
 import functools
 import math
 import re
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +25,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from infra import engine, tracking
 from infra.engine import EngineSettings, OptimizerSettings
+from infra.listening import told_to_stop
 from pipelines import checkpoint
 from pipelines.adaptation import adapt, adapters, merged
 from pipelines.checkpoint import Settings
@@ -48,8 +47,6 @@ JUDGED_BY = "validation_loss"  # the best checkpoint has the least
 POLL_SECONDS = 1.0  # between looks at whether the driver wants to stop
 RAY_SECONDS = 5.0  # between questions to Ray whether a node of these workers will be taken away
 
-told_to_stop = threading.Event()
-
 
 class Diverged(Exception):
     """A loss is not a number, or infinite: nothing that follows would mean anything."""
@@ -57,12 +54,6 @@ class Diverged(Exception):
 
 class Preempted(Exception):
     """A worker was told to stop, and all have saved: those that are left may go on."""
-
-
-def listen() -> None:
-    """Note SIGTERM, of which machines are told that are taken away, instead of dying of it. For the main thread."""
-    told_to_stop.clear()
-    signal.signal(signal.SIGTERM, lambda *_: told_to_stop.set())
 
 
 def work(config: dict[str, Any]) -> None:
