@@ -17,9 +17,9 @@ from test_model import make_batch, seeded
 from pipelines import checkpoint, finetune, pretrain
 from pipelines.adaptation import adapt, adapters, learning_sizes, merged
 from pipelines.checkpoint import Settings
+from pipelines.dataset import dataset
 from pipelines.finetune import Finetuning
 from pipelines.recipe import Lora, Recipe, load_recipe
-from pipelines.training import dataset
 from preprocessing.episode import UserError
 from preprocessing.store import LatentStore
 
