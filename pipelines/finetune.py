@@ -172,7 +172,8 @@ def write_start(finetuning: Finetuning, folder: Path) -> None:
     settings = finetuning.settings
     text = "\n".join(lines(settings)) + "\n"
     (folder / "transplant.txt").write_text(text)
-    tracking.log_text(str(settings.run_id), text, "transplant.txt")
+    if settings.run_id:
+        tracking.log_text(settings.run_id, text, "transplant.txt")
     weights = checkpoint.load(finetuning.initial)[0].state_dict()
     fresh = _fresh(settings, "cpu").state_dict()
     checkpoint.write(folder, transplant(weights, finetuning.before, fresh, finetuning.after), settings)

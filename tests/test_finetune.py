@@ -131,13 +131,19 @@ def test_a_smaller_model_is_made_only_where_the_recipe_says_so(trained: Path, tm
         planned(trained, store, "model.action_dim=1")
 
 
+def start(plan: Finetuning, folder: Path) -> Path:
+    folder.mkdir()
+    finetune.write_start(plan, folder)
+    return folder
+
+
 def test_words_are_added_kept_changed_and_left(trained: Path, tmp_path: Path) -> None:
     store = write(tmp_path / "store")
     speak(store, "minilm", 6)
     speak(store, "clip", 4)
     assert planned(trained, store).settings.text_encoder is None
     told = planned(trained, store, "text_encoder=minilm")
-    finetune.begin(told, tmp_path)
+    start(told, tmp_path / "initial")
     for overrides, encoder, note in (
         ([], "minilm", None),
         (["text_encoder=clip"], "clip", "fresh: text encoder clipclip; left: text encoder minilmminilm"),
@@ -181,18 +187,17 @@ def test_what_cannot_be_is_told_in_a_line(trained: Path, tmp_path: Path, overrid
 
 def test_the_weights_that_training_starts_from_are_the_parents(trained: Path, tmp_path: Path) -> None:
     plan = planned(trained, write(tmp_path / "store", "humanoid", ("wrist", "top"), action_dim=5))
-    folder = finetune.begin(plan, tmp_path)
-    assert folder == tmp_path / "initial"
+    folder = start(plan, tmp_path / "initial")
     (old, _), (new, settings) = checkpoint.load(trained), checkpoint.load(folder)
     assert settings.model_dump_json() == plan.settings.model_dump_json()
     weight = new.denoiser.actions.encode[0].weight
     assert torch.equal(weight[:, :3], old.denoiser.actions.encode[0].weight) and not weight[:, 3:].any()
-    again = checkpoint.load(finetune.begin(plan, tmp_path))[0].state_dict()
+    again = checkpoint.load(start(plan, tmp_path / "again"))[0].state_dict()
     assert all(torch.equal(value, again[name]) for name, value in new.state_dict().items())
-    table = (tmp_path / "transplant.txt").read_text().splitlines()
+    table = (folder / "transplant.txt").read_text().splitlines()
     assert table[0].split() == ["part", "loaded", "fresh", "left", "learning", "note"] and len(table) < 20
-    same = planned(trained, write(tmp_path / "same"))
-    assert finetune.begin(same, tmp_path) == trained
+    same = checkpoint.load(start(planned(trained, write(tmp_path / "same")), tmp_path / "unchanged"))[0].state_dict()
+    assert all(torch.equal(value, same[name]) for name, value in old.state_dict().items())
 
 
 # Statistics
@@ -312,7 +317,8 @@ def test_a_new_robot_is_learned_through_adapters_and_saved_as_a_plain_model(
     folder = Path(report["checkpoint"])
     model, settings = checkpoint.load(folder)
     assert {path.name for path in folder.iterdir()} == {"model.safetensors", "adapter.safetensors", "settings.json"}
-    assert {path.name for path in folder.parent.iterdir()} == {"checkpoint", "recipe.yaml", "transplant.txt"}
+    assert {path.name for path in folder.parent.iterdir()} >= {"checkpoint", "recipe.yaml", "run.json"}
+    assert not (folder.parent / "step-00000000").exists()
     assert settings.recipe["lora"]["rank"] == 2 and settings.model.cameras == 3 and settings.parent == str(trained)
     before, after = checkpoint.load(trained)[0].state_dict(), model.state_dict()
     held = load_file(folder / "adapter.safetensors")
