@@ -160,7 +160,7 @@ def workers(title: str, of: int | None = None) -> list[int]:
 @pytest.mark.soak
 def test_pairs_of_drivers_killed_at_random_moments(drivers: Drivers) -> None:
     chance, deaths, killed, number = random.Random(0), ["before commit 2", "after commit 2"], 0, 0
-    while killed < 20:
+    while killed < 12:
         store = str(drivers.folder / f"killed-{number}")
         with reader(store):
             pair = [drivers.start(store, deaths.pop() if deaths else "never") for _ in range(2)]
