@@ -25,7 +25,7 @@ import infra.cluster  # noqa: F401  its settings come before Ray's import
 from infra import tracking
 from preprocessing.store import LatentStore
 
-STEPS, EVERY = 40, 8
+STEPS, EVERY = 64, 8
 TINY = [
     f"steps={STEPS}", f"checkpoint_every={EVERY}", "log_every=1", "batch_size=8", "validation_share=0.2",
     "warmup_steps=4", "model.width=32", "model.heads=2", "model.registers=1", "model.timestep_width=16",
@@ -111,15 +111,15 @@ def test_workers_and_drivers_that_die_or_are_told_to(trainings: Trainings) -> No
     cut.write_bytes(cut.read_bytes()[:-1])  # as a disk that was not told to write may leave it
 
     second = trainings.start("killed")
-    second.after(3)
+    second.after(4)
     os.kill(wait_for(lambda: workers("RayTrainWorker"), second.process)[1], signal.SIGTERM)
     wait_for(lambda: "a machine was taken away; going on from step" in second.told(), second.process)
-    second.after(4)
+    second.after(6)
     second.process.send_signal(signal.SIGINT)
     told = second.finish(130)
     assert "going on with run" in told
     stopped = re.search(r"interrupted; stopped at step (\d+)", told)
-    assert stopped and int(stopped[1]) >= 4 * EVERY
+    assert stopped and int(stopped[1]) >= 6 * EVERY
 
     third = trainings.start("killed")
     third.finish()
