@@ -226,18 +226,16 @@ class Worker:
         action, video = (
             torch.cat([getattr(one, name) for one in found]) for name in ("action_per_sample", "video_per_sample")
         )
-        self._count(batch, torch.from_numpy(self.data.source[samples.episode]).to(self.device), action, video)
+        self._count(torch.from_numpy(self.data.source[samples.episode]).to(self.device), action, video)
         for column, name in ((0, "action"), (2, "video")):
             self.tally[-1, column] += sum(getattr(one, name).double() for one in found) / share
             self.tally[-1, column + 1] += 1 / self.world
         assert isinstance(loss, Tensor)
         return Done(self.step + 1, batch, samples.episode, loss, action, video)
 
-    def _count(self, batch: Batch, source: Tensor, action: Tensor, video: Tensor) -> None:
-        for column, each, there in (
-            (0, action, batch.action_mask.any(dim=(1, 2))),
-            (2, video, batch.camera_mask.any(dim=1)),
-        ):
+    def _count(self, source: Tensor, action: Tensor, video: Tensor) -> None:
+        for column, each in ((0, action), (2, video)):
+            there = each.isfinite()  # else the sample lacks the modality, or this kind of model has no such loss
             sums = torch.stack([each.double().where(there, 0), there.double()], dim=1)
             self.tally[:-1, column : column + 2].index_add_(0, source, sums)
 
