@@ -17,7 +17,9 @@ from torch import Tensor
 
 from infra import engine
 from infra.engine import EngineSettings, OptimizerSettings
+from pipelines.recipe import Recipe
 from pipelines.run_folder import RunFolder, SavedState, save_state
+from pipelines.worker import prepare
 from uwm_model.augment import AugmentConfig, augment
 from uwm_model.batch import Batch
 from uwm_model.config import DiffusionConfig, ModelConfig
@@ -144,6 +146,12 @@ def one_of(rank: int, world: int, port: int, root: Path, begins: bool, answers: 
     if world == 1:
         other = resumed(EngineSettings(3), RunFolder(str(root / "float32, stage 1")).fetch(HALF))
         found["from stage 1 to 3"] = train(other, EngineSettings(3), HALF, END)
+        for stage in (1, 3):
+            model = fresh()
+            prepare(model, Recipe(steps=1, batch_size=2, learning_rate=1, activation_checkpointing=True))
+            deepspeed = engine.initialize(model, OPTIMIZER, EngineSettings(stage))
+            train(deepspeed, EngineSettings(stage), 0, HALF)
+            found[f"computed again, stage {stage}"] = train(deepspeed, EngineSettings(stage), HALF, END)
     if rank == 0:
         answers.put(found)
     torch.distributed.destroy_process_group()
@@ -161,7 +169,8 @@ def spawned(world: int, root: Path, begins: bool) -> dict[str, list[float]]:
 @pytest.mark.slow
 def test_two_workers_go_on_as_they_were_and_one_or_four_take_over(tmp_path: Path) -> None:
     two = spawned(2, tmp_path, begins=True)
-    two["from stage 1 to 3"] = two["float32, stage 1"]
+    for other in ("from stage 1 to 3", "computed again, stage 1", "computed again, stage 3"):
+        two[other] = two["float32, stage 1"]
     assert set(KINDS) < set(two)
     for found in (spawned(1, tmp_path, begins=False), spawned(4, tmp_path, begins=False)):
         for name, losses in found.items():
