@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -65,9 +66,8 @@ def test_a_number_that_is_none_in_the_data_stops_it_and_names_the_episode(
     )  # fmt: skip
     line = err.strip().splitlines()[-1]
     assert code == 1 and "failed: Diverged: step" in line and "the loss is nan in 1 of 8 samples" in line, err
-    step = int(line.partition("step ")[2].partition(":")[0])
-    good = f"the last good checkpoint is of step {step - 1};" if step > 1 else "no checkpoint was kept;"
-    assert good in line and line.endswith("look at these episodes: broken (-v shows more)")
+    found = re.search(r"step (\d+): .*; the last good checkpoint is of step (\d+); .* episodes: broken \(-v", line)
+    assert found and 0 < int(found[1]) - int(found[2]) < 4, line  # one is written while the next step is done
 
 
 def test_a_dry_run_says_what_it_takes(store: str, uwm: Uwm) -> None:
