@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from infra import tracking
 from infra.cluster import Meter, cluster, on_this_node, watch
-from infra.listening import Listening
 from pipelines.checkpoint import Settings
+from pipelines.listening import Listening
 from pipelines.recipe import Recipe
 from pipelines.run_folder import RunFolder
 from pipelines.worker import Diverged, Preempted, work

@@ -25,12 +25,12 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from infra import engine, tracking
 from infra.engine import EngineSettings, OptimizerSettings
-from infra.listening import told_to_stop
 from pipelines import checkpoint
 from pipelines.adaptation import adapt, adapters, merged
 from pipelines.checkpoint import Settings
 from pipelines.curves import Curves
 from pipelines.dataset import dataset
+from pipelines.listening import told_to_stop
 from pipelines.recipe import Recipe
 from pipelines.run_folder import RunFolder, SavedState, save_state
 from pipelines.saving import Saver

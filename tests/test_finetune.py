@@ -238,7 +238,7 @@ def test_statistics_are_the_parents_unless_the_recipe_says_otherwise(trained: Pa
 
 
 def test_adapters_start_as_nothing_learn_alone_and_merge_into_the_plain_model(trained: Path) -> None:
-    recipe = Recipe(steps=1, batch_size=1, learning_rate=1, lora=Lora(rank=4, alpha=6), freeze=["*.blocks.1.mlp.*"])
+    recipe = Recipe(steps=1, batch_size=2, learning_rate=1, lora=Lora(rank=4, alpha=6), freeze=["*.blocks.1.mlp.*"])
     fresh = {"denoiser.registers", "denoiser.blocks.0.mlp.0.weight"}
     plain, settings = checkpoint.load(trained)
     model, _ = checkpoint.load(trained)
@@ -274,7 +274,7 @@ def test_adapters_start_as_nothing_learn_alone_and_merge_into_the_plain_model(tr
 
 def test_frozen_parts_stay_and_the_rest_learns(trained: Path) -> None:
     model, _ = checkpoint.load(trained)
-    adapt(model, Recipe(steps=1, batch_size=1, learning_rate=1, freeze=["observation.*", "*.registers"]))
+    adapt(model, Recipe(steps=1, batch_size=2, learning_rate=1, freeze=["observation.*", "*.registers"]))
     learns = {name for name, value in model.named_parameters() if value.requires_grad}
     frozen = {name for name, _ in model.named_parameters()} - learns
     assert frozen == {name for name in frozen if name.startswith("observation.")} | {"denoiser.registers"}
