@@ -301,7 +301,8 @@ def test_the_first_losses_and_gradients_of_training() -> None:
         batch, noise = training_batch(step)
         losses = model.loss(batch, noise=noise)
         found = torch.stack([losses.total, losses.action, losses.video]).detach()
-        torch.testing.assert_close(found, torch.from_numpy(expected).float(), rtol=1e-5, atol=1e-3 if step else 1e-5)
+        # AdamW's first steps go by the gradients' signs: what kinds of CPU round differently grows from step to step.
+        torch.testing.assert_close(found, torch.from_numpy(expected).float(), rtol=5e-3 if step else 1e-5, atol=1e-5)
         optimizer.zero_grad()
         losses.total.backward()
         if step == 0:
