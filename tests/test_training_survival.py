@@ -61,7 +61,7 @@ class Training:
 
     def finish(self, code: int = 0) -> str:
         """What it told the user."""
-        assert self.process.wait(timeout=240) == code, self.told()[-3000:]
+        assert self.process.wait(timeout=400) == code, self.told()[-3000:]
         return self.told()
 
     def told(self) -> str:
