@@ -139,7 +139,7 @@ def episodes(store: str) -> int:
 
 
 def wait_for(condition: Callable[[], Any], driver: subprocess.Popen[str]) -> Any:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 120
     while not (found := condition()):
         assert driver.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
@@ -160,7 +160,7 @@ def workers(title: str, of: int | None = None) -> list[int]:
 @pytest.mark.soak
 def test_pairs_of_drivers_killed_at_random_moments(drivers: Drivers) -> None:
     chance, deaths, killed, number = random.Random(0), ["before commit 2", "after commit 2"], 0, 0
-    while killed < 12:
+    while killed < 20:
         store = str(drivers.folder / f"killed-{number}")
         with reader(store):
             pair = [drivers.start(store, deaths.pop() if deaths else "never") for _ in range(2)]
