@@ -165,7 +165,6 @@ def whole(engine: Any, kind: str) -> Iterator[tuple[str, Tensor]]:
 
     All workers have to ask, and to take all that comes.
     """
-    first = torch.distributed.get_rank() == 0 or engine.zero_optimization_stage() > 0
     kept: dict[str, list[Part]] = {}
     for part in parts(engine):
         kept.setdefault(part.name, []).append(part)
@@ -173,10 +172,11 @@ def whole(engine: Any, kind: str) -> Iterator[tuple[str, Tensor]]:
         if parameter.requires_grad:
             shape = getattr(parameter, "ds_shape", parameter.shape)  # in stage 3 the parameter itself is empty
             values = torch.zeros(math.prod(shape), device=engine.device)
-            for part in kept.get(name, []) if first else []:
+            for part in kept.get(name, []):
                 held = part.weight if kind == "weight" else part.state[kind]
                 values[part.start : part.start + len(held)] = held
-            torch.distributed.all_reduce(values)
+            if engine.zero_optimization_stage():
+                torch.distributed.all_reduce(values)
             yield name, values.view(shape)
 
 

@@ -15,6 +15,10 @@ class Refused(Exception):
     """A promotion gate's answer was no; exit code 4."""
 
 
+class Stopped(Exception):
+    """A training was ended by Ctrl-C or SIGTERM, after a checkpoint; exit code 130."""
+
+
 def say(line: str) -> None:
     typer.echo(line, err=True)
 

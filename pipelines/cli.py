@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from pipelines.answer import AsJson, Refused, Snapshot, answer, say
+from pipelines.answer import AsJson, Refused, Snapshot, Stopped, answer, say
 from pipelines.cli_contract import Format, contract_app
 from pipelines.cli_store import store_app
 from preprocessing.contract import DataContract
@@ -353,10 +353,11 @@ def main() -> None:
         _fail(f"error: {error}", 2)
     except Refused as error:
         _fail(f"refused: {error}", 4)
+    except Stopped as stopped:
+        _fail(f"interrupted; {stopped}", 130)
     except SystemExit as end:
         if end.code == 130:  # Typer's own answer to Ctrl-C says nothing
-            stopped = str((end.__context__ and end.__context__.__context__) or "")
-            say(f"interrupted; {stopped or 'nothing half-written was kept'}")
+            say("interrupted; nothing half-written was kept")
         raise
     except Exception as error:
         if VERBOSE:

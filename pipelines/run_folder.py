@@ -11,13 +11,13 @@ under a hidden name, and renamed; on S3, which knows no renaming, the last file 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,10 @@ class RunFolder:
             if all(sizes.get(folder + name) == size for name, size in manifest["files"].items()):
                 found[manifest["step"]] = manifest
         return found
+
+    def newest(self) -> int:
+        """The step of the newest checkpoint; 0 where there is none."""
+        return max(self.complete(), default=0)
 
     def write(self, step: int, build: Callable[[Path], None]) -> None:
         """Some files of the checkpoint of that step: ``build`` is given a folder for them.
@@ -117,14 +121,16 @@ class RunFolder:
             for hidden in self._local.glob(".step-*"):
                 shutil.rmtree(hidden)
 
-    def fetch(self, step: int) -> Path:
-        """The folder of a complete checkpoint on this machine."""
+    @contextlib.contextmanager
+    def fetched(self, step: int) -> Iterator[Path]:
+        """The folder of a complete checkpoint on this machine, for as long as the block runs."""
         if self._local is not None:
-            return self._local / _name(step)
+            yield self._local / _name(step)
+            return
         files, root = self._place.filesystem()
-        made = Path(tempfile.mkdtemp(dir=_made(cache_folder()), prefix=f"{_name(step)}-"))
-        pyarrow.fs.copy_files(f"{root}/{_name(step)}", str(made), source_filesystem=files)
-        return made
+        with tempfile.TemporaryDirectory(dir=_made(cache_folder()), prefix=f"{_name(step)}-") as made:
+            pyarrow.fs.copy_files(f"{root}/{_name(step)}", made, source_filesystem=files)
+            yield Path(made)
 
     def read(self, name: str) -> bytes:
         files, root = self._place.filesystem()
@@ -157,7 +163,7 @@ class SavedState:
     """What all workers kept at a checkpoint, whole again, however many they were."""
 
     def __init__(self, folder: Path):
-        self._open = ExitStack()
+        self._open = contextlib.ExitStack()
         self._where: dict[tuple[str, str], dict[int, Any]] = {}
         for path in sorted(folder.glob("state-*.safetensors")):
             file = self._open.enter_context(safe_open(path, "pt"))
@@ -174,7 +180,10 @@ class SavedState:
     def names(self) -> Iterator[str]:
         return (name for kind, name in self._where if kind == "weight")
 
-    def close(self) -> None:
+    def __enter__(self) -> SavedState:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._open.close()
 
 

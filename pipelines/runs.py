@@ -9,6 +9,7 @@ OUTPUT/NAME-TIME-RUN/recipe.yaml     as it was resolved
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import subprocess
@@ -19,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.fs
-import typer
 import yaml
 from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
 from infra import tracking
+from pipelines.answer import Stopped, say
 from pipelines.checkpoint import Settings
 from pipelines.recipe import Recipe
 from pipelines.run_folder import RunFolder
@@ -66,12 +67,18 @@ def tracked(
     ``checkpoints`` that was cut off is this one; then it goes on, with the snapshot it began with. Else, or where it is
     to be ``new``, ``begin`` gives the settings of a new one, and what writes the weights that it starts from, if any.
     """
-    home = parse(checkpoints or str(output)).uri
+    place = parse(checkpoints or str(output))
+    place.content()  # a mistake in it is told before anything is begun
+    home = place.uri
     what = {key: value for key, value in recipe.model_dump().items() if key not in HOW}
     identity = hashlib.sha256(json.dumps([kind, asked, what], sort_keys=True).encode()).hexdigest()[:16]
     run = None if new else _cut_off(home, identity)
     if run is None:
         settings, write_start = begin()
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{output}: {error.strerror}; give a folder that can be written to") from None
         tags = {"kind": kind, "store": settings.store, "snapshot": settings.snapshot, "parent": settings.parent or ""}
         run_id = tracking.start_run("unified-world-models", recipe.name, tags | _code())
         settings.run_id = run_id
@@ -81,30 +88,30 @@ def tracked(
         run = Run(identity=identity, name=name, settings=settings)
         resolved = recipe.model_dump() | {"model": settings.model_dump()["model"]}
         tracking.log_settings(run_id, resolved)
-        place = RunFolder(_below(home, run.name))
+        kept = RunFolder(_below(home, run.name))
         if write_start:  # as the checkpoint of step 0, which needs nobody's file any more
-            place.write(0, write_start)
-            place.commit(0, {})
-        place.put("run.json", run.model_dump_json(indent=1).encode())
+            kept.write(0, write_start)
+            kept.commit(0, {})
+        kept.put("run.json", run.model_dump_json(indent=1).encode())
     else:
         settings, resolved = run.settings, recipe.model_dump() | {"model": run.settings.model_dump()["model"]}
         run_id = str(settings.run_id)
         tracking.connect()
         tracking.resume_run(run_id)
-        typer.echo(f"going on with run {run_id} ({run.name}), which was cut off; --new begins another", err=True)
+        say(f"going on with run {run_id} ({run.name}), which was cut off; --new begins another")
     settings.recipe = recipe.model_dump()
-    folder, place = output.resolve() / run.name, RunFolder(_below(home, run.name))
+    folder, kept = output.resolve() / run.name, RunFolder(_below(home, run.name))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(resolved)), sort_keys=False))
     try:
         with _alone(folder):
-            final = train(settings, recipe, folder, place.uri, address, verbose)
+            final = train(settings, recipe, folder, kept.uri, address, verbose)
         tracking.log_folder(run_id, final, "checkpoint")
     except BaseException as error:
-        tracking.end_run(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        tracking.end_run(run_id, "KILLED" if isinstance(error, KeyboardInterrupt | Stopped) else "FAILED")
         raise
-    place.put("run.json", run.model_copy(update={"finished": True}).model_dump_json(indent=1).encode())
-    place.drop(0)
+    kept.put("run.json", run.model_copy(update={"finished": True}).model_dump_json(indent=1).encode())
+    kept.drop(0)
     tracking.end_run(run_id)
     return run_id, final
 
@@ -124,10 +131,8 @@ def _cut_off(home: str, identity: str) -> Run | None:
 
 def _below(home: str, name: str) -> str:
     place = parse(home)
-    if isinstance(place, Folder):
-        return str(place.path / name)
-    address, mark, options = home.partition("?")
-    return f"{address}/{name}{mark}{options}"
+    below = {"path": place.path / name} if isinstance(place, Folder) else {"prefix": f"{place.prefix}/{name}"}
+    return dataclasses.replace(place, **below).uri
 
 
 @contextlib.contextmanager

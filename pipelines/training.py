@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from infra import tracking
 from infra.cluster import Meter, cluster, on_this_node, watch
+from pipelines.answer import Stopped
 from pipelines.checkpoint import Settings
 from pipelines.listening import Listening
 from pipelines.recipe import Recipe
@@ -34,10 +35,6 @@ from preprocessing.episode import UserError
 
 ATTEMPTS = 3  # in a row that get no farther, before a failure is taken for one that comes again
 WAIT_FOR_WORKERS = "20"  # seconds, before a run with a range of workers begins with those that there are
-
-
-class Stopped(KeyboardInterrupt):
-    """By Ctrl-C or SIGTERM, after a checkpoint."""
 
 
 def train(
@@ -70,39 +67,43 @@ def train(
             _quiet(verbose),
         ):
             bar.set_postfix_str("starting the workers")
-            reached, fruitless = -1, 0
-            while max(folder.complete(), default=0) < recipe.steps:
-                try:
-                    _fit(recipe, {**config, "meter": meter})
-                except TrainingFailedError as error:
-                    causes = [*error.worker_failures.values()] if isinstance(error, WorkerGroupError) else [error]
-                    for cause in causes:
-                        if isinstance(cause, UserError | Diverged):
-                            raise cause from None
-                    newest = max(folder.complete(), default=0)
-                    fruitless = 0 if newest > reached else fruitless + 1
-                    reached = newest
-                    preempted = all(isinstance(cause, Preempted) for cause in causes)
-                    if fruitless >= ATTEMPTS:
-                        raise
-                    if not told.is_set():
-                        why = "a machine was taken away" if preempted else f"a worker was lost ({_line(causes[0])})"
-                        meter.say.remote(f"{why}; going on from step {newest}")
-                if told.is_set():
-                    raise Stopped(f"stopped at step {max(folder.complete(), default=0)}")
-    fetched = folder.fetch(recipe.steps)
+            _persist(recipe, {**config, "meter": meter}, folder, told)
     final = output / "checkpoint"
     shutil.rmtree(final, ignore_errors=True)
     final.mkdir()
-    for name in ("model.safetensors", "settings.json", "adapter.safetensors"):
-        if (fetched / name).exists():
-            shutil.copyfile(fetched / name, final / name)
+    with folder.fetched(recipe.steps) as saved:
+        for name in ("model.safetensors", "settings.json", "adapter.safetensors"):
+            if (saved / name).exists():
+                shutil.copyfile(saved / name, final / name)
     return final
+
+
+def _persist(recipe: Recipe, config: dict[str, Any], folder: RunFolder, told: threading.Event) -> None:
+    """One group of workers after the other, until the last step is saved, or the user wants no more."""
+    reached, fruitless = -1, 0
+    while (newest := folder.newest()) < recipe.steps:
+        if told.is_set():
+            raise Stopped(f"stopped at step {newest}; the same command goes on")
+        try:
+            _fit(recipe, config)
+        except TrainingFailedError as error:
+            causes = [*error.worker_failures.values()] if isinstance(error, WorkerGroupError) else [error]
+            for cause in causes:
+                if isinstance(cause, UserError | Diverged):
+                    raise cause from None
+            newest = folder.newest()
+            reached, fruitless = newest, 0 if newest > reached else fruitless + 1
+            if fruitless >= ATTEMPTS:
+                raise
+            if not told.is_set():
+                taken_away = all(isinstance(cause, Preempted) for cause in causes)
+                why = "a machine was taken away" if taken_away else f"a worker was lost ({_line(causes[0])})"
+                config["meter"].say.remote(f"{why}; going on from step {newest}")
 
 
 def _fit(recipe: Recipe, config: dict[str, Any]) -> None:
     """One group of workers, until they are done or one of them fails."""
-    gpus = ray.cluster_resources().get("GPU", 0) >= 1
+    gpus = ray.cluster_resources().get("GPU", 0) >= recipe.least_workers
     if isinstance(recipe.workers, tuple):
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", WAIT_FOR_WORKERS)
     with tempfile.TemporaryDirectory() as scratch:  # what Ray writes of its own; our checkpoints are elsewhere

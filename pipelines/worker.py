@@ -7,6 +7,7 @@ differently, and nothing else changes.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -97,25 +98,29 @@ class Worker:
         self.step = about["step"]
 
         torch.manual_seed(recipe.seed)
-        start = self.folder.fetch(0) if 0 in self.folder.complete() else None
-        model = checkpoint.load(start)[0].train() if start else settings.build()
+        if 0 in self.folder.complete():  # the weights that a finetuning starts from
+            with self.folder.fetched(0) as start:
+                model = checkpoint.load(start)[0].train()
+        else:
+            model = settings.build()
         adapt(model, recipe, settings.fresh)
-        saved = SavedState(self.folder.fetch(self.step)) if self.step else None
-        if saved:
-            shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-            weights = {name: saved.read("weight", name).view(shapes[name]) for name in saved.names()}
-            model.load_state_dict(weights, strict=False)
-        self.judged = copy.deepcopy(model)  # is given the averaged weights, whole and float32
         self.passes = math.ceil(max(1, recipe.batch_size // world) / (recipe.micro_batch_size or recipe.batch_size))
-        prepare(model, recipe)
-        self.engine = engine.initialize(
-            model,
-            optimizer_settings(recipe),
-            EngineSettings(recipe.zero_stage, recipe.precision, recipe.offload, self.passes),
-        )
-        if saved:
-            engine.restore(self.engine, self.step, saved.read)
-            saved.close()
+        with contextlib.ExitStack() as opened:
+            saved = None
+            if self.step:
+                saved = opened.enter_context(SavedState(opened.enter_context(self.folder.fetched(self.step))))
+                shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+                weights = {name: saved.read("weight", name).view(shapes[name]) for name in saved.names()}
+                model.load_state_dict(weights, strict=False)
+            self.judged = copy.deepcopy(model)  # is given the averaged weights, whole and float32
+            prepare(model, recipe)
+            self.engine = engine.initialize(
+                model,
+                optimizer_settings(recipe),
+                EngineSettings(recipe.zero_stage, recipe.precision, recipe.offload, self.passes),
+            )
+            if saved:
+                engine.restore(self.engine, self.step, saved.read)
         self.device = self.engine.device
         self.dtype = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
 
@@ -155,7 +160,7 @@ class Worker:
             stops = worker_stops or driver_stops
             if stops or self.step % recipe.checkpoint_every == 0 or self.step == recipe.steps:
                 self._check(done)
-                self._save()
+                self._save(judge=not stops or self.step == recipe.steps)
                 if stops or self.step == recipe.steps:
                     self._wait_for_the_saver()
                 if worker_stops:
@@ -247,8 +252,8 @@ class Worker:
         each = (done.action_per_sample, done.video_per_sample)
         bad = (there[0] & ~each[0].isfinite()) | (there[1] & ~each[1].isfinite())
         of_bad = {self.data.rows[i]["id"] for i in done.episode[bad.cpu().numpy()]}
-        good = max(self.folder.complete(), default=None)
-        kept = "no checkpoint was kept" if good is None else f"the last good checkpoint is of step {good}"
+        good = self.folder.newest()
+        kept = f"the last good checkpoint is of step {good}" if good else "no checkpoint was kept"
         raise Diverged(
             f"step {done.step}: the loss is {done.loss.item():g} in {int(bad.sum())} of {len(bad)} samples; {kept}; "
             f"try a lower learning_rate, or look at these episodes: {', '.join(sorted(of_bad))}"
@@ -277,8 +282,11 @@ class Worker:
         if self.curves:
             self.curves.add(metrics, self.step)
 
-    def _save(self) -> None:
-        """Judge the averaged weights, and begin to write a checkpoint of them and of all that goes on from here."""
+    def _save(self, judge: bool) -> None:
+        """Begin to write a checkpoint of the averaged weights and of all that goes on from here.
+
+        ``judge``: see how they do on the held-out windows, for which a machine that is taken away has no time.
+        """
         if self.saver.busy:
             self._wait_for_the_saver()
         kept = [part.copied() for part in engine.parts(self.engine)]
@@ -289,10 +297,10 @@ class Worker:
         with torch.no_grad():
             for name, values in engine.whole(self.engine, "average" if self.recipe.ema_decay else "weight"):
                 by_name[name].copy_(values)
-        metrics = self.validation.losses()
+        metrics = self.validation.losses() if judge else {}
         tally = self.tally.clone()
         torch.distributed.all_reduce(tally)
-        if self.rank == 0 and self.curves:
+        if judge and self.curves:
             self.curves.add(metrics, self.step)
             if found := self.validation.picture():
                 self.curves.picture(*found, self.step)

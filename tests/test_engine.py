@@ -97,13 +97,13 @@ def train(deepspeed: Any, settings: EngineSettings, first: int, stop: int) -> li
     return found
 
 
-def resumed(settings: EngineSettings, folder: Path) -> Any:
-    saved = SavedState(folder)
+def resumed(settings: EngineSettings, folder: RunFolder) -> Any:
     model = fresh()
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    model.load_state_dict({name: saved.read("weight", name).view(shapes[name]) for name in saved.names()})
-    deepspeed = engine.initialize(model, OPTIMIZER, settings)
-    engine.restore(deepspeed, HALF, saved.read)
+    with folder.fetched(HALF) as fetched, SavedState(fetched) as saved:
+        model.load_state_dict({name: saved.read("weight", name).view(shapes[name]) for name in saved.names()})
+        deepspeed = engine.initialize(model, OPTIMIZER, settings)
+        engine.restore(deepspeed, HALF, saved.read)
     return deepspeed
 
 
@@ -136,15 +136,15 @@ def one_of(rank: int, world: int, port: int, root: Path, begins: bool, answers: 
                 folder.commit(HALF, {})
             found[name] = train(deepspeed, settings, HALF, END)
             torch.distributed.barrier()
-            again = resumed(settings, folder.fetch(HALF))
+            again = resumed(settings, folder)
             assert train(again, settings, HALF, END) == found[name], name
             assert again.get_lr() == deepspeed.get_lr()
             mine, its = everything(again), everything(deepspeed)
             assert mine.keys() == its.keys() and all(mine[key].equal(its[key]) for key in mine), name
         else:
-            found[name] = train(resumed(settings, folder.fetch(HALF)), settings, HALF, END)
+            found[name] = train(resumed(settings, folder), settings, HALF, END)
     if world == 1:
-        other = resumed(EngineSettings(3), RunFolder(str(root / "float32, stage 1")).fetch(HALF))
+        other = resumed(EngineSettings(3), RunFolder(str(root / "float32, stage 1")))
         found["from stage 1 to 3"] = train(other, EngineSettings(3), HALF, END)
         for stage in (1, 3):
             model = fresh()

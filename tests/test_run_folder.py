@@ -35,7 +35,8 @@ def test_it_is_there_when_it_is_whole(folder: RunFolder) -> None:
     folder.commit(10, {"validation_loss": 0.5})
     [about] = folder.complete().values()
     assert about == {"validation_loss": 0.5, "step": 10, "files": {"model.safetensors": 7}}
-    assert (folder.fetch(10) / "model.safetensors").read_text() == "weights"
+    with folder.fetched(10) as fetched:
+        assert (fetched / "model.safetensors").read_text() == "weights"
     folder.drop(10)
     assert folder.complete() == {}
 
@@ -71,10 +72,10 @@ def test_a_state_is_whole_again_however_it_was_shared_out(tmp_path: Path) -> Non
     for worker, (start, stop) in enumerate(((0, 4), (4, 5), (5, 10))):
         part = Part("layer.weight", start, values[start:stop], {"exp_avg": -values[start:stop]})
         save_state(tmp_path / f"state-{worker}.safetensors", [part])
-    saved = SavedState(tmp_path)
-    assert list(saved.names()) == ["layer.weight"]
-    assert saved.read("weight", "layer.weight").equal(values)
-    assert saved.read("exp_avg", "layer.weight").equal(-values)
+    with SavedState(tmp_path) as saved:
+        assert list(saved.names()) == ["layer.weight"]
+        assert saved.read("weight", "layer.weight").equal(values)
+        assert saved.read("exp_avg", "layer.weight").equal(-values)
 
 
 def test_it_counts_when_all_workers_have_written(tmp_path: Path) -> None:
