@@ -88,12 +88,8 @@ def tracked(
         run = Run(identity=identity, name=name, settings=settings)
         resolved = recipe.model_dump() | {"model": settings.model_dump()["model"]}
         tracking.log_settings(run_id, resolved)
-        kept = RunFolder(_below(home, run.name))
-        if write_start:  # as the checkpoint of step 0, which needs nobody's file any more
-            kept.write(0, write_start)
-            kept.commit(0, {})
-        kept.put("run.json", run.model_dump_json(indent=1).encode())
     else:
+        write_start = None
         settings, resolved = run.settings, recipe.model_dump() | {"model": run.settings.model_dump()["model"]}
         run_id = str(settings.run_id)
         tracking.connect()
@@ -105,6 +101,10 @@ def tracked(
     (folder / "recipe.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(resolved)), sort_keys=False))
     try:
         with _alone(folder):
+            if write_start:  # as the checkpoint of step 0, which needs nobody's file any more
+                kept.write(0, write_start)
+                kept.commit(0, {})
+            kept.put("run.json", run.model_dump_json(indent=1).encode())
             final = train(settings, recipe, folder, kept.uri, address, verbose)
         tracking.log_folder(run_id, final, "checkpoint")
     except BaseException as error:
