@@ -16,14 +16,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.fs
 import pytest
 from rows import fill
+from s3 import S3
 from safetensors.torch import load_file
 from test_survival import wait_for, workers
 
 import infra.cluster  # noqa: F401  its settings come before Ray's import
 from infra import tracking
+from preprocessing.storage import parse
 from preprocessing.store import LatentStore
+
+pytest_plugins = ["s3"]
 
 STEPS, EVERY = 64, 8
 TINY = [
@@ -41,9 +46,10 @@ class Trainings:
         self.node = cluster.add_node(num_cpus=1)
         fill(LatentStore.create(str(self.store)), [f"episode-{i}" for i in range(20)], cameras=("front", "wrist"))
         self.start("reference").finish()
-        self.reference = Training(self, "reference", None)
+        self.reference = Training(self, "reference", None, None)
 
-    def start(self, name: str, *more: str) -> Training:
+    def start(self, name: str, *more: str, checkpoints: str | None = None) -> Training:
+        more = (*more, "--checkpoints", checkpoints) if checkpoints else more
         command = [sys.executable, "-c", "from pipelines.cli import main; main()", "pretrain", "--store", self.store]
         process = subprocess.Popen(
             [*command, "--output", self.root / name, "--address", self.cluster.address, *TINY, *more],
@@ -51,13 +57,14 @@ class Trainings:
             stderr=(self.root / f"{name}.err").open("w"),
             env=os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{self.root / name}.db"},
         )
-        return Training(self, name, process)
+        return Training(self, name, process, checkpoints)
 
 
 class Training:
-    def __init__(self, trainings: Trainings, name: str, process: Any):
+    def __init__(self, trainings: Trainings, name: str, process: Any, checkpoints: str | None):
         self.trainings, self.name, self.process = trainings, name, process
         self.folder = trainings.root / name
+        self.place = checkpoints or str(self.folder)
 
     def finish(self, code: int = 0) -> str:
         """What it told the user."""
@@ -67,12 +74,15 @@ class Training:
     def told(self) -> str:
         return self.folder.with_suffix(".err").read_text()
 
-    def checkpoints(self) -> list[Path]:
-        return sorted(self.folder.glob("*/step-*"))
+    def checkpoints(self) -> list[int]:
+        """Their steps."""
+        files, root = parse(self.place).filesystem()
+        held = files.get_file_info(pyarrow.fs.FileSelector(root, recursive=True, allow_not_found=True))
+        return sorted(int(info.path.split("/")[-2][5:]) for info in held if info.base_name == "checkpoint.json")
 
     def after(self, count: int) -> None:
         """Wait until so many checkpoints were written, the older of which may be gone."""
-        wait_for(lambda: [p for p in self.checkpoints() if int(p.name[5:]) >= count * EVERY], self.process)
+        wait_for(lambda: max(self.checkpoints(), default=0) >= count * EVERY, self.process)
 
     def losses(self) -> dict[int, float]:
         tracking.mlflow.set_tracking_uri(f"sqlite:///{self.folder}.db")
@@ -90,7 +100,7 @@ class Training:
 
 
 @pytest.fixture(scope="module")
-def trainings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainings]:
+def trainings(tmp_path_factory: pytest.TempPathFactory, s3: S3) -> Iterator[Trainings]:  # workers get its credentials
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
@@ -107,7 +117,7 @@ def test_workers_and_drivers_that_die_or_are_told_to(trainings: Trainings) -> No
     first.process.kill()
     first.process.wait()
     assert "a worker was lost" in first.told()
-    cut = first.checkpoints()[-1] / "state-0.safetensors"
+    [cut] = first.folder.glob(f"*/step-{first.checkpoints()[-1]:08d}/state-0.safetensors")
     cut.write_bytes(cut.read_bytes()[:-1])  # as a disk that was not told to write may leave it
 
     second = trainings.start("killed")
@@ -128,8 +138,8 @@ def test_workers_and_drivers_that_die_or_are_told_to(trainings: Trainings) -> No
 
 
 @pytest.mark.soak
-def test_a_node_that_dies_and_one_worker_that_goes_on(trainings: Trainings) -> None:
-    training = trainings.start("node", "workers=[1, 2]")
+def test_a_node_that_dies_and_one_worker_that_goes_on_from_s3(trainings: Trainings, s3: S3) -> None:
+    training = trainings.start("node", "workers=[1, 2]", checkpoints=s3.uri("runs"))
     try:
         training.after(2)
         trainings.cluster.remove_node(trainings.node, allow_graceful=False)
@@ -138,7 +148,10 @@ def test_a_node_that_dies_and_one_worker_that_goes_on(trainings: Trainings) -> N
         trainings.node = trainings.cluster.add_node(num_cpus=1)
     reference = trainings.reference.losses()
     assert training.losses() == pytest.approx(reference, abs=1e-4)
-    assert json.loads((training.checkpoints()[-1] / "checkpoint.json").read_text())["workers"] == 1
+    files, root = parse(training.place).filesystem()
+    [run] = files.get_file_info(pyarrow.fs.FileSelector(root))
+    with files.open_input_stream(f"{run.path}/step-{STEPS:08d}/checkpoint.json") as content:
+        assert json.loads(content.read())["workers"] == 1
 
 
 @pytest.mark.soak
@@ -146,7 +159,7 @@ def test_a_disk_that_is_full_for_a_while(trainings: Trainings, tmp_path: Path) -
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", tmp_path], capture_output=True).returncode:
         pytest.skip("only root may mount a small disk")
     try:
-        training = trainings.start("full", "--checkpoints", str(tmp_path))
+        training = trainings.start("full", checkpoints=str(tmp_path))
         wait_for(lambda: list(tmp_path.glob("*/run.json")), training.process)
         with contextlib.suppress(OSError), (tmp_path / "full").open("wb", buffering=0) as full:
             while full.write(bytes(2**20)):
@@ -155,6 +168,6 @@ def test_a_disk_that_is_full_for_a_while(trainings: Trainings, tmp_path: Path) -
         (tmp_path / "full").unlink()
         assert "o space left" in training.finish()
         training.is_as_if_undisturbed()
-        assert [path.name for path in sorted(tmp_path.glob("*/step-*"))][-1] == f"step-{STEPS:08d}"
+        assert training.checkpoints()[-1] == STEPS
     finally:
         subprocess.run(["umount", "--lazy", tmp_path], check=True)
