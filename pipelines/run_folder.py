@@ -49,9 +49,10 @@ class RunFolder:
         found = {}
         for path in sorted(path for path in sizes if path.startswith("step-") and path.endswith(f"/{MANIFEST}")):
             folder = path.removesuffix(MANIFEST)
-            manifest = json.loads(self.read(path))
-            if all(sizes.get(folder + name) == size for name, size in manifest["files"].items()):
-                found[manifest["step"]] = manifest
+            with contextlib.suppress(ValueError):  # of a machine that went down before all was on its disk
+                manifest = json.loads(self.read(path))
+                if all(sizes.get(folder + name) == size for name, size in manifest["files"].items()):
+                    found[manifest["step"]] = manifest
         return found
 
     def newest(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ pytest_plugins = ["s3"]
 
 @pytest.fixture(params=["folder", "s3"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path, s3: S3) -> RunFolder:
-    return RunFolder(str(tmp_path / "run") if request.param == "folder" else s3.uri(f"run-{tmp_path.name}"))
+    return RunFolder(str(tmp_path / "run") if request.param == "folder" else s3.uri(f"run-{uuid.uuid4().hex}"))
 
 
 def content(text: str) -> Callable[[Path], None]:
@@ -41,14 +42,15 @@ def test_it_is_there_when_it_is_whole(folder: RunFolder) -> None:
     assert folder.complete() == {}
 
 
-def test_what_was_cut_off_is_not_there_and_is_swept_away(folder: RunFolder, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "left"), [("model.safetensors", b"weig"), ("checkpoint.json", b'{"step')])
+def test_what_was_cut_off_is_not_there_and_is_swept_away(folder: RunFolder, name: str, left: bytes) -> None:
     for step in (10, 20):
         folder.write(step, content("weights"))
         folder.commit(step, {})
     folder.write(30, content("half"))
     files, root = folder._place.filesystem()
-    with files.open_output_stream(f"{root}/step-00000020/model.safetensors") as out:
-        out.write(b"weig")
+    with files.open_output_stream(f"{root}/step-00000020/{name}") as out:
+        out.write(left)
     assert list(folder.complete()) == [10]
     folder.sweep()
     assert list(folder.complete()) == [10]
