@@ -14,8 +14,7 @@ from preprocessing.episode import UserError
 from preprocessing.limits import Limits
 from preprocessing.loader import SHUFFLE_WINDOWS
 from preprocessing.quality import Filters
-from uwm_model.augment import AugmentConfig
-from uwm_model.config import DiffusionConfig, ModelConfig
+from uwm_model.config import AugmentConfig, DiffusionConfig, ModelConfig
 
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 STRIDE = 8  # pixels a latent, of every encoder there is a name for

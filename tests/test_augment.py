@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from tests.test_model import TINY, make_batch, seeded
-from uwm_model.augment import AugmentConfig, augment, centre
+from uwm_model.augment import augment, centre
 from uwm_model.batch import Batch
+from uwm_model.config import AugmentConfig
 
 SIZE = (6, 8)  # of latents (8, 12)
 

@@ -116,6 +116,11 @@ def test_evaluation_and_promotion_of_what_is_not_there(
     _one_clear_line(uwm("promote", "none", "1"), "none version 1")
 
 
+def test_a_process_that_decodes_needs_no_torch() -> None:
+    code = "import sys, pipelines.ingest_job; sys.exit(any(name in sys.modules for name in ('torch', 'mlflow')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_help_is_quick_to_import_and_names_every_verb() -> None:
     code = "import sys, pipelines.cli; sys.exit(any(name in sys.modules for name in ('torch', 'ray', 'mlflow')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

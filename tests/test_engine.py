@@ -20,9 +20,9 @@ from infra.engine import EngineSettings, OptimizerSettings
 from pipelines.recipe import Recipe
 from pipelines.run_folder import RunFolder, SavedState, save_state
 from pipelines.worker import prepare
-from uwm_model.augment import AugmentConfig, augment
+from uwm_model.augment import augment
 from uwm_model.batch import Batch
-from uwm_model.config import DiffusionConfig, ModelConfig
+from uwm_model.config import AugmentConfig, DiffusionConfig, ModelConfig
 from uwm_model.objective import counted
 from uwm_model.randomness import SampleGenerators
 from uwm_model.world_model import UnifiedWorldModel

@@ -24,7 +24,8 @@ from pipelines.recipe import load_recipe
 from preprocessing.episode import UserError
 from preprocessing.store import LatentStore
 from preprocessing.text import load_text_encoder, text_encoder_digest
-from uwm_model.augment import AugmentConfig, augment
+from uwm_model.augment import augment
+from uwm_model.config import AugmentConfig
 
 WORDS = ["[PAD]", "[UNK]", "[END]", "open", "close", "the", "drawer", "window"]
 

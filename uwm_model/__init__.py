@@ -2,7 +2,7 @@
 
 The mathematics alone: pure torch, no files, no cluster. Read in this order:
 
-config       what a model is made of, and what its diffusion is
+config       what a model is made of, what its diffusion is, how its samples are varied
 batch        the one thing that goes in
 augment      parts of whole frames, and other colours, to train on
 observation  what the robot sees now -> a condition vector

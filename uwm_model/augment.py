@@ -7,38 +7,14 @@ current and future latents and of its pixels, on the grid of the latents.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from uwm_model.batch import Batch
+from uwm_model.config import AugmentConfig
 from uwm_model.randomness import Random, together, uniform
-
-
-@dataclass(frozen=True, kw_only=True)
-class AugmentConfig:
-    """How far colours of current pixels are changed: factors from 1 - x to 1 + x, hue by up to x of a turn.
-
-    The paper's: 0.2 each. It changes the future frames' colours alike, which stored latents cannot follow. ``shared``:
-    one draw for each camera serves the whole batch, as in the published code. ``untold``: the share of samples whose
-    instruction is withheld, so that the model can do without one.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0
-    shared: bool = False
-    untold: float = 0.1
-
-    def __post_init__(self) -> None:
-        for key, most in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5), ("untold", 1)):
-            if not 0 <= getattr(self, key) <= most:
-                raise ValueError(f"{key}: {getattr(self, key)} is not from 0 to {most}")
 
 
 def augment(batch: Batch, size: tuple[int, int], config: AugmentConfig, random: Random) -> Batch:

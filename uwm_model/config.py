@@ -1,4 +1,4 @@
-"""Settings of the model and of its diffusion.
+"""Settings of the model, of its diffusion, and of how what it learns from is varied.
 
 Plain frozen dataclasses, so that the mathematics needs no other package. ``__pydantic_config__`` is read by pydantic
 where a recipe embeds them: an unknown key is refused. Every value is checked here, whichever way it came in.
@@ -214,3 +214,27 @@ def _check_integers(config: ModelConfig | DiffusionConfig, may_be_zero: tuple[st
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """How far colours of current pixels are changed: factors from 1 - x to 1 + x, hue by up to x of a turn.
+
+    The paper's: 0.2 each. It changes the future frames' colours alike, which stored latents cannot follow. ``shared``:
+    one draw for each camera serves the whole batch, as in the published code. ``untold``: the share of samples whose
+    instruction is withheld, so that the model can do without one.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    shared: bool = False
+    untold: float = 0.1
+
+    def __post_init__(self) -> None:
+        for key, most in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5), ("untold", 1)):
+            if not 0 <= getattr(self, key) <= most:
+                raise ValueError(f"{key}: {getattr(self, key)} is not from 0 to {most}")
