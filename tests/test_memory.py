@@ -107,22 +107,25 @@ def bytes_read() -> int:
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
-def _scan_twice(path: Path, found: multiprocessing.Queue) -> None:
-    counts = [bytes_read()]
-    for _ in range(2):
+def _scan_each(paths: list[Path], found: multiprocessing.Queue) -> None:
+    for path in paths:
+        before = bytes_read()
         refs = refs_of(path)
-        counts.append(bytes_read())
-        found.put((refs, counts[-1] - counts[-2]))
+        found.put((refs, bytes_read() - before))
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_second_scan_reads_no_file(tmp_path: Path, format: str) -> None:
-    write(format, tmp_path)
+    other, path = tmp_path / "other", tmp_path / "path"
+    for folder in (other, path):
+        folder.mkdir()
+        write(format, folder)
     time.sleep(memory.AT_REST / 1e9)
     context = multiprocessing.get_context("spawn")  # a process of its own: other tests' Ray and MLflow read, too
-    process = context.Process(target=_scan_twice, args=(tmp_path, found := context.Queue()))
+    found = context.Queue()
+    process = context.Process(target=_scan_each, args=([other, path, path], found))  # the other's scan imports
     process.start()
-    (first, read), (second, read_again) = found.get(timeout=60), found.get(timeout=60)
+    _, (first, read), (second, read_again) = [found.get(timeout=60) for _ in range(3)]
     process.join()
     assert first == second and len(first) == 1
     assert read > 100_000 and read_again < 50_000

@@ -204,18 +204,6 @@ def _tuples(config: ModelConfig, **lengths: int) -> None:
         object.__setattr__(config, key, tuple(values))
 
 
-def _check_integers(config: ModelConfig | DiffusionConfig, may_be_zero: tuple[str, ...] = ()) -> None:
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.type == "int" and not (_is_count(value) or (field.name in may_be_zero and value == 0)):
-            least = "0 or above" if field.name in may_be_zero else "above 0"
-            raise ValueError(f"{field.name}: {value!r} is not a whole number {least}")
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
     """How far colours of current pixels are changed: factors from 1 - x to 1 + x, hue by up to x of a turn.
@@ -238,3 +226,15 @@ class AugmentConfig:
         for key, most in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5), ("untold", 1)):
             if not 0 <= getattr(self, key) <= most:
                 raise ValueError(f"{key}: {getattr(self, key)} is not from 0 to {most}")
+
+
+def _check_integers(config: ModelConfig | DiffusionConfig, may_be_zero: tuple[str, ...] = ()) -> None:
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.type == "int" and not (_is_count(value) or (field.name in may_be_zero and value == 0)):
+            least = "0 or above" if field.name in may_be_zero else "above 0"
+            raise ValueError(f"{field.name}: {value!r} is not a whole number {least}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
