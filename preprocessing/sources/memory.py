@@ -32,6 +32,7 @@ SAVE_EVERY = 5.0  # seconds of reading that a crash may cost
 PATIENCE = 2.0  # seconds to wait for another process's lock
 MONTH = 30 * 86400  # seconds
 KEPT_MONTHS = 3  # what no scan has seen for longer is forgotten
+VERSION = version("unified-world-models")  # asked for once: each answer reads a file
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class _Memory:
 
     def _reader(self, file: Path) -> str:
         name = self._name if isinstance(self._name, str) else self._name(file)
-        return f"{name} {version('unified-world-models')}"
+        return f"{name} {VERSION}"
 
     def close(self) -> None:
         self._save()
