@@ -63,4 +63,5 @@ def _home(generator: torch.Generator | None, device: torch.device) -> torch.devi
 
 
 def _generator(*numbers: int) -> torch.Generator:
-    return torch.Generator().manual_seed(hash(numbers) % 2**63)  # of integers Python's hash is the same everywhere
+    # Of integers Python's hash is the same everywhere; -1 and -2 count as the same.
+    return torch.Generator().manual_seed(hash(numbers) % 2**63)
