@@ -1,7 +1,7 @@
 """``make bench-train``: what Ray, DeepSpeed, curves and checkpoints cost. Writes docs/benchmarks/training.md.
 
-The demo's pretraining on random latents of its shape, two workers of one thread each, as long as it is, with its curves
-and checkpoints. A step is the time from a curve's point to the next, whatever happens in between. The bare loop is torch
+The demo's pretraining on random latents of its shape, two workers of one thread each, as long as it is, with its
+curves and checkpoints. A step is the time from a curve's point to the next, whatever happens in between. The bare loop is torch
 alone: two processes, DistributedDataParallel, the same optimizer with its average of the weights, batches that lie in
 memory. A machine is not equally fast at all times, so the bare loop runs before and after each training, which is held
 against the mean of these two.
@@ -130,7 +130,7 @@ def main() -> None:
         "# A training",
         "",
         f"`make bench-train` on {device}, torch {torch.__version__}. The recipe demo_pretrain, a batch of",
-        f"{recipe.batch_size} on two workers of one thread: steps {FIRST} to {recipe.steps}, with a checkpoint of every",
+        f"{recipe.batch_size} on two workers of one thread: steps {FIRST} to {recipe.steps}, a checkpoint every",
         f"{recipe.checkpoint_every}; and {BARE_STEPS} steps of the bare loop before and after each.",
         "",
         "| how | ms a step of the bare loop, before and after | ms a step | over it | waiting for data |",
