@@ -1,10 +1,10 @@
 """``make bench-train``: what Ray, DeepSpeed, curves and checkpoints cost. Writes docs/benchmarks/training.md.
 
 The demo's pretraining on random latents of its shape, two workers of one thread each, as long as it is, with its
-curves and checkpoints. A step is the time from a curve's point to the next, whatever happens in between. The bare loop is torch
-alone: two processes, DistributedDataParallel, the same optimizer with its average of the weights, batches that lie in
-memory. A machine is not equally fast at all times, so the bare loop runs before and after each training, which is held
-against the mean of these two.
+curves and checkpoints. A step is the time from a curve's point to the next, whatever happens in between. The bare loop
+is torch alone: two processes, DistributedDataParallel, the same optimizer with its average of the weights, batches that
+lie in memory. A machine is not equally fast at all times, so the bare loop runs before and after each training, which
+is held against the mean of these two.
 """
 
 from __future__ import annotations
