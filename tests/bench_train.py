@@ -1,52 +1,53 @@
 """``make bench-train``: what Ray, DeepSpeed, curves and checkpoints cost. Writes docs/benchmarks/training.md.
 
-The demo's pretraining on random latents of its shape, two workers of one thread each, as long as it is, with its
-curves and checkpoints. A step is the time from a curve's point to the next, whatever happens in between. The bare loop
-is torch alone: two processes, DistributedDataParallel, the same optimizer with its average of the weights, batches that
-lie in memory. A machine is not equally fast at all times, so the bare loop runs before and after each training, which
-is held against the mean of these two.
+The demo's pretraining on random latents of its shape, on two workers of one thread each, with its curves and
+checkpoints, beside a bare loop of torch alone: two processes, DistributedDataParallel, the same optimizer with its
+average of the weights, batches that lie in memory. No machine is equally fast at all times, so the two take turns: for
+some seconds one of them runs, and all processes of the other are stopped.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import os
+import re
+import signal
 import socket
-import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.multiprocessing as mp
 from rows import Made, commit, write_episodes
 from torch.nn.parallel import DistributedDataParallel
 
 from infra import tracking
-from infra.cluster import cluster
 from infra.engine import adamw
 from pipelines.checkpoint import Settings
 from pipelines.dataset import dataset, to_batch
-from pipelines.pretrain import plan, pretrain
+from pipelines.pretrain import plan
 from pipelines.recipe import Recipe, load_recipe
 from pipelines.worker import optimizer_settings
 from preprocessing.store import LatentStore
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "training.md"
 EPISODES, FRAMES = 32, 100
-BARE_STEPS = 150
-FIRST = 100  # the step from which on is counted: Ray's own processes have started
+FIRST, STEPS = 100, 600  # from the one to the other, a checkpoint among them, is what is measured
+TURN = 4.0  # seconds
 WAYS = {
     "DDP (stage 0)": ["zero_stage=0"],
     "ZeRO 1": ["zero_stage=1"],
     "ZeRO 2": ["zero_stage=2"],
     "ZeRO 3": ["zero_stage=3"],
-    "ZeRO 1, activations computed again": ["zero_stage=1", "activation_checkpointing=true"],
+    "DDP, activations computed again": ["zero_stage=0", "activation_checkpointing=true"],
 }
-if torch.cuda.is_available():  # few CPUs compute in bfloat16: on others it takes six times as long
-    WAYS["ZeRO 1, bfloat16"] = ["zero_stage=1", "precision=bfloat16"]
 
 
 def make_store(root: Path) -> str:
@@ -66,8 +67,8 @@ def make_store(root: Path) -> str:
     return store.uri
 
 
-def bare(rank: int, port: int, settings: Settings, recipe: Recipe, answers: Any) -> None:
-    """Plain torch, in one of two processes: seconds a step."""
+def bare(rank: int, port: int, settings: Settings, recipe: Recipe, done: Any) -> None:
+    """Plain torch, for ever, in one of two processes; ``done`` counts the steps."""
     address = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in address.items()})
     torch.set_num_threads(1)
@@ -78,62 +79,96 @@ def bare(rank: int, port: int, settings: Settings, recipe: Recipe, answers: Any)
     drawn = dataset(settings, validation=False, recipe=recipe).batches(0, recipe.batch_size, 0, rank, 2)
     batches = [to_batch(one.arrays, torch.device("cpu"), torch.float32) for one in itertools.islice(drawn, 16)]
     generator = torch.Generator().manual_seed(rank)
-    for step in range(-10, BARE_STEPS):
-        if step == 0:
-            began = time.monotonic()
+    for batch in itertools.cycle(batches):
         optimizer.zero_grad()
-        model(batches[step % len(batches)], generator).total.backward()
+        model(batch, generator).total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
         optimizer.step()
         schedule.step()
-    if rank == 0:
-        answers.put((time.monotonic() - began) / BARE_STEPS)
-    torch.distributed.destroy_process_group()
+        done.value += rank == 0
 
 
-def bare_step(settings: Settings, recipe: Recipe) -> float:
+@contextlib.contextmanager
+def bare_loop(settings: Settings, recipe: Recipe) -> Any:
+    """Its processes, stopped, and the number of their steps."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    answers = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(bare, (port, settings, recipe, answers), nprocs=2)
-    return answers.get()
+    context = mp.get_context("spawn")
+    done = context.Value("q", 0)
+    processes = [context.Process(target=bare, args=(rank, port, settings, recipe, done)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    try:
+        while done.value < 10:
+            time.sleep(0.1)
+        family = [psutil.Process(process.pid) for process in processes]
+        send(family, signal.SIGSTOP)
+        yield family, done
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
 
 
-def whole_step(store: str, recipe: Recipe, root: Path) -> tuple[float, float]:
-    """A whole training: seconds a step between points of its curves, and the share of waiting for data."""
-    with cluster():
-        run, _ = pretrain(store, recipe, root / "runs", new=True)
-    rates = [rate for step, rate in tracking.history(run, "samples_per_second") if step > FIRST]
-    waits = [share for _, share in tracking.history(run, "data_wait_share")]
-    return statistics.fmean(recipe.batch_size / rate for rate in rates), waits[-1]
+def send(processes: list[psutil.Process], number: int) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+
+
+def measure(way: str, store: str, root: Path) -> tuple[float, float, float]:
+    """Seconds a step of the bare loop and of a whole training; and the share of its time that it waits for data."""
+    recipe = load_recipe("demo_pretrain", [*WAYS[way], f"steps={STEPS}"])
+    log = root / "log"
+    command = [sys.executable, "-c", "from pipelines.cli import main; main()", "pretrain", "--store", store, "--json"]
+    command += ["--recipe", "demo_pretrain", "--output", str(root / "runs"), "--new", *WAYS[way], f"steps={STEPS}"]
+    turns, bare_seconds, bare_steps = list[tuple[float, float]](), 0.0, 0
+    with bare_loop(plan(store, recipe), recipe) as (loop, done), log.open("w") as err:
+        training = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, text=True)
+        while training.poll() is None and not re.search(rf" {FIRST}/{STEPS} ", log.read_text()):
+            time.sleep(0.1)
+        while training.poll() is None:
+            family = [psutil.Process(training.pid), *psutil.Process(training.pid).children(recursive=True)]
+            send(family, signal.SIGSTOP)
+            before, began = done.value, time.time()
+            send(loop, signal.SIGCONT)
+            time.sleep(TURN)
+            send(loop, signal.SIGSTOP)
+            bare_seconds, bare_steps = bare_seconds + time.time() - began, bare_steps + done.value - before
+            began = time.time()
+            send(family, signal.SIGCONT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                training.wait(TURN)
+            turns.append((began, time.time()))
+    assert training.returncode == 0 and training.stdout, log.read_text()[-2000:]
+    run = json.loads(training.stdout.read().splitlines()[-1])["run_id"]
+    points = {point.step: point for point in tracking.MlflowClient().get_metric_history(run, "data_wait_share")}
+    first = min(step for step, point in points.items() if point.timestamp / 1000 > turns[0][0])
+    since, until = points[first].timestamp / 1000, points[STEPS].timestamp / 1000
+    seconds = sum(max(0, min(ended, until) - max(began, since)) for began, ended in turns)
+    return bare_seconds / bare_steps, seconds / (STEPS - first), points[FIRST].value
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as made:
-        root = Path(made)
+        root, rows = Path(made), []
         os.environ |= {"MLFLOW_TRACKING_URI": f"sqlite:///{root / 'mlflow.db'}", "UWM_CACHE": str(root / "cache")}
+        tracking.connect()
         store = make_store(root)
-        recipes = {way: load_recipe("demo_pretrain", settings) for way, settings in WAYS.items()}
-        recipe = recipes["DDP (stage 0)"]
-        settings = plan(store, recipe)
-        before, rows = bare_step(settings, recipe), []
-        for way, its in recipes.items():
-            step, wait = whole_step(store, its, root)
-            after = bare_step(settings, recipe)
-            bare, over = f"{before * 1000:.0f}, {after * 1000:.0f}", 2 * step / (before + after) - 1
-            rows.append(f"| {way} | {bare} | {step * 1000:.0f} | {over:+.1%} | {wait:.2%} |")
+        for way in WAYS:
+            loop, step, wait = measure(way, store, root)
+            rows.append(f"| {way} | {loop * 1000:.0f} | {step * 1000:.0f} | {step / loop - 1:+.1%} | {wait:.2%} |")
             print(rows[-1], file=sys.stderr)
-            before = after
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    recipe = load_recipe("demo_pretrain", [])
     lines = [
         "# A training",
         "",
-        f"`make bench-train` on {device}, torch {torch.__version__}. The recipe demo_pretrain, a batch of",
-        f"{recipe.batch_size} on two workers of one thread: steps {FIRST} to {recipe.steps}, a checkpoint every",
-        f"{recipe.checkpoint_every}; and {BARE_STEPS} steps of the bare loop before and after each.",
+        f"`make bench-train` on {os.cpu_count()} CPU cores, torch {torch.__version__}. The recipe demo_pretrain, a",
+        f"batch of {recipe.batch_size} on two workers of one thread, {STEPS - FIRST} steps and a checkpoint; and a bare",
+        "loop of torch (DDP) that ran in turns with it. Rows are of different minutes: compare what is in one row.",
         "",
-        "| how | ms a step of the bare loop, before and after | ms a step | over it | waiting for data |",
+        "| how | ms a step of the bare loop | ms a step | over it | waiting for data |",
         "|---|---|---|---|---|",
         *rows,
     ]
