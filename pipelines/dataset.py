@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -15,7 +17,9 @@ from preprocessing.windows import left_out, split
 from uwm_model.batch import Batch
 
 
-def dataset(settings: Settings, validation: bool, recipe: Recipe) -> LatentDataset:
+def dataset(
+    settings: Settings, validation: bool, recipe: Recipe, tell: Callable[[int, int], None] | None = None
+) -> LatentDataset:
     """The training or the held-out episodes of the settings' snapshot that the recipe selects.
 
     UserError where the model observes pixels that the store does not hold.
@@ -43,7 +47,7 @@ def dataset(settings: Settings, validation: bool, recipe: Recipe) -> LatentDatas
         sentences = snapshot.sentences(settings.text_encoder_digest)
     mixture = {} if validation else {name: share for name, share in recipe.mixture.items() if share}
     return LatentDataset(
-        snapshot, rows, settings.embodiments, shape, pixels, sentences, mixture, recipe.shuffle_windows
+        snapshot, rows, settings.embodiments, shape, pixels, sentences, mixture, recipe.shuffle_windows, tell
     )
 
 

@@ -149,6 +149,9 @@ class Show:
             self._bar.set_postfix_str(
                 f"loss {values['loss']:.3f}, {values['rate']:.0f} samples/s, data wait {100 * values['wait']:.1f} %"
             )
+        elif "copying" in values:
+            done, total = (f"{tqdm.format_sizeof(values[name])}B" for name in ("copied", "copying"))
+            self._bar.set_postfix_str("the first steps" if done == total else f"copying the store: {done} of {total}")
 
 
 @contextlib.contextmanager

@@ -25,15 +25,17 @@ PICTURED = 4  # windows
 class Validation:
     """Windows of held-out episodes, the same each time and on any number of workers, of which this one has its share.
 
-    ``model`` is a plain one, in float32; whoever trains gives it weights.
+    ``model`` is a plain one, in float32; whoever trains gives it weights. ``tell`` hears of copies that are made.
     """
 
-    def __init__(self, settings: Settings, recipe: Recipe, model: Any, rank: int, world: int):
+    def __init__(
+        self, settings: Settings, recipe: Recipe, model: Any, rank: int, world: int, tell: Callable[[int, int], None]
+    ):
         self._settings, self._recipe, self._model = settings, recipe, model
         self._rank, self._world = rank, world
         self._action_free = settings.diffusion.action_free_loss and settings.model.kind == "uwm"
         self._batches: list[Batch] = []
-        data = dataset(settings, validation=True, recipe=recipe)
+        data = dataset(settings, validation=True, recipe=recipe, tell=tell)
         if data.rows:
             drawn = data.batches(recipe.seed, SIZE)
             for _, samples in zip(range(BATCHES), drawn, strict=False):

@@ -124,8 +124,8 @@ class Worker:
         self.device = self.engine.device
         self.dtype = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
 
-        self.data = dataset(settings, validation=False, recipe=recipe)
-        self.validation = Validation(settings, recipe, self.judged.to(self.device).eval(), rank, world)
+        self.data = dataset(settings, validation=False, recipe=recipe, tell=self._copied)
+        self.validation = Validation(settings, recipe, self.judged.to(self.device).eval(), rank, world, self._copied)
         self.curves = Curves(settings.run_id) if rank == 0 and settings.run_id else None
         # Since the last point of the curves: for each source, and in all, sums of the losses and numbers of them.
         self.tally = torch.zeros(len(self.data.source_names) + 1, 4, dtype=torch.float64, device=self.device)
@@ -171,6 +171,10 @@ class Worker:
     def close(self) -> None:
         if self.curves:
             self.curves.close()
+
+    def _copied(self, done: int, total: int) -> None:
+        if self.rank == 0:
+            self.meter.put.remote(copied=done, copying=total)
 
     def _newest(self) -> dict[str, Any]:
         """What the newest checkpoint says of itself; all workers take the one that the first finds."""

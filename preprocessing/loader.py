@@ -5,7 +5,7 @@ A batch is a few fancy indexes a shard: no worker processes, no copies between t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -49,7 +49,8 @@ class LatentDataset:
     ``sentences`` float32 [E] by instruction, where they are to have the episode's. ``mixture`` are shares of samples
     by source (preprocessing/windows.py), without which each embodiment has that of its windows; ``source`` int64 [E]
     says of each episode which of ``source_names`` it counts as. Samples are drawn from about ``shuffle`` windows at a
-    time. Raises UserError where the mixture does not fit the rows.
+    time. ``tell`` hears how copies come along, as LocalCopy has it. Raises UserError where the mixture does not fit the
+    rows.
     """
 
     def __init__(
@@ -62,12 +63,13 @@ class LatentDataset:
         sentences: dict[str, np.ndarray] | None = None,
         mixture: dict[str, float] | None = None,
         shuffle: int = SHUFFLE_WINDOWS,
+        tell: Callable[[int, int], None] | None = None,
     ):
         used = [(row, first, stop) for row in rows for first, stop in spans(row)]
         self.rows, self.shape = [row for row, _, _ in used], shape
         if not used:
             return
-        self._copy = copy = LocalCopy(snapshot, rows, None if pixels is None else _alike(rows, pixels))
+        self._copy = copy = LocalCopy(snapshot, rows, None if pixels is None else _alike(rows, pixels), tell)
         self._sentences = None if sentences is None else np.stack([*sentences.values()])
         places = {text: place for place, text in enumerate(sentences or ())}
         self._sentence = np.array([places.get(row["instruction"], -1) for row in self.rows])

@@ -15,7 +15,7 @@ import math
 import mmap
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,17 @@ Row = dict[str, Any]
 class LocalCopy:
     """Shards of these catalogue rows, and of the pixels of the same episodes where they are given.
 
-    ``shard`` says by a row's key in which of ``shards`` it is.
+    ``shard`` says by a row's key in which of ``shards`` it is. Who waits for copies is shown a bar, or is told: bytes
+    that are there, and bytes in all.
     """
 
-    def __init__(self, snapshot: Snapshot, rows: list[Row], pixels: list[Row] | None = None):
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        rows: list[Row],
+        pixels: list[Row] | None = None,
+        tell: Callable[[int, int], None] | None = None,
+    ):
         self._snapshot, self._shelf = snapshot, Shelf(cache_folder() / "shards")
         self.has_pixels = pixels is not None
         self.shards = cut(rows, pixels)
@@ -48,7 +55,7 @@ class LocalCopy:
         self._wanted: set[int] = set()
         self._mapped: dict[int, _Mapped] = {}
         self._changing = threading.Lock()
-        self._touched = 0
+        self._touched, self._tell = 0, tell
 
     def want(self, now: Collection[int], soon: Collection[int]) -> None:
         """Have these shards until the next call: ``now`` when it returns, ``soon`` by and by, from a thread.
@@ -94,12 +101,18 @@ class LocalCopy:
         if not left:
             return
         total = sum(self.shards[number].bytes for number in left)
-        bar = tqdm(
-            total=total, desc="cache", unit="B", unit_scale=True, leave=False, delay=2, disable=None if shown else True
-        )
-        with bar:
+        hidden = True if self._tell or not shown else None
+        with tqdm(total=total, desc="cache", unit="B", unit_scale=True, leave=False, delay=2, disable=hidden) as bar:
             while left:
-                waiting = [number for number in left if not self._map(number, bar)]
+                waiting = []
+                for at, number in enumerate(left):
+                    if not self._map(number):
+                        waiting.append(number)
+                        continue
+                    bar.update(self.shards[number].bytes)
+                    if self._tell and shown:
+                        missing = sum(self.shards[number].bytes for number in [*waiting, *left[at + 1 :]])
+                        self._tell(total - missing, total)
                 if len(waiting) == len(left):
                     time.sleep(0.02)
                 left = waiting
@@ -110,7 +123,7 @@ class LocalCopy:
                 with contextlib.suppress(Exception):  # whoever needs the shard meets the same, and tells
                     self._have([number], shown=False)
 
-    def _map(self, number: int, bar: tqdm) -> bool:
+    def _map(self, number: int) -> bool:
         shard = self.shards[number]
         item = self._shelf.hold(shard.name, shard.sizes, partial(shard.fill, self._snapshot), wait=False)
         if item is None:
@@ -120,7 +133,6 @@ class LocalCopy:
                 item.release()
             else:
                 self._mapped[number] = _Mapped(shard, item)
-        bar.update(shard.bytes)
         return True
 
     def _let_go(self) -> None:

@@ -166,7 +166,7 @@ def main() -> None:
         "",
         f"`make bench-train` on {os.cpu_count()} CPU cores, torch {torch.__version__}. The recipe demo_pretrain, a",
         f"batch of {recipe.batch_size} on two workers of one thread, {STEPS - FIRST} steps and a checkpoint; and a",
-        "bare loop of torch (DDP) that ran in turns with it. Rows are of different minutes: compare what is in one row.",
+        "bare loop of torch (DDP) that took turns with it. Rows are of different minutes: compare within one.",
         "",
         "| how | ms a step of the bare loop | ms a step | over it | waiting for data |",
         "|---|---|---|---|---|",

@@ -147,6 +147,15 @@ def test_only_the_shards_of_a_block_and_the_next_are_there_and_nobody_waits_at_i
     assert begun == len([thread for _, thread in filled if thread == "MainThread"]) < len(filled) / 2
 
 
+def test_who_waits_for_copies_is_told_how_they_come_along(uri: str) -> None:
+    told: list[tuple[int, int]] = []
+    data = dataset(uri, tell=lambda done, total: told.append((done, total)))
+    next(data.batches(0, 5))
+    sizes, (done, totals) = [shard.bytes for shard in data._copy.shards], zip(*told, strict=True)
+    assert set(totals) == {sum(sizes)} == {done[-1]}
+    assert sorted(np.diff([0, *done])) == sorted(sizes)
+
+
 def test_of_a_grown_store_only_what_is_new_is_copied(tmp_path: Path, filled: list[tuple[str, str]]) -> None:
     store = LatentStore.create(str(tmp_path / "store"))
     add(store, range(EPISODES))
