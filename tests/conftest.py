@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)  # two cores; the tests' own processes want the other
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Two processes share the tests, file by file; all that need Ray are in one, as a cluster fills two cores."""
     for item in items:
