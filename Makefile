@@ -31,4 +31,4 @@ check: install
 	.venv/bin/mypy
 
 lock: # after a change of the dependencies in pyproject.toml
-	.venv/bin/pip freeze --exclude-editable | grep -v '^pip=' > constraints.txt
+	.venv/bin/pip freeze --exclude-editable | grep -v '^pip=' | sed 's/+cpu$$//' > constraints.txt

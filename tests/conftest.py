@@ -13,15 +13,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)  # two cores; the tests' own processes want the other
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two processes share the tests, file by file; all that need Ray are in one, as a cluster fills two cores."""
-    for item in items:
-        needs_ray = "ray_cluster" in getattr(item, "fixturenames", ())
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group("ray" if needs_ray else item.path.stem))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Nothing is left in, or taken from, the cache of whoever runs the tests."""

@@ -21,7 +21,6 @@ from formats import numbered, quadrants, write_video
 import infra.cluster  # noqa: F401  its settings come before Ray's import
 from preprocessing.store import LatentStore
 
-pytestmark = pytest.mark.xdist_group("ray")
 UWM = Path(sys.executable).with_name("uwm")
 
 
