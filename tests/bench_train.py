@@ -1,9 +1,9 @@
 """``make bench-train``: what Ray, DeepSpeed, curves and checkpoints cost. Writes docs/benchmarks/training.md.
 
-The demo's pretraining on random latents of its shape, on two workers of one thread each, with its curves and
-checkpoints, beside a bare loop of torch alone: two processes, DistributedDataParallel, the same optimizer with its
-average of the weights, batches that lie in memory. No machine is equally fast at all times, so the two take turns: for
-some seconds one of them runs, and all processes of the other are stopped.
+The demo's pretraining on random latents of its shape, on workers of one thread each, with its curves and checkpoints,
+beside a bare loop of torch alone: as many processes, DistributedDataParallel, the same optimizer with its average of
+the weights, batches that lie in memory. No machine is equally fast at all times, so the two take turns: for some
+seconds one of them runs, and all processes of the other are stopped.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ FIRST, STEPS = 100, 600  # from the one to the other, a checkpoint among them, i
 TURN = 4.0  # seconds
 WAYS = {
     "DDP (stage 0)": ["zero_stage=0"],
+    "one worker, a core for Ray": ["zero_stage=0", "workers=1"],
     "ZeRO 1": ["zero_stage=1"],
     "ZeRO 2": ["zero_stage=2"],
     "ZeRO 3": ["zero_stage=3"],
-    "DDP, activations computed again": ["zero_stage=0", "activation_checkpointing=true"],
 }
 
 
@@ -68,15 +68,16 @@ def make_store(root: Path) -> str:
 
 
 def bare(rank: int, port: int, settings: Settings, recipe: Recipe, done: Any) -> None:
-    """Plain torch, for ever, in one of two processes; ``done`` counts the steps."""
-    address = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    """Plain torch, for ever, in one of the processes; ``done`` counts the steps."""
+    world = recipe.most_workers
+    address = {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in address.items()})
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     torch.manual_seed(0)
     model = DistributedDataParallel(settings.build())
     optimizer, schedule = adamw(model, optimizer_settings(recipe))
-    drawn = dataset(settings, validation=False, recipe=recipe).batches(0, recipe.batch_size, 0, rank, 2)
+    drawn = dataset(settings, validation=False, recipe=recipe).batches(0, recipe.batch_size, 0, rank, world)
     batches = [to_batch(one.arrays, torch.device("cpu"), torch.float32) for one in itertools.islice(drawn, 16)]
     generator = torch.Generator().manual_seed(rank)
     for batch in itertools.cycle(batches):
@@ -96,7 +97,9 @@ def bare_loop(settings: Settings, recipe: Recipe) -> Any:
         port = free.getsockname()[1]
     context = mp.get_context("spawn")
     done = context.Value("q", 0)
-    processes = [context.Process(target=bare, args=(rank, port, settings, recipe, done)) for rank in range(2)]
+    processes = [
+        context.Process(target=bare, args=(rank, port, settings, recipe, done)) for rank in range(recipe.most_workers)
+    ]
     for process in processes:
         process.start()
     try:
