@@ -174,6 +174,9 @@ def main() -> None:
         "| how | ms a step of the bare loop | ms a step | over it | waiting for data |",
         "|---|---|---|---|---|",
         *rows,
+        "",
+        "Two workers fill two cores: what Ray's own processes and a checkpoint's pictures take, they take from them.",
+        "One worker leaves them a core, as there are many beside a GPU.",
     ]
     PAGE.write_text("\n".join([*lines, ""]))
     print(PAGE.read_text())
