@@ -84,7 +84,7 @@ class Recipe(BaseModel):
     )
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["float32", "bfloat16"] = "float32"
-    activation_checkpointing: bool = Field(default=False, description="less memory for a third more time")
+    activation_checkpointing: bool = Field(default=False, description="less memory for a second forward pass")
     offload: bool = Field(default=False, description="the optimizer lives in the host's memory")
     compile: bool = Field(default=False, description="the blocks, by torch.compile")
     checkpoint_every: int = Field(default=500, gt=0, description="steps; held-out losses and pictures come with it")

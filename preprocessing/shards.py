@@ -103,16 +103,17 @@ class LocalCopy:
         total = sum(self.shards[number].bytes for number in left)
         hidden = True if self._tell or not shown else None
         with tqdm(total=total, desc="cache", unit="B", unit_scale=True, leave=False, delay=2, disable=hidden) as bar:
+            done = 0
             while left:
                 waiting = []
-                for at, number in enumerate(left):
+                for number in left:
                     if not self._map(number):
                         waiting.append(number)
                         continue
+                    done += self.shards[number].bytes
                     bar.update(self.shards[number].bytes)
                     if self._tell and shown:
-                        missing = sum(self.shards[number].bytes for number in [*waiting, *left[at + 1 :]])
-                        self._tell(total - missing, total)
+                        self._tell(done, total)
                 if len(waiting) == len(left):
                     time.sleep(0.02)
                 left = waiting

@@ -120,6 +120,12 @@ def send(processes: list[psutil.Process], number: int) -> None:
             process.send_signal(number)
 
 
+def kill(training: subprocess.Popen[str]) -> None:
+    """It and all its processes, stopped or not, where it has not ended."""
+    if training.poll() is None:
+        send([*psutil.Process(training.pid).children(recursive=True), psutil.Process(training.pid)], signal.SIGKILL)
+
+
 def measure(way: str, store: str, root: Path) -> tuple[float, float, float]:
     """Seconds a step of the bare loop and of a whole training; and the share of its time that it waits for data."""
     recipe = load_recipe("demo_pretrain", [*WAYS[way], f"steps={STEPS}"])
@@ -127,8 +133,9 @@ def measure(way: str, store: str, root: Path) -> tuple[float, float, float]:
     command = [sys.executable, "-c", "from pipelines.cli import main; main()", "pretrain", "--store", store, "--json"]
     command += ["--recipe", "demo_pretrain", "--output", str(root / "runs"), "--new", *WAYS[way], f"steps={STEPS}"]
     turns, bare_seconds, bare_steps = list[tuple[float, float]](), 0.0, 0
-    with bare_loop(plan(store, recipe), recipe) as (loop, done), log.open("w") as err:
+    with bare_loop(plan(store, recipe), recipe) as (loop, done), log.open("w") as err, contextlib.ExitStack() as opened:
         training = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, text=True)
+        opened.callback(kill, training)
         while training.poll() is None and not re.search(rf" {FIRST}/{STEPS} ", log.read_text()):
             time.sleep(0.1)
         while training.poll() is None:
