@@ -20,6 +20,8 @@ os.environ.setdefault("RAY_DEDUP_LOGS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Between two tasks Ray would end a worker after a second, and the next costs seconds of a core to start.
 os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
+# Those that it starts ahead have no runtime environment: no task of ours runs in them, and each takes 1 % of a core.
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -37,6 +39,7 @@ def cluster(address: str | None = None, verbose: bool = False) -> Iterator[None]
         return
     if not verbose:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "60")  # Ray looks for logs that it has nobody to show to
         for name in ("ray", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it logs as an error, it raises too
@@ -110,6 +113,7 @@ class Meter:
 
     def say(self, line: str) -> None:
         self._said.append(line)
+        self._values["said"] = len(self._said)
 
     def said(self, since: int) -> list[str]:
         """The lines after the first ``since``."""
@@ -117,8 +121,8 @@ class Meter:
 
 
 @contextlib.contextmanager
-def watch(meter: Any, show: Callable[[dict[str, float]], None], every: float = 0.5) -> Iterator[None]:
-    """Call ``show`` with the meter's values every half second while the block blocks."""
+def watch(meter: Any, show: Callable[[dict[str, float]], None], every: float = 1.0) -> Iterator[None]:
+    """Call ``show`` with the meter's values every second while the block blocks."""
     done = threading.Event()
 
     def loop() -> None:

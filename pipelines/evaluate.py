@@ -34,6 +34,7 @@ from preprocessing import sources
 from preprocessing.contract import DataContract
 from preprocessing.episode import BadEpisode, EpisodeRef, UserError
 from preprocessing.promise import Promise
+from preprocessing.store import LatentStore
 from uwm_model.augment import centre
 from uwm_model.metrics import psnr, wilson_interval
 
@@ -140,9 +141,8 @@ class HeldOut:
     """
 
     def __init__(self, policy: Policy, store_uri: str):
-        settings = policy.settings
-        if Path(store_uri).resolve() != Path(settings.store).resolve():
-            settings = settings.model_copy(update={"store": str(Path(store_uri).resolve())})
+        at = LatentStore.open(store_uri).snapshot(policy.settings.snapshot).uri  # a store may have moved
+        settings = policy.settings.model_copy(update={"store": at})
         self.data = data = dataset(settings, validation=True, recipe=Recipe.model_validate(settings.recipe))
         chosen = [i for i, row in enumerate(data.rows) if row["embodiment"] == policy.embodiment]
         if not chosen:

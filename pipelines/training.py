@@ -138,9 +138,10 @@ class Show:
         self._bar, self._meter, self._heard = bar, meter, 0
 
     def __call__(self, values: dict[str, float]) -> None:
-        for line in ray.get(self._meter.said.remote(self._heard), timeout=10):
-            self._heard += 1
-            self._bar.write(line, file=self._bar.fp)
+        if values.get("said", 0) > self._heard:
+            for line in ray.get(self._meter.said.remote(self._heard), timeout=10):
+                self._heard += 1
+                self._bar.write(line, file=self._bar.fp)
         step = int(values.get("step", 0))
         if step and self._bar.n == 0:  # the time left is reckoned from here: a run may begin in its middle
             self._bar.initial, self._bar.start_t = step, time.time()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -41,6 +42,12 @@ class Validation:
             for _, samples in zip(range(BATCHES), drawn, strict=False):
                 batch = to_batch(samples.arrays, torch.device("cpu"), torch.float32)
                 self._batches.append(centre(batch, settings.model.latent_size))
+        modes = [mode for mode in ("forward_dynamics", "joint") if mode in model.modes and self._batches]
+        self._mode = next(iter(modes), None)
+        if rank == 0 and self._mode:
+            # Its libraries take a core for seconds. Now, since in the midst of the training all workers would wait.
+            with contextlib.suppress(Exception):  # no picture is worth a failed run
+                _ = self._encoder
 
     @torch.inference_mode()
     def losses(self) -> dict[str, float]:
@@ -70,12 +77,11 @@ class Validation:
         A row for each of some windows, the cameras side by side: of each what it shows now, the model's
         farthest frame, and the true one.
         """
-        mode = next((mode for mode in ("forward_dynamics", "joint") if mode in self._model.modes), None)
-        if not self._batches or mode is None:
+        if self._mode is None:
             return None
         device = next(self._model.parameters()).device
         batch = self._batches[0][:PICTURED].to(device, torch.float32)
-        _, future = self._model.sample(mode, batch, generator=torch.Generator().manual_seed(self._recipe.seed))
+        _, future = self._model.sample(self._mode, batch, generator=torch.Generator().manual_seed(self._recipe.seed))
         assert future is not None and batch.future_latents is not None
         shown = [each[:, :, -1].cpu().numpy() for each in (batch.current_latents, future, batch.future_latents)]
 
@@ -84,7 +90,7 @@ class Validation:
             columns = [self._encoder.decode(latents[:, camera]) for camera in cameras for latents in shown]
             return np.concatenate(list(np.concatenate(columns, axis=2)), axis=0)
 
-        return f"now_{mode}_true", draw
+        return f"now_{self._mode}_true", draw
 
     @cached_property
     def _encoder(self) -> Any:

@@ -71,5 +71,5 @@ def test_pixels_lie_beside_latents_and_train_a_policy(
     np.testing.assert_array_equal(act(images), act(edge))
     assert not np.allclose(act(images), act(middle))
 
-    report = evaluate(str(folder), store, None, 0, tmp_path / "evaluation")
+    report = evaluate(str(folder), f"file://{store}", None, 0, tmp_path / "evaluation")
     assert report["open_loop"]["psnr_ceiling"] > 15
