@@ -39,7 +39,6 @@ def cluster(address: str | None = None, verbose: bool = False) -> Iterator[None]
         return
     if not verbose:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "60")  # Ray looks for logs that it has nobody to show to
         for name in ("ray", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it logs as an error, it raises too
