@@ -142,14 +142,20 @@ class Worker:
 
     def _train(self, batches: Iterator[tuple[Batch, Samples]]) -> None:
         recipe = self.recipe
-        began, waited, marked, first = time.monotonic(), 0.0, time.monotonic(), self.step
+        began = marked = time.monotonic()
+        first = self.step
         last: Done | None = None
+        following = next(batches)
+        waited = time.monotonic() - began
+        counts, worker_stops, driver_stops = self._agree(following[0])
         while self.step < recipe.steps:
+            batch, samples = following
             fetching = time.monotonic()
-            batch, samples = next(batches)
+            following = next(batches)
             waited += time.monotonic() - fetching
-            counts, worker_stops, driver_stops = self._agree(batch)
+            asked = self._ask(following[0])
             done = self._learn(batch, samples, counts)
+            counts, worker_stops, driver_stops = self._hear(asked)
             if last:  # the device has long come to it, so nobody waits
                 self._check(last)
             self.step, last = self.step + 1, done
@@ -184,16 +190,25 @@ class Worker:
         return complete.get(int(step), {"step": int(step)})
 
     def _agree(self, batch: Batch | None = None) -> tuple[Tensor, bool, bool]:
-        """The global batch's share of one pass (objective.counted, float32 [2]), and whether anybody is to stop.
+        """What all workers together have to say; they wait for each other."""
+        return self._hear(self._ask(batch))
 
-        On the way the workers learn whether all have written the checkpoint that is under way.
-        """
+    def _ask(self, batch: Batch | None) -> tuple[Tensor, Any]:
+        """Begin to add up what the workers have to say, while they learn."""
         action_free = self.settings.diffusion.action_free_loss and self.settings.model.kind == "uwm"
         counts = torch.zeros(2) if batch is None else counted(batch, action_free)
         asks = self.rank == 0 and time.monotonic() - self._asked_ray_at > RAY_SECONDS
         flags = [told_to_stop.is_set(), asks, self._driver_stops(), *self.saver.votes()]
         both = torch.cat([counts.double(), torch.tensor([*map(float, flags)], dtype=torch.float64)])
-        torch.distributed.all_reduce(both, group=self.side)
+        return both, torch.distributed.all_reduce(both, group=self.side, async_op=True)
+
+    def _hear(self, asked: tuple[Tensor, Any]) -> tuple[Tensor, bool, bool]:
+        """The global batch's share of one pass (objective.counted, float32 [2]), and whether anybody is to stop.
+
+        On the way the workers learn whether all have written the checkpoint that is under way.
+        """
+        both, sums = asked
+        sums.wait()
         worker_stops, asks, driver_stops, written, failed = both[2:].tolist()
         if asks:  # all together, for that is how Ray answers
             self._asked_ray_at = time.monotonic()
