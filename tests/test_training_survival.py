@@ -30,7 +30,7 @@ from preprocessing.store import LatentStore
 
 pytest_plugins = ["s3"]
 
-STEPS, EVERY = 64, 8
+STEPS, EVERY = 128, 8
 TINY = [
     f"steps={STEPS}", f"checkpoint_every={EVERY}", "log_every=1", "batch_size=8", "validation_share=0.2",
     "warmup_steps=4", "model.width=32", "model.heads=2", "model.registers=1", "model.timestep_width=16",
