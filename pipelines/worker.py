@@ -151,11 +151,12 @@ class Worker:
         while self.step < recipe.steps:
             batch, samples = following
             fetching = time.monotonic()
-            following = next(batches)
+            if self.step + 1 < recipe.steps:  # nobody waits for a batch after the last
+                following = next(batches)
             waited += time.monotonic() - fetching
-            asked = self._ask(following[0])
+            pending = self._begin_to_agree(following[0])
             done = self._learn(batch, samples, counts)
-            counts, worker_stops, driver_stops = self._hear(asked)
+            counts, worker_stops, driver_stops = self._agreed(pending)
             if last:  # the device has long come to it, so nobody waits
                 self._check(last)
             self.step, last = self.step + 1, done
@@ -191,9 +192,9 @@ class Worker:
 
     def _agree(self, batch: Batch | None = None) -> tuple[Tensor, bool, bool]:
         """What all workers together have to say; they wait for each other."""
-        return self._hear(self._ask(batch))
+        return self._agreed(self._begin_to_agree(batch))
 
-    def _ask(self, batch: Batch | None) -> tuple[Tensor, Any]:
+    def _begin_to_agree(self, batch: Batch | None) -> tuple[Tensor, Any]:
         """Begin to add up what the workers have to say, while they learn."""
         action_free = self.settings.diffusion.action_free_loss and self.settings.model.kind == "uwm"
         counts = torch.zeros(2) if batch is None else counted(batch, action_free)
@@ -202,12 +203,12 @@ class Worker:
         both = torch.cat([counts.double(), torch.tensor([*map(float, flags)], dtype=torch.float64)])
         return both, torch.distributed.all_reduce(both, group=self.side, async_op=True)
 
-    def _hear(self, asked: tuple[Tensor, Any]) -> tuple[Tensor, bool, bool]:
+    def _agreed(self, pending: tuple[Tensor, Any]) -> tuple[Tensor, bool, bool]:
         """The global batch's share of one pass (objective.counted, float32 [2]), and whether anybody is to stop.
 
         On the way the workers learn whether all have written the checkpoint that is under way.
         """
-        both, sums = asked
+        both, sums = pending
         sums.wait()
         worker_stops, asks, driver_stops, written, failed = both[2:].tolist()
         if asks:  # all together, for that is how Ray answers
