@@ -44,11 +44,14 @@ class Trainings:
     def __init__(self, cluster: Any, root: Path):
         self.cluster, self.root, self.store = cluster, root, root / "store"
         self.node = cluster.add_node(num_cpus=1)
+        self.started: list[subprocess.Popen[Any]] = []
         fill(LatentStore.create(str(self.store)), [f"episode-{i}" for i in range(20)], cameras=("front", "wrist"))
         self.start("reference").finish()
         self.reference = Training(self, "reference", None, None)
 
     def start(self, name: str, *more: str, checkpoints: str | None = None) -> Training:
+        for left in self.started:  # by a test that failed; it would keep the next one waiting for its workers
+            left.kill()
         more = (*more, "--checkpoints", checkpoints) if checkpoints else more
         command = [sys.executable, "-c", "from pipelines.cli import main; main()", "pretrain", "--store", self.store]
         process = subprocess.Popen(
@@ -57,6 +60,7 @@ class Trainings:
             stderr=(self.root / f"{name}.err").open("w"),
             env=os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{self.root / name}.db"},
         )
+        self.started.append(process)
         return Training(self, name, process, checkpoints)
 
 
