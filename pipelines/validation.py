@@ -23,6 +23,11 @@ BATCHES, SIZE = 4, 64
 PICTURED = 4  # windows
 
 
+def held_out(number: int) -> int:
+    """The step that the noise of this held-out batch counts as: none of the training's, nor -1, whose noise is -2's."""
+    return -2 - number
+
+
 class Validation:
     """Windows of held-out episodes, the same each time and on any number of workers, of which this one has its share.
 
@@ -57,7 +62,7 @@ class Validation:
         for number, batch in enumerate(self._batches):
             places = range(self._rank, SIZE, self._world)
             mine = batch[self._rank :: self._world].to(device, torch.float32)
-            random = SampleGenerators.of(self._recipe.seed, -2 - number, places)  # no step of the training
+            random = SampleGenerators.of(self._recipe.seed, held_out(number), places)
             found = self._model.loss(mine, random, counts=counted(batch, self._action_free).clamp(min=1).to(device))
             totals += torch.stack([found.action, found.video]).double() / len(self._batches)
         torch.distributed.all_reduce(totals)

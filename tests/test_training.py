@@ -7,14 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import Uwm
 from rows import Made, commit, fill, write_episodes
 
 from infra import tracking
 from pipelines import checkpoint
 from pipelines.recipe import load_recipe
+from pipelines.validation import BATCHES, held_out
 from preprocessing.episode import UserError
 from preprocessing.store import LatentStore
+from uwm_model.randomness import SampleGenerators, unit_noise
 
 TINY = [
     "workers=1", "model.width=32", "model.depth=1", "model.heads=2", "model.registers=1", "model.timestep_width=16",
@@ -85,6 +88,12 @@ def test_a_dry_run_says_what_it_takes(store: str, uwm: Uwm) -> None:
     less = uwm("pretrain", "--store", store, "--dry-run", "--json", *TINY, "activation_checkpointing=true")[1]
     assert less["estimate"]["activation_bytes"] < found["activation_bytes"]
     assert "memory" in err and "a step, on workers like this" in err
+
+
+def test_no_two_samples_share_their_noise() -> None:
+    steps = [*range(1, 5), *(held_out(number) for number in range(BATCHES))]
+    drawn = [unit_noise((4, 3), SampleGenerators.of(0, step, range(4)), torch.device("cpu")) for step in steps]
+    assert len(torch.cat(drawn).unique(dim=0)) == 4 * len(steps)
 
 
 @pytest.mark.parametrize(
