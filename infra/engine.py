@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,14 @@ def initialize(module: nn.Module, optimizer: OptimizerSettings, settings: Engine
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     stepper, scheduler = adamw(module, optimizer)
+    clip = optimizer.gradient_clip
+    if settings.zero_stage == 0:  # there DeepSpeed's clipping tells nobody the norm, and has the workers wait once more
+        clip = 0.0
+
+        def clipped(stepper: Any, *_: Any) -> None:  # DeepSpeed looks for the norm where its own optimizers have it
+            stepper._global_grad_norm = clip_grad_norm_(module.parameters(), optimizer.gradient_clip or math.inf)
+
+        stepper.register_step_pre_hook(clipped)
     zero: dict[str, Any] = {"stage": settings.zero_stage}
     if settings.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -90,7 +99,7 @@ def initialize(module: nn.Module, optimizer: OptimizerSettings, settings: Engine
         config={
             "train_micro_batch_size_per_gpu": 1,  # for DeepSpeed's own reports, which nobody asks for
             "gradient_accumulation_steps": settings.passes,
-            "gradient_clipping": optimizer.gradient_clip,
+            "gradient_clipping": clip,
             "zero_optimization": zero,
             "zero_force_ds_cpu_optimizer": False,
             "zero_allow_untested_optimizer": True,

@@ -76,7 +76,7 @@ def global_batch(step: int) -> Batch:
 
 
 def train(deepspeed: Any, settings: EngineSettings, first: int, stop: int) -> list[float]:
-    """The global loss of each of these steps."""
+    """The global loss of each of these steps, and at last the gradient's norm."""
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     dtype = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
     found = []
@@ -94,7 +94,7 @@ def train(deepspeed: Any, settings: EngineSettings, first: int, stop: int) -> li
             loss += losses.total.detach().float() / (world * settings.passes)
         torch.distributed.all_reduce(loss)
         found.append(loss.item())
-    return found
+    return [*found, float(deepspeed.get_global_grad_norm())]
 
 
 def resumed(settings: EngineSettings, folder: RunFolder) -> Any:
