@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -17,6 +18,28 @@ class Refused(Exception):
 
 class Stopped(Exception):
     """A training was ended by Ctrl-C or SIGTERM, after a checkpoint; exit code 130."""
+
+
+class Lasting:
+    """A stderr that may lose its reader, as where a terminal is closed or a pipe ends: nothing but its text is lost.
+
+    Else the thread that draws the progress would die of it with tqdm's lock in its hands.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def say(line: str) -> None:

@@ -6,6 +6,7 @@ refused; 1 anything else.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -19,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from pipelines.answer import AsJson, Refused, Snapshot, Stopped, answer, say
+from pipelines.answer import AsJson, Lasting, Refused, Snapshot, Stopped, answer, say
 from pipelines.cli_contract import Format, contract_app
 from pipelines.cli_store import store_app
 from preprocessing.contract import DataContract
@@ -347,6 +348,11 @@ def _trained(run_id: str, folder: Path, as_json: bool, **more: Any) -> None:
 
 
 def main() -> None:
+    with contextlib.redirect_stderr(Lasting(sys.stderr)):
+        _main()
+
+
+def _main() -> None:
     try:
         app(standalone_mode=True)
     except (UserError, ConnectionError, ModuleNotFoundError) as error:

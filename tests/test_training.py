@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +55,19 @@ def test_its_run_shows_curves_pictures_and_where_it_came_from(
     assert checkpoint.load_settings(folder).step == 6
     kept = {path.name for path in folder.parent.glob("step-*")}
     assert kept == {"step-00000003", "step-00000006"}
+
+
+def test_it_goes_on_where_nobody_reads_what_it_says(
+    ray_cluster: None, store: str, tmp_path: Path, uwm: Uwm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nobody, end = os.pipe()
+    os.close(nobody)
+    lost = os.fdopen(end, "w", buffering=1)
+    monkeypatch.setattr(sys, "stderr", lost)
+    code, trained, _ = uwm("pretrain", "--store", store, "--output", tmp_path / "runs", "--json", "steps=2", *TINY)
+    with pytest.raises(BrokenPipeError):
+        lost.close()
+    assert code == 0 and checkpoint.load_settings(Path(trained["checkpoint"])).step == 2
 
 
 def test_a_number_that_is_none_in_the_data_stops_it_and_names_the_episode(
