@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from formats import REAL, jpeg, moving, write_video
+from readers import frames_of, refs_of
 
 from preprocessing.contract import DataContract
-from preprocessing.episode import BadEpisode, Episode, EpisodeRef
-from preprocessing.sources import bridge, digest, find, load, scan
+from preprocessing.episode import BadEpisode, Episode
+from preprocessing.sources import bridge, digest, find, load
 from uwm_model.metrics import psnr
 
 DATED = "rss/toykitchen2/set_table/00/2022-01-01_00-00-00"
@@ -63,18 +64,10 @@ def toy(top: Path, steps: int = 11, **more: object) -> Path:
     return write(top, {0: moving(steps + 1), 2: moving(steps + 1)[:, ::-1]}, action, state, **more)  # type: ignore[arg-type]
 
 
-def refs_of(path: Path) -> list[EpisodeRef]:
-    return [ref for format, found in find(path) for ref in scan(format, found)]
-
-
 def one(path: Path) -> Episode:
     [ref] = refs_of(path)
     assert ref.format == "bridge" and ref.problem is None and digest(ref) == ref.digest
     return load(ref)
-
-
-def frames_of(episode: Episode, camera: str) -> np.ndarray:
-    return np.concatenate(list(episode.cameras[camera].frames(None)))
 
 
 @pytest.mark.skipif(not REAL.exists(), reason=f"no real data at {REAL}")

@@ -15,11 +15,12 @@ import h5py
 import numpy as np
 import pytest
 from formats import REAL, numbered, quadrants, write_aloha, write_demos
+from readers import frames_of, refs_of
 from scipy.spatial.transform import Rotation
 
 from preprocessing.contract import DataContract
-from preprocessing.episode import BadEpisode, Episode, EpisodeRef
-from preprocessing.sources import digest, droid, find, load, scan
+from preprocessing.episode import BadEpisode, Episode
+from preprocessing.sources import digest, droid, find, load
 from uwm_model.metrics import psnr
 
 SERIALS = {"wrist": "31177322", "ext1": "13062452", "ext2": "22246076"}  # by name, exterior ones come first
@@ -142,10 +143,6 @@ def annotate(top: Path, sentences: dict[str, dict[str, str]], name: str = "aggre
     return top / name
 
 
-def refs_of(path: Path) -> list[EpisodeRef]:
-    return [ref for format, found in find(path) for ref in scan(format, found)]
-
-
 def one(path: Path, contract: DataContract | None = None) -> Episode:
     [ref] = refs_of(path)
     assert ref.problem is None and digest(ref) == ref.digest
@@ -162,10 +159,6 @@ def problem_of(path: Path) -> str:
     except BadEpisode as error:
         return str(error)
     return "none"
-
-
-def frames_of(episode: Episode, camera: str) -> np.ndarray:
-    return np.concatenate(list(episode.cameras[camera].frames(None)))
 
 
 # --------------------------------------------------------------------------------------------------- real episodes

@@ -14,9 +14,9 @@ import h5py
 import numpy as np
 import pytest
 from formats import encode_example, numbered, write_demos, write_lerobot, write_rlds, write_video
+from readers import refs_of
 
-from preprocessing.episode import EpisodeRef
-from preprocessing.sources import find, memory, scan
+from preprocessing.sources import memory
 from preprocessing.sources.memory import Finding, file_digest, findings
 
 FORMATS = ["video", "rlds", "lerobot", "hdf5"]
@@ -96,10 +96,6 @@ def change(format: str, file: Path) -> None:
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     after = file.stat()
     assert (after.st_size, after.st_mtime_ns, after.st_ino) == (before.st_size, before.st_mtime_ns, before.st_ino)
-
-
-def refs_of(path: Path) -> list[EpisodeRef]:
-    return [ref for format, found in find(path) for ref in scan(format, found)]
 
 
 def bytes_read() -> int:

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
+from readers import real
 
 from preprocessing.actions import convert_rotation
 from preprocessing.duplicates import Fingerprints, distance
@@ -24,7 +25,6 @@ from preprocessing.quality import Filters, Inspector, Verdict, idle_steps
 from preprocessing.sources import find, load, scan
 from preprocessing.video import open_video
 
-real = pytest.mark.skipif(not REAL.exists(), reason=f"no real data at {REAL}")
 ALL = Filters(idle=7, shots=3, near_duplicates=4)
 NONE = Filters(min_frames=None, black=None, frozen=None)
 SIZE = 128

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 from formats import REAL, jpeg, write_tfds
 from PIL import Image
+from readers import frames_of
 
-from preprocessing.episode import Episode
 from preprocessing.sources import find, load, scan
 from uwm_model.metrics import psnr
 
@@ -53,10 +53,6 @@ def recorded() -> Recorded:
         pictures = np.stack([frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)])
     assert len(pictures) == len(state) == len(action)
     return Recorded(*(values[::EVERY] for values in (pictures, state, action)))
-
-
-def frames_of(episode: Episode, camera: str) -> np.ndarray:
-    return np.concatenate(list(episode.cameras[camera].frames(None)))
 
 
 def compare(frames: np.ndarray, pictures: np.ndarray, decibels: float) -> None:

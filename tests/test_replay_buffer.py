@@ -24,11 +24,11 @@ from formats import REAL, numbered, quadrants, write_video
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from imagecodecs.numcodecs import Jpegxl
+from readers import episodes_of, frames_of, real, refs_of
 
-from preprocessing.episode import BadEpisode, Episode, EpisodeRef, UserError
-from preprocessing.sources import digest, find, load, scan
+from preprocessing.episode import BadEpisode, UserError
+from preprocessing.sources import digest, find, load
 
-real = pytest.mark.skipif(not REAL.exists(), reason=f"no real data at {REAL}")
 DISK = numcodecs.Blosc("zstd", clevel=5, shuffle=numcodecs.Blosc.BITSHUFFLE)  # what PushT is compressed with
 
 
@@ -98,18 +98,6 @@ def umi(frames: np.ndarray, ends: list[int], path: Path, robots: int = 1) -> tup
     cameras = {name: (1, *frames.shape[1:]) for name in data if name.startswith("camera")}
     packed = {name: lossy if name in cameras else None for name in data}
     return write_buffer(path, data, ends, cameras, packed), data
-
-
-def refs_of(path: Path) -> list[EpisodeRef]:
-    return [ref for format, found in find(path) for ref in scan(format, found)]
-
-
-def episodes_of(path: Path) -> list[Episode]:
-    return [load(pickle.loads(pickle.dumps(ref))) for ref in refs_of(path)]
-
-
-def frames_of(episode: Episode, camera: str, size: int | None = None) -> np.ndarray:
-    return np.concatenate(list(episode.cameras[camera].frames(size)))
 
 
 def repacked(folder: Path, path: Path, root: str = "", method: int = zipfile.ZIP_STORED) -> Path:

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from mcap.writer import CompressionType
 from mcap.writer import Writer as McapWriter
 from PIL import Image
+from readers import frames_of
 from rosbags import rosbag1, rosbag2
 from rosbags.typesys import Stores, get_typestore
 
@@ -262,10 +263,6 @@ CONTAINERS: dict[str, Callable[[Path, list[Said]], Path]] = {
 def episode_of(path: Path, contract: DataContract | None = None) -> Episode:
     (ref,) = [ref for format, found in find(path) for ref in scan(format, found)]
     return load(ref, contract)
-
-
-def frames_of(episode: Episode, camera: str, size: int | None = None) -> np.ndarray:
-    return np.concatenate(list(episode.cameras[camera].frames(size)))
 
 
 def before(times: list[float], at: float) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from formats import REAL, jpeg, numbered, quadrants, write_demos, write_video
 from PIL import Image
+from readers import real
 
 from preprocessing import sources
 from preprocessing.contract import DataContract
@@ -21,8 +22,6 @@ from preprocessing.episode import FRAMES_PER_CHUNK, BadEpisode, Video
 from preprocessing.frames import decode_image, first_frames, images_video, resize, sliced_video, thinned, upside_down
 from preprocessing.thinning import EARLY
 from preprocessing.video import open_video, probe_video
-
-real = pytest.mark.skipif(not REAL.exists(), reason=f"no real data at {REAL}")
 
 
 def decoded(path: Path, size: int | None = None) -> np.ndarray:

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from formats import REAL, jpeg, moving, numbered, quadrants, write_video
+from readers import refs_of
 from test_films import UNEVEN
 from test_films import write as irregular
 
 from preprocessing.episode import BadEpisode, Episode, EpisodeRef, UserError
 from preprocessing.limits import Limits, use
-from preprocessing.sources import digest, find, load, scan, webdataset
+from preprocessing.sources import digest, find, load, webdataset
 from uwm_model.metrics import psnr
 
 
@@ -32,10 +33,6 @@ def shard(path: Path, members: dict[str, bytes], format: int = tarfile.PAX_FORMA
 def film(folder: Path, frames: np.ndarray, name: str = "film.mp4", fps: int = 20) -> bytes:
     codec = "libvpx" if name.endswith("webm") else "libx264"
     return write_video(folder / name, frames, fps=fps, codec=codec).read_bytes()
-
-
-def refs_of(path: Path) -> list[EpisodeRef]:
-    return [ref for format, found in find(path) for ref in scan(format, found)]
 
 
 def one(path: Path) -> Episode:
