@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from formats import numbered, quadrants, write_video
+from formats import moving, numbered, write_video
 
 import infra.cluster  # noqa: F401  its settings come before Ray's import
 from preprocessing.store import LatentStore
@@ -50,7 +50,7 @@ def test_an_ingest_runs_where_the_environment_says(running: Any, tmp_path: Path)
 @pytest.mark.slow
 def test_ctrl_c_ends_an_ingest_with_one_line_and_nothing_half_written(tmp_path: Path) -> None:
     for number in range(4):
-        write_video(tmp_path / f"{number}.mp4", quadrants(256)[None].repeat(1500, 0) - np.uint8(number))
+        write_video(tmp_path / f"{number}.mp4", moving(1500) - np.uint8(number))
     store, log = tmp_path / "store", tmp_path / "log"
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     with log.open("w") as stderr:
