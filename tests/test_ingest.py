@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every few rows are written, and whatever is complete is committed twice a second."""
+    """Every few rows are written, and whatever is complete is committed every second."""
     monkeypatch.setattr(ingest_job, "ROWS_PER_WRITE", 2)
     monkeypatch.setattr(committer, "COMMIT_MINUTES", 0)
 
@@ -147,13 +147,21 @@ def test_too_many_bad_inputs_stop_the_job_and_keep_what_is_good(
         (tmp_path / f"{number}.mp4").write_bytes(good[: len(good) * 2 // 3 + number])
     store, decode = str(tmp_path / "store"), ingest_job.decode
 
-    def bad_ones_last(batch: Any, **arguments: Any) -> Any:
-        bad = json.loads(batch["ref"][0].as_py())["uri"][-5] in "3456"
-        while bad and not LatentStore.open(store).snapshot().episodes(["id"]).num_rows:
+    def in_turn(batch: Any, **arguments: Any) -> Any:
+        """The bad ones once a good one is committed, and the last one once they all are refused."""
+        number = json.loads(batch["ref"][0].as_py())["uri"][-5]
+
+        def too_early() -> bool:
+            now = LatentStore.open(store).snapshot()
+            if number == "7":
+                return len(now.quarantine()) < 4
+            return number in "3456" and not now.episodes(["id"]).num_rows
+
+        while too_early():
             time.sleep(0.1)
         yield from decode(batch, **arguments)
 
-    monkeypatch.setattr(ingest_job, "decode", bad_ones_last)
+    monkeypatch.setattr(ingest_job, "decode", in_turn)
     with pytest.raises(UserError, match=r"4 of 8 episodes are bad, more than --max-bad 0\.4"):
         ingest([str(tmp_path)], store, IngestRecipe(max_bad=0.4, quality=Filters(frozen=None)))
     snapshot = LatentStore.open(store).snapshot()
