@@ -122,8 +122,8 @@ class Meter:
 
 
 @contextlib.contextmanager
-def watch(meter: Any, show: Callable[[dict[str, float]], None], every: float = 1.0) -> Iterator[None]:
-    """Call ``show`` with the meter's values every second while the block blocks."""
+def watch(meter: Any, show: Callable[[dict[str, float]], None], every: float = 0.5) -> Iterator[None]:
+    """Call ``show`` with the meter's values every so many seconds while the block blocks."""
     done = threading.Event()
 
     def loop() -> None:

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every few rows are written, and whatever is complete is committed every second."""
+    """Every few rows are written, and whatever is complete is committed twice a second."""
     monkeypatch.setattr(ingest_job, "ROWS_PER_WRITE", 2)
     monkeypatch.setattr(committer, "COMMIT_MINUTES", 0)
 
