@@ -22,7 +22,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
 # Those that it starts ahead have no runtime environment: no task of ours runs in them, and each takes 1 % of a core.
 os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-# As important as what else runs on this machine: beside a busy process Ray's 15 leaves them a thirtieth of a core.
+# Workers matter as much as what else runs on this machine: Ray's 15 leaves them a thirtieth of a core that is busy.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
 import ray

@@ -62,7 +62,7 @@ def train(
         meter = Meter.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]
         with (
             tqdm(total=recipe.steps, desc=recipe.name, unit="step", mininterval=0.5) as bar,
-            watch(meter, Show(bar, meter), every=1.0),
+            watch(meter, Show(bar, meter), every=1.0),  # each question takes from the workers' time
             _saving_on_signals(meter) as told,
             _quiet(verbose),
         ):

@@ -139,7 +139,7 @@ def episodes(store: str) -> int:
 
 
 def wait_for(condition: Callable[[], Any], driver: subprocess.Popen[str]) -> Any:
-    deadline = time.monotonic() + 300  # a hang, not a slow machine, of which two soaks share the cores
+    deadline = time.monotonic() + 120
     while not (found := condition()):
         assert driver.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
