@@ -20,10 +20,10 @@ soak: install # kills drivers, workers and a node, fills a disk, breaks a networ
 	.venv/bin/python -m pytest -m soak
 
 bench-vae: install # PLACES="folder ..." adds other frames
-	.venv/bin/python tests/bench_vae.py $(PLACES)
+	PYTHONPATH=tests .venv/bin/python tests/benchmarks/bench_vae.py $(PLACES)
 
 bench-store bench-ingest bench-query bench-model bench-step bench-loader bench-train: bench-%: install
-	.venv/bin/python tests/bench_$*.py
+	PYTHONPATH=tests .venv/bin/python tests/benchmarks/bench_$*.py
 
 check: install
 	.venv/bin/ruff check .

@@ -16,17 +16,17 @@ import typer
 
 from infra import tracking
 from infra.cluster import cluster
-from pipelines import checkpoint
-from pipelines.answer import Refused
-from pipelines.evaluate import evaluate
-from pipelines.finetune import finetune
-from pipelines.ingest import ingest
-from pipelines.pretrain import pretrain
-from pipelines.promote import Promotion, promote
+from pipelines.errors import Refused
+from pipelines.evaluate.run import evaluate
+from pipelines.ingest.run import ingest
+from pipelines.models import checkpoint
 from pipelines.recipe import load_recipe
 from pipelines.record import record
-from pipelines.register import register
-from pipelines.report import Stage, write_report
+from pipelines.registry.promote import Promotion, promote
+from pipelines.registry.register import register
+from pipelines.report.page import Stage, write_report
+from pipelines.train.finetune import finetune
+from pipelines.train.pretrain import pretrain
 
 TASKS = ["drawer-close", "button-press-topdown", "door-open"]
 TASK = "button-press-topdown"  # the one that is finetuned, evaluated and promoted

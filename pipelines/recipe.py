@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from preprocessing.encoders import Precision
-from preprocessing.episode import UserError
+from preprocessing.dataset.loader import SHUFFLE_WINDOWS
+from preprocessing.encoders.vae import Precision
+from preprocessing.errors import UserError
 from preprocessing.limits import Limits
-from preprocessing.loader import SHUFFLE_WINDOWS
-from preprocessing.quality import Filters
+from preprocessing.quality.filters import Filters
 from uwm_model.config import AugmentConfig, DiffusionConfig, ModelConfig
 
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]

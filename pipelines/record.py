@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from infra.simulators.metaworld import ACTION_REPEAT, CAMERAS, FPS, HORIZON, INSTRUCTIONS, MetaWorld
-from preprocessing.episode import UserError
+from preprocessing.errors import UserError
 
 DISTURBANCE = 0.3  # deviation of the noise on executed actions
 AFTER_SUCCESS = 5  # steps recorded beyond the first success

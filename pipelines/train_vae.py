@@ -19,9 +19,10 @@ import torch
 from tqdm import tqdm
 
 from preprocessing import sources
-from preprocessing.encoders import load_encoder
-from preprocessing.episode import BadEpisode, EpisodeRef, UserError, Video
-from preprocessing.windows import is_validation
+from preprocessing.dataset.embodiment import is_validation
+from preprocessing.encoders.vae import load_encoder
+from preprocessing.episode import EpisodeRef, Video
+from preprocessing.errors import BadEpisode, UserError
 from uwm_model.metrics import psnr
 
 WIDTH = 32

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from preprocessing.episode import UserError
+from preprocessing.errors import UserError
 
 FREE_SHARE = 0.8  # of what is free and what it holds, that a shelf takes where nobody says
 PATIENCE = 60.0  # seconds that other processes have to let go of what fills the shelf

@@ -17,14 +17,6 @@ from pydantic import BaseModel, ConfigDict, Field
 FRAMES_PER_CHUNK = 64
 
 
-class UserError(Exception):
-    """A mistake that its maker can mend: one line that says what, where, and how. Exit code 2."""
-
-
-class BadEpisode(Exception):
-    """This episode cannot be read, and why, in words a person understands. It is quarantined."""
-
-
 @dataclass(frozen=True)
 class EpisodeRef:
     """Where an episode is, and what its bytes are, before anything of it is decoded.
@@ -53,7 +45,7 @@ class Video:
     It raises :class:`BadEpisode` where the bytes break. ``turned`` says that the camera is recorded upside down
     and ``frames`` turns it, so that a contract can overrule that finding. ``thin(share)``, where there is one, is
     the same camera with that share of its frames, for less work than dropping the others afterwards
-    (:func:`preprocessing.frames.thinned` asks it, and does without).
+    (:func:`preprocessing.video.frames.thinned` asks it, and does without).
     """
 
     frames: Callable[[int | None], Iterator[np.ndarray]]

@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.command import Uwm
 
-sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)  # two cores; the tests' own processes want the other
 
 
@@ -28,9 +28,6 @@ def ray_cluster() -> Iterator[None]:
 
     with cluster():
         yield
-
-
-Uwm = Callable[..., tuple[int, Any, str]]
 
 
 @pytest.fixture

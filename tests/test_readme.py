@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from conftest import Uwm
+from helpers.command import Uwm
 
 README = Path(__file__).parents[1] / "README.md"
 SMALL = ["model.width=32", "model.depth=1", "model.heads=2"]

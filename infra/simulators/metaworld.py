@@ -22,8 +22,8 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+from preprocessing.contracts.interface import Promise
 from preprocessing.episode import ActionBlock
-from preprocessing.promise import Promise
 
 # Both are read once, when mujoco and Mesa are loaded. Mesa's software renderer starts a thread per core, which
 # is slower than one for pictures this small.

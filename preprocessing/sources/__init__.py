@@ -4,9 +4,9 @@ A reader is a module with four functions: ``detect(path)`` says whether a file o
 ``scan(path)`` lists the episodes by hashing bytes, decoding nothing, ``load(ref)`` makes one an Episode, in any
 process that sees the files, and ``digest(ref)`` hashes its bytes once more. To add a format, write such a module and
 name it in ``FORMATS``. What a scan finds in a file is remembered until the file changes
-(:mod:`preprocessing.sources.memory`).
+(:mod:`preprocessing.sources.scan_cache`).
 
-What a contract overrides (:mod:`preprocessing.contract`) is overridden here, once for all formats.
+What a contract overrides (:mod:`preprocessing.contracts.contract`) is overridden here, once for all formats.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ from pathlib import Path
 from types import ModuleType
 from urllib.parse import unquote, urlsplit
 
-from preprocessing.contract import DataContract, shipped_for
-from preprocessing.episode import BadEpisode, Episode, EpisodeRef, UserError
-from preprocessing.frames import thinned, until_broken
+from preprocessing.contracts.contract import DataContract, shipped_for
+from preprocessing.episode import Episode, EpisodeRef
+from preprocessing.errors import BadEpisode, UserError
 from preprocessing.sources import (
     aloha,
     bridge,
     calvin,
     droid,
-    hdf5,
-    lerobot,
-    replay_buffer,
-    rlds,
-    ros,
+    robomimic,
     video,
     webdataset,
 )
+from preprocessing.sources.lerobot import reader as lerobot
+from preprocessing.sources.replay_buffer import reader as replay_buffer
+from preprocessing.sources.rlds import reader as rlds
+from preprocessing.sources.ros import reader as ros
+from preprocessing.video.frames import thinned, until_broken
 
 FORMATS: dict[str, ModuleType] = {
     "rlds": rlds,
@@ -44,7 +45,7 @@ FORMATS: dict[str, ModuleType] = {
     "droid": droid,
     "bridge": bridge,
     "aloha": aloha,
-    "hdf5": hdf5,
+    "hdf5": robomimic,
     "ros": ros,
     "replay_buffer": replay_buffer,
     "webdataset": webdataset,

@@ -16,10 +16,20 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from preprocessing.episode import ActionBlock, BadEpisode, Episode, EpisodeRef, Video
-from preprocessing.frames import decode_image, sliced_video
-from preprocessing.sources.hdf5_files import at_once, child, digest_of, frames_reader, hdf5_files, numbers, own, text
-from preprocessing.sources.memory import Finding, file_digest, findings
+from preprocessing.episode import ActionBlock, Episode, EpisodeRef, Video
+from preprocessing.errors import BadEpisode
+from preprocessing.sources.scan_cache import Finding, file_digest, findings
+from preprocessing.sources.untrusted.hdf5 import (
+    at_once,
+    child,
+    digest_of,
+    frames_reader,
+    hdf5_files,
+    numbers,
+    own,
+    text,
+)
+from preprocessing.video.frames import decode_image, sliced_video
 
 FPS = 50.0
 ARM = 7  # six joints and a gripper

@@ -2,7 +2,7 @@
 
 ``images0/im_0.jpg`` and so on are what each camera saw, ``obs_dict.pkl`` holds arrays with a row a picture,
 ``policy_out.pkl`` a list with an entry an action, ``lang.txt`` a sentence of each annotator and how sure they were.
-Pickles are read as data (:mod:`preprocessing.sources.pickles`). The layout:
+Pickles are read as data (:mod:`preprocessing.sources.untrusted.pickles`). The layout:
 https://github.com/rail-berkeley/bridge_data_v2 (``data_processing/bridgedata_raw_to_numpy.py``). Notable there:
 
 - There is one picture more than there are actions. Action t was commanded at picture t; the last one is left out.
@@ -24,11 +24,12 @@ from typing import Any
 
 import numpy as np
 
-from preprocessing.episode import ActionBlock, BadEpisode, Episode, EpisodeRef, Video
-from preprocessing.frames import pictures_video
+from preprocessing.episode import ActionBlock, Episode, EpisodeRef, Video
+from preprocessing.errors import BadEpisode
 from preprocessing.limits import limits
-from preprocessing.sources.memory import Finding, file_digest, findings, stamp_of
-from preprocessing.sources.pickles import read_pickle
+from preprocessing.sources.scan_cache import Finding, file_digest, findings, stamp_of
+from preprocessing.sources.untrusted.pickles import read_pickle
+from preprocessing.video.frames import pictures_video
 
 FPS = 5.0
 OBSERVED, COMMANDED, SENTENCES = "obs_dict.pkl", "policy_out.pkl", "lang.txt"

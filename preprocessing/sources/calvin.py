@@ -28,11 +28,12 @@ from typing import Any
 
 import numpy as np
 
-from preprocessing.episode import FRAMES_PER_CHUNK, ActionBlock, BadEpisode, Episode, EpisodeRef, UserError
-from preprocessing.frames import sliced_video
+from preprocessing.episode import FRAMES_PER_CHUNK, ActionBlock, Episode, EpisodeRef
+from preprocessing.errors import BadEpisode, UserError
 from preprocessing.limits import limits
-from preprocessing.sources.memory import Finding, file_digest, findings
-from preprocessing.sources.pickles import read_npy
+from preprocessing.sources.scan_cache import Finding, file_digest, findings
+from preprocessing.sources.untrusted.pickles import read_npy
+from preprocessing.video.frames import sliced_video
 
 FPS = 30.0
 RANGES = "ep_start_end_ids.npy"

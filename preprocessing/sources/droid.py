@@ -35,11 +35,12 @@ from typing import Any
 import h5py
 import numpy as np
 
-from preprocessing.episode import ActionBlock, BadEpisode, Episode, EpisodeRef, UserError
-from preprocessing.frames import first_frames
-from preprocessing.sources.hdf5_files import datasets, digest_of, hdf5_files, numbers
-from preprocessing.sources.memory import Finding, file_digest, findings
-from preprocessing.video import open_video, probe_video
+from preprocessing.episode import ActionBlock, Episode, EpisodeRef
+from preprocessing.errors import BadEpisode, UserError
+from preprocessing.sources.scan_cache import Finding, file_digest, findings
+from preprocessing.sources.untrusted.hdf5 import datasets, digest_of, hdf5_files, numbers
+from preprocessing.video.decode import open_video, probe_video
+from preprocessing.video.frames import first_frames
 
 FPS = 15.0
 TRAJECTORY = "trajectory.h5"

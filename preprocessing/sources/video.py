@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from preprocessing.episode import BadEpisode, Episode, EpisodeRef
-from preprocessing.sources.memory import Finding, file_digest, findings
-from preprocessing.video import open_film, probe_video
+from preprocessing.episode import Episode, EpisodeRef
+from preprocessing.errors import BadEpisode
+from preprocessing.sources.scan_cache import Finding, file_digest, findings
+from preprocessing.video.decode import open_film, probe_video
 
 SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".gif"}
 SUFFIXES |= {".m2ts", ".mts", ".ogv", ".asf", ".vob", ".3g2", ".mjpeg", ".h264", ".h265", ".hevc"}

@@ -27,11 +27,12 @@ from itertools import groupby, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from preprocessing.episode import BadEpisode, Episode, EpisodeRef, Video
-from preprocessing.frames import pictures_video
+from preprocessing.episode import Episode, EpisodeRef, Video
+from preprocessing.errors import BadEpisode
 from preprocessing.limits import limits
-from preprocessing.sources.memory import Finding, file_digest, findings
-from preprocessing.video import open_film
+from preprocessing.sources.scan_cache import Finding, file_digest, findings
+from preprocessing.video.decode import open_film
+from preprocessing.video.frames import pictures_video
 
 FPS = 10.0
 FILMS = ("mp4", "m4v", "mov", "mkv", "webm", "avi", "mpg", "mpeg", "wmv", "flv", "gif")

@@ -1,0 +1,5 @@
+"""The command line: ``uwm VERB``."""
+
+from pipelines.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,249 @@
+"""What makes commits of an ingest's rows, on the driver, while the job runs.
+
+Write tasks leave in an inbox what they wrote; the committer joins rows into episodes, and every few minutes commits
+those that are complete. So a crash costs no more than that, and the driver holds no more than that.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from icechunk import ForkSession
+
+from infra.cluster import on_this_node
+from pipelines.ingest.episode_reader import Gate, Plan, Refusal, Work
+from preprocessing.store.statistics import Statistics, merge
+from preprocessing.store.store import LatentStore
+
+COMMIT_MINUTES = 2  # of work that a crash may cost
+COMMIT_EPISODES = 4096
+FAILURES = 3  # commits in a row, that stop a job
+
+
+class Committer:
+    """Joins rows into episodes on the driver, and commits those that are complete every COMMIT_MINUTES."""
+
+    def __init__(self, store: LatentStore, work: list[Work], plan: Plan, most_bad: float):
+        self.store = store
+        self.inbox = Inbox.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]
+        self.snapshot: str | None = None
+        self.episodes = self.already = self.frames = 0
+        self.quarantine: list[dict[str, Any]] = []
+        self.too_bad = False
+        self.failure: Exception | None = None  # of commits, that made it stop the job
+        self._work = {one.ref.id: one for one in work}
+        self._left = {one.ref.id: place for place, one in enumerate(work)}  # not committed yet
+        self._plan = plan
+        self._gate = Gate(plan, store.snapshot())
+        self._most_bad = most_bad
+        self._pending: dict[str, _Pending] = {}
+        self._forks: list[tuple[ForkSession, list[dict[str, Any]]]] = []  # not committed yet, and their rows
+        self._batch: _Batch | None = None
+        self._lock = threading.Lock()
+        self._last_commit = time.monotonic()
+        self._failed = 0  # commits in a row
+
+    def start(self) -> None:
+        self._last_commit = time.monotonic()
+
+    def tick(self) -> int:
+        """Commit if it is time for it. Returns how many episodes are done. For a thread beside the job."""
+        with self._lock:
+            self._receive()
+            complete = self._complete()
+            late = time.monotonic() - self._last_commit > COMMIT_MINUTES * 60
+            if complete and (late or len(complete) >= COMMIT_EPISODES):
+                try:
+                    self._commit(complete)
+                except Exception as error:
+                    self._failed += 1
+                    if self._failed == FAILURES:  # whatever else it encoded would be lost too
+                        self.failure = error
+                        self.inbox.stop.remote()
+                    raise
+                self._failed, complete = 0, []
+            return len(self._work) - len(self._left) + len(complete)
+
+    def keep(self) -> None:
+        """Commit what is complete."""
+        with self._lock:
+            self._receive()
+            self._commit(self._complete())
+
+    def finish(self) -> None:
+        """Commit the rest; RuntimeError if anything of it is missing."""
+        self.keep()
+        if self._left:
+            first = self._work[next(iter(self._left))].ref
+            raise RuntimeError(
+                f"{len(self._left)} episodes came back incomplete, {first.uri} #{first.index} among them"
+            )
+
+    def _receive(self) -> None:
+        writings, refusals = ray.get(self.inbox.take.remote())
+        for written in writings:
+            self._forks.append((written["fork"], written["rows"]))
+            for row in written["rows"]:
+                if row["episode"] not in self._left:
+                    continue
+                pending = self._pending.setdefault(row["episode"], _Pending())
+                if row["camera"] is not None:
+                    [encoder] = row["encoders"]
+                    pending.segments.setdefault((encoder, row["camera"]), {})[row["first"]] = row
+                else:
+                    pending.record, pending.steps = json.loads(row["record"]), row
+        for episode, refusal in refusals.items():
+            if episode in self._left:
+                self._pending.setdefault(episode, _Pending()).refusal = refusal
+
+    def _complete(self) -> list[str]:
+        """In the order of the sources, whatever order tasks ended in."""
+        complete = [one for one, pending in self._pending.items() if pending.complete(self._work[one].keys)]
+        return sorted(complete, key=self._left.__getitem__)
+
+    def _commit(self, complete: list[str]) -> None:
+        self._last_commit = time.monotonic()
+        if self._batch:
+            self._send(self._batch)
+            complete = [one for one in complete if one in self._left]
+        if complete:
+            self._batch = self._gather(complete)
+            self._send(self._batch)
+
+    def _gather(self, complete: list[str]) -> _Batch:
+        batch = _Batch(complete)
+        for fork, rows in self._forks:
+            if not {row["episode"] for row in rows}.isdisjoint(complete):
+                batch.forks.append(fork)
+                batch.unused += [row["place"] for row in rows if row["episode"] not in self._left]
+        for episode in complete:
+            one, pending = self._work[episode], self._pending[episode]
+            if pending.record and not pending.refusal:
+                pending.refusal = self._gate.admit(one.source, pending.record)
+            if pending.refusal:
+                batch.quarantine.append(pending.refusal.row(one))
+                batch.unused += [row["place"] for found in pending.segments.values() for row in found.values()]
+                continue
+            for encoder, key in one.keys.items():
+                row, statistics = _catalogued(one, pending, encoder, key, self._plan)
+                batch.rows.append(row)
+                batch.statistics += statistics
+        return batch
+
+    def _send(self, batch: _Batch) -> None:
+        commit = self.store.commit(
+            batch.name, batch.forks, batch.rows, batch.statistics, batch.quarantine, batch.unused
+        )
+        self._batch = None
+        self.snapshot = commit.snapshot
+        frames = {row["id"]: row["frames"] for row in batch.rows if row["key"] in commit.keys}
+        self.episodes += len(frames)
+        self.frames += sum(frames.values())
+        self.already += len({row["id"] for row in batch.rows} - frames.keys())
+        self.quarantine += batch.quarantine
+        for episode in batch.episodes:
+            del self._left[episode], self._pending[episode]
+        # Nothing was committed where all were doubles: then episodes that are still to come need their forks again.
+        again = not (commit.keys or batch.quarantine)
+        self._forks = [
+            (fork, rows)
+            for fork, rows in self._forks
+            if not any(fork is done for done in batch.forks)
+            or (again and any(row["episode"] in self._left for row in rows))
+        ]
+        if sum(not row["filter"] for row in self.quarantine) > self._most_bad:
+            self.too_bad = True
+            self.inbox.stop.remote()
+
+
+@ray.remote(num_cpus=0)
+class Inbox:
+    """Where tasks leave what they wrote, and what they could not read; on the driver's node."""
+
+    def __init__(self) -> None:
+        self._begun: Counter[str] = Counter()
+        self._seen: set[int] = set()
+        self._written: list[Any] = []
+        self._refused: dict[str, Refusal] = {}
+        self._stopped = False
+
+    def begin(self, episode: str) -> int:
+        """How many times it has been begun: more than once where a task's process died."""
+        self._begun[episode] += 1
+        return self._begun[episode]
+
+    def refuse(self, episode: str, refusal: Refusal) -> None:
+        self._refused[episode] = refusal._replace(reason=" ".join(refusal.reason.split()))
+
+    def put(self, task: int, written: Any) -> bool:
+        """Whether the job is to go on. A task that Ray ran twice is heard once."""
+        if task not in self._seen:
+            self._seen.add(task)
+            self._written.append(written)
+        return not self._stopped
+
+    def take(self) -> tuple[list[Any], dict[str, Refusal]]:
+        taken = self._written, self._refused
+        self._written, self._refused = [], {}
+        return taken
+
+    def stop(self) -> None:
+        self._stopped = True
+
+
+@dataclass
+class _Pending:
+    """What has come of one episode so far."""
+
+    refusal: Refusal | None = None
+    record: dict[str, Any] | None = None
+    steps: dict[str, Any] | None = None
+    segments: dict[tuple[str, str], dict[int, dict[str, Any]]] = field(default_factory=dict)  # by (encoder, camera)
+
+    def complete(self, encoders: Iterable[str]) -> bool:
+        if self.refusal or self.record is None:
+            return bool(self.refusal)
+        return all(
+            sum(row["place"]["count"] for row in self.segments.get((encoder, camera), {}).values()) == count
+            for encoder in encoders
+            for camera, count in self.record["cameras"].items()
+        )
+
+
+@dataclass
+class _Batch:
+    """What is to become one commit. One that failed is asked for again as it is: it may have been made after all."""
+
+    episodes: list[str]  # ids, those of bad ones too
+    forks: list[ForkSession] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    statistics: list[dict[str, Any]] = field(default_factory=list)
+    quarantine: list[dict[str, Any]] = field(default_factory=list)
+    unused: list[dict[str, Any]] = field(default_factory=list)
+    name: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+
+def _catalogued(
+    one: Work, pending: _Pending, encoder: str, key: str, plan: Plan
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The catalogue row of one encoding of an episode, and its statistics' rows."""
+    assert pending.record is not None and pending.steps is not None
+    cameras, statistics = [], []
+    for camera in pending.record["cameras"]:
+        found = [row for _, row in sorted(pending.segments[encoder, camera].items())]
+        cameras.append({"name": camera, "segments": [row["place"] for row in found]})
+        measured = [Statistics.from_row(row["statistics"]) for row in found if "statistics" in row]
+        if measured:
+            statistics.append({"key": key, "array": camera, **merge(measured).to_row()})
+    if "statistics" in pending.steps:
+        statistics.append({"key": key, "array": "steps", **pending.steps["statistics"]})
+    named = {"key": key, "encoder": encoder, "encoder_digest": plan.encoders[encoder]}
+    return {**pending.record, **named, "cameras": cameras, "steps": pending.steps["place"]}, statistics

@@ -1,0 +1,203 @@
+"""One episode of an ingest, read: its frames as they are decoded, its record, or why it is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipelines.recipe import IngestRecipe
+from preprocessing import limits, sources
+from preprocessing.contracts.contract import DataContract
+from preprocessing.contracts.interface import Promises
+from preprocessing.episode import Episode, EpisodeRef
+from preprocessing.errors import BadEpisode, UserError
+from preprocessing.quality.duplicates import Fingerprints
+from preprocessing.quality.filters import Inspector
+from preprocessing.store.snapshot import Snapshot
+
+READER = version("unified-world-models")
+
+
+@dataclass(frozen=True)
+class Work:
+    """One episode to ingest: ``keys`` names the catalogue row that each encoder is to make of it."""
+
+    ref: EpisodeRef
+    source: str
+    keys: dict[str, str]
+    quarantine_key: str
+    fps: float | None  # at most so many frames a second, where it has no actions
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is the same for all episodes of an ingest."""
+
+    encoders: dict[str, str]  # digest by name
+    recipe: IngestRecipe
+    contracts: dict[str, DataContract | None]  # by source
+    promises: Promises  # of what is there, and, on the driver, of what has come in since
+
+    @property
+    def strictness(self) -> str:
+        """What decides whether an episode is let in, beside its bytes and its contract."""
+        return self.recipe.model_dump_json(include={"keep_broken", "limits", "quality"})
+
+
+class Refusal(NamedTuple):
+    """Why an episode is not let in."""
+
+    reason: str
+    reader: str | None  # version that refused these bytes for good; None where trying again may help
+    filter: str | None = None  # that took it for not worth encoding; None where it cannot be read
+
+    def row(self, work: Work) -> dict[str, Any]:
+        """As the table QUARANTINE keeps it."""
+        where = {"key": work.quarantine_key, "id": work.ref.id, "uri": work.ref.uri, "index": work.ref.index}
+        return where | self._asdict() | {"reason": " ".join(self.reason.split())}
+
+
+class Reading:
+    """Raises what :func:`refusal` makes a reason of."""
+
+    def __init__(self, ref: EpisodeRef, source: str, fps: float | None, plan: Plan):
+        limits.use(plan.recipe.limits)
+        self._source, self._plan = source, plan
+        self._breaks: list[str] | None = [] if plan.recipe.keep_broken else None
+        self.episode = sources.load(ref, plan.contracts[source], fps, self._breaks)
+        if reason := plan.promises.broken_by(source, _described(self.episode)):
+            raise BadEpisode(reason)
+        self._counts: dict[str, int] = {}
+        self._inspector = Inspector(plan.recipe.quality, self.episode)
+
+    def frames(self) -> Iterator[tuple[str, int, np.ndarray]]:
+        """Camera, number of the first frame, and up to 64 frames uint8 ``[n, S, S, 3]``."""
+        for camera, video in self.episode.cameras.items():
+            self._counts[camera] = 0
+            for frames in video.frames(self._plan.recipe.image_size):
+                self._inspector.frames(camera, frames)
+                yield camera, self._counts[camera], frames
+                self._counts[camera] += len(frames)
+
+    def record(self) -> tuple[dict[str, Any], np.ndarray]:
+        """Once all frames have gone by: the catalogue row without its places, and the steps float32 ``[T, D]``."""
+        row, steps = _record(self.episode, self._counts, self._plan, self._source)
+        if sources.digest(self.episode.ref) != self.episode.ref.digest:
+            raise BadEpisode("it changed while it was read; ingest it again when it is complete")
+        verdict = self._inspector.verdict()
+        if verdict.filter:
+            raise _Filtered(verdict.filter, verdict.reason)
+        whole = verdict.spans == [(0, row["frames"])]
+        row["spans"] = None if whole else [{"first": first, "stop": stop} for first, stop in verdict.spans]
+        row["fingerprint"] = verdict.fingerprint.hex() if verdict.fingerprint else None
+        row["repairs"] += [*verdict.notes, *(f"{reason}; kept up to there" for reason in self._breaks or ())]
+        return row, steps
+
+
+class _Filtered(Exception):
+    """The filter's name, and its reason."""
+
+
+class Gate:
+    """What an episode has to pass beside those that are in already; on the driver, in the order in which they come."""
+
+    def __init__(self, plan: Plan, head: Snapshot):
+        self._promises, self._limit = plan.promises, plan.recipe.quality.near_duplicates
+        self._seen = Fingerprints()
+        if self._limit is not None:
+            for row in head.episodes(("id", "fingerprint")).to_pylist():
+                self._remember(row)
+
+    def admit(self, source: str, row: dict[str, Any]) -> Refusal | None:
+        """Let an episode in, by its catalogue row; or why not."""
+        if reason := self._promises.broken_by(source, row):
+            return Refusal(reason, READER)
+        if self._limit is not None and row["fingerprint"]:
+            near = self._seen.nearest(bytes.fromhex(row["fingerprint"]), self._limit)
+            if near and near[0] != row["id"]:
+                reason = f"near_duplicates: a copy of episode {near[0]}, {near[1]:.1f} of 64 bits a frame differ"
+                return Refusal(reason, READER, "near_duplicates")
+        self._promises.add(source, row)
+        self._remember(row)
+        return None
+
+    def _remember(self, row: dict[str, Any]) -> None:
+        if row["fingerprint"]:
+            self._seen.add(row["id"], bytes.fromhex(row["fingerprint"]))
+
+
+def refusal(error: Exception, ref: EpisodeRef) -> Refusal:
+    match error:
+        case BadEpisode():
+            # What its bytes are now is for the next run to see; only bytes that were read whole are refused for good.
+            return Refusal(str(error), READER if _unchanged(ref) else None)
+        case _Filtered(args=(name, reason)):
+            return Refusal(reason, READER, name)
+        case UserError():
+            return Refusal(str(error), None)
+    return Refusal(f"{type(error).__name__}: {error}", None)
+
+
+def _unchanged(ref: EpisodeRef) -> bool:
+    with contextlib.suppress(Exception):
+        return bool(ref.problem) or sources.digest(ref) == ref.digest
+    return False
+
+
+def _described(episode: Episode) -> dict[str, Any]:
+    """The columns that say what an episode's numbers and pictures mean."""
+    return {
+        "fps": episode.fps,
+        "embodiment": episode.embodiment,
+        "cameras": list(episode.cameras),
+        "action_dim": 0 if episode.action is None else episode.action.shape[1],
+        "action_layout": json.dumps([block.model_dump() for block in episode.action_layout]),
+        "proprio": _widths(episode.proprio),
+    }
+
+
+def _widths(columns: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    return [{"name": name, "width": values.shape[1]} for name, values in columns.items()]
+
+
+def _record(episode: Episode, counts: dict[str, int], plan: Plan, source: str) -> tuple[dict[str, Any], np.ndarray]:
+    tracks = {f"camera {camera}": count for camera, count in counts.items()}
+    tracks |= {f"proprio {name}": len(values) for name, values in episode.proprio.items()}
+    if episode.action is not None:
+        tracks["action"] = len(episode.action)
+    if not counts or len(set(tracks.values())) != 1 or 0 in tracks.values():
+        lengths = ", ".join(f"{name} {count}" for name, count in tracks.items()) or "no camera"
+        raise BadEpisode(f"its tracks do not have one common length: {lengths}")
+    frames = next(iter(counts.values()))
+
+    columns = [*([] if episode.action is None else [episode.action]), *episode.proprio.values()]
+    if not all(np.isfinite(values).all() for values in columns):
+        raise BadEpisode("its actions or proprioception hold NaN or infinity")
+    signals = {name: values for name, values in episode.signals.items() if np.isfinite(values).all()}
+    repairs = [f"{name} holds NaN or infinity; dropped" for name in episode.signals if name not in signals]
+    steps = np.concatenate([*columns, *signals.values(), np.zeros((frames, 0))], axis=1, dtype=np.float32)
+    contract = plan.contracts[source]
+    record = {
+        **_described(episode),
+        "id": episode.id,
+        "uri": episode.ref.uri,
+        "index": episode.ref.index,
+        "format": episode.ref.format,
+        "frames": frames,
+        "instruction": episode.instruction,
+        "success": episode.success,
+        "cameras": counts,
+        "contract": contract.model_dump_json() if contract else None,
+        "repairs": [*episode.repairs, *repairs],
+        "source": source,
+        "split": episode.split,
+        "signals": _widths(signals),
+        "texts": [{"name": name, "text": text} for name, text in episode.texts.items()],
+    }
+    return record, steps

@@ -1,0 +1,136 @@
+"""A checkpoint: a folder of ``model.safetensors`` and ``settings.json``, readable without anything of this project."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from infra import registry, tracking
+from preprocessing.dataset.embodiment import Embodiment
+from preprocessing.errors import UserError
+from preprocessing.store.statistics import Normalizer
+from uwm_model.config import DiffusionConfig, ModelConfig
+from uwm_model.kinds import Model, build
+from uwm_model.transplant import Part
+
+
+@dataclass(frozen=True)
+class Normalizers:
+    """Of one embodiment."""
+
+    action: Normalizer
+    proprio: Normalizer
+
+
+class Settings(BaseModel):
+    """All that is needed to use the weights, and where they come from."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: ModelConfig
+    diffusion: DiffusionConfig
+    encoder: str
+    encoder_digest: str
+    image_size: int = 0  # of the frames that the store holds; 0, of earlier checkpoints: as many as the latents are
+    text_encoder: str | None = None
+    text_encoder_digest: str | None = None
+    embodiments: dict[str, Embodiment]
+    store: str
+    snapshot: str
+    recipe: dict[str, Any]
+    parent: str | None = None  # the checkpoint this was finetuned from
+    run_id: str | None = None
+    step: int = 0
+    # Of a finetuned model, by embodiment: normalisation as its parent has it, and as the data would; ``embodiments``
+    # holds the one that is used.
+    pretrained_statistics: dict[str, Normalizers] = {}
+    data_statistics: dict[str, Normalizers] = {}
+    transplant: tuple[Part, ...] = ()  # what became of its parent's weights
+
+    def build(self) -> Model:
+        """A fresh model of the settings' kind; settings written before there were kinds are UWM's."""
+        return build(self.model, self.diffusion)
+
+    @property
+    def fresh(self) -> set[str]:
+        """The parameters of a finetuned model that its parent did not have, in whole or in part."""
+        return {name for part in self.transplant for name in part.names}
+
+
+def save(
+    folder: Path, weights: dict[str, torch.Tensor], settings: Settings, adapter: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write the checkpoint beside ``folder`` and move it there: complete or absent.
+
+    ``adapter``: what of LoRA is merged in the weights already, and is kept in a file of its own.
+    """
+    building = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    write(building, weights, settings, adapter)
+    shutil.rmtree(folder, ignore_errors=True)
+    building.rename(folder)
+
+
+def write(
+    folder: Path, weights: dict[str, torch.Tensor], settings: Settings, adapter: dict[str, torch.Tensor] | None = None
+) -> None:
+    """The files of a checkpoint, into a folder that is there; ``adapter`` as in ``save``."""
+    for name, tensors in (("model", weights), ("adapter", adapter)):
+        if tensors:
+            contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+            save_file(contiguous, folder / f"{name}.safetensors")
+    (folder / "settings.json").write_text(settings.model_dump_json(indent=1))
+
+
+def load_settings(folder: Path) -> Settings:
+    try:
+        return Settings.model_validate_json((folder / "settings.json").read_text())
+    except (OSError, ValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder}: not a checkpoint of this project ({reason})") from None
+
+
+def load(folder: Path) -> tuple[Model, Settings]:
+    """The model with its weights, in evaluation mode, and its settings."""
+    settings = load_settings(folder)
+    model = settings.build()
+    try:
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"{folder}: weights do not load ({str(error).splitlines()[0]})") from None
+    return model.eval(), settings
+
+
+def shapes(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights by name, on the meta device: nothing but shapes is read."""
+    try:
+        with safe_open(folder / "model.safetensors", "pt") as held:
+            return {name: torch.empty(held.get_slice(name).get_shape(), device="meta") for name in held.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: weights do not load ({str(error).splitlines()[0]})") from None
+
+
+def resolve(model: str) -> Path:
+    """The checkpoint folder of MODEL: a folder, ``models:/NAME@ALIAS``, ``models:/NAME/VERSION`` or a run id."""
+    folder = Path(model)
+    if folder.is_dir():
+        return folder if (folder / "settings.json").exists() else folder / "checkpoint"
+    if model.startswith("models:/"):
+        tracking.connect()
+        found = registry.download(model)
+        hint = "list versions in the MLflow page, or check MLFLOW_TRACKING_URI"
+    else:
+        found = tracking.download(model, "checkpoint")
+        hint = "give a checkpoint folder, a run id, models:/NAME@ALIAS or a published checkpoint's file"
+    if found is None:
+        raise UserError(f"{model}: no such model; {hint}")
+    return found

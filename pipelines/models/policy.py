@@ -1,0 +1,161 @@
+"""A trained model as a policy: camera images and proprioception in, a chunk of actions out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipelines.models import checkpoint
+from pipelines.models.data import to_batch
+from preprocessing.contracts.interface import Promise
+from preprocessing.dataset.embodiment import Embodiment
+from preprocessing.encoders.text import TextEncoder, load_text_encoder
+from preprocessing.encoders.vae import load_encoder
+from preprocessing.errors import UserError
+from uwm_model.augment import centre
+from uwm_model.batch import Batch
+from uwm_model.query import PolicyQuery, fast_query
+from uwm_model.world_model import UnifiedWorldModel
+
+
+class Policy:
+    """Loads a checkpoint folder and the encoder it was trained on; UserError where their digests differ.
+
+    ``fast``: answers sooner and almost the same (``uwm_model.query.fast_query``).
+    """
+
+    def __init__(self, folder: Path, embodiment: str | None = None, fast: bool = False):
+        self.folder, self.fast = folder, fast
+        self.model, self.settings = checkpoint.load(folder)
+        self.encoder = load_encoder(self.settings.encoder)
+        if self.encoder.digest != self.settings.encoder_digest:
+            raise UserError(
+                f"{folder}: trained on latents of encoder {self.settings.encoder} ({self.settings.encoder_digest}); "
+                f"the one found here is {self.encoder.digest}"
+            )
+        acting = [name for name, spec in self.settings.embodiments.items() if spec.action_dim]
+        chosen = embodiment or (acting[0] if len(acting) == 1 else None)
+        if chosen not in acting:
+            held = ", ".join(acting) or "none with actions"
+            raise UserError(f"{folder}: choose an embodiment with --embodiment; the model knows {held}")
+        self.embodiment = chosen
+        self._query: PolicyQuery | None = None  # other kinds are asked by their plain loop
+        if isinstance(self.model, UnifiedWorldModel):
+            self._query = fast_query(self.model) if fast else PolicyQuery(self.model)
+        elif fast:
+            raise UserError(f"{folder}: a model of kind {self.settings.model.kind} has no fast query; leave it out")
+        self._vectors: dict[str, np.ndarray] = {}
+
+    @property
+    def spec(self) -> Embodiment:
+        return self.settings.embodiments[self.embodiment]
+
+    def accept(self, promise: Promise, who: str) -> None:
+        """Raises UserError unless what ``who`` will show and carry out means what it meant in training."""
+        self.spec.promise.require(promise, who)
+
+    @property
+    def image_size(self) -> int:
+        return self.settings.image_size or self.settings.model.latent_size[0] * self.encoder.stride
+
+    def act(
+        self,
+        images: dict[str, np.ndarray],
+        proprio: dict[str, np.ndarray],
+        generator: torch.Generator | None = None,
+        instruction: str | None = None,
+    ) -> np.ndarray:
+        """The next actions in the robot's units, float32 ``[B, L, action_dim]``.
+
+        ``images`` uint8 ``[B, To, S, S, 3]`` by camera (one may be missing), ``proprio`` float32 ``[B, To, D]`` by
+        name; To is the number of observed frames, the newest last. ``instruction`` is for models that are told one;
+        others pass it by. Raises UserError where shapes or names do not fit.
+        """
+        seen = self._observation(images, proprio)
+        seen |= self._told(instruction, len(seen["embodiment"]))
+        batch = to_batch(seen, torch.device("cpu"), torch.float32)
+        batch = centre(batch, self.settings.model.latent_size)
+        action = self.ask(batch, generator)
+        return self.spec.action_normalizer.invert(action[:, :, : self.spec.action_dim].numpy())
+
+    def ask(self, batch: Batch, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Normalised actions, float32 [B, L, A], for a batch as in training."""
+        if self._query:
+            return self._query(batch, generator)
+        action, _ = self.model.sample("policy", batch, generator=generator)
+        assert action is not None
+        return action
+
+    def _told(self, instruction: str | None, count: int) -> dict[str, np.ndarray]:
+        if not instruction or self.settings.text_encoder is None:
+            return {}
+        if instruction not in self._vectors:
+            self._vectors = {instruction: self._text_encoder.encode([instruction])}  # asked again and again
+        vectors = np.tile(self._vectors[instruction], (count, 1))
+        return {"instruction": vectors, "instruction_mask": np.ones(count, bool)}
+
+    @cached_property
+    def _text_encoder(self) -> TextEncoder:
+        name, digest = self.settings.text_encoder, self.settings.text_encoder_digest
+        assert name is not None
+        encoder = load_text_encoder(name)
+        if encoder.digest != digest:
+            raise UserError(f"{self.folder}: told by text encoder {name} ({digest}); the one here is {encoder.digest}")
+        return encoder
+
+    def _observation(self, images: dict[str, np.ndarray], proprio: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        model, spec = self.settings.model, self.spec
+        if unknown := sorted(set(images) - set(spec.seen)):
+            raise UserError(f"camera {unknown[0]}: this policy sees {', '.join(spec.seen)}")
+        if missing := [name for name, _ in spec.proprio if name not in proprio]:
+            raise UserError(f"proprio {missing[0]}: missing; this policy reads {dict(spec.proprio)}")
+        count = len(next(iter(images.values())))
+        expected = (count, model.observed_frames, self.image_size, self.image_size, 3)
+        side = self.image_size // self.encoder.stride
+        slots = (count, model.cameras, model.observed_frames)
+        latents = np.zeros((*slots, model.latent_channels, side, side), np.float16)
+        pixels = np.zeros((*slots, 3, self.image_size, self.image_size), np.uint8)
+        mask = np.zeros((count, model.cameras), bool)
+        for name, frames in images.items():
+            if frames.shape != expected or frames.dtype != np.uint8:
+                raise UserError(f"camera {name}: expected uint8 {expected}, got {frames.dtype} {frames.shape}")
+            slot = spec.cameras.index(name)
+            flat = self.encoder.encode(frames.reshape(-1, *expected[2:]))
+            latents[:, slot] = flat.reshape(latents[:, slot].shape)
+            pixels[:, slot] = frames.transpose(0, 1, 4, 2, 3)
+            mask[:, slot] = True
+        columns = np.concatenate([proprio[name] for name, _ in spec.proprio] or [np.zeros((*expected[:2], 0))], axis=2)
+        if columns.shape != (*expected[:2], spec.proprio_dim):
+            raise UserError(f"proprio: expected {dict(spec.proprio)} over {model.observed_frames} frames")
+        padded = np.zeros((*expected[:2], model.proprio_dim), np.float32)
+        padded[:, :, : spec.proprio_dim] = spec.proprio_normalizer.apply(columns)
+        action_mask = np.zeros((count, model.action_chunk, model.action_dim), bool)
+        action_mask[:, :, : spec.action_dim] = True
+        seen = {"current_pixels": pixels} if model.observation == "pixels" else {}
+        return seen | {
+            "current_latents": latents,
+            "camera_mask": mask,
+            "proprio": padded,
+            "proprio_mask": np.tile(np.arange(model.proprio_dim) < spec.proprio_dim, (count, 1)),
+            "action_mask": action_mask,
+            "embodiment": np.full(count, spec.index, np.int64),
+        }
+
+
+def history(observations: Sequence[Any], length: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The newest ``length`` observations of one episode as a batch of one; the first stands in before the start.
+
+    An observation is {"images": {camera: uint8 [S, S, 3]}, "proprio": {name: float32 [D]}}.
+    """
+    newest = observations[-length:]
+    chosen = [newest[0]] * (length - len(newest)) + list(newest)
+
+    def stack(part: str) -> dict[str, np.ndarray]:
+        return {name: np.stack([item[part][name] for item in chosen])[None] for name in chosen[-1][part]}
+
+    return stack("images"), stack("proprio")

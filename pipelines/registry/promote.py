@@ -1,0 +1,64 @@
+"""``uwm promote``: a gate first, then the alias.
+
+The gate compares the success rates that ``uwm evaluate`` logged to the runs behind two versions: the candidate's must
+not be below the champion's on any task the champion was evaluated on, and where there is no champion yet, not
+below a stated floor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from infra import registry, tracking
+from pipelines.errors import Refused
+from preprocessing.errors import UserError
+
+SUCCESS = "success_rate."
+
+
+@dataclass
+class Promotion:
+    name: str
+    alias: str
+    version: str
+    previous: str | None
+    reason: str
+
+
+def promote(name: str, version: str, alias: str = "champion", floor: float = 0.5) -> Promotion:
+    """Move ``alias`` to this version of the registered model. Raises Refused, or UserError where there is none."""
+    tracking.connect()
+    with registry.promotion_lock(name):
+        candidate = registry.version_of(name, version)
+        if candidate is None:
+            raise UserError(f"{name} version {version}: not in the registry; register one with uwm finetune --register")
+        current = registry.version_of(name, alias)
+        reason = _judge(name, candidate, current, floor)
+        previous = current[0] if current else None
+        registry.move_alias(name, alias, version, {"gate": reason, "previous_champion": previous or "none"})
+    return Promotion(name, alias, version, previous, reason)
+
+
+def _judge(name: str, candidate: tuple[str, str], current: tuple[str, str] | None, floor: float) -> str:
+    scores = _scores(candidate[1])
+    if not scores:
+        raise Refused(
+            f"{name} version {candidate[0]} has no success rate; evaluate it first: "
+            f"uwm evaluate models:/{name}/{candidate[0]} --env SUITE:TASK"
+        )
+    bars = _scores(current[1]) if current else {}
+    against = f"version {current[0]}" if current and bars else "the floor"
+    bars = bars or dict.fromkeys(scores, floor)
+    lines = []
+    for task, bar in bars.items():
+        if task not in scores:
+            raise Refused(f"{name} version {candidate[0]} was not evaluated on {task}, {against} was")
+        lines.append(f"{task}: {scores[task]:.0%} against {bar:.0%} of {against}")
+        if scores[task] < bar:
+            raise Refused(f"{name} version {candidate[0]} is worse on {lines[-1]}")
+    return "; ".join(lines)
+
+
+def _scores(run_id: str) -> dict[str, float]:
+    found = registry.metrics(run_id)
+    return {key.removeprefix(SUCCESS): value for key, value in found.items() if key.startswith(SUCCESS)}

@@ -1,0 +1,265 @@
+"""The report: one self-contained HTML page that shows how a road went, from its verdict back to the source files.
+
+Facts come from where they were recorded: the store's snapshot, the MLflow runs, the folders of ``uwm evaluate``.
+``report.html`` beside this file is the page. Pictures and videos are embedded as they are and curves are drawn as
+SVG, so the page opens from disk without a network; its content security policy forbids it to load anything.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from infra import registry, tracking
+from pipelines.registry.promote import Promotion
+from preprocessing.store.store import LatentStore, Snapshot
+
+CLIPS = 10  # videos of one evaluation at most: the first ones, so that nobody has picked them
+MEDIA_BYTES = 13 * 2**20  # of pictures and videos in all; a third more as base64, which keeps the page below 20 MB
+FILES = 1000  # source files, and refused inputs, listed at most
+POINTS = 600  # of one curve
+MODALITIES = ("action", "video")
+PLOT_LEFT, PLOT_RIGHT, PLOT_TOP, PLOT_BOTTOM = 44, 450, 12, 172  # of a curve's panel, 460 x 200
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One verb of the road, as it went."""
+
+    name: str
+    seconds: float
+    summary: str
+
+
+def write_report(
+    path: Path,
+    *,
+    title: str,
+    stages: list[Stage],
+    store_uri: str,
+    snapshot_id: str,
+    runs: dict[str, str],
+    evaluations: dict[str, Path],
+    promotion: Promotion | None,
+) -> None:
+    """Write the page to ``path``, whole or not at all.
+
+    ``runs`` are MLflow run ids by label, in the order in which they were trained; ``evaluations`` are folders of
+    ``uwm evaluate`` by label, the baseline first. A section that has nothing to show is left out.
+    """
+    tracking.connect()
+    snapshot = LatentStore.open(store_uri).snapshot(snapshot_id)
+    described = _runs(runs)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,  # instructions and URIs are whatever the data's owner wrote
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"duration": _duration, "percent": _percent}
+    page = environment.get_template("page.html").render(
+        title=title,
+        promotion=promotion,
+        version=registry.version_of(promotion.name, promotion.version) if promotion else None,
+        evaluations=[
+            _evaluation(label, folder, MEDIA_BYTES // len(evaluations)) for label, folder in evaluations.items()
+        ],
+        data=_data(snapshot),
+        runs=described,
+        ranges={metric: _log_range(run["losses"][metric] for run in described) for metric in MODALITIES},
+        curve=_curve,
+        stages=stages,
+        snapshot=snapshot,
+        commit=_commit(snapshot),
+    )
+    building = path.with_name(f".{path.name}.{os.getpid()}")
+    building.write_text(page, encoding="utf-8")
+    building.replace(path)
+
+
+def _evaluation(label: str, folder: Path, budget: int) -> dict[str, Any]:
+    """One evaluation's numbers, its pictures, and its first episodes' videos as far as ``budget`` bytes go."""
+    numbers = json.loads((folder / "evaluation.json").read_text())
+    pictures = sorted(folder.glob("forward_*.png"), key=lambda file: (len(file.name), file.name))
+    budget -= sum(file.stat().st_size for file in pictures)
+    videos = sorted(folder.glob("*_[0-9]*_*.mp4"))
+    clips = []
+    for file in videos[:CLIPS]:
+        budget -= file.stat().st_size
+        if budget < 0:
+            break
+        task, number, outcome = file.stem.rsplit("_", 2)
+        clips.append({"episode": (task, int(number)), "outcome": outcome, "uri": _embedded(file, "video/mp4")})
+    return {
+        "label": label,
+        "folder": folder,
+        "embodiment": numbers.get("embodiment"),
+        "closed": numbers.get("closed_loop"),
+        "opened": numbers.get("open_loop"),
+        "pictures": [_embedded(file, "image/png") for file in pictures],
+        "clips": clips,
+        "videos": len(videos),
+    }
+
+
+def _embedded(file: Path, mime: str) -> str:
+    return f"data:{mime};base64,{base64.b64encode(file.read_bytes()).decode()}"
+
+
+def _data(snapshot: Snapshot) -> dict[str, Any]:
+    """What the snapshot holds: by embodiment, by source file, what was repaired and what was refused."""
+    table = snapshot.episodes()
+    encoders = Counter(zip(table["encoder"].to_pylist(), table["encoder_digest"].to_pylist(), strict=True))
+    columns = ["id", "uri", "index", "format", "frames", "fps", "embodiment", "instruction", "cameras", "action_dim"]
+    rows = {row["id"]: row for row in table.select([*columns, "repairs"]).to_pylist()}.values()  # encodings count once
+    embodiments: dict[str, list[dict[str, Any]]] = {}
+    files: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        embodiments.setdefault(row["embodiment"], []).append(row)
+        files.setdefault((row["uri"], row["format"]), []).append(row)
+    folders: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for (uri, format), members in sorted(files.items())[:FILES]:
+        folder, _, name = uri.rpartition("/")
+        file = {
+            "name": name,
+            "episodes": len(members),
+            "frames": _total(members),
+            "ids": [row["id"] for row in members],
+        }
+        folders.setdefault((folder, format), []).append(file)
+    refused = snapshot.quarantine()
+    return {
+        "episodes": len(rows),
+        "frames": _total(rows),
+        "embodiments": [_embodiment(name, members) for name, members in sorted(embodiments.items())],
+        "cameras": {name: _cameras(members) for name, members in embodiments.items()},
+        "encoders": [{"name": name, "digest": digest, "episodes": n} for (name, digest), n in encoders.items()],
+        "repairs": Counter(repair for row in rows for repair in row["repairs"] or ()).most_common(),
+        "quarantine": refused[:FILES],
+        "quarantined": len(refused),
+        "folders": [{"uri": uri, "format": format, "files": found} for (uri, format), found in folders.items()],
+        "files": len(files),
+        "unlisted": max(0, len(files) - FILES),
+    }
+
+
+def _embodiment(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "episodes": len(rows),
+        "frames": _total(rows),
+        "seconds": sum(row["frames"] / row["fps"] for row in rows),
+        "cameras": _cameras(rows),
+        "widths": sorted({row["action_dim"] for row in rows}),
+        "instructions": Counter(row["instruction"] for row in rows if row["instruction"]).most_common(),
+    }
+
+
+def _cameras(rows: Iterable[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(camera["name"] for row in rows for camera in row["cameras"]))
+
+
+def _total(rows: Iterable[dict[str, Any]]) -> int:
+    return sum(row["frames"] for row in rows)
+
+
+def _commit(snapshot: Snapshot) -> dict[str, Any] | None:
+    """The store's log entry of the snapshot; None where a rollback has taken it out of the log."""
+    log = LatentStore.open(snapshot.uri).log()
+    return next((entry for entry in log if entry["snapshot"] == snapshot.id), None)
+
+
+def _runs(runs: dict[str, str]) -> list[dict[str, Any]]:
+    """Each run with its losses, its pace, and the tags that say what it read and where it started from."""
+    labels = {run_id: label for label, run_id in runs.items()}
+    described = []
+    for label, run_id in runs.items():
+        found = tracking.MlflowClient().get_run(run_id)
+        pace = [value for _, value in tracking.history(run_id, "samples_per_second")]
+        tags, last = found.data.tags, found.data.metrics
+        described.append(
+            {
+                "label": label,
+                "id": run_id,
+                "status": found.info.status.lower(),
+                "snapshot": tags.get("snapshot", ""),
+                "parent": tags.get("parent", ""),
+                "parent_label": labels.get(tags.get("parent", "")),
+                "losses": {metric: tracking.history(run_id, f"loss_{metric}") for metric in MODALITIES},
+                "held_out": {metric: last.get(f"validation_loss_{metric}") for metric in MODALITIES},
+                "pace": float(np.median(pace)) if pace else None,
+                "data_wait": last.get("data_wait_share"),
+            }
+        )
+    return described
+
+
+def _log_range(histories: Iterable[list[tuple[int, float]]]) -> tuple[float, float]:
+    """The bounds of one logarithmic axis for all these curves, each bound a tick."""
+    values = [value for history in histories for _, value in history if _drawable(value)] or [1.0]
+    ticks = [digit * 10.0**power for power in range(-12, 13) for digit in (1, 2, 5)]
+    low = max((tick for tick in ticks if tick <= min(values)), default=ticks[0])
+    high = min((tick for tick in ticks if tick >= max(values) and tick > low), default=ticks[-1])
+    return low, high
+
+
+def _curve(history: list[tuple[int, float]], held_out: float | None, bounds: tuple[float, float]) -> dict[str, Any]:
+    """One panel: points in SVG coordinates, every logged value and their moving average, over a logarithmic axis."""
+    drawn = [(step, value) for step, value in history if _drawable(value)]
+    last = max((step for step, _ in history), default=0) or 1
+    low, high = bounds
+
+    def x(step: float) -> float:
+        return PLOT_LEFT + (PLOT_RIGHT - PLOT_LEFT) * step / last
+
+    def y(value: float) -> float:
+        share = math.log(min(max(value, low), high) / low) / math.log(high / low)
+        return PLOT_BOTTOM - (PLOT_BOTTOM - PLOT_TOP) * share
+
+    def line(values: Iterable[float]) -> str:
+        points = list(zip((step for step, _ in drawn), values, strict=True))
+        return " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points[:: -(-len(points) // POINTS) or 1])
+
+    values = [value for _, value in drawn]
+    reach = len(values) // 20
+    averages = [float(np.mean(values[max(0, i - reach) : i + reach + 1])) for i in range(len(values))]
+    decades = math.log10(high / low)
+    digits = (1, 2, 5) if decades < 2 else (1,)
+    ticks = [digit * 10.0**power for power in range(-12, 13) for digit in digits]
+    return {
+        "logged": line(values),
+        "average": line(averages),
+        "final": averages[-1] if averages else None,
+        "held_out": y(held_out) if held_out is not None and _drawable(held_out) else None,
+        "y_ticks": [(y(tick), f"{tick:g}") for tick in ticks if low <= tick <= high],
+        "x_ticks": [(x(step), f"{step:,}") for step in (0, last // 2, last)],
+        "skipped": len(history) - len(drawn),
+    }
+
+
+def _drawable(value: float) -> bool:
+    return math.isfinite(value) and value > 0
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s" if seconds >= 9.95 else f"{seconds:.1f} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -1,0 +1,127 @@
+"""What a training would take: memory, time and money, before it is begun."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infra.engine import adamw
+from pipelines.models.checkpoint import Settings
+from pipelines.recipe import Recipe
+from pipelines.train.worker import optimizer_settings, prepare
+from uwm_model.batch import Batch
+from uwm_model.config import ModelConfig
+
+MEASURED = 4  # samples, at most, that are learned from here to see how long one takes
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes and seconds; those of a step are as if every worker were this machine's ``device``."""
+
+    parameters: int
+    trained: int
+    workers: int
+    steps: int
+    samples: int
+    state_bytes: int  # on the device of a worker: weights, gradients, the optimizer's
+    host_bytes: int  # in its host's memory, where the optimizer is offloaded
+    activation_bytes: int  # of one pass
+    device: str
+    step_seconds: float
+    seconds: float
+    cost: float
+
+
+def estimate(settings: Settings, recipe: Recipe, model: Any) -> Estimate:
+    """``model`` is what would be trained, freshly made; it is used up."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # a worker is a core
+    workers = recipe.most_workers
+    share = max(1, recipe.batch_size // workers)
+    micro = min(share, recipe.micro_batch_size or share)
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    state, host = _state_bytes(parameters, trained, recipe)
+
+    prepare(model, recipe)
+    dtype = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
+    model.to(device, dtype).train()
+    optimizer, _ = adamw(model, optimizer_settings(recipe))
+    measured = min(micro, MEASURED)
+    batch = _sample(settings.model, measured).to(device, dtype)
+    held: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    seconds = []
+    for _ in range(2):  # the first warms up, and counts
+        began = time.monotonic()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model.loss(batch).total
+        activations = sum(held.values())
+        loss.backward()
+        learned = time.monotonic()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append((learned - began, time.monotonic() - learned))
+    of_samples, of_optimizer = seconds[1]
+    step = share * of_samples / measured + of_optimizer / (workers if recipe.zero_stage else 1)
+    return Estimate(
+        parameters=parameters,
+        trained=trained,
+        workers=workers,
+        steps=recipe.steps,
+        samples=recipe.steps * recipe.batch_size,
+        state_bytes=state,
+        host_bytes=host,
+        activation_bytes=activations * micro // measured,
+        device=torch.cuda.get_device_name() if device.type == "cuda" else "core",
+        step_seconds=step,
+        seconds=step * recipe.steps,
+        cost=step * recipe.steps / 3600 * workers * recipe.worker_price,
+    )
+
+
+def _state_bytes(parameters: int, trained: int, recipe: Recipe) -> tuple[int, int]:
+    """Of one worker's device, and of its host: what infra.engine's settings keep of each parameter."""
+    stage, shares = recipe.zero_stage, recipe.most_workers
+    low = 2 if recipe.precision == "bfloat16" else 4
+    weights = parameters * low // (shares if stage == 3 else 1)
+    gradients = trained * 4 // (shares if stage >= 2 else 1)
+    master = 4 if stage in (1, 2) or low == 2 else 0  # a float32 copy of what is moved
+    optimizer = trained * (master + 8 + (4 if recipe.ema_decay else 0)) // (shares if stage else 1)
+    judged = parameters * 4  # the averaged weights, for the held-out windows
+    on_device = weights + gradients + judged
+    return (on_device, optimizer) if recipe.offload else (on_device + optimizer, 0)
+
+
+def _sample(model: ModelConfig, count: int) -> Batch:
+    """Random samples of these shapes."""
+    V, Tf, C, h, w = model.latents_shape
+    pixels = torch.rand(count, V, model.observed_frames, 3, 8 * h, 8 * w) if model.observation == "pixels" else None
+    return Batch(
+        current_latents=torch.randn(count, V, model.observed_frames, C, h, w),
+        camera_mask=torch.ones(count, V, dtype=torch.bool),
+        action_mask=torch.ones(count, *model.action_shape, dtype=torch.bool),
+        proprio=torch.randn(count, model.observed_frames, model.proprio_dim),
+        proprio_mask=torch.ones(count, model.proprio_dim, dtype=torch.bool),
+        embodiment=torch.zeros(count, dtype=torch.long),
+        future_latents=torch.randn(count, V, Tf, C, h, w),
+        action=torch.rand(count, *model.action_shape),
+        current_pixels=pixels,
+        instruction=torch.randn(count, model.text_width) if model.text_width else None,
+        instruction_mask=torch.ones(count, dtype=torch.bool) if model.text_width else None,
+    )

@@ -1,0 +1,130 @@
+"""``uwm pretrain``: one joint diffusion model of actions and video from everything in a store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipelines.models.checkpoint import Settings
+from pipelines.recipe import STRIDE, Recipe
+from pipelines.train.run import tracked
+from preprocessing.dataset.embodiment import by_embodiment, describe, left_out, sources, split
+from preprocessing.encoders.vae import PIXELS
+from preprocessing.errors import UserError
+from preprocessing.store.store import LatentStore, Snapshot
+from uwm_model.config import DiffusionConfig, ModelConfig
+
+SPARE_EMBODIMENTS = 4  # free slots, so that finetuning can bring robots that pretraining has not seen
+
+
+def plan(store_uri: str, recipe: Recipe, snapshot_id: str | None = None) -> Settings:
+    """The settings of a new model that fits a store's snapshot; raises UserError where recipe and data disagree."""
+    if recipe.lora:
+        raise UserError("lora: adapters go beside trained weights; use them with uwm finetune, or leave them out")
+    snapshot = LatentStore.open(store_uri).snapshot(snapshot_id)
+    rows = training_rows(snapshot.rows(choose_encoder(snapshot, recipe.encoder)), recipe, store_uri)
+    slots = recipe.model.get("cameras") or max(len(row["cameras"]) for row in rows)
+    embodiments = {
+        name: describe(name, members, index, slots, recipe.normalise)
+        for index, (name, members) in enumerate(by_embodiment(rows).items())
+    }
+    shape = snapshot.shape(rows[0]["cameras"][0]["segments"][0])
+    if recipe.model.get("observation") == "pixels" and not snapshot.rows(PIXELS):
+        raise UserError(
+            f"{store_uri}: holds no pixels, which this model observes; ingest the same with --encoder {PIXELS}, too"
+        )
+    derived: dict[str, Any] = {
+        "cameras": slots,
+        "latent_channels": shape[1],
+        "latent_size": shape[2:],
+        "action_dim": max(1, *(spec.action_dim for spec in embodiments.values()), 1),
+        "proprio_dim": max(1, *(spec.proprio_dim for spec in embodiments.values()), 1),
+        "embodiments": len(embodiments) + SPARE_EMBODIMENTS,
+    }
+    told = sentences_of(snapshot, recipe.text_encoder, rows) if recipe.text_encoder else {}
+    if told:
+        derived["text_width"] = told.pop("text_width")
+    try:
+        model = ModelConfig(**derived | recipe.model)
+        diffusion = DiffusionConfig(**recipe.diffusion)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"recipe: {error}") from None
+    sizes = (model.latent_channels, *model.latent_size)
+    if sizes[0] != shape[1] or sizes[1] > shape[2] or sizes[2] > shape[3]:
+        raise UserError(f"{store_uri}: latents are {shape[1:]}, the recipe's model reads {sizes} of them")
+    return Settings(
+        model=model,
+        diffusion=diffusion,
+        encoder=rows[0]["encoder"],
+        encoder_digest=rows[0]["encoder_digest"],
+        image_size=shape[2] * STRIDE,
+        **told,
+        embodiments=embodiments,
+        store=snapshot.uri,
+        snapshot=snapshot.id,
+        recipe=recipe.model_dump(),
+    )
+
+
+def choose_encoder(snapshot: Snapshot, name: str | None) -> str:
+    """The digest of the one encoder of that name or digest in the store; UserError where there is none, or several."""
+    table = snapshot.episodes(["encoder", "encoder_digest"]).to_pylist()
+    digests = {
+        row["encoder_digest"]: row["encoder"]
+        for row in table
+        if row["encoder"] != PIXELS and name in (None, row["encoder"], row["encoder_digest"])
+    }
+    if not digests:
+        held = ", ".join(sorted({row["encoder"] for row in table} - {PIXELS}))
+        raise UserError(
+            f"{snapshot.uri}: " + (f"no latents of {name}; it holds {held}" if held else "no latents in it")
+        )
+    if len(digests) > 1:
+        names = ", ".join(f"{named} ({digest})" for digest, named in digests.items())
+        raise UserError(
+            f"{snapshot.uri}: holds latents of several encoders: {names}; choose with encoder=NAME or DIGEST"
+        )
+    return next(iter(digests))
+
+
+def sentences_of(snapshot: Snapshot, encoder: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Name, digest and width of a text encoder, by its name or digest.
+
+    UserError where the store lacks one of the rows' instructions' vectors.
+    """
+    hint = f"uwm ingest SOURCE --store {snapshot.uri} --set text_encoder={encoder}"
+    held = [row for row in snapshot.sentence_rows() if encoder in (row["encoder"], row["encoder_digest"])]
+    digests = sorted({row["encoder_digest"] for row in held})
+    if len(digests) != 1:
+        found = "none" if not digests else f"several versions, {', '.join(digests)}; choose one of them"
+        raise UserError(f"{snapshot.uri}: of text encoder {encoder} it holds {found}; {hint}")
+    if missing := {row["instruction"] for row in rows} - {None, ""} - {row["text"] for row in held}:
+        raise UserError(f"{snapshot.uri}: {len(missing)} instructions are without a vector of {encoder}; {hint}")
+    width = len(held[0]["vector"])
+    return {"text_encoder": held[0]["encoder"], "text_encoder_digest": digests[0], "text_width": width}
+
+
+def training_rows(rows: list[dict[str, Any]], recipe: Recipe, store_uri: str) -> list[dict[str, Any]]:
+    """The rows the recipe trains on; UserError where none is left, or its mixture does not fit them."""
+    chosen = split(rows, recipe.instructions, recipe.validation_share, validation=False)
+    if not chosen:
+        held = sorted({row["instruction"] for row in rows if row["instruction"]})
+        raise UserError(f"{store_uri}: no episode with instructions {recipe.instructions}; it holds {held}")
+    sources(chosen, recipe.mixture)
+    return [row for row in chosen if not left_out(row, recipe.mixture)]
+
+
+def pretrain(
+    store_uri: str,
+    recipe: Recipe,
+    output: Path,
+    snapshot_id: str | None = None,
+    address: str | None = None,
+    verbose: bool = False,
+    checkpoints: str | None = None,
+    new: bool = False,
+) -> tuple[str, Path]:
+    """Train from nothing; returns (MLflow run id, checkpoint folder)."""
+    asked = {"store": LatentStore.open(store_uri).uri, "snapshot": snapshot_id}
+    begin = lambda: (plan(store_uri, recipe, snapshot_id), None)  # noqa: E731
+    return tracked("pretrain", asked, begin, recipe, output, checkpoints, new, address, verbose)

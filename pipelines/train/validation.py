@@ -1,0 +1,102 @@
+"""How a model in training does on held-out windows: its losses, and what it expects to see."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipelines.models.checkpoint import Settings
+from pipelines.models.data import dataset, to_batch
+from pipelines.recipe import Recipe
+from preprocessing.encoders.vae import load_encoder
+from uwm_model.augment import centre
+from uwm_model.batch import Batch
+from uwm_model.objective import counted
+from uwm_model.randomness import SampleGenerators
+
+BATCHES, SIZE = 4, 64
+PICTURED = 4  # windows
+
+
+def held_out(number: int) -> int:
+    """The step that the noise of this held-out batch counts as: none of the training's, nor -1, whose noise is -2's."""
+    return -2 - number
+
+
+class Validation:
+    """Windows of held-out episodes, the same each time and on any number of workers, of which this one has its share.
+
+    ``model`` is a plain one, in float32; whoever trains gives it weights. ``tell`` hears of copies that are made.
+    """
+
+    def __init__(
+        self, settings: Settings, recipe: Recipe, model: Any, rank: int, world: int, tell: Callable[[int, int], None]
+    ):
+        self._settings, self._recipe, self._model = settings, recipe, model
+        self._rank, self._world = rank, world
+        self._action_free = settings.diffusion.action_free_loss and settings.model.kind == "uwm"
+        self._batches: list[Batch] = []
+        data = dataset(settings, validation=True, recipe=recipe, tell=tell)
+        if data.rows:
+            drawn = data.batches(recipe.seed, SIZE)
+            for _, samples in zip(range(BATCHES), drawn, strict=False):
+                batch = to_batch(samples.arrays, torch.device("cpu"), torch.float32)
+                self._batches.append(centre(batch, settings.model.latent_size))
+        modes = [mode for mode in ("forward_dynamics", "joint") if mode in model.modes and self._batches]
+        self._mode = next(iter(modes), None)
+        if rank == 0 and self._mode:
+            # Its libraries take a core for seconds. Now, since in the midst of the training all workers would wait.
+            with contextlib.suppress(Exception):  # no picture is worth a failed run
+                _ = self._encoder
+
+    @torch.inference_mode()
+    def losses(self) -> dict[str, float]:
+        """Of the whole windows' actions and latents; nothing where no episode is held out. All workers have to ask."""
+        device = next(self._model.parameters()).device
+        totals = torch.zeros(2, dtype=torch.float64, device=device)
+        for number, batch in enumerate(self._batches):
+            places = range(self._rank, SIZE, self._world)
+            mine = batch[self._rank :: self._world].to(device, torch.float32)
+            random = SampleGenerators.of(self._recipe.seed, held_out(number), places)
+            found = self._model.loss(mine, random, counts=counted(batch, self._action_free).clamp(min=1).to(device))
+            totals += torch.stack([found.action, found.video]).double() / len(self._batches)
+        torch.distributed.all_reduce(totals)
+        if not self._batches:
+            return {}
+        action, video = totals.tolist()
+        return {
+            "validation_loss": action + video,
+            "validation_loss_action": action,
+            "validation_loss_video": video,
+        }
+
+    @torch.inference_mode()
+    def picture(self) -> tuple[str, Callable[[], np.ndarray]] | None:
+        """Its name, and what makes it, uint8 [H, W, 3], which takes a while.
+
+        A row for each of some windows, the cameras side by side: of each what it shows now, the model's
+        farthest frame, and the true one.
+        """
+        if self._mode is None:
+            return None
+        device = next(self._model.parameters()).device
+        batch = self._batches[0][:PICTURED].to(device, torch.float32)
+        _, future = self._model.sample(self._mode, batch, generator=torch.Generator().manual_seed(self._recipe.seed))
+        assert future is not None and batch.future_latents is not None
+        shown = [each[:, :, -1].cpu().numpy() for each in (batch.current_latents, future, batch.future_latents)]
+
+        def draw() -> np.ndarray:
+            cameras = range(batch.camera_mask.shape[1])
+            columns = [self._encoder.decode(latents[:, camera]) for camera in cameras for latents in shown]
+            return np.concatenate(list(np.concatenate(columns, axis=2)), axis=0)
+
+        return f"now_{self._mode}_true", draw
+
+    @cached_property
+    def _encoder(self) -> Any:
+        return load_encoder(self._settings.encoder)

@@ -1,0 +1,218 @@
+"""What a data set promises: which of its fields are what, and what they mean. Stored with the data.
+
+A contract is YAML, one a data set: ``--contract FILE``, or ``--contract NAME`` of one that is shipped
+(``preprocessing/contracts``). Each field that is set overrides what a reader found; one that is left out keeps it. A
+data set that gives itself a shipped contract's name is read by that contract, unless another is given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from preprocessing.contracts.rotations import WIDTHS, with_rotations
+from preprocessing.episode import ActionBlock, Episode, Representation, Video
+from preprocessing.errors import UserError
+from preprocessing.video.frames import colours_exchanged, upside_down
+
+ABOUT = {"name", "datasets", "source"}  # what a contract says about itself
+SHIPPED = Path(__file__).parent
+
+# How a reader's sentence begins that says that it guessed or mended what a contract may set: it is dropped with that.
+GUESSES = {
+    "fps": "control rate unknown",
+    "embodiment": "robot unknown",
+    "flip": "images are stored bottom-up",
+    "instruction": "the instruction changes",
+}
+
+
+class DataContract(BaseModel):
+    """The names on the left of a mapping, and those in lists, are the recorded ones.
+
+    ``cameras`` gives recorded cameras their names in the store and drops the others; ``proprio`` does so for what the
+    policy sees of the robot (the others are kept as signals). ``flip`` lists cameras that are stored bottom-up, ``bgr``
+    those with red and blue exchanged. ``action`` lists the parts that make up the action, in this order, each the name
+    of the reader's own action (``action``), of a signal or of proprioception; ``action_layout`` says what its columns
+    mean, as recorded, and ``rotations`` what its rotations are turned into. ``instruction`` is one sentence for all
+    episodes, ``instruction_field`` the field that holds each one's (where it is empty, the reader's choice stands).
+    ``success_field`` names the signal that is 1 (or more) at a step where the task is done. ``splits`` says which
+    recorded splits are held out of training.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str | None = None
+    datasets: str | None = Field(default=None, description="regular expression: data sets that it is meant for")
+    source: str | None = Field(default=None, description="where the facts are from")
+    embodiment: str | None = None
+    fps: float | None = Field(default=None, gt=0, le=1000)
+    cameras: dict[str, str] | None = None
+    flip: tuple[str, ...] | None = None
+    bgr: tuple[str, ...] | None = None
+    proprio: dict[str, str] | None = None
+    action: tuple[str, ...] | None = Field(default=None, min_length=1)
+    action_layout: tuple[ActionBlock, ...] | None = None
+    rotations: Representation | None = None
+    instruction: str | None = None
+    instruction_field: str | None = None
+    success_field: str | None = None
+    splits: dict[str, Literal["train", "validation"]] | None = None
+
+    @field_validator("action_layout")
+    @classmethod
+    def _rotations_are_whole(cls, layout: tuple[ActionBlock, ...] | None) -> tuple[ActionBlock, ...] | None:
+        for block in layout or ():
+            if block.representation and block.kind != "rotation":
+                raise ValueError(f"{block.name}: has a representation, but is of kind {block.kind}, not rotation")
+            if block.representation and block.size != WIDTHS[block.representation]:
+                width = WIDTHS[block.representation]
+                raise ValueError(f"{block.name}: a rotation as {block.representation} has {width} columns")
+        return layout
+
+    @property
+    def digest(self) -> str:
+        """Of what it says, whatever it is called and wherever that is known from."""
+        said = self.model_dump_json(exclude_none=True, exclude=ABOUT)
+        return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+    @classmethod
+    def load(cls, name: str | Path) -> DataContract:
+        """A file, or a shipped contract's name. UserError where there is none, or it is not one."""
+        shipped = SHIPPED / f"{name}.yaml"
+        path = shipped if re.fullmatch(r"[\w-]+", str(name)) and shipped.is_file() else Path(name)
+        try:
+            contract = cls.model_validate(yaml.safe_load(path.read_text()) or {})
+            return contract.model_copy(update={"name": contract.name or path.stem})
+        except OSError:
+            names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.yaml")))
+            raise UserError(f"{path}: no such contract file, and not one of the shipped: {names}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "top level"
+            known = f"; known keys: {', '.join(cls.model_fields)}" if first["type"] == "extra_forbidden" else ""
+            raise UserError(f"{path}: {where}: {first['msg']}{known}") from None
+
+    def changes(self, other: DataContract) -> list[str]:
+        """Which fields say something else than in ``other``."""
+        names = [name for name in type(self).model_fields if name not in ABOUT]
+        return [name for name in names if getattr(self, name) != getattr(other, name)]
+
+    def to_yaml(self) -> str:
+        """Only what it says."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+    def apply(self, episode: Episode) -> Episode:
+        """The episode as this contract has it. Raises UserError where it names what the episode does not have."""
+        own = {} if episode.action is None else {"action": episode.action}
+        recorded = own | episode.signals | episode.proprio
+        action, layout = self._action(episode, recorded)
+        proprio = episode.proprio
+        if self.proprio is not None:
+            self._needs("proprio", self.proprio, recorded, episode)
+            _distinct("proprio", self.proprio)
+            proprio = {stored: recorded[name] for name, stored in self.proprio.items()}
+        # What neither the action nor proprioception is made of stays with the episode, the reader's own choice too.
+        used = {*(self.action or ("action",)), *(self.proprio if self.proprio is not None else episode.proprio)}
+        moot = tuple(begins for field, begins in GUESSES.items() if getattr(self, field) is not None)
+        return replace(
+            episode,
+            fps=self.fps or episode.fps,
+            cameras=self._cameras(episode),
+            proprio=proprio,
+            action=action,
+            action_layout=layout,
+            instruction=self.instruction or self._text(episode) or episode.instruction,
+            success=self._success(episode, recorded),
+            embodiment=self.embodiment or episode.embodiment,
+            repairs=tuple(repair for repair in episode.repairs if not repair.startswith(moot)),
+            signals={name: values for name, values in recorded.items() if name not in used},
+            split=(self.splits or {}).get(episode.split or "", episode.split),
+        )
+
+    def _cameras(self, episode: Episode) -> dict[str, Video]:
+        cameras = episode.cameras
+        for field in ("cameras", "flip", "bgr"):
+            self._needs(field, getattr(self, field) or (), cameras, episode)
+        if self.flip is not None:
+            cameras = {name: _turned(video, name in self.flip) for name, video in cameras.items()}
+        for name in self.bgr or ():
+            cameras = {**cameras, name: colours_exchanged(cameras[name])}
+        if self.cameras is not None:
+            _distinct("cameras", self.cameras)
+            cameras = {stored: cameras[name] for name, stored in self.cameras.items()}
+        return cameras
+
+    def _action(
+        self, episode: Episode, recorded: dict[str, np.ndarray]
+    ) -> tuple[np.ndarray | None, tuple[ActionBlock, ...]]:
+        action, layout = episode.action, episode.action_layout
+        if self.action is not None:
+            self._needs("action", self.action, recorded, episode)
+            action = np.concatenate([recorded[name] for name in self.action], axis=1)
+            layout = tuple(
+                block
+                for name in self.action
+                for block in (
+                    episode.action_layout
+                    if name == "action"
+                    else [ActionBlock(name=name, size=recorded[name].shape[1])]
+                )
+            )
+        if action is None:
+            return None, ()
+        if self.action_layout is not None:
+            layout = self.action_layout
+            if (total := sum(block.size for block in layout)) != action.shape[1]:
+                where = f"the actions of {episode.ref.uri} have {action.shape[1]}"
+                raise UserError(f"contract: action_layout has {total} columns, {where}")
+        return (action, layout) if self.rotations is None else with_rotations(action, layout, self.rotations)
+
+    def _text(self, episode: Episode) -> str | None:
+        if self.instruction_field is None:
+            return None
+        self._needs("instruction_field", [self.instruction_field], episode.texts, episode)
+        return episode.texts[self.instruction_field]
+
+    def _success(self, episode: Episode, recorded: dict[str, np.ndarray]) -> bool | None:
+        if self.success_field is None:
+            return episode.success
+        self._needs("success_field", [self.success_field], recorded, episode)
+        return bool((recorded[self.success_field] >= 1).any())
+
+    def _needs(self, field: str, names: Iterable[str], recorded: Iterable[str], episode: Episode) -> None:
+        for name in names:
+            if name not in recorded:
+                known = ", ".join(sorted(recorded)) or "none"
+                raise UserError(f"contract: {field}: {name!r} is not in {episode.ref.uri}; recorded are: {known}")
+
+
+def shipped_for(dataset: str | None) -> list[DataContract]:
+    """The shipped contracts for data sets of this name: more than one where versions of it differ."""
+    return [known for known in _shipped() if dataset and re.fullmatch(known.datasets or "", dataset)]
+
+
+@cache
+def _shipped() -> list[DataContract]:
+    return [DataContract.load(path) for path in sorted(SHIPPED.glob("*.yaml"))]
+
+
+def _turned(video: Video, turned: bool) -> Video:
+    return video if video.turned == turned else upside_down(video)
+
+
+def _distinct(field: str, names: dict[str, Any]) -> None:
+    stored = list(names.values())
+    if len(set(stored)) < len(stored):
+        raise UserError(f"contract: {field}: two get one name: {', '.join(sorted(stored))}")

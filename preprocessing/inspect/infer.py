@@ -1,0 +1,132 @@
+"""A first contract for a source, as YAML: what its reader finds, with what was measured in the comments.
+
+Whoever knows the robot mends it, and gives it to ``uwm ingest --contract``. What could not be told is left "unknown".
+Of a data set that a shipped contract is for, it says what that one says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import yaml
+
+from preprocessing.contracts.contract import DataContract
+from preprocessing.episode import ActionBlock, Episode
+from preprocessing.inspect.check import Measured, blocks, find_lag, upside_down
+from preprocessing.sources import shipped_contract
+
+
+def contract_yaml(measured: Measured, title: str) -> str:
+    """``title`` says of what. ValueError where no episode could be read."""
+    if not measured.episodes:
+        raise ValueError("no episode could be read")
+    return "\n".join(_lines(measured, title)) + "\n"
+
+
+def _lines(measured: Measured, title: str) -> Iterator[str]:
+    episodes = measured.episodes
+    shipped = shipped_contract(episodes[0]) or DataContract()
+    yield f"# {title}: measured on {len(episodes)} of {measured.listed} episodes. Mend what is wrong, then ingest with"
+    yield "# --contract and this file. A line that is left out leaves it to the reader."
+    if shipped.name:
+        yield f"# As the shipped contract {shipped.name} has it."
+    for repair, count in measured.repairs().most_common():
+        yield f"# in {count} of {len(episodes)}: {repair}"
+    yield _entry("embodiment", episodes[0].embodiment, _others(episode.embodiment for episode in episodes))
+    yield _entry("fps", round(episodes[0].fps, 3), _others(round(episode.fps, 3) for episode in episodes))
+    yield from _cameras(measured)
+    yield from _columns("proprio", episodes, {name: None for e in episodes for name in e.proprio})
+    yield from _action(measured, shipped)
+    yield from _words(measured, shipped)
+
+
+def _cameras(measured: Measured) -> Iterator[str]:
+    count = len(measured.episodes)
+    names = {name: sum(name in e.cameras for e in measured.episodes) for e in measured.episodes for name in e.cameras}
+    yield "cameras:  # recorded name: name in the store; a camera that is left out is dropped"
+    for name, having in names.items():
+        yield f"  {_entry(name, name, '' if having == count else f'in {having} of {count} episodes')}"
+    turned = [name for name in names if any(name in e.cameras and e.cameras[name].turned for e in measured.episodes)]
+    odd = sorted({camera for _, camera in upside_down(measured)})
+    yield _entry("flip", turned, "stored bottom-up" + (f"; {', '.join(odd)} looks so in some episodes" if odd else ""))
+
+
+def _columns(kind: str, episodes: list[Episode], names: Iterable[str]) -> Iterator[str]:
+    found = {name: [e.proprio[name] for e in episodes if name in e.proprio] for name in names}
+    yield f"{kind}:  # what the policy sees of the robot" if found else f"{kind}: {{}}"
+    for name, parts in found.items():
+        yield f"  {_entry(name, name, f'{parts[0].shape[1]} columns, {_range(parts)}')}"
+
+
+def _action(measured: Measured, shipped: DataContract) -> Iterator[str]:
+    acting = [episode for episode in measured.episodes if episode.action is not None]
+    signals = {name: values.shape[1] for e in measured.episodes for name, values in e.signals.items()}
+    if signals:
+        widths = ", ".join(f"{name} ({width})" for name, width in signals.items())
+        yield f"# also recorded at each step: {widths}"
+    actions = measured.actions()
+    if actions is None:
+        yield "# no action was found; name the parts that make it up: action: [NAME, ...]"
+        return
+    lag = find_lag(acting)
+    if lag:
+        yield f"# {lag.said}"
+    yield _entry("action", list(shipped.action or ["action"]))
+    yield "action_layout:"
+    found = list(blocks(acting[0], actions))
+    recorded = shipped.action_layout or [block for block, _ in found]
+    for block, (_, values) in zip(recorded, found, strict=True):
+        yield f"- {_flow(_told(block))}  # {_range([values])}{_habit(values)}"
+    if shipped.rotations:
+        yield _entry("rotations", shipped.rotations, "the ranges above are of these")
+
+
+def _told(block: ActionBlock) -> dict[str, object]:
+    """The block with every field that its kind needs, unknown or not, so that whoever reads sees what to fill in."""
+    needed = {"name", "size", "kind", "mode", "frame", "unit"}
+    needed |= {"representation"} if block.kind == "rotation" else set()
+    needed |= {"gripper_one_means"} if block.kind == "gripper" else set()
+    return {name: value for name, value in block.model_dump().items() if name in needed}
+
+
+def _habit(values: np.ndarray) -> str:
+    if np.ptp(values, axis=0).max() == 0:
+        return ", never changes"
+    ends = [np.isclose(values, end, atol=0.02 * np.ptp(values)).mean() for end in (values.min(), values.max())]
+    return ", at either end most of the time" if values.shape[1] == 1 and sum(ends) > 0.8 else ""
+
+
+def _words(measured: Measured, shipped: DataContract) -> Iterator[str]:
+    texts = {name: text for e in reversed(measured.episodes) for name, text in e.texts.items()}
+    if texts:
+        for name, text in texts.items():
+            yield f"# {name}: {' '.join(text.split())[:80]}"
+        chosen = next((name for name, text in texts.items() if text == measured.episodes[0].instruction), None)
+        yield _entry("instruction_field", chosen) if chosen else "# instruction_field: one of these"
+    elif not any(episode.instruction for episode in measured.episodes):
+        yield "# instruction: no sentence was found; one for all episodes goes here"
+    told = sum(episode.success is not None for episode in measured.episodes)
+    if not told:
+        yield "# success_field: whether an episode succeeded is not recorded; a signal that is 1 where it did goes here"
+    if measured.splits:
+        means = {name: "train" if name.startswith("train") else "validation" for name in sorted(measured.splits)}
+        yield _entry("splits", means | (shipped.splits or {}))
+
+
+def _others(values: Iterable[object]) -> str:
+    different = list(dict.fromkeys(map(str, values)))
+    return f"or {', '.join(different[1:6])}: episodes differ" if len(different) > 1 else ""
+
+
+def _range(parts: list[np.ndarray]) -> str:
+    return f"{min(part.min() for part in parts):.3g} to {max(part.max() for part in parts):.3g}"
+
+
+def _entry(name: str, value: object, comment: str = "") -> str:
+    return _flow({name: value})[1:-1] + (f"  # {comment}" if comment else "")
+
+
+def _flow(value: object) -> str:
+    """YAML on one line."""
+    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6).strip()

@@ -1,0 +1,298 @@
+"""Which episodes are fit for training, and which parts of them: filters, each on or off, each with its reason.
+
+An :class:`Inspector` sees the frames of one episode as they go by, keeps a few bytes of each, and judges at the end.
+Notable:
+
+- **Frozen** is a frame that shows what an earlier one showed: it is compared with the frame at which the picture last
+  changed, so that slow motion adds up and noise does not, and by the part of the picture that differs most, because a
+  gripper far away moves few pixels.
+- **One good camera is enough.** An episode is black or frozen where all its cameras are; of one that is so beside
+  others, a note is kept.
+- **Idle** are steps at which a robot is commanded nothing, many in a row: a policy learns from them to stand still
+  (openpi leaves such runs out of DROID, OpenVLA single steps out of LIBERO).
+- **Shots** are found by PySceneDetect, in films alone: a robot's camera is not cut.
+- **Spans** are what is left for training: a window lies within one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from preprocessing.contracts.rotations import convert_rotation
+from preprocessing.episode import ActionBlock, Episode
+from preprocessing.quality.duplicates import fingerprint, frame_hashes
+from preprocessing.video.frames import resize
+
+GRID = 16  # pictures are compared as so many mean grey levels a side
+GREY = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
+SAME = 3.0  # grey levels: sensor noise and codecs change a part of a still picture by less
+DARK = 32.0  # grey levels: no part of a black picture is lighter
+STILL = 1e-3  # metres, radians, or parts of a scaled range, in a step (openpi's level)
+STILL_DEGREES = 0.1  # about one tick of a servo's encoder
+
+
+class Filters(BaseModel):
+    """The section ``quality`` of an ingest recipe: what is not set, or false, is off."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    min_frames: int | None = Field(default=2, ge=1, description="fewer are refused, in an episode or a span of it")
+    black: float | None = Field(default=0.9, ge=0, lt=1, description="refused above this share of black frames")
+    frozen: float | None = Field(default=0.9, ge=0, lt=1, description="refused above this share of repeated frames")
+    idle: int | None = Field(default=None, ge=1, description="so many idle steps in a row are left out; 7 is openpi's")
+    shots: float | None = Field(
+        default=None, gt=0, description="threshold of PySceneDetect's AdaptiveDetector; 3 is usual"
+    )
+    near_duplicates: float | None = Field(
+        default=None,
+        ge=0,
+        le=64,
+        description="refused where so few of 64 bits a frame differ; 4 finds re-encoded films",
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        if value is True:
+            raise ValueError("give a number, or false to switch it off")
+        return None if value is False else value
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``filter`` and ``reason`` are set where the episode is refused.
+
+    ``cuts`` are the frames at which a new shot begins. ``idle`` is bool ``[T]``, True in runs of idle steps, or None
+    where nobody asked or nothing is commanded. ``spans`` are the ranges (first, last + 1) of frames that training may
+    use. ``notes`` are sentences about an episode that is kept.
+    """
+
+    filter: str | None
+    reason: str | None
+    cuts: list[int]
+    idle: np.ndarray | None
+    spans: list[tuple[int, int]]
+    notes: list[str]
+    fingerprint: bytes | None
+
+
+class Inspector:
+    """Sees all frames of one episode, each camera's in order, and judges at the end."""
+
+    def __init__(self, filters: Filters, episode: Episode):
+        self._filters = filters
+        self._episode = episode
+        self._film = episode.action is None and not episode.proprio
+        self._cameras: dict[str, _Camera] = {}
+
+    def frames(self, camera: str, chunk: np.ndarray) -> None:
+        """The next frames uint8 ``[n, H, W, 3]`` of a camera."""
+        if camera not in self._cameras:
+            threshold = self._filters.shots if self._film else None
+            shots = _Shots(threshold, self._episode.fps) if threshold else None
+            self._cameras[camera] = _Camera(self._filters, shots)
+        self._cameras[camera].see(chunk)
+
+    def verdict(self) -> Verdict:
+        filters, length = self._filters, max((camera.frames for camera in self._cameras.values()), default=0)
+        cuts = sorted({cut for camera in self._cameras.values() if camera.shots for cut in camera.shots.cuts()})
+        idle = None
+        if filters.idle and self._episode.action is not None:
+            idle = _long(idle_steps(self._episode.action, self._episode.action_layout), filters.idle)
+        parts = _spans(length, cuts, idle)
+        spans = [(first, end) for first, end in parts if end - first >= (filters.min_frames or 1)]
+
+        reasons, notes = self._pictures()
+        if filters.min_frames and length < filters.min_frames:
+            reasons["min_frames"] = f"too short: {_frames(length)}, {filters.min_frames} at least are asked for"
+        elif not spans and idle is not None and idle.any():
+            rest = f", and no {filters.min_frames} others in a row" if parts else ""
+            reasons["idle"] = f"idle: nothing is commanded at {idle.sum()} of {len(idle)} steps{rest}"
+        elif not spans and cuts:
+            reasons["shots"] = f"cut up: {len(cuts) + 1} shots in {_frames(length)}, each below {filters.min_frames}"
+        if idle is not None and idle.any():
+            notes.append(f"idle: nothing is commanded at {idle.sum()} of {len(idle)} steps, which are left out")
+        if spans and len(spans) < len(parts):
+            lost = sum(end - first for first, end in parts) - sum(end - first for first, end in spans)
+            which = f"{len(parts) - len(spans)} of {len(parts)} parts are shorter than {filters.min_frames} frames"
+            notes.append(f"{which} and left out, {_frames(lost)} together")
+
+        refused_by = next((name for name in Filters.model_fields if name in reasons), None)
+        return Verdict(
+            filter=refused_by,
+            reason=reasons[refused_by] if refused_by else None,
+            cuts=cuts,
+            idle=idle,
+            spans=[] if refused_by else spans,
+            notes=[] if refused_by else notes,
+            fingerprint=self._fingerprint(),
+        )
+
+    def _pictures(self) -> tuple[dict[str, str], list[str]]:
+        """Reasons by filter, if all cameras are black or frozen; notes, if some are."""
+        reasons, notes, black = {}, [], set()
+        if (limit := self._filters.black) is not None:
+            shares = {name: camera.black / max(camera.frames, 1) for name, camera in self._cameras.items()}
+            black = {name for name, share in shares.items() if share > limit}
+            said = [f"camera {name} is black in {shares[name]:.0%} of its frames" for name in sorted(black)]
+            if black and len(black) == len(shares):
+                reasons["black"] = f"{'; '.join(said)} (more than {limit:.0%} is refused)"
+            notes += said
+        if (limit := self._filters.frozen) is not None:
+            shares = {name: camera.same / max(camera.frames - 1, 1) for name, camera in self._cameras.items()}
+            frozen = {name for name, share in shares.items() if share > limit}
+            said = [
+                f"camera {name} is frozen in {shares[name]:.0%} of its frames, {self._cameras[name].longest} in a row"
+                for name in sorted(frozen)
+            ]
+            if frozen and len(frozen) == len(shares):
+                reasons["frozen"] = f"{'; '.join(said)} (more than {limit:.0%} is refused)"
+            notes += [text for name, text in zip(sorted(frozen), said, strict=True) if name not in black]
+        return reasons, notes
+
+    def _fingerprint(self) -> bytes | None:
+        """Of the first camera, by name, that tells episodes apart: not of one that is black beside others."""
+        for _, camera in sorted(self._cameras.items()):
+            if camera.hashes and (mark := fingerprint(np.concatenate(camera.hashes), self._episode.action)):
+                return mark
+        return None
+
+
+def idle_steps(action: np.ndarray, layout: tuple[ActionBlock, ...]) -> np.ndarray:
+    """bool ``[T]``: at which steps of the action ``[T, A]`` nothing is commanded.
+
+    A delta or a velocity then is (nearly) none; what is absolute, as most grippers are, or of no known mode is as it
+    was the step before.
+    """
+    change = np.abs(np.diff(action, axis=0, prepend=action[:1]))
+    idle, start = np.ones(len(action), bool), 0
+    for block in layout:
+        columns = slice(start, start + block.size)
+        start += block.size
+        moved = change[:, columns]
+        if block.mode in ("delta", "velocity"):
+            moved = np.abs(action[:, columns] - _nothing(block))
+        idle &= (moved < (STILL_DEGREES if block.unit == "deg" else STILL)).all(axis=1)
+    return idle
+
+
+def _nothing(block: ActionBlock) -> np.ndarray | float:
+    """A step of no rotation is not zero as a quaternion or a matrix."""
+    if block.mode == "delta" and block.kind == "rotation" and block.representation:
+        return convert_rotation(np.zeros((1, 3)), "axis_angle", block.representation)
+    return 0.0
+
+
+def _long(mask: np.ndarray, least: int) -> np.ndarray:
+    """True in runs of at least so many."""
+    kept = np.zeros_like(mask)
+    for first, end in _runs(mask):
+        kept[first:end] = end - first >= least
+    return kept
+
+
+def _runs(mask: np.ndarray) -> list[tuple[int, int]]:
+    edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0))
+    return [(int(first), int(end)) for first, end in edges.reshape(-1, 2)]
+
+
+def _spans(length: int, cuts: list[int], idle: np.ndarray | None) -> list[tuple[int, int]]:
+    usable = np.ones(length, bool)
+    if idle is not None:
+        usable[: len(idle)] &= ~idle[:length]
+    return [(a + first, a + end) for a, b in pairwise([0, *cuts, length]) for first, end in _runs(usable[a:b])]
+
+
+def _frames(count: int) -> str:
+    return f"{count} frame{'' if count == 1 else 's'}"
+
+
+class _Camera:
+    """What is kept of one camera's frames."""
+
+    def __init__(self, filters: Filters, shots: _Shots | None):
+        self.shots = shots
+        self.frames = 0
+        self.black = 0  # frames
+        self.same = 0  # frames that show what an earlier one showed
+        self.longest = 0  # of them in a row
+        self.hashes: list[np.ndarray] = []
+        self._compare = filters.frozen is not None
+        self._hash = filters.near_duplicates is not None
+        self._grids = self._compare or self._hash or filters.black is not None
+        self._changed: np.ndarray | None = None  # the frame at which the picture last changed
+        self._run = 0
+
+    def see(self, chunk: np.ndarray) -> None:
+        self.frames += len(chunk)
+        if self.shots:
+            self.shots.see(chunk)
+        if not self._grids:
+            return
+        grids = _grids(chunk)
+        self.black += int((grids.max(axis=(1, 2)) < DARK).sum())
+        if self._hash:
+            self.hashes.append(frame_hashes(grids))
+        for grid in grids if self._compare else ():
+            if self._changed is not None and np.abs(grid - self._changed).max() < SAME:
+                self.same += 1
+                self._run += 1
+                self.longest = max(self.longest, self._run)
+            else:
+                self._changed, self._run = grid, 0
+
+
+def _grids(chunk: np.ndarray) -> np.ndarray:
+    """Mean grey levels float32 ``[n, GRID, GRID]`` of frames uint8 ``[n, H, W, 3]``."""
+    if chunk.shape[1] % GRID or chunk.shape[2] % GRID:
+        chunk = resize(chunk, GRID)
+    count, height, width, _ = chunk.shape
+    rows, columns = height // GRID, width // GRID
+    sums = chunk.reshape(count, GRID, rows, width * 3).sum(axis=2, dtype=np.uint32)
+    return sums.reshape(count, GRID, GRID, columns, 3).sum(axis=3, dtype=np.uint32) @ (GREY / (rows * columns))
+
+
+class _Shots:
+    """PySceneDetect, fed frame by frame."""
+
+    def __init__(self, threshold: float, fps: float):
+        import cv2  # half a second, with the next two: spared where films are not searched for cuts
+        from scenedetect.common import FrameTimecode
+        from scenedetect.detectors import AdaptiveDetector
+
+        cv2.setNumThreads(1)  # an ingest is parallel by episode
+        # By brightness alone, for the hue of a grey picture changes with every key frame of a codec. A shot may be as
+        # short as a flash: it is left out as too short, while a cut that went unnoticed would be trained on.
+        self._detector = AdaptiveDetector(adaptive_threshold=threshold, min_scene_len=1, luma_only=True)
+        self._bgr = lambda frame: cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)
+        self._time = lambda number: FrameTimecode(number, float(fps))
+        self._fed = 0
+        self._last: np.ndarray | None = None
+        self._found: list[int] = []
+
+    def see(self, chunk: np.ndarray) -> None:
+        for frame in chunk:
+            if self._last is None:
+                self._feed(frame, self._detector.window_width)
+            self._feed(frame, 1)
+            self._last = frame
+
+    def cuts(self) -> list[int]:
+        """No more frames come."""
+        if self._last is not None:
+            self._feed(self._last, self._detector.window_width)
+            self._last = None
+        return [number - self._detector.window_width for number in self._found]
+
+    def _feed(self, frame: np.ndarray, times: int) -> None:
+        """The first and the last frame stand in for those beyond, without which it is blind at both ends."""
+        for _ in range(times):
+            self._found += [
+                cut.frame_num for cut in self._detector.process_frame(self._time(self._fed), self._bgr(frame))
+            ]
+            self._fed += 1

@@ -1,0 +1,186 @@
+"""LeRobot data sets, v2.0 to v3.0: tables of steps in parquet, cameras in MP4 files or in image columns.
+
+``meta/info.json`` names the features, and ``meta/modality.json`` (Isaac-GR00T's addition) the parts of the state and
+action vectors: https://github.com/NVIDIA/Isaac-GR00T/blob/main/getting_started/data_preparation.md. Where the episodes
+are is what the versions differ in: :mod:`preprocessing.sources.lerobot.v2`, :mod:`preprocessing.sources.lerobot.v3`.
+
+What info.json says and what is on disk often differ: a template may lead nowhere and a camera may not exist. The files
+are believed. An episode's index is its ``episode_index``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from preprocessing.episode import Episode, EpisodeRef, Video
+from preprocessing.errors import BadEpisode, UserError
+from preprocessing.sources.lerobot.meta import Files, Film, Meta, asked_in, matrix, read_meta, texts_of
+from preprocessing.sources.lerobot.v2 import FilesV2
+from preprocessing.sources.lerobot.v3 import FilesV3
+from preprocessing.video.frames import first_frames, images_video
+
+STATE = "observation."
+SIMULATED = {"observation.environment_state"}  # where the objects are: what no robot sees
+SLACK = 0.05  # of a rate: float32 seconds of a long episode are off by some
+PLACES = {"index", "episode_index", "frame_index", "task_index"}  # columns that say where a row belongs
+
+
+def detect(path: Path) -> bool:
+    return (path / "meta" / "info.json").is_file()
+
+
+def scan(path: Path) -> Iterator[EpisodeRef]:
+    _, files = _dataset(path.absolute())
+    yield from files.scan()
+
+
+def digest(ref: EpisodeRef) -> str:
+    _, files = _above(Path(ref.uri))
+    return files.digest(ref)
+
+
+def load(ref: EpisodeRef) -> Episode:
+    meta, files = _above(Path(ref.uri))
+    films = files.films(ref.index)
+    try:
+        table = files.rows(ref)
+    except (OSError, pa.ArrowException) as error:
+        raise BadEpisode(f"{Path(ref.uri).name} cannot be read: {' '.join(str(error).split())}") from None
+    if table.num_rows == 0:
+        raise BadEpisode(f"{Path(ref.uri).name} has no row")
+
+    table, ordered, skips = _in_order(table)
+    frames, counted = _frames_to_use(films, table.num_rows)
+    if counted and skips:
+        raise BadEpisode(f"{counted[0].rpartition(';')[0]}, and frame_index skips: rows are lost in the middle")
+    cameras: dict[str, Video] = {
+        camera: first_frames(film.video, frames) if counted else film.video for camera, film in films.items()
+    }
+    for key, camera in meta.cameras("image"):
+        if key in table.column_names:
+            images = table[key].to_pylist()[:frames]
+            cameras[camera] = images_video([(image or {}).get("bytes") or b"" for image in images])
+
+    texts = texts_of(table, files.tasks())
+    asked = asked_in(texts)
+    seen = [
+        key
+        for key, feature in sorted(meta.features.items())
+        if key.startswith(STATE) and key not in SIMULATED and key in table.column_names
+        if str(feature.get("dtype")).startswith("float")
+    ]
+    proprio = {key.removeprefix(STATE): matrix(table, key)[:frames] for key in seen}
+    signals, left_out = _signals(table, {"action", *PLACES, *seen})
+    action = matrix(table, "action")[:frames] if "action" in table.column_names else None
+    found = _repairs(meta, films, table, signals.get("timestamp"), asked)
+    return Episode(
+        ref=ref,
+        fps=meta.fps,
+        cameras=cameras,
+        proprio=proprio,
+        action=action,
+        action_layout=() if action is None else meta.action_layout(action.shape[1]),
+        instruction=texts[asked] if asked else None,
+        success=_success(signals),
+        embodiment=str(meta.info.get("robot_type") or "unknown"),
+        repairs=(*files.repairs(ref.index), *found, *ordered, *counted, *left_out),
+        signals={name: values[:frames] for name, values in signals.items()},
+        texts=texts,
+        split=meta.split(ref.index),
+    )
+
+
+def _signals(table: pa.Table, others: set[str]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """All other columns of numbers or of vectors, and a sentence for each that is neither in every row."""
+    signals, repairs = dict[str, np.ndarray](), list[str]()
+    for field in table.schema:
+        is_list = pa.types.is_list(field.type) or pa.types.is_fixed_size_list(field.type)
+        kind = field.type.value_type if is_list else field.type
+        number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+        if field.name in others or not number:
+            continue
+        try:
+            signals[field.name] = matrix(table, field.name)
+        except BadEpisode as error:
+            repairs.append(f"{error}; left out")
+    return signals, repairs
+
+
+def _repairs(
+    meta: Meta, films: dict[str, Film], table: pa.Table, times: np.ndarray | None, asked: str | None
+) -> Iterator[str]:
+    for _, camera in meta.cameras("video"):
+        if camera not in films:
+            yield f"camera {camera} is named in info.json, but has no file; dropped"
+    if "frame_index" not in table.column_names:
+        yield "no frame_index; rows are taken in order"
+    if times is not None and (start := float(times[0, 0])) != 0:
+        yield f"timestamps start at {start:.3f} s; frames and rows are paired by order"
+    step = float(np.median(np.diff(times[:, 0].astype(np.float64)))) if times is not None and len(times) > 1 else 0.0
+    if step > 0 and abs(step * meta.fps - 1) > SLACK:
+        yield f"info.json says {meta.fps:g} Hz, the timestamps {1 / step:.3g} Hz; the former is taken"
+    sentences = "task_index" if asked == "task" else asked
+    if sentences and pc.count_distinct(table[sentences], mode="all").as_py() > 1:
+        yield "the instruction changes within the episode; the first one is kept"
+
+
+def _in_order(table: pa.Table) -> tuple[pa.Table, list[str], bool]:
+    """The rows by ``frame_index``, a sentence where they were not, and whether it skips."""
+    if "frame_index" not in table.column_names or table["frame_index"].null_count:
+        return table, [], False
+    places = matrix(table, "frame_index")[:, 0]
+    if len(np.unique(places)) < len(places):
+        return table, ["frame_index repeats; rows are taken in order"], False
+    skips = bool(np.ptp(places) != len(places) - 1)
+    if (np.diff(places) > 0).all():
+        return table, [], skips
+    return table.take(np.argsort(places)), ["rows are out of order; sorted by frame_index"], skips
+
+
+def _frames_to_use(films: dict[str, Film], rows: int) -> tuple[int, list[str]]:
+    """One frame more or less than rows is a recorder's slip at the end, and mended; more is another recording.
+
+    The counts are those of the containers, so nothing is decoded here; a container without one is left to whoever
+    decodes it.
+    """
+    counts = {camera: film.frames or rows for camera, film in films.items()}
+    for camera, count in counts.items():
+        if abs(count - rows) > 1:
+            raise BadEpisode(f"camera {camera} declares {count} frames, the table has {rows} rows")
+    frames = min([rows, *counts.values()])
+    slips = [f"{camera} has {count}" for camera, count in counts.items() if count != rows]
+    return frames, [f"the table has {rows} rows, {', '.join(slips)} frames; cut to {frames}"] if slips else []
+
+
+def _success(signals: dict[str, np.ndarray]) -> bool | None:
+    """A reward that reaches 1 means success; one that does not means nothing, for many data sets write only zeros."""
+    if "next.success" in signals:
+        return bool(signals["next.success"].any())
+    if "next.reward" in signals and (signals["next.reward"] >= 1).any():
+        return True
+    return None
+
+
+def _above(table: Path) -> tuple[Meta, Files]:
+    """The data set that a table belongs to."""
+    root = next((parent for parent in table.parents if detect(parent)), None)
+    if root is None:
+        raise BadEpisode("no meta/info.json above the table")
+    return _dataset(root)
+
+
+def _dataset(root: Path) -> tuple[Meta, Files]:
+    meta = read_meta(root)
+    match str(meta.info["codebase_version"])[:3]:
+        case "v2.":
+            return meta, FilesV2(meta)
+        case "v3.":
+            return meta, FilesV3(meta)
+    raise UserError(
+        f"{root}: LeRobot {meta.info['codebase_version']} is not read; convert it to v3.0 with LeRobot's own scripts"
+    )

@@ -1,0 +1,175 @@
+"""Where a replay buffer is, which rows of its arrays are an episode, and their digests.
+
+Of a folder that may hold a chunk file a frame, what was found is remembered under the names, sizes, times and inodes of
+all its files: as good as those of one file, and it costs a look at each but the reading of none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from preprocessing.errors import BadEpisode
+from preprocessing.limits import limits
+from preprocessing.sources.scan_cache import Finding, file_digest, findings, stamp_of
+from preprocessing.sources.untrusted.zarr_v2 import Folder, NoNumbersError, ZarrArray, Zip, open_array
+
+ENDS = "meta/episode_ends"
+MARK = f"{ENDS}/.zarray"
+MAX_ARRAYS = 256
+MAX_EPISODES = 10**6
+
+
+def buffers(path: Path) -> Iterator[Path]:
+    """The path itself, or, of a folder, the zip files in it and those folders in it that have their films beside."""
+    if path.is_file():
+        if path.name.endswith(".zarr.zip") or _is_buffer(path):
+            yield path
+    elif (path / MARK).is_file():
+        yield path
+    else:
+        filmed = (path / "videos").is_dir()
+        for child in sorted(path.iterdir()):
+            if child.name.startswith("."):
+                continue
+            if child.is_file():
+                yield from buffers(child)
+            elif filmed and (child / MARK).is_file():
+                yield child
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """The arrays by name, in the order of their names, where the episodes end, and what is not read."""
+
+    arrays: dict[str, ZarrArray]
+    ends: list[int]
+    dropped: tuple[str, ...]
+
+    @classmethod
+    def open(cls, path: Path) -> Buffer:
+        store: Folder | Zip = Folder(path) if path.is_dir() else _zip(path)
+        names, arrays = store.names("data"), dict[str, ZarrArray]()
+        dropped = [f"data/{name} is a group of arrays, not one; dropped" for name in store.names("data", ".zgroup")]
+        if not 0 < len(names) <= MAX_ARRAYS:
+            raise BadEpisode(f"data/ holds {len(names)} arrays")
+        for name in names:
+            try:
+                array = open_array(store, f"data/{name}")
+                arrays[name] = replace(array, needed=is_picture(array) or name == "action")
+            except NoNumbersError as error:
+                dropped.append(f"{error}; dropped")
+        ends = replace(open_array(store, ENDS), needed=True)
+        if len(ends.shape) != 1 or not 0 < ends.shape[0] <= MAX_EPISODES or ends.dtype.kind not in "iu":
+            raise BadEpisode(f"{ENDS} is no list of steps, but {ends.dtype} of shape {ends.shape}")
+        listed = vectors(ends, 0, ends.shape[0])[:, 0].tolist()
+        if not all(0 <= after - before <= limits().episode_steps for before, after in pairwise([0, *listed])):
+            raise BadEpisode(f"{ENDS} does not ascend from 0, or in steps larger than limits.episode_steps")
+        return cls(arrays, listed, tuple(dropped))
+
+    def rows(self, index: int) -> tuple[int, int]:
+        """The first row of an episode, and the one after its last."""
+        if index >= len(self.ends):
+            raise BadEpisode(f"the buffer has {len(self.ends)} episodes now, fewer than when it was listed")
+        start, stop = ([0, *self.ends])[index : index + 2]
+        if start == stop:
+            raise BadEpisode("holds no step")
+        for name, array in self.arrays.items():
+            if array.shape[0] < stop:
+                raise BadEpisode(f"{name} has {array.shape[0]} rows, but the episode ends at {stop}")
+        return start, stop
+
+
+def vectors(array: ZarrArray, start: int, stop: int) -> np.ndarray:
+    rows = np.concatenate([array.slab(number)[part] for number, part in array.parts(start, stop)])
+    return rows.reshape(stop - start, -1)
+
+
+def is_picture(array: ZarrArray) -> bool:
+    """Three colours, last or first, of at least 16 by 16 pixels: a small table of vectors is none."""
+    if len(array.shape) != 4:
+        return False
+    _, *sides = array.shape
+    return (sides[2] == 3 and min(sides[:2]) >= 16) or (sides[0] == 3 and min(sides[1:]) >= 16)
+
+
+def digests(buffer: Buffer, indices: Iterable[int]) -> list[Finding]:
+    """Of these episodes. Array by array, so that a chunk with rows of several of them is unpacked once."""
+    hashes = {index: hashlib.sha256() for index in indices}
+    problems: dict[int, str] = {}
+    for name, array in buffer.arrays.items():
+        slab, stored = lru_cache(maxsize=1)(array.slab), array.metadata
+        head = f"{name} {stored.dtype} {stored.shape[1:]};"
+        if array.rows_per_slab == 1:  # what the stored bytes mean
+            compressor = (stored.compressor or {}).get("id")
+            head += f"{stored.chunks} {stored.order} {stored.fill_value} {compressor};"
+        for index, sha in hashes.items():
+            sha.update(head.encode())
+            try:
+                for number, part in array.parts(*buffer.rows(index)):
+                    if array.rows_per_slab == 1:
+                        for data in array.packed(number):
+                            sha.update(b"-" if data is None else b"%d:%b" % (len(data), data))
+                    else:
+                        sha.update(np.ascontiguousarray(slab(number)[part]).data)
+            except (BadEpisode, OSError) as error:
+                problems.setdefault(index, str(error))
+                sha.update(str(error).encode())
+    return [Finding(sha.hexdigest(), problems.get(index)) for index, sha in hashes.items()]
+
+
+def found_in(paths: list[Path]) -> Iterator[tuple[Path, list[Finding]]]:
+    """The buffers, each with the digests of its episodes, in order."""
+    yield from findings("replay_buffer", [path for path in paths if path.is_file()], _read)
+    for folder in (path for path in paths if path.is_dir()):
+        if stamp := _stamp(folder):
+            [(_, found)] = findings(f"replay_buffer {stamp}", [folder / MARK], lambda mark: _read(mark.parents[2]))
+            yield folder, found
+        else:
+            yield folder, _read(folder)
+
+
+def _read(path: Path) -> list[Finding]:
+    try:
+        buffer = Buffer.open(path)
+    except (BadEpisode, OSError) as error:
+        whole = file_digest(path) if path.is_file() else path.name
+        return [Finding(hashlib.sha256(f"{whole} {error}".encode(errors="replace")).hexdigest(), str(error))]
+    return digests(buffer, range(len(buffer.ends)))
+
+
+def _stamp(folder: Path) -> str | None:
+    """Of all files that digests depend on; None where that cannot be told."""
+    files = []
+    for array in [folder / ENDS, *sorted(folder.glob("data/*"))]:
+        for root, below, names in os.walk(array):
+            below.sort()
+            if any((Path(root) / name).is_symlink() for name in below):
+                return None
+            files += [Path(root) / name for name in sorted(names)]
+    return stamp_of(files)
+
+
+def _is_buffer(file: Path) -> bool:
+    with file.open("rb") as opened:
+        if opened.read(4) != b"PK\x03\x04" or file.suffix == ".npz":  # NumPy's files are zip files as well
+            return False
+    try:
+        return bool(Zip(file).roots(MARK))
+    except BadEpisode:
+        return False
+
+
+def _zip(path: Path) -> Zip:
+    """A folder may have been packed with its name, as PushT's is, or without."""
+    roots = Zip(path).roots(MARK)
+    if len(roots) != 1:
+        raise BadEpisode(f"a zip file with {len(roots)} {MARK}, which is not one buffer")
+    return Zip(path, roots[0])

@@ -1,0 +1,243 @@
+"""RLDS: episodes as TFDS writes them, read without TensorFlow.
+
+A folder holds ``features.json`` and shards ``NAME-SPLIT.tfrecord-00000-of-00004``. Each record of a shard is one
+episode: names such as ``steps/observation/image_0`` with flat lists over all steps, to which ``features.json`` gives
+their shapes back. The convention: https://github.com/google-research/rlds; the files around it:
+:mod:`preprocessing.sources.rlds.tfds`; the bytes: :mod:`preprocessing.sources.rlds.tfrecord`.
+
+RLDS records neither robot nor control rate, nor what the numbers of an action mean: contracts do.
+
+An episode's index is its record's number in the shard; its digest covers the record's bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from preprocessing.episode import ActionBlock, Episode, EpisodeRef, Video
+from preprocessing.errors import BadEpisode
+from preprocessing.sources.rlds.tfds import SHARD, Leaf, dataset_and_split, missing_shards, read_leaves
+from preprocessing.sources.rlds.tfrecord import Feature, parse_example, read_record, records
+from preprocessing.sources.scan_cache import findings
+from preprocessing.video.frames import decode_image, images_video
+
+BLACK = 8  # JPEG noise around zero stays below this level
+WIDEST = 256  # what has more columns is an embedding, or a sentence in numbers
+INSTRUCTION_NAMES = ("language_instruction", "natural_language_instruction", "instruction")
+OBSERVATION = "steps/observation/"
+
+
+def detect(path: Path) -> bool:
+    return bool(_shards(path))
+
+
+def scan(path: Path) -> Iterator[EpisodeRef]:
+    shards = _shards(path)
+    for shard, found in findings("rlds", shards, lambda shard: list(records(shard))):
+        missing = None if (shard.parent / "features.json").is_file() else "no features.json beside the shard"
+        for index, record in enumerate(found):
+            yield EpisodeRef(str(shard.absolute()), "rlds", index, record.digest, record.problem or missing)
+    for shard, problem in missing_shards(shards) if path.is_dir() else ():
+        yield EpisodeRef(str(shard.absolute()), "rlds", 0, hashlib.sha256(problem.encode()).hexdigest(), problem)
+
+
+def digest(ref: EpisodeRef) -> str:
+    return hashlib.sha256(read_record(Path(ref.uri), ref.index)).hexdigest()
+
+
+def load(ref: EpisodeRef) -> Episode:
+    shard = Path(ref.uri)
+    data = read_record(shard, ref.index)
+    if hashlib.sha256(data).hexdigest() != ref.digest:
+        raise BadEpisode("the record has changed since it was listed")
+    try:
+        features = parse_example(data)
+    except ValueError as error:
+        raise BadEpisode(f"the record is not a tf.train.Example: {error}") from None
+    return _episode(ref, features, read_leaves(shard.parent / "features.json"))
+
+
+def _episode(ref: EpisodeRef, features: dict[str, Feature], leaves: dict[str, Leaf]) -> Episode:
+    name, split = dataset_and_split(Path(ref.uri))
+    repairs = ["control rate unknown; 10 Hz assumed", "robot unknown; the data set's name stands for it"]
+    steps = _count_steps(features, leaves)
+    images, dropped = _images(features, leaves, steps)
+    repairs += [f"camera {camera} is dropped: {why}" for camera, why in dropped.items()]
+    black = {camera for camera, files in images.items() if _is_black(files)}
+    repairs += [f"camera {camera} is black in every frame" for camera in sorted(black)]
+    for camera in sorted(images.keys() - black):
+        said = features.get(f"episode_metadata/has_{camera}")
+        if isinstance(said, np.ndarray) and said.size and not said.any():
+            repairs.append(f"has_{camera} is 0 although images exist; camera kept")
+    is_last = features.get("steps/is_last")
+    if isinstance(is_last, np.ndarray) and not is_last.any():
+        repairs.append("is_last is never 1; the last step is taken to be the end")
+
+    action, layout = _action(features, leaves, steps)
+    proprio, signals = _vectors(features, leaves, steps)
+    sentences = _sentences(features, leaves)
+    instruction, changes = _instruction(sentences)
+    if changes:
+        repairs.append("the instruction changes within the episode; the first one is kept")
+    cameras: dict[str, Video] = {camera: images_video(files) for camera, files in images.items()}
+    return Episode(
+        ref=ref,
+        fps=10.0,
+        cameras=cameras,
+        proprio=proprio,
+        action=action,
+        action_layout=layout,
+        instruction=instruction,
+        success=_success(features, sentences),
+        embodiment=name,
+        repairs=tuple(repairs),
+        signals=signals,
+        texts=_texts(sentences),
+        dataset=name,
+        split=split,
+    )
+
+
+def _count_steps(features: dict[str, Feature], leaves: dict[str, Leaf]) -> int:
+    """Every list that holds something per step must agree on how many steps there are."""
+    counts: dict[int, str] = {}
+    for key, leaf in sorted(leaves.items()):
+        if key.startswith("steps/") and leaf.shape is not None and key in features:
+            width = math.prod(leaf.shape) if leaf.kind in ("Tensor", "Scalar") else 1
+            if width == 0 or (leaf.encoding != "none" and leaf.kind == "Tensor"):
+                continue
+            steps, rest = divmod(len(features[key]), width)
+            if rest:
+                raise BadEpisode(f"{key} holds {len(features[key])} values, not a multiple of {width}")
+            counts.setdefault(steps, key)
+    if len(counts) > 1:
+        raise BadEpisode("step counts differ: " + ", ".join(f"{key} has {n}" for n, key in sorted(counts.items())))
+    if not counts or 0 in counts:
+        raise BadEpisode("holds no step")
+    return next(iter(counts))
+
+
+def _images(
+    features: dict[str, Feature], leaves: dict[str, Leaf], steps: int
+) -> tuple[dict[str, list[bytes]], dict[str, str]]:
+    images: dict[str, list[bytes]] = {}
+    dropped: dict[str, str] = {}
+    for key, leaf in sorted(leaves.items()):
+        if leaf.kind != "Image" or not key.startswith("steps/observation/"):
+            continue
+        camera = key.removeprefix("steps/observation/").replace("/", "_")
+        files = features.get(key, [])
+        if leaf.dtype != "uint8" or (leaf.shape and leaf.shape[-1] != 3):
+            dropped[camera] = f"{leaf.dtype} with {leaf.shape[-1] if leaf.shape else '?'} channels is no colour image"
+        elif isinstance(files, np.ndarray) or not any(files):
+            dropped[camera] = "it holds no image"
+        elif len(files) != steps:
+            raise BadEpisode(f"camera {camera} has {len(files)} images for {steps} steps")
+        else:
+            images[camera] = files
+    return images, dropped
+
+
+def _is_black(files: Sequence[bytes]) -> bool:
+    """A camera that was not there is recorded as the same black JPEG again and again: one decode tells."""
+    return all(decode_image(data).max() <= BLACK for data in dict.fromkeys(files))
+
+
+def _vectors(
+    features: dict[str, Feature], leaves: dict[str, Leaf], steps: int
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Proprioception is what is observed in fractions; all other numbers of a step but its action are signals."""
+    proprio, signals = dict[str, np.ndarray](), dict[str, np.ndarray]()
+    for key, leaf in sorted(leaves.items()):
+        if not key.startswith("steps/") or key == "steps/action" or not leaf.width or "embed" in key:
+            continue
+        if key.startswith(OBSERVATION) and leaf.dtype.startswith("float"):
+            proprio[key.removeprefix(OBSERVATION).replace("/", "_")] = _tensor(features, key, steps)
+        elif leaf.width <= WIDEST and key in features:
+            signals[key.removeprefix("steps/")] = _tensor(features, key, steps)
+    return proprio, signals
+
+
+def _tensor(features: dict[str, Feature], key: str, steps: int) -> np.ndarray:
+    values = features.get(key)
+    if not isinstance(values, np.ndarray):
+        raise BadEpisode(f"{key} holds no numbers")
+    return values.reshape(steps, -1).astype(np.float32)
+
+
+def _action(
+    features: dict[str, Feature], leaves: dict[str, Leaf], steps: int
+) -> tuple[np.ndarray | None, tuple[ActionBlock, ...]]:
+    """One vector, or its parts joined in the order of their names; a contract can join them in another."""
+    if "steps/action" in leaves:
+        if not leaves["steps/action"].width:
+            raise BadEpisode("steps/action is not one vector a step")
+        action = _tensor(features, "steps/action", steps)
+        return action, (ActionBlock(name="action", size=action.shape[1]),)
+    keys = sorted(key for key, leaf in leaves.items() if key.startswith("steps/action/") and leaf.width)
+    if not keys:
+        return None, ()
+    parts = [_tensor(features, key, steps) for key in keys]
+    names = [key.removeprefix("steps/action/") for key in keys]
+    layout = tuple(ActionBlock(name=n, size=p.shape[1]) for n, p in zip(names, parts, strict=True))
+    return np.concatenate(parts, axis=1), layout
+
+
+def _success(features: dict[str, Feature], sentences: dict[str, list[str]]) -> bool | None:
+    """Where it was judged. Of RT-1's episodes people judged some, and ``has_aspects`` says which.
+
+    DROID has failures beside successes, and only the path of the recording tells which.
+    """
+    judged = features.get("aspects/has_aspects")
+    for name in ("success", "episode_metadata/success", "aspects/success", "steps/success"):
+        values = features.get(name)
+        if name == "aspects/success" and not (isinstance(judged, np.ndarray) and judged.any()):
+            continue
+        if isinstance(values, np.ndarray) and values.size:
+            return bool(values.any())
+    if "episode_metadata/recording_folderpath" in sentences:
+        folders = {part for path in sentences.get("episode_metadata/file_path", []) for part in path.split("/")}
+        if len(said := folders & {"success", "failure"}) == 1:
+            return said == {"success"}
+    return None
+
+
+def _sentences(features: dict[str, Feature], leaves: dict[str, Leaf]) -> dict[str, list[str]]:
+    """By field. Language Table has its instructions in numbers: the bytes of UTF-8, then zeros."""
+    found = {}
+    for key, leaf in sorted(leaves.items()):
+        values = features.get(key)
+        if leaf.is_text and isinstance(values, list):
+            found[key] = [value.decode(errors="replace").strip() for value in values]
+        elif key.endswith("/instruction") and "int" in leaf.dtype and leaf.width > 1 and isinstance(values, np.ndarray):
+            rows = values.reshape(-1, leaf.width).clip(0, 255).astype(np.uint8)
+            found[key] = [bytes(row[row > 0]).decode(errors="replace").strip() for row in rows]
+    return found
+
+
+def _texts(sentences: dict[str, list[str]]) -> dict[str, str]:
+    """By field, the first that is not empty."""
+    return {
+        key.removeprefix("steps/").removeprefix("episode_metadata/"): next(filter(None, texts), "")
+        for key, texts in sentences.items()
+    }
+
+
+def _instruction(sentences: dict[str, list[str]]) -> tuple[str | None, bool]:
+    for name in INSTRUCTION_NAMES:
+        for key, every in sentences.items():
+            texts = [text for text in every if text]
+            if key.rsplit("/", 1)[-1] == name and texts:
+                return texts[0], len(set(texts)) > 1
+    return None, False
+
+
+def _shards(path: Path) -> list[Path]:
+    """The shards of every split of a folder, or the one that is named."""
+    candidates = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+    return [p for p in candidates if SHARD.search(p.name) and not p.name.startswith(".")]

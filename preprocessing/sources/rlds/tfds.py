@@ -1,0 +1,91 @@
+"""What TFDS writes beside its shards, and into their names.
+
+``features.json`` gives the flat lists of an Example their shapes back, ``dataset_info.json`` names the data set, and a
+shard is called ``NAME-SPLIT.tfrecord-00000-of-00004``: https://www.tensorflow.org/datasets/external_tfrecord.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from preprocessing.errors import BadEpisode
+
+SHARD = re.compile(r"\.tfrecord(-(\d+)-of-(\d+))?$")
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """What features.json says about one flat list of the Example."""
+
+    kind: str  # the TFDS class: Tensor, Scalar, Image, Text
+    shape: tuple[int, ...] | None  # of one step; None where it varies
+    dtype: str
+    encoding: str
+
+    @property
+    def width(self) -> int:
+        """How many numbers it holds of each step; 0 where that is not one vector of them."""
+        numeric = re.match("float|bfloat|u?int|bool", self.dtype) and self.kind in ("Tensor", "Scalar")
+        whole = self.encoding == "none" and self.shape is not None and len(self.shape) <= 1
+        return math.prod(self.shape or ()) if numeric and whole else 0
+
+    @property
+    def is_text(self) -> bool:
+        return self.kind == "Text" or (self.dtype in ("string", "object") and self.encoding == "none")
+
+
+def read_leaves(path: Path) -> dict[str, Leaf]:
+    """features.json, flattened to the names that the Example uses."""
+    leaves: dict[str, Leaf] = {}
+
+    def walk(node: dict[str, Any], name: str, sequences: int) -> None:
+        if "featuresDict" in node:
+            for key, child in node["featuresDict"].get("features", {}).items():
+                walk(child, f"{name}/{key}" if name else key, sequences)
+        elif "sequence" in node:
+            walk(node["sequence"]["feature"], name, sequences + 1)
+        else:
+            kind = node.get("pythonClassName", "").rsplit(".", 1)[-1]
+            spec = node.get("tensor") or node.get("image") or {}
+            sizes = [int(size) for size in spec.get("shape", {}).get("dimensions", [])]
+            ragged = sequences > 1 or any(size < 0 for size in sizes)  # a list within each step has no fixed length
+            leaves[name] = Leaf(
+                kind, None if ragged else tuple(sizes), spec.get("dtype", ""), spec.get("encoding", "none")
+            )
+
+    try:
+        walk(json.loads(path.read_text()), "", 0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BadEpisode(f"features.json cannot be read: {error}") from None
+    return leaves
+
+
+def dataset_and_split(shard: Path) -> tuple[str, str | None]:
+    """The data set's name, where dataset_info.json does not tell from the shard's; and which split the shard is of."""
+    whole, _, counted = shard.name.partition(".tfrecord")
+    name, dash, split = whole.rpartition("-")
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        name = str(json.loads((shard.parent / "dataset_info.json").read_text())["name"])
+    return name or whole, split if dash and counted else None
+
+
+def missing_shards(shards: Iterable[Path]) -> Iterator[tuple[Path, str]]:
+    """The first that is missing of each row of shards, and a sentence that says so of all."""
+    rows: dict[tuple[Path, str], set[int]] = {}
+    for shard in shards:
+        if (match := SHARD.search(shard.name)) and match[1]:
+            whole = shard.with_name(shard.name[: match.start()])
+            rows.setdefault((whole, match[3]), set()).add(int(match[2]))
+    for (whole, total), there in rows.items():
+        if (missing := int(total) - len(there)) > 0:
+            first = next(number for number in range(len(there) + 1) if number not in there)
+            name = f"{whole.name}.tfrecord-{first:0{len(total)}}-of-{total}"
+            others = f", and {missing - 1} more of its {int(total)} shards" if missing > 1 else ""
+            yield whole.with_name(name), f"{name} is missing{others}"

@@ -1,0 +1,249 @@
+"""A pinned, read-only state of a latent store: what is in it, its bytes, and whether they are as they were written."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import google_crc32c
+import icechunk
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import zarr
+
+from preprocessing.store.catalogue import KINDS, TABLES, DamagedError, parts, read_table, read_tables
+from preprocessing.store.statistics import Statistics, merge
+from preprocessing.store.storage import parse
+
+BYTES_AT_ONCE = 32 * 2**20
+
+
+class Snapshot:
+    """One commit of the store at ``uri``. Cheap to pickle: a uri and an id."""
+
+    def __init__(self, uri: str, snapshot_id: str):
+        self.uri = uri
+        self.id = snapshot_id
+
+    def episodes(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """The catalogue (CATALOGUE), one row an episode and encoding, in the order in which they were committed.
+
+        ``columns`` leaves the others unread: with a few of them, 100,000 episodes are listed in a moment.
+        """
+        table = read_tables(self._store, "catalogue", None if columns is None else [*columns, "id"])
+        if gone := self.removed():
+            table = table.filter(pc.invert(pc.is_in(table["id"], pa.array(sorted(gone)))))
+        return table if columns is None else table.select([*columns])
+
+    def parts(self, group: str, commit: str = "") -> list[str]:
+        """Names of a group's tables in the order of their commits; those of one commit, where it is named."""
+        return [part for part in parts(self._store, group) if part.endswith(f"-{commit}" if commit else "")]
+
+    def keys(self, part: str | None = None) -> set[str]:
+        """What makes each piece of finished work that work and no other, removed episodes too; of one part, or all."""
+        if part is not None:
+            return set(read_table(self._store, "catalogue", part, ["key"])["key"].to_pylist())
+        return set(read_tables(self._store, "catalogue", ["key"])["key"].to_pylist())
+
+    def removed(self) -> set[str]:
+        """Ids of the episodes that were taken out for good."""
+        return set(read_tables(self._store, "removed", ["id"])["id"].to_pylist())
+
+    def quarantine(self) -> list[dict[str, Any]]:
+        """Inputs refused so far and not ingested since, one row (QUARANTINE) each."""
+        ingested = set(self.episodes(["id"])["id"].to_pylist())
+        latest = {row["key"]: row for row in read_tables(self._store, "quarantine").to_pylist()}
+        return [row for row in latest.values() if row["id"] not in ingested]
+
+    def diff(self, older: Snapshot) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Catalogue rows that are here and not in ``older``, and those that are there and not here."""
+        columns = ("key", "id", "uri", "index", "frames", "encoder")
+        mine, theirs = ({row["key"]: row for row in at.episodes(columns).to_pylist()} for at in (self, older))
+        return (
+            [row for key, row in mine.items() if key not in theirs],
+            [row for key, row in theirs.items() if key not in mine],
+        )
+
+    def rows(self, encoder_digest: str | None = None) -> list[dict[str, Any]]:
+        """Catalogue rows of one encoder, or of any; of an episode ingested several times over, the newest.
+
+        Each has the statistics of its steps beside the catalogue's columns: ``statistics``, None where it has no steps.
+        """
+        table = self.episodes()
+        if encoder_digest is not None:
+            table = table.filter(pc.equal(table["encoder_digest"], encoder_digest))
+        newest = {row["id"]: row for row in table.to_pylist()}
+        statistics = read_tables(self._store, "statistics")
+        of_steps = statistics.filter(pc.equal(statistics["array"], "steps")).to_pylist()
+        steps = {row["key"]: Statistics.from_row(row) for row in of_steps}
+        return [row | {"statistics": steps.get(row["key"])} for row in newest.values()]
+
+    def sentence_rows(self) -> list[dict[str, Any]]:
+        """Instructions' vectors (SENTENCES), of every text encoder."""
+        return read_tables(self._store, "sentences").to_pylist()
+
+    def sentences(self, encoder_digest: str) -> dict[str, np.ndarray]:
+        """Of one text encoder, float32 ``[E]`` by instruction."""
+        rows = self.sentence_rows()
+        return {r["text"]: np.array(r["vector"], np.float32) for r in rows if r["encoder_digest"] == encoder_digest}
+
+    def statistics(self, keys: Iterable[str], array: str) -> Statistics | None:
+        """Of one array ("steps" or a camera) over all these catalogue rows; None where none of them has it."""
+        table, chosen = read_tables(self._store, "statistics"), set(keys)
+        rows = table.filter(pc.equal(table["array"], array)).to_pylist()
+        found = [Statistics.from_row(row) for row in rows if row["key"] in chosen]
+        return merge(found) if found else None
+
+    def read(self, locations: list[dict[str, Any]]) -> np.ndarray:
+        """The rows of these locations as one array, e.g. a camera's segments -> float16 ``[T, C, h, w]``.
+
+        Raises DamagedError where they are not as they were written.
+        """
+        pieces = dict(self.read_each(locations))
+        return np.concatenate([pieces[i] for i in range(len(locations))])
+
+    def read_each(self, locations: Sequence[dict[str, Any]]) -> Iterator[tuple[int, np.ndarray]]:
+        """The rows of each location, with its place in ``locations``, in the order in which they lie in the store.
+
+        That is how much is read quickly: no chunk twice, several at a time. Raises DamagedError like ``read``.
+        """
+        order = sorted(range(len(locations)), key=lambda i: (locations[i]["array"], locations[i]["start"]))
+        batches = [[order[i] for i in batch] for batch in _batches([locations[i] for i in order])]
+        with ThreadPoolExecutor(1) as pool:  # reads the next batch while this one is used
+            ahead = deque([pool.submit(self._rows, locations, batch) for batch in batches[:1]])
+            for number, batch in enumerate(batches):
+                data = ahead.popleft().result()
+                if number + 1 < len(batches):
+                    ahead.append(pool.submit(self._rows, locations, batches[number + 1]))
+                for i in batch:
+                    start = locations[i]["start"] - locations[batch[0]]["start"]
+                    rows = data[start : start + locations[i]["count"]]
+                    if checksum(rows) != locations[i]["checksum"]:
+                        raise DamagedError(f"{self.uri}: {self._where(locations[i])} are not as they were written")
+                    yield i, rows
+
+    def shape(self, location: dict[str, Any]) -> tuple[int, ...]:
+        """Of the rows of a location, without asking the store."""
+        return (location["count"], *row_shape(location["array"]))
+
+    def verify(self, progress: Callable[[list[Any]], Iterable[Any]] = iter) -> Iterator[str]:
+        """Read everything back and yield one line for each place whose bytes are not as written.
+
+        A line names the episode, the camera (or "steps"), the array, and its rows and chunks. ``progress`` wraps the
+        list of pieces that are read.
+        """
+        tables: dict[str, list[dict[str, Any]]] = {group: [] for group in TABLES}
+        listed = 0
+        for group, schema in TABLES.items():
+            try:
+                names = parts(self._store, group)
+            except Exception as error:
+                yield f"tables of {group} cannot be listed: {error}"
+                continue
+            listed += len(names)
+            for part in names:
+                try:
+                    tables[group] += read_table(self._store, group, part, schema.names).to_pylist()
+                except DamagedError as error:
+                    yield str(error)
+        try:
+            if (written := self._tables()) != listed:  # a damaged list can be a shorter one
+                yield f"{listed} tables are listed, but {written} were written"
+        except Exception as error:
+            yield f"snapshot {self.id} cannot be read: {error}"
+        gone = {row["id"] for row in tables["removed"]}
+        places = []
+        for row in tables["catalogue"]:
+            if row["id"] not in gone:
+                segments = [(camera["name"], at) for camera in row["cameras"] for at in camera["segments"]]
+                segments += [("steps", row["steps"])] if row["steps"]["count"] else []
+                episode = f"episode {row['id']} ({row['uri']} #{row['index']})"
+                places += [(at, f"{episode}: {what}") for what, at in segments]
+        places.sort(key=lambda place: (place[0]["array"], place[0]["start"]))
+        locations = [at for at, _ in places]
+        for batch in progress([*_batches(locations)]):
+            try:
+                data = self._rows(locations, batch)
+            except Exception:  # which of its chunks it is shows below
+                data = None
+            for i in batch:
+                at, what = places[i]
+                with contextlib.suppress(Exception):  # unreadable is as bad as different
+                    start = at["start"] - locations[batch[0]]["start"]
+                    rows = self._rows(locations, [i]) if data is None else data[start : start + at["count"]]
+                    if checksum(rows) == at["checksum"]:
+                        continue
+                yield f"{what}, {self._where(at)}"
+
+    def _tables(self) -> int:
+        """How many tables there are, by the metadata of the commit."""
+        repository = icechunk.Repository.open(parse(self.uri).storage())
+        return next(iter(repository.ancestry(snapshot_id=self.id))).metadata.get("tables", 0)
+
+    def _rows(self, locations: Sequence[dict[str, Any]], batch: list[int]) -> np.ndarray:
+        """The rows of one array from the first of these locations to the last."""
+        start = locations[batch[0]]["start"]
+        stop = max(locations[i]["start"] + locations[i]["count"] for i in batch)
+        return np.asarray(self._array(locations[batch[0]]["array"])[start:stop])
+
+    def _where(self, at: dict[str, Any]) -> str:
+        stop = at["start"] + at["count"]
+        try:
+            length = self._array(at["array"]).chunks[0]
+            first, last = at["start"] // length, (stop - 1) // length
+            chunks = f"chunk {first}" if first == last else f"chunks {first} to {last}"
+        except Exception:
+            chunks = "which cannot be opened"
+        return f"rows {at['start']} to {stop} of {at['array']} ({chunks})"
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"uri": self.uri, "id": self.id}
+
+    @property
+    def _store(self) -> Any:
+        if "_opened" not in self.__dict__:
+            self._arrays: dict[str, zarr.Array] = {}
+            repository = icechunk.Repository.open(parse(self.uri).storage())
+            self._opened = repository.readonly_session(snapshot_id=self.id).store
+        return self._opened
+
+    def _array(self, path: str) -> zarr.Array:
+        store = self._store
+        if path not in self._arrays:
+            self._arrays[path] = zarr.open_array(store, path=path, mode="r")
+        return self._arrays[path]
+
+
+def _batches(locations: Sequence[dict[str, Any]]) -> Iterator[list[int]]:
+    """Indices of neighbours in one array that are read together; the locations are in the order of the store."""
+    batch: list[int] = []
+    for i, at in enumerate(locations):
+        if batch:
+            first = locations[batch[0]]
+            size = (at["start"] + at["count"] - first["start"]) * _row_bytes(at["array"])
+            if at["array"] != first["array"] or size > BYTES_AT_ONCE:
+                yield batch
+                batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def row_shape(path: str) -> tuple[int, ...]:
+    """Of an array's row, by the array's name: ``data/GROUP/latents_4x16x16``."""
+    return tuple(map(int, path.rpartition("_")[2].split("x")))
+
+
+def _row_bytes(path: str) -> int:
+    kind = path.rpartition("/")[2].partition("_")[0]
+    return np.dtype(KINDS[kind]).itemsize * math.prod(row_shape(path))
+
+
+def checksum(rows: np.ndarray) -> str:
+    """CRC-32C of an array's bytes, as the catalogue's locations carry it."""
+    return f"{google_crc32c.value(np.ascontiguousarray(rows).reshape(-1).view(np.uint8)):08x}"

@@ -1,0 +1,299 @@
+"""``make bench-model``: which settings of the model learn most. Writes docs/benchmarks/model.md.
+
+Every variant differs from ``base``, the recipe ``small`` with a position learned for each token, by the settings that
+its line names, and is trained on the same data with the same number of steps and samples, on one core, from each of
+three seeds. The data are demonstrations and
+videos of five Meta-World tasks. What is measured is on held-out episodes. A result is kept in
+docs/benchmarks/model.jsonl as it is found; what is there under the same settings is not measured again.
+
+    python tests/bench_model.py [VARIANT ...]    only these
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench_query import queries
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from infra.engine import adamw
+from pipelines.evaluate.run import HeldOut, open_loop, rollout
+from pipelines.models import checkpoint
+from pipelines.models.data import dataset, to_batch
+from pipelines.models.policy import Policy
+from pipelines.recipe import IngestRecipe, Recipe, load_recipe
+from pipelines.train.pretrain import plan
+from pipelines.train.worker import optimizer_settings
+from preprocessing.cache import cache_folder
+from uwm_model.augment import augment
+from uwm_model.metrics import wilson_interval
+from uwm_model.query import PolicyQuery
+from uwm_model.world_model import UnifiedWorldModel
+
+PAGE = Path(__file__).parents[2] / "docs" / "benchmarks" / "model.md"
+RESULTS = PAGE.with_suffix(".jsonl")
+TASKS = ["drawer-close", "button-press-topdown", "door-open", "window-close", "reach"]
+EPISODES, VIDEOS = 24, 8  # of each task
+SEEDS = (0, 1, 2)
+BASE = [
+    "steps=400",
+    "batch_size=32",
+    "warmup_steps=40",
+    "learning_rate=0.001",
+    "ema_decay=0.98",
+    "validation_share=0.1",
+]
+BASE += ["model.width=128", "model.depth=4", "model.heads=4", "model.position=learned"]
+ROLLOUTS = 6  # of each task
+SAMPLED = ("base", "small", "epsilon", "v", "flow", "flow-sample")
+ASKED = ("base", "small")
+PLAYED = ("parity", "base", "small")
+STEPS = (1, 2, 3, 5, 10)
+MEASURED = ("action_error_policy", "action_error_inverse", "psnr_forward")
+PAPER = ["model.current_patches=false", "diffusion.prediction=epsilon", "diffusion.action_free_loss=true"]
+PAPER += ["diffusion.marginal_timestep=leading"]
+VARIANTS: dict[str, tuple[str, list[str]]] = {  # name: (what it is, its settings over BASE)
+    "base": ("the recipe small, but for its positions", []),
+    "small": ("the recipe small: positions of camera, time and place", ["model.position=factored"]),
+    "parity": ("the published settings", PAPER),
+    "epsilon": ("the network predicts the noise", ["diffusion.prediction=epsilon"]),
+    "v": ("the network predicts v", ["diffusion.prediction=v"]),
+    "no-current": ("future tokens do not see the current latents", ["model.current_patches=false"]),
+    "flow": ("flow matching, the network predicts the velocity", ["diffusion.schedule=flow", "diffusion.prediction=v"]),
+    "flow-sample": ("flow matching, the network predicts the clean sample", ["diffusion.schedule=flow"]),
+    "shared": ("one modulation for all blocks, with offsets", ["model.modulation=shared"]),
+    "tokens": (
+        "the current latents are tokens, not in the condition",
+        ["model.observation=tokens", "model.current_patches=false"],
+    ),
+    "last": ("the last weights, not their average", ["ema_decay=0"]),
+    "told": ("the model is told the instruction", ["text_encoder=minilm"]),
+    "quantiles": ("actions are normalised by quantiles", ["normalise=quantiles"]),
+    "unmasked": ("action-free samples have an action loss", ["diffusion.action_free_loss=true"]),
+    "leading": ("ignored modalities are held at t = 90", ["diffusion.marginal_timestep=leading"]),
+    "dp": ("Diffusion Policy", ["model.kind=dp"]),
+    "pad": ("PAD", ["model.kind=pad"]),
+    "gr1": ("GR1", ["model.kind=gr1"]),
+}
+
+
+def data() -> Path:
+    """The store, made once on this machine."""
+    from pipelines.ingest.run import ingest
+    from pipelines.record import record
+
+    root = cache_folder() / "bench-model"
+    root.mkdir(parents=True, exist_ok=True)
+    record(root / "raw", TASKS, EPISODES, VIDEOS)
+    ingest([str(root / "raw")], str(root / "store"), load_recipe("ingest", ["text_encoder=minilm"], IngestRecipe))
+    return root / "store"
+
+
+def measure(store: Path, variant: str, seed: int, folder: Path) -> dict[str, Any]:
+    """Train one model on one core, without Ray, and evaluate its average on held-out episodes."""
+    torch.set_num_threads(1)
+    recipe = load_recipe("small", [*BASE, *VARIANTS[variant][1], f"seed={seed}"])
+    settings = plan(str(store), recipe)
+    torch.manual_seed(seed)
+    model, seconds = train(settings, recipe)
+    checkpoint.save(folder, model.state_dict(), settings)
+    policy = Policy(folder)
+    pictures = folder.with_name(f"{folder.name}-pictures")
+    pictures.mkdir(exist_ok=True)
+    result = open_loop(policy, str(store), pictures)
+    return {
+        "variant": variant,
+        "seed": seed,
+        "settings": [*BASE, *VARIANTS[variant][1]],
+        "seconds_per_step": round(seconds / recipe.steps, 4),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        **{name: value and round(value, 5) for name, value in dataclasses.asdict(result).items()},
+        **({"few_steps": few_steps(policy, HeldOut(policy, str(store)))} if variant in SAMPLED else {}),
+        **({"queries": asked(policy, HeldOut(policy, str(store)))} if variant in ASKED else {}),
+        **({"success": successes(policy, False, pictures)} if variant in PLAYED else {}),
+        **({"success_fast": successes(policy, True, pictures)} if variant in ASKED else {}),
+    }
+
+
+def few_steps(policy: Policy, held_out: HeldOut) -> dict[str, float]:
+    """The policy's error by sampler and number of steps."""
+    model = policy.model
+    assert isinstance(model, UnifiedWorldModel)
+    errors = {}
+    for sampler in ("ddim", "dpm_solver"):
+        other = UnifiedWorldModel(model.model_config, dataclasses.replace(model.diffusion_config, sampler=sampler))
+        other.load_state_dict(model.state_dict())
+        for steps in STEPS[1:] if model.diffusion_config.prediction == "epsilon" else STEPS:
+            action = PolicyQuery(other.eval(), steps)(held_out.batch, torch.Generator().manual_seed(0))
+            errors[f"{sampler} {steps}"] = round(held_out.error(action), 5)
+    return errors
+
+
+def asked(policy: Policy, held_out: HeldOut) -> dict[str, tuple[float, float]]:
+    """By the way of asking: the policy's error, and how far its answers are from the exact ones."""
+    assert isinstance(policy.model, UnifiedWorldModel)
+    answers = {
+        way: query(held_out.batch, torch.Generator().manual_seed(0)) for way, query in queries(policy.model).items()
+    }
+    other_noise = PolicyQuery(policy.model)(held_out.batch, torch.Generator().manual_seed(1))
+    answers["other noise"] = other_noise
+    exact = answers["exact query"]
+    return {
+        way: (round(held_out.error(answer), 5), round(float((answer - exact).abs().mean()), 5))
+        for way, answer in answers.items()
+    }
+
+
+def successes(policy: Policy, fast: bool, pictures: Path) -> dict[str, int]:
+    """By task: in how many of ROLLOUTS episodes the policy succeeds."""
+    folder, embodiment = policy.folder, policy.embodiment
+    return {
+        task: sum(rollout(folder, embodiment, fast, task, 1000, number, pictures) for number in range(ROLLOUTS))
+        for task in TASKS
+    }
+
+
+def train(settings: checkpoint.Settings, recipe: Recipe) -> tuple[torch.nn.Module, float]:
+    """The average of the weights, and the seconds that the steps took."""
+    model = settings.build()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
+    optimizer, schedule = adamw(model, optimizer_settings(recipe))
+    batches = dataset(settings, validation=False, recipe=recipe).batches(recipe.seed, recipe.batch_size)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    began = time.perf_counter()
+    for _ in range(recipe.steps):
+        batch = to_batch(next(batches).arrays, torch.device("cpu"), torch.float32)
+        batch = augment(batch, settings.model.latent_size, recipe.augment, generator)
+        optimizer.zero_grad()
+        model.loss(batch, generator).total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
+        optimizer.step()
+        schedule.step()
+        average.update_parameters(model)
+    return average.module, time.perf_counter() - began
+
+
+def known() -> list[dict[str, Any]]:
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    rows = [json.loads(line) for line in lines]
+    return [row for row in rows if row["settings"] == [*BASE, *VARIANTS.get(row["variant"], ("", []))[1]]]
+
+
+def page(rows: list[dict[str, Any]]) -> None:
+    of = {name: [row for row in rows if row["variant"] == name] for name in VARIANTS}
+    where = f"{os.cpu_count()} CPU cores, torch {torch.__version__}"
+    lines = [
+        "# What the model learns by",
+        "",
+        f"`make bench-model` on {where}: {', '.join(TASKS)} of Meta-World,",
+        f"{EPISODES} demonstrations and {VIDEOS} videos of each; {' '.join(BASE)}.",
+        "Mean and 95 % interval (Student's t) over the seeds. Action errors in the robot's units, PSNR in dB.",
+        "Seconds are those of a machine with other work: they tell twice from once, no more.",
+        "",
+        "The recipes take from it: the network predicts the clean sample; positions are made of camera, time and",
+        "place; future tokens see the current latents (for the frames); weights are averaged (the seeds differ less).",
+        "Masks of absent actions and t = 99 change nothing that these data show. Quantiles are the extremes here, for",
+        "the experts' actions saturate.",
+        "",
+        "| variant | | seeds | error, policy | error, inverse | PSNR, forward | s a step | M parameters |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, mine in of.items():
+        if mine:
+            cells = [_interval([row[key] for row in mine], 3 if "error" in key else 1) for key in MEASURED]
+            step = statistics.median(row["seconds_per_step"] for row in mine)
+            cells += [f"{step:.3f}", f"{mine[0]['parameters'] / 1e6:.2f}"]
+            lines.append(f"| {' | '.join([name, VARIANTS[name][0], str(len(mine)), *cells])} |")
+    lines += [
+        "",
+        "## In the simulator",
+        "",
+        f"{ROLLOUTS} episodes of each task and seed, the same initial states for all. 95 % interval (Wilson).",
+        "",
+        f"| variant | {' | '.join(TASKS)} | success |",
+        f"|---|{'---|' * (len(TASKS) + 1)}",
+    ]
+    for name, key in [*((name, "success") for name in PLAYED), *((name, "success_fast") for name in ASKED)]:
+        mine = [row[key] for row in of[name] if key in row]
+        by_task = [sum(row[task] for row in mine) for task in TASKS]
+        trials = ROLLOUTS * len(mine)
+        if mine:
+            low, high = wilson_interval(sum(by_task), trials * len(TASKS))
+            rate = f"{sum(by_task) / (trials * len(TASKS)):.2f} ({low:.2f} to {high:.2f})"
+            cells = [*(f"{count} of {trials}" for count in by_task), rate]
+            lines.append(f"| {name}{', asked fast' if key == 'success_fast' else ''} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "## Ways to ask",
+        "",
+        "What they gain in time: query.md. The distance is that of normalised actions from the exact answer.",
+        "",
+        "| variant | how | error, policy | distance |",
+        "|---|---|---|---|",
+    ]
+    for name in ASKED:
+        for way in of[name][0].get("queries", []) if of[name] else []:
+            error, distance = (_interval([row["queries"][way][i] for row in of[name]], 3) for i in (0, 1))
+            lines.append(f"| {name} | {way} | {error} | {distance} |")
+    counts = [f"{steps} step{'s' if steps > 1 else ''}" for steps in STEPS]
+    lines += [
+        "",
+        "## Steps of sampling",
+        "",
+        "The policy's error.",
+        "",
+        f"| variant | sampler | {' | '.join(counts)} |",
+        f"|---|---|{'---|' * len(STEPS)}",
+    ]
+    for name in SAMPLED:
+        for sampler in ("ddim", "dpm_solver"):
+            mine = [row["few_steps"] for row in of[name] if "few_steps" in row]
+            cells = [_interval([row.get(f"{sampler} {steps}") for row in mine], 3) for steps in STEPS]
+            lines.append(f"| {name} | {sampler} | {' | '.join(cells)} |")
+    PAGE.write_text("\n".join(lines) + "\n")
+
+
+def _interval(found: list[float | None], digits: int) -> str:
+    values = [value for value in found if value is not None]
+    if not values:
+        return "–"
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}"
+    from scipy.stats import t
+
+    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{np.mean(values):.{digits}f} ± {half:.{digits}f}"
+
+
+def main(chosen: list[str]) -> None:
+    store = data()
+    done = {(row["variant"], row["seed"]) for row in known()}
+    jobs = [(v, s) for v in chosen or VARIANTS for s in SEEDS if (v, s) not in done]
+    runs = store.with_name("runs")
+    runs.mkdir(exist_ok=True)
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        futures = {pool.submit(measure, store, v, s, runs / f"{v}-{s}"): (v, s) for v, s in jobs}
+        for number, future in enumerate(as_completed(futures), 1):
+            row = future.result()
+            with RESULTS.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            page(known())
+            print(
+                f"{number} of {len(jobs)}: {row['variant']} {row['seed']} {[row[key] for key in MEASURED]}", flush=True
+            )
+    page(known())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,130 @@
+"""``make bench-query``: how long a robot waits for one chunk of actions. Writes docs/benchmarks/query.md.
+
+One process of one thread asks in turn, round after round, and counts its own CPU time, so that whatever else the
+machine does is left out or shared fairly; a ratio is the median of the rounds' own. Weights are random: time asks for
+no more.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from uwm_model.batch import Batch
+from uwm_model.config import DiffusionConfig, ModelConfig
+from uwm_model.query import PolicyQuery
+from uwm_model.world_model import UnifiedWorldModel
+
+PAGE = Path(__file__).parents[2] / "docs" / "benchmarks" / "query.md"
+DEMO = ModelConfig(
+    cameras=2,
+    latent_channels=4,
+    latent_size=(16, 16),
+    action_dim=4,
+    proprio_dim=4,
+    embodiments=1,
+    width=128,
+    depth=4,
+    heads=4,
+    position="factored",
+    current_patches=True,
+    condition_width=256,
+)
+LIBERO = ModelConfig(
+    cameras=2,
+    latent_channels=4,
+    latent_size=(28, 28),
+    action_dim=7,
+    proprio_dim=9,
+    embodiments=1,
+    width=768,
+    depth=12,
+    heads=12,
+    registers=24,
+    timestep_width=512,
+    observation="pixels",
+    frame_width=768,
+)
+SIZES = {"the demo's model": (DEMO, 30), "the paper's LIBERO model": (LIBERO, 3)}  # what: (sizes, rounds)
+PLAIN = "plain loop, float32, 10 steps"
+
+
+def batch_of(config: ModelConfig, B: int = 1) -> Batch:
+    """B samples, nothing missing, what training needs included."""
+    V, To, (h, w) = config.cameras, config.observed_frames, config.latent_size
+    return Batch(
+        current_latents=torch.randn(B, V, To, config.latent_channels, h, w),
+        future_latents=torch.randn(B, *config.latents_shape),
+        camera_mask=torch.ones(B, V, dtype=torch.bool),
+        action=torch.rand(B, *config.action_shape) * 2 - 1,
+        action_mask=torch.ones(B, *config.action_shape, dtype=torch.bool),
+        proprio=torch.randn(B, To, config.proprio_dim),
+        proprio_mask=torch.ones(B, config.proprio_dim, dtype=torch.bool),
+        embodiment=torch.zeros(B, dtype=torch.int64),
+        current_pixels=torch.randint(0, 256, (B, V, To, 3, 8 * h, 8 * w), dtype=torch.uint8),
+    )
+
+
+def queries(model: UnifiedWorldModel) -> dict[str, PolicyQuery]:
+    half = copy.deepcopy(model).to(torch.bfloat16, memory_format=torch.channels_last)
+    return {
+        "exact query": PolicyQuery(model),
+        "keys and values kept from steps {0, 5}": PolicyQuery(model, refresh=(0, 5)),
+        "keys and values kept from step 0": PolicyQuery(model, refresh=(0,)),
+        "5 steps": PolicyQuery(model, 5),
+        "5 steps, kept from step 0": PolicyQuery(model, 5, (0,)),
+        "bfloat16": PolicyQuery(half),
+        "bfloat16, 5 steps, kept from step 0": PolicyQuery(half, 5, (0,)),
+        "bfloat16, 3 steps, kept from step 0": PolicyQuery(half, 3, (0,)),
+    }
+
+
+def ways(config: ModelConfig) -> dict[str, Callable[[], object]]:
+    torch.manual_seed(0)
+    model, batch = UnifiedWorldModel(config, DiffusionConfig()).eval(), batch_of(config)
+    asked = {name: lambda query=query: query(batch) for name, query in queries(model).items()}
+    return {PLAIN: lambda: model.sample("policy", batch), **asked}
+
+
+def measure(title: str, config: ModelConfig, rounds: int) -> list[str]:
+    times: dict[str, list[float]] = {}
+    asked = ways(config)
+    for number in tqdm(range(rounds + 1), title, leave=False, disable=None):
+        for name, ask in asked.items():
+            began = time.process_time()
+            ask()
+            if number:  # the first round warms up
+                times.setdefault(name, []).append(time.process_time() - began)
+    lines = [f"## {title[0].upper()}{title[1:]}", "", "| how | CPU ms, median | of the plain loop's |", "|---|---|---|"]
+    for name, seconds in times.items():
+        ratio = statistics.median(own / plain for own, plain in zip(seconds, times[PLAIN], strict=True))
+        lines.append(f"| {name} | {1000 * statistics.median(seconds):.0f} | {ratio:.2f} |")
+    return ["", *lines]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    lines = [
+        "# A policy query",
+        "",
+        f"`make bench-query`, one thread of {os.cpu_count()} CPU cores, torch {torch.__version__}. One sample.",
+        "The exact query answers as the plain loop does, to rounding. What the others cost a trained policy: model.md.",
+    ]
+    for title, (config, rounds) in SIZES.items():
+        lines += measure(title, config, rounds)
+        print("\n".join(lines), file=sys.stderr, flush=True)
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text("\n".join([*lines, ""]))
+    print(PAGE.read_text())
+
+
+if __name__ == "__main__":
+    main()

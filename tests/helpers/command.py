@@ -1,0 +1,8 @@
+"""What the fixture ``uwm`` is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Uwm = Callable[..., tuple[int, Any, str]]

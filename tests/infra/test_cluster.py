@@ -1,0 +1,78 @@
+"""Ray: a cluster that is already there (make soak names it by option); one of our own, and its end by Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.formats import moving, numbered, write_video
+
+import infra.cluster  # noqa: F401  its settings come before Ray's import
+from preprocessing.store.store import LatentStore
+
+UWM = Path(sys.executable).with_name("uwm")
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Any]:
+    """A cluster of two nodes, as another process would have started it, one with a GPU as far as Ray knows."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.mark.slow
+def test_an_ingest_runs_where_the_environment_says(running: Any, tmp_path: Path) -> None:
+    clip = write_video(tmp_path / "clip.mp4", numbered(40))
+    command = [UWM, "ingest", clip, "--store", tmp_path / "store", "--json"]
+    logs = Path(running.head_node.get_logs_dir_path())
+    drivers = set(logs.glob("python-core-driver-*"))
+    environment = os.environ | {"RAY_ADDRESS": running.address}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout.splitlines()[-1])["episodes"]["new"] == 1
+    assert set(logs.glob("python-core-driver-*")) - drivers, "no driver came to the cluster"
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_an_ingest_with_one_line_and_nothing_half_written(tmp_path: Path) -> None:
+    for number in range(4):
+        write_video(tmp_path / f"{number}.mp4", moving(1500) - np.uint8(number))
+    store, log = tmp_path / "store", tmp_path / "log"
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            [UWM, "ingest", tmp_path, "--store", store],
+            env=environment,
+            stderr=stderr,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+        )
+    deadline = time.monotonic() + 120
+    while not re.search(r"[1-9]\d* frames", text := log.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline, text
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole foreground group
+    assert process.wait(60) == 130
+    assert log.read_text().splitlines()[-1].startswith("interrupted")
+    assert not LatentStore.open(str(store)).snapshot().episodes().num_rows
+
+
+def test_an_address_where_nobody_answers_is_told_in_one_line(tmp_path: Path) -> None:
+    clip = write_video(tmp_path / "clip.mp4", numbered(8))
+    command = [UWM, "ingest", clip, "--store", tmp_path / "store", "--address", "127.0.0.1:1"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)  # this process may have a cluster
+    assert ended.returncode == 2 and "127.0.0.1:1" in ended.stderr and "Traceback" not in ended.stderr

@@ -1,0 +1,311 @@
+"""What an ingest promises of a store, on small files: real decode tasks, encoder actors and commits."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from helpers.command import Uwm
+from helpers.formats import moving, numbered, quadrants, write_demos, write_video
+
+from pipelines.ingest import committer
+from pipelines.ingest import job as ingest_job
+from pipelines.ingest import run as verb
+from pipelines.ingest.run import ingest
+from pipelines.recipe import IngestRecipe
+from preprocessing import sources
+from preprocessing.encoders.vae import encoder_digest, load_encoder
+from preprocessing.errors import UserError
+from preprocessing.quality.filters import Filters
+from preprocessing.store.store import LatentStore
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every few rows are written, and whatever is complete is committed twice a second."""
+    monkeypatch.setattr(ingest_job, "ROWS_PER_WRITE", 2)
+    monkeypatch.setattr(committer, "COMMIT_MINUTES", 0)
+
+
+@pytest.mark.slow
+def test_encoders_share_one_pass_and_a_new_one_is_new_work_beside_the_old(tmp_path: Path) -> None:
+    from diffusers import AutoencoderTiny
+
+    raw, store, other = tmp_path / "raw", str(tmp_path / "store"), tmp_path / "other"
+    raw.mkdir()
+    write_demos(raw / "toy_demo.hdf5", demos=3, steps=20)
+    AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4).save_pretrained(other)
+    assert ingest([str(raw)], store, IngestRecipe(image_size=64)).episodes["new"] == 3
+    write_video(raw / "clip.mp4", numbered(90))
+    both = ingest([str(raw)], store, IngestRecipe(image_size=64, encoder=["tiny", str(other)]))
+    assert both.episodes == {"new": 4, "already": 0, "quarantined": 0, "filtered": 0} and both.bound_by
+    assert ingest([str(raw)], store, IngestRecipe(image_size=64, encoder=[str(other)])).episodes["already"] == 4
+    snapshot = LatentStore.open(store).snapshot()
+    assert len(snapshot.episodes(["id"])) == 8 and not list(snapshot.verify())
+    rows = {name: {row["id"]: row for row in snapshot.rows(encoder_digest(name))} for name in ("tiny", str(other))}
+    assert rows["tiny"].keys() == rows[str(other)].keys() and len(rows["tiny"]) == 4
+    for row, twin in zip(rows["tiny"].values(), (rows[str(other)][id] for id in rows["tiny"]), strict=True):
+        if row["format"] == "hdf5":
+            np.testing.assert_array_equal(snapshot.read([row["steps"]]), snapshot.read([twin["steps"]]))
+        latents, theirs = (snapshot.read(one["cameras"][0]["segments"]) for one in (row, twin))
+        assert latents.shape == theirs.shape and not np.array_equal(latents, theirs)
+        statistics = snapshot.statistics([row["key"]], row["cameras"][0]["name"])
+        assert statistics and statistics.count == row["frames"] * 64
+        np.testing.assert_allclose(statistics.mean, latents.mean((0, 2, 3), dtype=np.float64), atol=1e-4)
+        np.testing.assert_allclose(statistics.std, latents.std((0, 2, 3), dtype=np.float64), rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder ``raw`` of a video, a broken copy of it and a demonstration, and the store ``store`` of its ingest."""
+    folder = tmp_path_factory.mktemp("mixed")
+    (folder / "raw").mkdir()
+    whole = write_video(folder / "raw" / "clip.mp4", numbered(60)).read_bytes()  # at 20 frames a second
+    (folder / "raw" / "broken.mp4").write_bytes(whole[: len(whole) * 2 // 3])
+    write_demos(folder / "raw" / "toy_demo.hdf5", demos=1, steps=20)
+    report = ingest([str(folder / "raw")], str(folder / "store"), IngestRecipe(image_size=64, fps=5))
+    assert report.episodes == {"new": 2, "already": 0, "quarantined": 1, "filtered": 0}
+    return folder
+
+
+@pytest.fixture
+def again(mixed: Path, tmp_path: Path) -> Path:
+    """A copy of ``mixed``, to be changed."""
+    return shutil.copytree(mixed, tmp_path / "copy")
+
+
+OPTIONS = ("--image-size", "64", "--fps", "5", "--json")
+
+
+@pytest.mark.slow
+def test_a_corrupt_file_is_quarantined_once_and_the_rest_goes_in(mixed: Path, again: Path, uwm: Uwm) -> None:
+    head = LatentStore.open(str(mixed / "store")).snapshot().id
+    arguments = ("ingest", mixed / "raw", "--store", again / "store", *OPTIONS)
+    code, report, err = uwm(*arguments)
+    assert code == 3 and report["episodes"] == {"new": 0, "already": 2, "quarantined": 1, "filtered": 0}
+    [bad] = report["quarantine"]
+    assert bad["uri"].endswith("broken.mp4") and bad["reason"] in err and report["snapshot"] == head
+    assert uwm("store", "quarantine", again / "store", "--json")[1] == [bad | {"filter": None}]
+    expected = {"new": 0, "already": 2, "quarantined": 1, "filtered": 0}  # a dry run reads what is new
+    assert uwm(*arguments, "--retry", "--dry-run")[1]["episodes"] == expected
+    shutil.copy(again / "raw" / "clip.mp4", again / "raw" / "broken.mp4")  # mended: now it is a copy of the good one
+    report = uwm("ingest", again / "raw", "--store", again / "store", *OPTIONS)[1]
+    assert report["episodes"] == {"new": 0, "already": 3, "quarantined": 0, "filtered": 0}
+
+
+@pytest.mark.slow
+def test_what_comes_before_a_break_is_kept_if_asked(tmp_path: Path, uwm: Uwm) -> None:
+    film = write_video(tmp_path / "film.mp4", moving(60), g="1", bf="0")
+    film.write_bytes(film.read_bytes()[: film.stat().st_size * 2 // 3])
+    arguments = ("ingest", film, "--store", tmp_path / "store", "--image-size", "64", "--json")
+    assert uwm(*arguments)[1]["episodes"] == {"new": 0, "already": 0, "quarantined": 1, "filtered": 0}
+    code, report, _ = uwm(*arguments, "--keep-broken")
+    assert code == 0 and report["episodes"] == {"new": 1, "already": 0, "quarantined": 0, "filtered": 0}
+    [row] = LatentStore.open(str(tmp_path / "store")).snapshot().rows()
+    assert 30 < row["frames"] == report["frames"] < 50
+    assert row["repairs"][-1].startswith(f"declares 60 frames, breaks after {row['frames']}: ")
+    assert row["repairs"][-1].endswith("; kept up to there")
+
+
+@pytest.mark.slow
+def test_videos_are_thinned_on_request_and_each_rate_is_work_of_its_own(mixed: Path, uwm: Uwm) -> None:
+    rows = {row["format"]: row for row in LatentStore.open(str(mixed / "store")).snapshot().rows()}
+    assert (rows["video"]["frames"], rows["video"]["fps"], rows["hdf5"]["frames"]) == (15, 5.0, 20)
+    every = ("ingest", mixed / "raw", "--store", mixed / "store", "--image-size", "64", "--dry-run", "--json")
+    assert uwm(*every)[1]["episodes"] == {"new": 1, "already": 1, "quarantined": 1, "filtered": 0}
+
+
+@pytest.mark.slow
+def test_a_removed_episode_is_not_ingested_again(mixed: Path, again: Path, uwm: Uwm) -> None:
+    code, removed, _ = uwm("store", "remove", again / "store", "--source", mixed / "raw" / "clip.mp4", "--json")
+    assert code == 0 and len(removed["removed"]) == 1
+    copy = shutil.copy(mixed / "raw" / "clip.mp4", again / "renamed.mp4")
+    code, report, err = uwm("ingest", copy, "--store", again / "store", *OPTIONS)
+    assert code == 0 and report["episodes"] == {"new": 0, "already": 0, "quarantined": 0, "filtered": 0}
+    assert report["removed"] == 1 and "stay out" in err and report["snapshot"] == removed["snapshot"]
+
+
+@pytest.mark.slow
+def test_too_many_bad_inputs_stop_the_job_and_keep_what_is_good(
+    tmp_path: Path, eager: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verb, "ENOUGH_TO_JUDGE", 3)
+    good = write_video(tmp_path / "0.mp4", numbered(40)).read_bytes()
+    for number, frames in ((1, 1000), (2, 3000), (7, 3000)):
+        write_video(tmp_path / f"{number}.mp4", quadrants(128)[None].repeat(frames, 0) - np.uint8(number))
+    for number in range(3, 7):  # after so many others that the first one's rows cannot be left waiting for a full pass
+        (tmp_path / f"{number}.mp4").write_bytes(good[: len(good) * 2 // 3 + number])
+    store, decode = str(tmp_path / "store"), ingest_job.decode
+
+    def in_turn(batch: Any, **arguments: Any) -> Any:
+        """The bad ones once a good one is committed, and the last one once they all are refused."""
+        number = json.loads(batch["ref"][0].as_py())["uri"][-5]
+
+        def too_early() -> bool:
+            now = LatentStore.open(store).snapshot()
+            if number == "7":
+                return len(now.quarantine()) < 4
+            return number in "3456" and not now.episodes(["id"]).num_rows
+
+        while too_early():
+            time.sleep(0.1)
+        yield from decode(batch, **arguments)
+
+    monkeypatch.setattr(ingest_job, "decode", in_turn)
+    with pytest.raises(UserError, match=r"4 of 8 episodes are bad, more than --max-bad 0\.4"):
+        ingest([str(tmp_path)], store, IngestRecipe(max_bad=0.4, quality=Filters(frozen=None)))
+    snapshot = LatentStore.open(store).snapshot()
+    names = [Path(uri).name for uri in snapshot.episodes(["uri"])["uri"].to_pylist()]
+    assert "0.mp4" in names and len(names) < 4
+    assert len(snapshot.quarantine()) == 4 and not list(snapshot.verify())
+
+
+@pytest.mark.slow
+def test_a_store_that_takes_no_commits_stops_a_long_job_early(
+    tmp_path: Path, eager: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, frames in enumerate((100, 1500, 1500, 1500)):
+        write_video(tmp_path / f"{number}.mp4", quadrants(128)[None].repeat(frames, 0) - np.uint8(number))
+    asked = []
+
+    def refuse(store: LatentStore, *arguments: Any) -> None:
+        asked.append(arguments)
+        raise PermissionError("the key was revoked")
+
+    monkeypatch.setattr(LatentStore, "commit", refuse)
+    gc.disable()  # nothing but the next ingest itself may free the cores that this one took
+    try:
+        with pytest.raises(PermissionError, match="revoked"):
+            ingest([str(tmp_path)], str(tmp_path / "store"), IngestRecipe(quality=Filters(frozen=None)))
+        assert len(asked) > 3 and len(asked[-1][2]) < 4  # its last breath came before all was encoded
+        monkeypatch.undo()
+        small = IngestRecipe(image_size=64, quality=Filters(frozen=None))
+        assert ingest([str(tmp_path / "0.mp4")], str(tmp_path / "store"), small).episodes["new"] == 1
+    finally:
+        gc.enable()
+
+
+@pytest.mark.slow
+def test_files_that_change_vanish_or_kill_their_reader_stay_out_until_they_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, count in (("changing", 30), ("deadly", 100), ("staying", 32), ("vanishing", 31)):
+        write_video(tmp_path / f"{name}.mp4", numbered(count))
+    store, scan, decode = str(tmp_path / "store"), sources.scan, ingest_job.decode
+
+    def then_things_happen(*arguments: Any) -> Any:
+        refs = list(scan(*arguments))
+        write_video(tmp_path / "changing.mp4", numbered(33))
+        (tmp_path / "vanishing.mp4").unlink()
+        return refs
+
+    def die(batch: Any, **arguments: Any) -> Any:
+        for rows in decode(batch, **arguments):
+            yield rows
+            if "deadly" in batch["ref"][0].as_py():
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(sources, "scan", then_things_happen)
+    monkeypatch.setattr(ingest_job, "decode", die)
+    report = ingest([str(tmp_path)], store, IngestRecipe(image_size=64))
+    assert report.episodes == {"new": 1, "already": 0, "quarantined": 3, "filtered": 0}
+    reasons = {Path(row["uri"]).stem: row["reason"] for row in report.quarantine}
+    assert "changed while it was read" in reasons["changing"] and "No such file" in reasons["vanishing"]
+    assert "died 3 times" in reasons["deadly"]
+    monkeypatch.setattr(sources, "scan", scan)
+    monkeypatch.setattr(ingest_job, "decode", decode)
+    again = ingest([str(tmp_path)], store, IngestRecipe(image_size=64))
+    assert again.episodes == {"new": 2, "already": 1, "quarantined": 0, "filtered": 0}
+    snapshot = LatentStore.open(store).snapshot()
+    assert {row["frames"] for row in snapshot.rows()} == {32, 33, 100} and not list(snapshot.verify())
+    [row] = [row for row in snapshot.rows() if row["frames"] == 33]
+    seen = load_encoder("tiny").decode(snapshot.read(row["cameras"][0]["segments"])).reshape(33, -1).mean(1)
+    assert np.corrcoef(seen, np.arange(33))[0, 1] > 0.99
+
+
+def _with_actions(path: Path, width: int, seed: int) -> Path:
+    write_demos(path, demos=1, steps=8)
+    with h5py.File(path, "a") as file:
+        del file["data/demo_0/actions"]
+        file["data/demo_0/actions"] = np.random.default_rng(seed).normal(size=(8, width))
+    return path
+
+
+@pytest.mark.slow
+def test_a_source_keeps_its_contract_and_its_promise(tmp_path: Path, uwm: Uwm) -> None:
+    raw, store = tmp_path / "raw", tmp_path / "store"
+    arguments = ("ingest", raw, "--store", store, "--image-size", "32", "--json")
+    (tmp_path / "first.yaml").write_text("embodiment: somebody\nflip: []\n")
+    (tmp_path / "other.yaml").write_text("embodiment: somebody\nfps: 10\n")
+    (tmp_path / "wrong.yaml").write_text("cameras: {wrist: wrist}\n")
+    _with_actions(raw / "a.hdf5", 7, 0)
+    code, report, err = uwm(*arguments, "--contract", tmp_path / "wrong.yaml")
+    assert code == 2 and "cameras: 'wrist' is not in" in err and "recorded are: agentview" in err
+    code, report, err = uwm(*arguments, "--contract", tmp_path / "first.yaml")
+    assert code == 0 and report["episodes"]["new"] == 1 and not report["notes"]
+
+    _with_actions(raw / "b.hdf5", 7, 1)
+    _with_actions(raw / "c.hdf5", 6, 2)  # of the same robot, and yet other actions
+    code, report, err = uwm(*arguments)
+    assert code == 3 and report["episodes"] == {"new": 1, "already": 1, "quarantined": 1, "filtered": 0}
+    assert report["notes"] == [f"{raw}: read by the contract that it was ingested under before"]
+    [bad] = report["quarantine"]
+    assert bad["uri"].endswith("c.hdf5") and "actions have 6 columns, not 7" in bad["reason"]
+    rows = LatentStore.open(str(store)).snapshot().episodes().to_pylist()
+    assert {row["embodiment"] for row in rows} == {"somebody"} and {row["source"] for row in rows} == {str(raw)}
+    assert all("flip" in row["contract"] for row in rows)
+    assert [part["name"] for part in rows[0]["signals"]] == ["dones"]
+    assert rows[0]["texts"] == [{"name": "problem_info/language_instruction", "text": "open the drawer"}]
+
+    code, report, err = uwm(*arguments, "--contract", tmp_path / "other.yaml", "--dry-run")
+    assert report["notes"] == [f"{raw}: 2 episodes are there under another contract (fps, flip); read anew"]
+    assert code == 3 and report["episodes"]["new"] == 2 and report["frames"] == 16
+    assert report["expected"]["pictures"] == 16 and report["expected"]["seconds"] > 0
+    assert report["expected"]["bytes"] == 16 * (4 * 4 * 4 * 2) + 16 * 4 * (7 + 7 + 1 + 1)
+    assert "nothing was written" in err and "16 pictures" in err
+
+
+@pytest.mark.slow
+def test_what_is_not_worth_encoding_is_told_and_remembered(tmp_path: Path, uwm: Uwm) -> None:
+    raw, store, noise = tmp_path / "raw", tmp_path / "store", np.random.default_rng(0)
+    raw.mkdir()
+    shots = np.concatenate([moving(40), 255 - moving(40)[:, ::-1]])
+    write_video(raw / "good.mp4", shots)
+    write_video(raw / "good again.mp4", shots, crf="30")
+    write_video(raw / "black.mp4", noise.integers(0, 6, (30, 64, 64, 3), np.uint8))
+    write_video(raw / "still.mp4", moving(30)[:1].repeat(30, axis=0))
+    write_video(raw / "one frame.mp4", moving(1))
+    asked = ("--set", "quality.near_duplicates=4", "--set", "quality.shots=3")
+    arguments = ("ingest", raw, "--store", store, "--image-size", "64", "--json", *asked)
+    code, would, err = uwm(*arguments, "--dry-run")
+    assert would["snapshot"] is None and not store.exists()
+    assert code == 0 and would["episodes"] == {"new": 1, "already": 0, "quarantined": 0, "filtered": 4}
+    assert {Path(row["uri"]).stem: row["filter"] for row in would["filtered"]} == {
+        "black": "black", "still": "frozen", "one frame": "min_frames", "good": "near_duplicates",
+    }  # fmt: skip
+    assert "1 black" in err and "1 near_duplicates" in err
+    code, report, _ = uwm(*arguments)
+    assert code == 0 and report["episodes"] == would["episodes"] and report["frames"] == would["frames"] == 80
+    assert sorted(row["reason"] for row in report["filtered"]) == sorted(row["reason"] for row in would["filtered"])
+    listed = uwm("store", "quarantine", store, "--json")[1]
+    assert sorted(row["filter"] for row in listed) == ["black", "frozen", "min_frames", "near_duplicates"]
+    shown = uwm("store", "show", store, "--json")[1]
+    assert (shown["filtered"], shown["quarantine"]) == (4, [])
+    [row] = LatentStore.open(str(store)).snapshot().episodes().to_pylist()
+    assert row["spans"] == [{"first": 0, "stop": 40}, {"first": 40, "stop": 80}]
+    code, again, _ = uwm(*arguments)
+    assert again["episodes"] == {"new": 0, "already": 1, "quarantined": 0, "filtered": 4}
+    assert again["snapshot"] == report["snapshot"]
+    code, report, _ = uwm(*arguments, "--set", "quality.black=false", "--set", "quality.frozen=false")
+    assert code == 0 and report["episodes"] == {"new": 2, "already": 1, "quarantined": 0, "filtered": 2}

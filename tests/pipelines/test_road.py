@@ -1,0 +1,243 @@
+"""The verbs, one after the other, on small raw data of every format: what ``uwm demo`` does without a simulator."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.command import Uwm
+from helpers.formats import REAL, numbered, write_demos, write_lerobot, write_video
+from helpers.rows import fill
+
+from infra import registry, tracking
+from pipelines.errors import Refused
+from pipelines.evaluate.run import evaluate
+from pipelines.ingest.run import ingest
+from pipelines.models import checkpoint
+from pipelines.models.policy import Policy
+from pipelines.recipe import IngestRecipe, load_recipe
+from pipelines.registry.promote import promote
+from pipelines.registry.register import register
+from pipelines.train.finetune import finetune
+from pipelines.train.pretrain import pretrain
+from preprocessing.errors import UserError
+from preprocessing.store.store import LatentStore
+
+SMALL = ["workers=2", "batch_size=8", "log_every=2", "warmup_steps=2", "validation_share=0.3"]
+TINY = ["model.width=32", "model.depth=1", "model.heads=2", "model.patch=[2,4,4]", "model.registers=2"]
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Any:
+    """Raw data of three kinds, ingested, pretrained on, finetuned: paths and ids."""
+    root = tmp_path_factory.mktemp("road")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
+        patch.setenv("UWM_CACHE", str(root / "cache"))
+        raw, store = root / "raw", str(root / "store")
+        (raw / "videos").mkdir(parents=True)
+        (raw / "hdf5").mkdir()
+        write_demos(raw / "hdf5" / "toy_demo.hdf5", demos=6, steps=20)
+        write_lerobot(raw / "lerobot", rows=24, episodes=4)
+        write_video(raw / "videos" / "clip.mp4", numbered(90))
+        first = ingest([str(raw)], store, IngestRecipe(image_size=64))
+        pre_run, pre = pretrain(store, load_recipe("small", ["steps=6", *SMALL, *TINY]), root / "runs")
+        fine_run, fine = finetune(str(pre), store, load_recipe("finetune", ["steps=4", *SMALL]), root / "runs")
+        yield {"root": root, "raw": raw, "store": store, "first": first, "pretrained": pre, "pretrain_run": pre_run,
+               "finetuned": fine, "finetune_run": fine_run}  # fmt: skip
+
+
+def test_an_ingest_brings_every_episode_in(road: Any) -> None:
+    assert road["first"].episodes == {"new": 11, "already": 0, "quarantined": 0, "filtered": 0}
+    rows = LatentStore.open(road["store"]).snapshot().episodes().to_pylist()
+    assert sorted(row["format"] for row in rows) == ["hdf5"] * 6 + ["lerobot"] * 4 + ["video"]
+    assert {row["format"]: row["frames"] for row in rows} == {"hdf5": 20, "lerobot": 24, "video": 90}
+    assert road["first"].frames == sum(row["frames"] for row in rows)
+    snapshot = LatentStore.open(road["store"]).snapshot()
+    for row in rows:
+        for camera in row["cameras"]:
+            assert snapshot.read(camera["segments"]).shape == (row["frames"], 4, 8, 8)
+    assert list(snapshot.verify()) == []
+
+
+def test_ingesting_again_or_from_a_copy_encodes_nothing(road: Any, tmp_path: Path) -> None:
+    again = ingest([str(road["raw"])], road["store"], IngestRecipe(image_size=64))
+    assert again.episodes == {"new": 0, "already": 11, "quarantined": 0, "filtered": 0}
+    assert again.snapshot == road["first"].snapshot
+    copy = shutil.copy(road["raw"] / "videos" / "clip.mp4", tmp_path / "renamed.mp4")
+    assert ingest([str(copy)], road["store"], IngestRecipe(image_size=64)).episodes["new"] == 0
+
+
+def test_a_new_size_or_contract_is_new_work(road: Any, tmp_path: Path) -> None:
+    clip = str(road["raw"] / "videos" / "clip.mp4")
+    assert ingest([clip], road["store"], dry_run=True).episodes["new"] == 1
+    from preprocessing.contracts.contract import DataContract
+
+    contract = DataContract(embodiment="somebody")
+    assert (
+        ingest([clip], road["store"], IngestRecipe(image_size=64), contract=contract, dry_run=True).episodes["new"] == 1
+    )
+
+
+def test_latents_are_those_of_the_frames_in_order(road: Any) -> None:
+    from preprocessing.encoders.vae import load_encoder
+
+    snapshot = LatentStore.open(road["store"]).snapshot()
+    [row] = [row for row in snapshot.episodes().to_pylist() if row["format"] == "video"]
+    rebuilt = load_encoder("tiny").decode(snapshot.read(row["cameras"][0]["segments"]))
+    levels = rebuilt.reshape(len(rebuilt), -1).mean(1)
+    assert np.abs(levels - numbered(90).reshape(90, -1).mean(1)).max() < 25
+    assert np.corrcoef(levels, np.arange(90))[0, 1] > 0.99
+
+
+def test_training_lowers_nothing_it_should_not_and_tracks_what_it_read(road: Any) -> None:
+    settings = checkpoint.load_settings(road["pretrained"])
+    assert settings.snapshot == road["first"].snapshot and settings.step == 6
+    assert set(settings.embodiments) >= {"video"} and len(settings.embodiments) == 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{road['root'] / 'mlflow.db'}")
+        tracking.connect()
+        assert [step for step, _ in tracking.history(road["pretrain_run"], "loss")] == [2, 4, 6]
+        assert all(np.isfinite(value) for _, value in tracking.history(road["pretrain_run"], "loss_video"))
+    child = checkpoint.load_settings(road["finetuned"])
+    assert child.parent == road["pretrain_run"] and child.embodiments == settings.embodiments
+    before, after = (checkpoint.load(road[name])[0].state_dict() for name in ("pretrained", "finetuned"))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_model_that_does_not_fit_the_stores_encoder_is_told_in_one_line(road: Any, tmp_path: Path, uwm: Uwm) -> None:
+    fill(LatentStore.create(str(tmp_path / "other")), ["a", "b"])
+    runs = ("--output", tmp_path / "runs")
+    code, _, err = uwm("finetune", "--from", road["pretrained"], "--store", tmp_path / "other", *runs)
+    [line] = err.strip().splitlines()
+    assert code == 2 and "no latents of the model's encoder" in line and "uwm ingest" in line
+    moved = shutil.copytree(road["pretrained"], tmp_path / "moved")
+    settings = json.loads((moved / "settings.json").read_text())
+    (moved / "settings.json").write_text(json.dumps(settings | {"encoder_digest": "0" * 16}))
+    code, _, err = uwm("evaluate", moved, "--store", road["store"], *runs)
+    [line] = err.strip().splitlines()
+    assert code == 2 and "trained on latents of encoder tiny (0000000000000000)" in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_batch(road: Any, tmp_path: Path, uwm: Uwm) -> None:
+    code, _, err = uwm(
+        "pretrain", "--store", road["store"], "--output", tmp_path, "steps=40", "learning_rate=1e18",
+        "warmup_steps=0", *SMALL[:2], *TINY,
+    )  # fmt: skip
+    line = err.strip().splitlines()[-1]
+    assert code == 1 and "failed: Diverged: step" in line and "the loss is nan" in line, err
+    ids = {row["id"] for row in LatentStore.open(road["store"]).snapshot().rows()}
+    named = line.partition("look at these episodes: ")[2].removesuffix(" (-v shows more)").split(", ")
+    assert named and set(named) <= ids
+
+
+def test_a_model_answers_in_the_robots_units_and_refuses_other_inputs(road: Any) -> None:
+    settings = checkpoint.load_settings(road["finetuned"])
+    name = next(name for name, spec in settings.embodiments.items() if spec.action_dim)
+    policy = Policy(road["finetuned"], name)
+    images = {camera: np.zeros((3, 2, 64, 64, 3), np.uint8) for camera in policy.spec.cameras}
+    proprio = {part: np.zeros((3, 2, width), np.float32) for part, width in policy.spec.proprio}
+    action = policy.act(images, proprio, torch.Generator().manual_seed(0))
+    assert action.shape == (3, settings.model.action_chunk, policy.spec.action_dim)
+    normalizer = policy.spec.action_normalizer
+    assert (np.abs(action - normalizer.offset) <= np.asarray(normalizer.scale) * 1.001).all()
+    fast = Policy(road["finetuned"], name, fast=True)
+    near = fast.act(images, proprio, torch.Generator().manual_seed(0))
+    gap = np.abs(near - action) / normalizer.scale
+    assert 0 < gap.mean() < 0.2, "as it was trained for six steps, its answers are little but noise"
+    with pytest.raises(UserError, match="camera"):
+        policy.act({"elsewhere": images[policy.spec.cameras[0]]}, proprio)
+    with pytest.raises(UserError, match="expected uint8"):
+        policy.act({camera: value[:, :1] for camera, value in images.items()}, proprio)
+
+
+def test_evaluation_registration_and_the_gate(road: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{road['root'] / 'mlflow.db'}")
+    monkeypatch.setenv("UWM_CACHE", str(road["root"] / "cache"))
+    settings = checkpoint.load_settings(road["finetuned"])
+    name = next(name for name, spec in settings.embodiments.items() if spec.action_dim)
+    report = evaluate(str(road["finetuned"]), road["store"], None, 1, tmp_path / "evaluation", name)
+    assert report["open_loop"]["psnr_ceiling"] > report["open_loop"]["psnr_forward"] - 3
+    assert json.loads((tmp_path / "evaluation" / "evaluation.json").read_text()) == report
+    assert list((tmp_path / "evaluation").glob("forward_*.png"))
+    fast = evaluate(str(road["finetuned"]), road["store"], None, 1, tmp_path / "fast", name, fast=True)
+    exactly, nearly = (each["open_loop"].pop("action_error_policy") for each in (report, fast))
+    assert exactly != nearly and nearly < 1.5 * exactly and (report["fast"], fast["fast"]) == (False, True)
+    logged = tracking.MlflowClient().get_run(road["finetune_run"]).data.metrics
+    assert logged["action_error_policy"] == exactly and logged["fast.action_error_policy"] == nearly
+
+    one = register(road["finetuned"], "toy", name)
+    with pytest.raises(Refused, match="no success rate"):
+        promote("toy", one)
+    tracking.log_metrics(road["finetune_run"], {"success_rate.toy.task": 0.4}, 4)
+    with pytest.raises(Refused, match="worse"):
+        promote("toy", one)
+    assert promote("toy", one, floor=0.3).previous is None
+    assert registry.version_of("toy", "champion") == (one, road["finetune_run"])
+
+    two = register(road["pretrained"], "toy", name)
+    tracking.log_metrics(road["pretrain_run"], {"success_rate.toy.task": 0.3}, 4)
+    with pytest.raises(Refused, match="worse"):
+        promote("toy", two)
+    tracking.log_metrics(road["pretrain_run"], {"success_rate.toy.task": 0.9}, 5)
+    assert promote("toy", two).previous == one
+    assert checkpoint.load_settings(checkpoint.resolve("models:/toy@champion")).run_id == road["pretrain_run"]
+
+
+def test_a_registered_model_loads_through_mlflow_and_rejects_other_shapes(
+    road: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{road['root'] / 'mlflow.db'}")
+    settings = checkpoint.load_settings(road["finetuned"])
+    name = next(name for name, spec in settings.embodiments.items() if spec.action_dim)
+    spec = settings.embodiments[name]
+    version = register(road["finetuned"], "served", name)
+    model = mlflow.pyfunc.load_model(f"models:/served/{version}")
+    inputs = {f"image.{camera}": np.zeros((1, 2, 64, 64, 3), np.uint8) for camera in spec.cameras}
+    inputs |= {f"proprio.{part}": np.zeros((1, 2, width), np.float32) for part, width in spec.proprio}
+    answer = model.predict(inputs)
+    assert answer.shape == (1, settings.model.action_chunk, spec.action_dim)
+    fast = mlflow.pyfunc.load_model(f"models:/served/{version}", model_config={"fast": True})
+    assert fast.unwrap_python_model()._policy.fast and not model.unwrap_python_model()._policy.fast
+    assert fast.predict(inputs).shape == answer.shape
+    with pytest.raises(mlflow.exceptions.MlflowException):
+        model.predict({key: value.astype(np.float64) for key, value in inputs.items()})
+    model.predict(inputs, {"contract": spec.promise.model_dump_json()})
+    *blocks, gripper = spec.promise.action_layout
+    other = gripper.model_copy(update={"gripper_one_means": "open"})
+    promise = spec.promise.model_copy(update={"action_layout": (*blocks, other), "fps": 50.0})
+    with pytest.raises(UserError, match=r"gripper is open .*, not closed; the rate is 50 Hz, not"):
+        model.predict(inputs, {"contract": promise.model_dump_json()})
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="real robot logs are not beside the checkout")
+def test_real_robot_logs_and_videos_go_into_one_store_and_one_run(
+    ray_cluster: None, tmp_path: Path, uwm: Uwm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("UWM_CACHE", str(tmp_path / "cache"))
+    store = tmp_path / "store"
+    sources = [REAL / name for name in ("bridge_rlds", "gr1_lerobot_v2", "video")]
+    code, report, _ = uwm("ingest", *sources, "--store", store, "--image-size", "64", "--json")
+    assert code == 3 and report["episodes"] == {"new": 33, "already": 0, "quarantined": 1, "filtered": 0}
+    assert report["quarantine"][0]["uri"].endswith("corrupted.mp4")
+    code, again, _ = uwm("ingest", *sources, "--store", store, "--image-size", "64", "--json")
+    assert code == 3 and again["episodes"] == {"new": 0, "already": 33, "quarantined": 1, "filtered": 0}
+    code, episodes, _ = uwm("store", "episodes", store, "--json")
+    assert code == 0 and len(episodes) == 33
+    assert {row["action_dim"] for row in episodes} == {7, 44, 0}
+    assert max(len(row["cameras"]) for row in episodes) == 4
+    code, trained, err = uwm(
+        "pretrain", "--store", store, "--output", tmp_path / "runs", "--json", "steps=4", *SMALL, *TINY
+    )
+    assert code == 0, err
+    settings = checkpoint.load_settings(Path(trained["checkpoint"]))
+    assert settings.model.action_dim == 44 and settings.model.cameras == 4 and len(settings.embodiments) == 3

@@ -1,0 +1,299 @@
+"""Demonstrations in HDF5: robomimic, robosuite, LIBERO, Isaac Lab; and ALOHA's files."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from helpers.formats import moving, numbered, write_aloha, write_demos
+from helpers.readers import episodes_of, frames_of, refs_of, sizes
+
+from preprocessing.contracts.contract import DataContract
+from preprocessing.errors import BadEpisode
+from preprocessing.sources import digest, find, load, scan
+
+
+@pytest.mark.parametrize("opengl", [True, False])
+def test_hdf5_comes_out_upright(tmp_path, opengl):
+    first, second = episodes_of(write_demos(tmp_path / "a.hdf5", opengl=opengl))
+    assert np.array_equal(frames_of(first, "agentview"), moving(5))
+    assert any("bottom-up" in repair for repair in first.repairs) == opengl
+    rng = np.random.default_rng(1)
+    assert np.allclose(second.action, rng.normal(size=(5, 7)))
+    assert np.allclose(second.proprio["joint_states"], rng.normal(size=(5, 7)))
+    assert second.proprio["height"].shape == (5, 1)
+    assert (first.instruction, first.embodiment, first.success, first.fps) == ("open the drawer", "panda", True, 20)
+    assert [block.kind for block in first.action_layout] == ["position", "rotation", "gripper"]
+    assert "control rate unknown; 20 Hz assumed" in first.repairs
+
+
+def test_demonstrations_in_natural_order_and_repacked(tmp_path):
+    path = write_demos(tmp_path / "a.hdf5", demos=11)
+    refs = refs_of(path)
+    assert np.allclose(load(refs[10]).action, np.random.default_rng(10).normal(size=(5, 7)))
+    with h5py.File(path) as old, h5py.File(tmp_path / "b.hdf5", "w") as new:
+        data = new.create_group("data")
+        data.attrs.update(dict(old["data"].attrs))
+        for index in range(11):
+            demo = data.create_group(f"demo_{index}")
+            demo.create_group("obs")
+            for name in ("actions", "dones", "obs/agentview_rgb", "obs/joint_states", "obs/height"):
+                demo.create_dataset(name, data=old[f"data/demo_{index}/{name}"][()], compression="gzip", chunks=True)
+    assert [ref.id for ref in refs_of(tmp_path / "b.hdf5")] == [ref.id for ref in refs]
+
+
+@pytest.mark.parametrize("kwargs", [None, [], "x"])
+def test_an_environment_that_tells_nothing(tmp_path, kwargs):
+    path = write_demos(tmp_path / "a.hdf5", demos=1)
+    with h5py.File(path, "a") as file:
+        file["data"].attrs["env_args"] = json.dumps({"env_kwargs": kwargs})
+    (episode,) = episodes_of(path)
+    assert (episode.fps, episode.embodiment) == (20, "unknown") and "robot unknown" in episode.repairs
+
+
+@pytest.mark.parametrize(
+    ("env", "modes", "gripper"),
+    [
+        ({"type": 1, "env_kwargs": {"controller_configs": {"type": "OSC_POSE", "control_delta": True}}},
+         ["delta", "delta", "absolute"], "closed"),
+        ({"type": 1, "env_kwargs": {"controller_configs": {"type": "OSC_POSE", "control_delta": False}}},
+         ["absolute"] * 3, "closed"),
+        ({"env_kwargs": {"controller_configs": {"type": "BASIC", "body_parts": {
+            "right": {"type": "OSC_POSE", "input_type": "absolute"}}}}}, ["absolute"] * 3, "closed"),
+        ({"env_kwargs": {"controller_configs": [{"type": "JOINT_VELOCITY"}]}}, ["unknown"], None),
+        ({"type": 2, "env_name": "Isaac-Stack-Cube-Franka-IK-Rel-v0"}, ["unknown"], None),
+    ],
+)  # fmt: skip
+def test_what_seven_numbers_mean_is_the_controllers(tmp_path, env, modes, gripper):
+    path = write_demos(tmp_path / "a.hdf5", demos=1)
+    with h5py.File(path, "a") as file:
+        file["data"].attrs["env_args"] = json.dumps(env)
+    (episode,) = episodes_of(path)
+    assert [block.mode for block in episode.action_layout] == modes
+    assert episode.action_layout[-1].gripper_one_means == gripper
+    assert {b.unit for b in episode.action_layout if b.kind == "position"} <= {
+        "m" if modes[0] == "absolute" else "scaled"
+    }
+
+
+def test_replayed_libero_that_does_not_say_which_way_up(tmp_path):
+    path = write_demos(tmp_path / "a.hdf5", demos=1, opengl=False)
+    with h5py.File(path, "a") as file:
+        file["data/demo_0/obs/eye_in_hand_rgb"] = moving(5)
+    (ref,) = refs_of(path)
+    assert any("this one does not tell" in repair for repair in load(ref).repairs)
+    told = load(ref, DataContract(flip=("agentview", "eye_in_hand")))
+    assert not any("this one does not tell" in repair for repair in told.repairs)
+    assert np.array_equal(frames_of(told, "agentview"), moving(5)[:, ::-1])
+
+
+def test_what_is_observed_and_is_no_camera_or_vector_is_told(tmp_path):
+    path = write_demos(tmp_path / "a.hdf5", demos=1)
+    with h5py.File(path, "a") as file:
+        obs = file["data/demo_0/obs"]
+        obs["agentview_depth"], obs["touches"] = np.zeros((5, 8, 8, 1), np.float32), np.arange(5)
+        obs["serial_number"] = np.arange(12)
+    (episode,) = episodes_of(path)
+    for name in ("agentview_depth", "serial_number"):
+        assert f"obs/{name} is neither pictures of colours nor a vector a frame; left out" in episode.repairs
+    assert episode.proprio["touches"].ravel().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_the_poses_of_objects_are_no_proprioception(tmp_path):
+    path = write_demos(tmp_path / "a.hdf5", demos=1)
+    with h5py.File(path, "a") as file:
+        file["data/demo_0/obs/object"] = np.arange(10.0).reshape(5, 2)
+    (ref,) = refs_of(path)
+    episode = load(ref)
+    assert list(episode.proprio) == ["height", "joint_states"]
+    assert episode.signals["obs/object"].tolist() == np.arange(10.0).reshape(5, 2).tolist()
+    assert "object" in load(ref, DataContract(proprio={"obs/object": "object"})).proprio
+
+
+def test_recorded_rate_robot_and_four_numbers(tmp_path):
+    path = write_demos(tmp_path / "a.hdf5", demos=1)
+    with h5py.File(path, "a") as file:
+        data = file["data"]
+        data.attrs["fps"], data.attrs["robot"] = 80, "sawyer"
+        del data["demo_0/actions"]
+        data["demo_0/actions"] = np.zeros((5, 4), np.float32)
+    (episode,) = episodes_of(path)
+    assert (episode.fps, episode.embodiment) == (80, "sawyer")
+    assert [(b.size, b.gripper_one_means) for b in episode.action_layout] == [(3, None), (1, "closed")]
+
+
+def test_the_frame_after_the_last_action_is_dropped(tmp_path):
+    (episode,) = episodes_of(write_demos(tmp_path / "a.hdf5", demos=1, frames=6))
+    assert len(frames_of(episode, "agentview")) == len(episode.proprio["height"]) == len(episode.action) == 5
+    assert any("one frame more than actions" in repair for repair in episode.repairs)
+    (ref,) = refs_of(write_demos(tmp_path / "b.hdf5", demos=1, frames=9))
+    with pytest.raises(BadEpisode, match=r"5 actions, but observations of lengths \[9\]"):
+        load(ref)
+
+
+def test_libero_stores_what_is_seen_after_each_action(tmp_path):
+    path = write_demos(tmp_path / "a.hdf5", demos=1, steps=6)
+    pictures = numbered(6)[:, ::-1]  # the picture after action i is number i, the state before it i
+    with h5py.File(path, "a") as file:
+        file["data"].attrs["bddl_file_name"] = "libero/bddl_files/libero_90/KITCHEN_SCENE1_open_the_drawer.bddl"
+        demo = file["data/demo_0"]
+        del demo["obs/agentview_rgb"]
+        demo["obs/agentview_rgb"], demo["robot_states"] = pictures, np.arange(6.0)[:, None]
+        demo["states"], demo["rewards"] = np.arange(6.0)[:, None], np.arange(6) == 5
+        actions, joints = demo["actions"][()].astype(np.float32), demo["obs/joint_states"][()].astype(np.float32)
+    (episode,) = episodes_of(path)
+    assert np.array_equal(episode.action, actions[1:]) and np.array_equal(episode.proprio["joint_states"], joints[:5])
+    assert np.array_equal(frames_of(episode, "agentview"), numbered(6)[:5])
+    assert episode.signals["states"].ravel().tolist() == [1, 2, 3, 4, 5]  # from which action 1, 2, ... was taken
+    assert episode.signals["robot_states"].ravel().tolist() == [0, 1, 2, 3, 4]
+    assert episode.signals["rewards"].ravel().tolist() == [0, 0, 0, 0, 1] and episode.success
+    assert "LIBERO stores what is seen after each action; actions are moved up by a row" in episode.repairs
+    assert (episode.dataset, episode.fps, episode.embodiment) == ("libero_90", 20, "panda")
+    assert not [repair for repair in episode.repairs if "unknown" in repair]  # LIBERO's contract tells
+    assert [block.unit for block in episode.action_layout[:2]] == ["scaled", "scaled"]
+
+
+def test_hdf5_keeps_what_is_recorded_beside_the_action(tmp_path):
+    path = write_demos(tmp_path / "a.hdf5", demos=3)
+    rng = np.random.default_rng(5)
+    states, absolute = rng.normal(size=(6, 40)), rng.normal(size=(5, 10))
+    with h5py.File(path, "a") as file:
+        data = file["data"]
+        data.attrs["ep_meta"] = json.dumps({"lang": "something else"})
+        data["demo_0"].attrs["ep_meta"] = json.dumps({"lang": "open it"})
+        demo = data["demo_0"]
+        demo["states"], demo["actions_abs"] = states, absolute
+        demo["rewards"] = np.array([0, 0, 0, 1, 0], np.uint8)
+        demo["action_dict/rel_pos"] = absolute[:, :3]
+        demo["next_obs/height"], demo["matrices"] = np.zeros(5), np.zeros((5, 4, 4))
+        demo["short"], demo["names"] = np.zeros(3), np.array(["x"] * 5, "S")
+        file["mask/train"] = np.array(["demo_0", "demo_2"], "S")
+        file["mask/valid"] = np.array(["demo_1"], "S")
+        file["mask/20_percent"] = np.array(["demo_1"], "S")
+    first, second, third = episodes_of(path)
+    assert set(first.signals) == {"action_dict/rel_pos", "actions_abs", "dones", "rewards", "states"}
+    assert np.array_equal(first.signals["states"], states[:5].astype(np.float32))
+    assert np.array_equal(first.signals["actions_abs"], absolute.astype(np.float32))
+    assert first.signals["rewards"].ravel().tolist() == [0, 0, 0, 1, 0]
+    assert "states has one row more than actions; the last one is dropped" in first.repairs
+    assert "short has 3 rows for 5 actions; left out" in first.repairs
+    assert [episode.split for episode in (first, second, third)] == ["train", "valid", "train"]
+    assert first.texts == {"problem_info/language_instruction": "open the drawer", "ep_meta/lang": "open it"}
+
+
+@pytest.mark.parametrize(
+    "claim, says",
+    [
+        ({"shape": (5, 2**30), "chunks": (1, 1024)}, r"huge claims to hold 21474836480 bytes, but only 0 are there"),
+        ({"shape": (5, 2**20), "chunks": (1, 8)}, r"huge claims to hold 20971520 bytes, but only 0 are there"),
+        ({"shape": (2**29,), "chunks": (2**29,)}, r"huge comes in pieces of \(536870912,\), more than limits.array"),
+        ({"shape": (5, 2**14, 2**14, 3), "dtype": "u1"}, r"holds pictures of \(16384, 16384\), more than limits.pic"),
+        ({"shape": (2**40, 3)}, r"huge claims to hold 13194139533312 bytes, but only 0 are there"),
+    ],
+)
+def test_a_data_set_that_claims_more_than_memory_holds(tmp_path, claim, says):
+    path = write_demos(tmp_path / "a.hdf5", demos=2)
+    with h5py.File(path, "a") as file:
+        file["data/demo_0"].create_dataset("huge", **claim)
+    broken, whole = refs_of(path)
+    assert re.search(says, str(broken.problem)) and load(whole).action is not None
+
+
+def test_groups_that_lead_in_circles(tmp_path):
+    path = write_demos(tmp_path / "a.hdf5", demos=2)
+    with h5py.File(path, "a") as file:
+        demo = file["data/demo_0"]
+        for name in ("a", "b"):
+            demo[name] = demo  # two at each level: 2^n paths
+    broken, whole = refs_of(path)
+    assert str(broken.problem).startswith("demo_0 cannot be read: ") and load(whole).action is not None
+
+
+def test_links_to_other_files_are_not_followed(tmp_path):
+    other = write_demos(tmp_path / "other.hdf5", demos=1)
+    path = write_demos(tmp_path / "raw" / "a.hdf5", demos=1)
+    with h5py.File(path, "a") as file:
+        file["data/demo_0/obs/secret"] = h5py.ExternalLink(str(other), "data/demo_0/obs/joint_states")
+        file["data/demo_9"] = h5py.ExternalLink(str(other), "data/demo_0")
+    (episode,) = episodes_of(path)
+    assert "secret" not in episode.proprio
+    assert "obs/secret is a link and not followed" in episode.repairs
+
+
+def test_broken_hdf5(tmp_path):
+    good = write_demos(tmp_path / "good.hdf5")
+    (tmp_path / "cut.hdf5").write_bytes(good.read_bytes()[:3000])
+    (tmp_path / "text.h5").write_text("not HDF5")
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["observations"] = np.zeros(3)
+    refs = refs_of(tmp_path)
+    assert [Path(ref.uri).name for ref in refs if ref.problem] == ["cut.hdf5", "other.h5", "text.h5"]
+    assert len([load(ref) for ref in refs if not ref.problem]) == 2
+    with pytest.raises(BadEpisode, match="no group 'data'"):
+        load(next(ref for ref in refs if ref.uri.endswith("other.h5")))
+
+
+@pytest.mark.parametrize("compress", [True, False])
+def test_aloha(tmp_path, compress):
+    pictures = numbered(70)
+    pictures[:, :32, :32] = 220, 30, 30
+    more = {"base_action": np.ones((70, 2)), "rewards": np.arange(70.0), "goal": np.zeros(3)}
+    write_aloha(tmp_path / "episode_0.hdf5", pictures, compress, **more)
+    write_demos(tmp_path / "demos.hdf5")
+    [(kind, _), (other, _)] = find(tmp_path)
+    assert (kind, other) == ("aloha", "hdf5")
+    [ref] = scan("aloha", tmp_path)
+    episode = load(ref)
+    assert np.abs(frames_of(episode, "cam_high").astype(int) - pictures).mean() < 2
+    rng = np.random.default_rng(0)
+    assert np.array_equal(episode.action[:, :14], rng.normal(size=(70, 14)).astype(np.float32))
+    assert np.array_equal(episode.proprio["qpos"], rng.normal(size=(70, 14)).astype(np.float32))
+    assert sizes(episode.action_layout) == {
+        "left_joints": 6, "left_gripper": 1, "right_joints": 6, "right_gripper": 1, "base": 2
+    }  # fmt: skip
+    assert episode.action_layout[1].gripper_one_means == episode.action_layout[3].gripper_one_means == "open"
+    assert (episode.fps, episode.embodiment) == (50, "aloha")
+    assert list(episode.signals) == ["rewards"] and episode.signals["rewards"][69] == 69
+    assert not [r for r in load(ref, DataContract(fps=25)).repairs if "control rate" in r]
+    assert any("blue for red" in repair for repair in episode.repairs) == compress
+    assert digest(ref) == ref.digest
+
+
+def test_what_aloha_observes_beside_its_joints(tmp_path):
+    more = {"observations/time": np.arange(5.0), "observations/depth": np.zeros((5, 4, 4), np.uint16)}
+    path = write_aloha(tmp_path / "episode_0.hdf5", numbered(5), **more)
+    with h5py.File(path, "r+") as file:
+        file["observations/note"] = np.array(["x"] * 5, "S")
+    (episode,) = episodes_of(path)
+    assert list(episode.proprio) == ["qpos", "qvel", "time"]
+    assert episode.proprio["time"].ravel().tolist() == [0, 1, 2, 3, 4]
+    left_out = [repair for repair in episode.repairs if "left out" in repair]
+    assert left_out == [f"observations/{name} is no vector of numbers; left out" for name in ("depth", "note")]
+
+
+def test_aloha_that_does_not_fit(tmp_path):
+    path = write_aloha(tmp_path / "episode_0.hdf5", numbered(5))
+    with h5py.File(path, "r+") as file:
+        del file["action"]
+        file["action"] = np.zeros((6, 14))
+    with pytest.raises(BadEpisode, match="6 actions, but 5 pictures of cam_high"):
+        load(*scan("aloha", path))
+    path = write_aloha(tmp_path / "episode_1.hdf5", numbered(5), base_action=np.ones((6, 2)))
+    with pytest.raises(BadEpisode, match="5 actions, but 6 rows of base_action"):
+        load(*scan("aloha", path))
+
+
+def test_aloha_pictures_that_are_none_of_colours(tmp_path):
+    more = {
+        "observations/images/first": np.zeros((5, 3, 8, 8), np.uint8),
+        "observations/images/deep": np.zeros((5, 8, 8)),
+    }
+    (episode,) = episodes_of(write_aloha(tmp_path / "episode_0.hdf5", numbered(5), **more))
+    assert list(episode.cameras) == ["cam_high"]
+    told = [repair for repair in episode.repairs if "no pictures of colours" in repair]
+    assert told[0] == "observations/images/deep is (5, 8, 8) of float64, no pictures of colours; left out"
+    assert told[1].startswith("observations/images/first is (5, 3, 8, 8) of uint8")

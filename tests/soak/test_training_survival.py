@@ -1,0 +1,177 @@
+"""What a training survives: workers, drivers and a node that die, notices of the end, a full disk, a broken checkpoint.
+
+Each run is compared with one that nobody disturbed: the same losses and the same weights, to the last bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+import pytest
+from helpers.processes import wait_for, workers
+from helpers.rows import fill
+from helpers.s3 import S3
+from safetensors.torch import load_file
+
+import infra.cluster  # noqa: F401  its settings come before Ray's import
+from infra import tracking
+from preprocessing.store.storage import parse
+from preprocessing.store.store import LatentStore
+
+pytest_plugins = ["helpers.s3"]
+
+STEPS, EVERY = 128, 8
+TINY = [
+    f"steps={STEPS}", f"checkpoint_every={EVERY}", "log_every=1", "batch_size=8", "validation_share=0.2",
+    "warmup_steps=4", "model.width=32", "model.heads=2", "model.registers=1", "model.timestep_width=16",
+    "model.depth=2", "model.frame_width=8", "model.condition_width=16",
+]  # fmt: skip
+
+
+class Trainings:
+    """Pretrains on one store and one cluster, by the command line, in processes of their own."""
+
+    def __init__(self, cluster: Any, root: Path):
+        self.cluster, self.root, self.store = cluster, root, root / "store"
+        self.node = cluster.add_node(num_cpus=1)
+        self.started: list[subprocess.Popen[Any]] = []
+        fill(LatentStore.create(str(self.store)), [f"episode-{i}" for i in range(20)], cameras=("front", "wrist"))
+        self.start("reference").finish()
+        self.reference = Training(self, "reference", None, None)
+
+    def start(self, name: str, *more: str, checkpoints: str | None = None) -> Training:
+        for left in self.started:  # by a test that failed; it would keep the next one waiting for its workers
+            left.kill()
+        more = (*more, "--checkpoints", checkpoints) if checkpoints else more
+        command = [sys.executable, "-c", "from pipelines.cli import main; main()", "pretrain", "--store", self.store]
+        process = subprocess.Popen(
+            [*command, "--output", self.root / name, "--address", self.cluster.address, *TINY, *more],
+            stdout=subprocess.DEVNULL,
+            stderr=(self.root / f"{name}.err").open("w"),
+            env=os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{self.root / name}.db"},
+        )
+        self.started.append(process)
+        return Training(self, name, process, checkpoints)
+
+
+class Training:
+    def __init__(self, trainings: Trainings, name: str, process: Any, checkpoints: str | None):
+        self.trainings, self.name, self.process = trainings, name, process
+        self.folder = trainings.root / name
+        self.place = checkpoints or str(self.folder)
+
+    def finish(self, code: int = 0) -> str:
+        """What it told the user."""
+        assert self.process.wait(timeout=400) == code, self.told()[-3000:]
+        return self.told()
+
+    def told(self) -> str:
+        return self.folder.with_suffix(".err").read_text()
+
+    def checkpoints(self) -> list[int]:
+        """Their steps."""
+        files, root = parse(self.place).filesystem()
+        held = files.get_file_info(pyarrow.fs.FileSelector(root, recursive=True, allow_not_found=True))
+        return sorted(int(info.path.split("/")[-2][5:]) for info in held if info.base_name == "checkpoint.json")
+
+    def after(self, count: int) -> None:
+        """Wait until so many checkpoints were written, the older of which may be gone."""
+        wait_for(lambda: max(self.checkpoints(), default=0) >= count * EVERY, self.process)
+
+    def losses(self) -> dict[int, float]:
+        tracking.mlflow.set_tracking_uri(f"sqlite:///{self.folder}.db")
+        [run] = tracking.MlflowClient().search_runs(["1"])
+        points = tracking.history(run.info.run_id, "loss")
+        assert len(points) == len(dict(points)), "a step is on the curve twice"
+        return dict(points)
+
+    def is_as_if_undisturbed(self) -> None:
+        reference = self.trainings.reference
+        assert self.losses() == reference.losses()
+        [mine], [its] = (list(each.folder.glob("*/checkpoint")) for each in (self, reference))
+        weights, expected = (load_file(folder / "model.safetensors") for folder in (mine, its))
+        assert all(weights[name].equal(expected[name]) for name in weights.keys() | expected.keys())
+
+
+@pytest.fixture(scope="module")
+def trainings(tmp_path_factory: pytest.TempPathFactory, s3: S3) -> Iterator[Trainings]:  # workers get its credentials
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    yield Trainings(cluster, tmp_path_factory.mktemp("trainings"))
+    cluster.shutdown()
+
+
+@pytest.mark.soak
+def test_workers_and_drivers_that_die_or_are_told_to(trainings: Trainings) -> None:
+    first = trainings.start("killed")
+    first.after(1)
+    os.kill(workers("RayTrainWorker")[0], signal.SIGKILL)
+    first.after(3)
+    first.process.kill()
+    first.process.wait()
+    assert "a worker was lost" in first.told()
+    [cut] = first.folder.glob(f"*/step-{first.checkpoints()[-1]:08d}/state-0.safetensors")
+    cut.write_bytes(cut.read_bytes()[:-1])  # as a disk that was not told to write may leave it
+
+    second = trainings.start("killed")
+    second.after(4)
+    os.kill(wait_for(lambda: workers("RayTrainWorker"), second.process)[1], signal.SIGTERM)
+    wait_for(lambda: "a machine was taken away; going on from step" in second.told(), second.process)
+    second.after(6)
+    second.process.send_signal(signal.SIGINT)
+    told = second.finish(130)
+    assert "going on with run" in told
+    stopped = re.search(r"interrupted; stopped at step (\d+)", told)
+    assert stopped and int(stopped[1]) >= 6 * EVERY
+
+    third = trainings.start("killed")
+    third.finish()
+    third.is_as_if_undisturbed()
+    assert len(list(third.folder.glob("*/run.json"))) == 1
+
+
+@pytest.mark.soak
+def test_a_node_that_dies_and_one_worker_that_goes_on_from_s3(trainings: Trainings, s3: S3) -> None:
+    training = trainings.start("node", "workers=[1, 2]", checkpoints=s3.uri("runs"))
+    try:
+        training.after(2)
+        trainings.cluster.remove_node(trainings.node, allow_graceful=False)
+        assert "a worker was lost" in training.finish()
+    finally:
+        trainings.node = trainings.cluster.add_node(num_cpus=1)
+    reference = trainings.reference.losses()
+    assert training.losses() == pytest.approx(reference, abs=1e-4)
+    files, root = parse(training.place).filesystem()
+    [run] = files.get_file_info(pyarrow.fs.FileSelector(root))
+    with files.open_input_stream(f"{run.path}/step-{STEPS:08d}/checkpoint.json") as content:
+        assert json.loads(content.read())["workers"] == 1
+
+
+@pytest.mark.soak
+def test_a_disk_that_is_full_for_a_while(trainings: Trainings, tmp_path: Path) -> None:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        training = trainings.start("full", checkpoints=str(tmp_path))
+        wait_for(lambda: list(tmp_path.glob("*/run.json")), training.process)
+        with contextlib.suppress(OSError), (tmp_path / "full").open("wb", buffering=0) as full:
+            while full.write(bytes(2**20)):
+                pass
+        wait_for(lambda: "no checkpoint of step 8: " in training.told(), training.process)
+        (tmp_path / "full").unlink()
+        assert "o space left" in training.finish()
+        training.is_as_if_undisturbed()
+        assert training.checkpoints()[-1] == STEPS
+    finally:
+        subprocess.run(["umount", "--lazy", tmp_path], check=True)
