@@ -6,10 +6,8 @@ import contextlib
 import logging
 import os
 import socket
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 # Read by Ray when it is imported or starts processes, so they are set before.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a local start would otherwise leave a token that breaks later ones
@@ -26,7 +24,6 @@ os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 @contextlib.contextmanager
@@ -87,56 +84,3 @@ def _silent_start(verbose: bool) -> Iterator[None]:
         finally:
             os.dup2(kept, 2)
             os.close(kept)
-
-
-def on_this_node() -> NodeAffinitySchedulingStrategy:
-    """For an actor that no other node's end is to take away."""
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-
-
-@ray.remote(num_cpus=0)
-class Meter:
-    """Sums and latest values that workers send and the driver's progress line reads; and what either is to be told."""
-
-    def __init__(self) -> None:
-        self._values: dict[str, float] = {}
-        self._said: list[str] = []
-
-    def add(self, **amounts: float) -> None:
-        for name, amount in amounts.items():
-            self._values[name] = self._values.get(name, 0.0) + amount
-
-    def put(self, **values: float) -> None:
-        self._values.update(values)
-
-    def read(self) -> dict[str, float]:
-        return self._values
-
-    def say(self, line: str) -> None:
-        self._said.append(line)
-        self._values["said"] = len(self._said)
-
-    def said(self, since: int) -> list[str]:
-        """The lines after the first ``since``."""
-        return self._said[since:]
-
-
-@contextlib.contextmanager
-def watch(meter: Any, show: Callable[[dict[str, float]], None], every: float = 0.5) -> Iterator[None]:
-    """Call ``show`` with the meter's values every so many seconds while the block blocks."""
-    done = threading.Event()
-
-    def loop() -> None:
-        while not done.wait(every):
-            with contextlib.suppress(Exception):  # a progress line is never worth a failed run
-                show(ray.get(meter.read.remote(), timeout=10))
-
-    thread = threading.Thread(target=loop, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        with contextlib.suppress(Exception):
-            show(ray.get(meter.read.remote(), timeout=10))

@@ -1,8 +1,7 @@
-"""DeepSpeed around a module: an engine that trains it, and all that it keeps, in parts that any other engine can take.
+"""DeepSpeed around a module: an engine that trains it, and its training state in slices that any other engine can load.
 
-The module's ``forward`` is what ``engine(...)`` calls. The optimizer is torch's own fused AdamW: DeepSpeed's would be
-compiled for over a minute at first use. DeepSpeed's own checkpoints are pickles, and bound to a number of workers and a
-ZeRO stage; a ``Part`` says of which parameter it is, and which of its values.
+``engine(...)`` calls the module's ``forward``. DeepSpeed's own checkpoints are pickles, bound to the number of workers
+and the ZeRO stage; a ``ParameterSlice`` names its parameter and the range of values it holds.
 """
 
 from __future__ import annotations
@@ -17,87 +16,55 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
-
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """AdamW with a linear warm-up to ``learning_rate``, then constant, or a cosine to a tenth of it at ``steps``."""
-
-    learning_rate: float
-    weight_decay: float
-    warmup_steps: int
-    steps: int
-    gradient_clip: float  # 0: none
-    betas: tuple[float, float]
-    decay: Literal["cosine", "none"]
-    ema_decay: float = 0.0  # 0: no average is kept
+from torch.optim.lr_scheduler import LambdaLR
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How the work is shared out, which changes no result but by rounding."""
+    """How the work is distributed. It changes results only by rounding."""
 
     zero_stage: Literal[0, 1, 2, 3] = 0
     precision: Literal["float32", "bfloat16"] = "float32"
-    offload: bool = False  # the optimizer and what it keeps are in the host's memory; from stage 1 on
-    passes: int = 1  # forward and backward, for each step of the optimizer
+    offload: bool = False  # keep the optimizer and its states in host memory; needs stage 1 or above
+    passes: int = 1  # forward and backward passes per optimizer step
 
 
-class AveragingAdamW(torch.optim.AdamW):
-    """AdamW that keeps a moving average of the weights as one more of its states, ``average``.
+def initialize(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LambdaLR,
+    gradient_clip: float,
+    settings: EngineSettings,
+) -> Any:
+    """Return a DeepSpeedEngine in the current process group.
 
-    So whatever shares out, offloads or saves the others does it with this one. The average's decay grows to
-    ``ema_decay`` with the steps, (1 + n) / (10 + n) at first, so that a short run's does not remember its beginning.
+    ``gradient_clip`` is the maximum norm of the gradient of all parameters; 0: no clipping.
     """
-
-    def __init__(self, params: Any, ema_decay: float, **options: Any):
-        super().__init__(params, **options)
-        self.ema_decay = ema_decay
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        result = super().step(closure)
-        if self.ema_decay:
-            moved = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-            for p in moved:
-                state = self.state[p]
-                if "average" not in state:
-                    state["average"] = p.detach().clone()
-            if moved:
-                n = float(self.state[moved[0]]["step"])
-                decay = min(self.ema_decay, (1 + n) / (10 + n))
-                torch._foreach_lerp_([self.state[p]["average"] for p in moved], [p.detach() for p in moved], 1 - decay)
-        return result
-
-
-def initialize(module: nn.Module, optimizer: OptimizerSettings, settings: EngineSettings) -> Any:
-    """A DeepSpeedEngine in the process group that Ray Train has made."""
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
 
-    # A shared-memory collective for inference that would be compiled for a minute, and hang after a killed build.
+    # A shared-memory collective for inference: it would compile for a minute, and hang after an interrupted build.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-    stepper, scheduler = adamw(module, optimizer)
-    clip = optimizer.gradient_clip
-    if settings.zero_stage == 0:  # there DeepSpeed's clipping tells nobody the norm, and has the workers wait once more
+    clip = gradient_clip
+    if settings.zero_stage == 0:  # DeepSpeed's stage-0 clipping does not expose the norm, and synchronises once more
         clip = 0.0
 
-        def clipped(stepper: Any, *_: Any) -> None:  # DeepSpeed looks for the norm where its own optimizers have it
-            stepper._global_grad_norm = clip_grad_norm_(module.parameters(), optimizer.gradient_clip or math.inf)
+        def clip_gradients(stepped: Any, *_: Any) -> None:  # DeepSpeed reads the norm from this attribute
+            stepped._global_grad_norm = clip_grad_norm_(module.parameters(), gradient_clip or math.inf)
 
-        stepper.register_step_pre_hook(clipped)
+        optimizer.register_step_pre_hook(clip_gradients)
     zero: dict[str, Any] = {"stage": settings.zero_stage}
     if settings.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     engine, *_ = deepspeed.initialize(
         model=module,
-        optimizer=stepper,
+        optimizer=optimizer,
         lr_scheduler=scheduler,
         config={
-            "train_micro_batch_size_per_gpu": 1,  # for DeepSpeed's own reports, which nobody asks for
+            "train_micro_batch_size_per_gpu": 1,  # required; only DeepSpeed's own reports use it
             "gradient_accumulation_steps": settings.passes,
             "gradient_clipping": clip,
             "zero_optimization": zero,
@@ -111,35 +78,11 @@ def initialize(module: nn.Module, optimizer: OptimizerSettings, settings: Engine
     return engine
 
 
-def adamw(module: nn.Module, settings: OptimizerSettings) -> tuple[AveragingAdamW, torch.optim.lr_scheduler.LambdaLR]:
-    """The optimizer, whose weight decay spares vectors, and the schedule of its rate."""
-    decay = [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
-    rest = [p for p in module.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = AveragingAdamW(
-        [group for group in groups if group["params"]],  # DeepSpeed cannot flatten an empty one
-        ema_decay=settings.ema_decay,
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        fused=True,
-    )
-
-    def factor(step: int) -> float:
-        if step < settings.warmup_steps:
-            return (step + 1) / settings.warmup_steps
-        if settings.decay == "none":
-            return 1.0
-        done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
-        return 0.1 + 0.9 * (1 + math.cos(math.pi * min(done, 1.0))) / 2
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
 @dataclass(frozen=True)
-class Part:
-    """Values ``[start, start + len)`` of a parameter, flat: of its float32 weight, and of each state of the optimizer.
+class ParameterSlice:
+    """Values ``[start, start + len)`` of a flattened parameter: its float32 weight and each optimizer state.
 
-    They are views of what the engine works on. ``state`` is empty before the first step.
+    The tensors are views of the engine's own. ``state`` is empty before the first step.
     """
 
     name: str
@@ -147,34 +90,34 @@ class Part:
     weight: Tensor
     state: dict[str, Tensor]
 
-    def copied(self) -> Part:
-        """As it is now, in the host's memory."""
+    def copied(self) -> ParameterSlice:
+        """Return a copy in host memory."""
         state = {kind: values.to("cpu", copy=True) for kind, values in self.state.items()}
-        return Part(self.name, self.start, self.weight.to("cpu", copy=True), state)
+        return ParameterSlice(self.name, self.start, self.weight.to("cpu", copy=True), state)
 
 
-STATES = ("exp_avg", "exp_avg_sq", "average")
+STATES = ("exp_avg", "exp_avg_sq", "average")  # "average" if the optimizer has an ``ema_decay`` above 0
 
 
-def parts(engine: Any) -> Iterator[Part]:
-    """What this worker keeps of the trained parameters. Those of all workers together are all there is, once or more.
+def parts(engine: Any) -> Iterator[ParameterSlice]:
+    """Yield this worker's slices of the trained parameters. Together the workers hold every value at least once.
 
-    In stage 0 every worker keeps everything.
+    In stage 0 every worker holds everything.
     """
     inner = engine.basic_optimizer
     for name, start, master, first, count in _masters(engine):
         flat = master.detach().view(-1)[first : first + count]
         kept = inner.state.get(master, {})
         state = {key: kept[key].view(-1)[first : first + count] for key in STATES if key in kept}
-        yield Part(name, start, flat, state)
+        yield ParameterSlice(name, start, flat, state)
 
 
 def whole(engine: Any, kind: str) -> Iterator[tuple[str, Tensor]]:
-    """Each trained parameter's weight, or one of its STATES, float32 and complete, on every worker.
+    """Yield each trained parameter's complete float32 weight, or one of its STATES, on every worker.
 
-    All workers have to ask, and to take all that comes.
+    Collective: every worker must call it and exhaust the iterator.
     """
-    kept: dict[str, list[Part]] = {}
+    kept: dict[str, list[ParameterSlice]] = {}
     for part in parts(engine):
         kept.setdefault(part.name, []).append(part)
     for name, parameter in engine.module.named_parameters():
@@ -191,13 +134,13 @@ def whole(engine: Any, kind: str) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def restore(engine: Any, step: int, read: Callable[[str, str], Tensor]) -> None:
-    """Put the engine where it was after ``step``: ``read(kind, name)`` gives a whole parameter's values, float32.
+    """Restore the engine's state after ``step``. ``read(kind, name)`` returns a parameter's complete float32 values.
 
-    ``kind`` is "weight" or one of STATES, as far as the optimizer keeps it. The module had those weights when the
-    engine was made: what else the engine has of them it has from there.
+    ``kind`` is "weight" or one of the STATES that the optimizer keeps. The module must already have had these weights
+    when the engine was made: the engine's other copies derive from them.
     """
     inner = engine.basic_optimizer
-    kinds = STATES if inner.ema_decay else STATES[:2]
+    kinds = STATES if getattr(inner, "ema_decay", 0) else STATES[:2]
     for name, start, master, first, count in _masters(engine):
         state = inner.state[master]
         if "step" not in state:
@@ -213,9 +156,9 @@ def restore(engine: Any, step: int, read: Callable[[str, str], Tensor]) -> None:
 
 
 def _masters(engine: Any) -> Iterator[tuple[str, int, Tensor, int, int]]:
-    """Where the float32 values are that this worker moves.
+    """Locate the float32 values that this worker updates.
 
-    (parameter's name, the first of its values, the optimizer's tensor, where in it they begin, how many they are).
+    Yields (parameter name, index of its first value here, the optimizer's tensor, offset in that tensor, count).
     """
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     rank = torch.distributed.get_rank()

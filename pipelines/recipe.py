@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from preprocessing.dataset.loader import SHUFFLE_WINDOWS
+from preprocessing.dataset.order import SHUFFLE_WINDOWS
 from preprocessing.encoders.vae import Precision
 from preprocessing.errors import UserError
 from preprocessing.limits import Limits

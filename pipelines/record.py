@@ -16,20 +16,22 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import av
 import h5py
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from infra.simulators.metaworld import ACTION_REPEAT, CAMERAS, FPS, HORIZON, INSTRUCTIONS, MetaWorld
+from infra.simulators.face import episode_seed
+from infra.simulators.metaworld import ACTION_REPEAT, CAMERAS, FPS, INSTRUCTIONS, MetaWorld
 from preprocessing.errors import UserError
+from preprocessing.video.write import write_video
 
 DISTURBANCE = 0.3  # deviation of the noise on executed actions
 AFTER_SUCCESS = 5  # steps recorded beyond the first success
 ATTEMPTS = 20
 PROCESSES = 2
+QUALITY = 16  # x264's CRF: the camera, not the codec, is what is learned from
 
 
 @dataclass
@@ -86,24 +88,25 @@ def record(out: Path, tasks: list[str], episodes: int, videos: int, image_size: 
 
 
 @cache
-def _simulator(task: str, image_size: int, seed: int) -> MetaWorld:
-    return MetaWorld(task, image_size, seed)  # a process keeps its simulators: making one takes a second
+def _simulator(task: str, image_size: int) -> MetaWorld:
+    return MetaWorld(task, image_size)  # a process keeps its simulators: making one takes a second
 
 
 def demonstrate(task: str, number: int, image_size: int, seed: int) -> Demonstration:
     """One successful demonstration, a function of its arguments alone."""
-    simulator = _simulator(task, image_size, seed)
+    simulator = _simulator(task, image_size)
     for attempt in range(ATTEMPTS):
         random = np.random.default_rng((seed, number, attempt))
-        observation = simulator.reset(episode=number + 10_000 * attempt)
+        observation, _ = simulator.reset(seed=episode_seed(seed, number + 10_000 * attempt))
         steps: list[tuple[Any, np.ndarray]] = []
         left: int | None = None
-        while len(steps) < HORIZON and left != 0:
+        truncated = False
+        while not truncated and left != 0:
             action = simulator.expert_action()
             steps.append((observation, action))
             disturbed = action + random.normal(0, DISTURBANCE, 4) * [1, 1, 1, 0]  # the gripper is not shaken open
-            observation, success = simulator.step(disturbed)
-            left = left - 1 if left is not None else AFTER_SUCCESS if success else None
+            observation, _, _, truncated, info = simulator.step(disturbed)
+            left = left - 1 if left is not None else AFTER_SUCCESS if info["success"] else None
         if left is not None:
             break
     else:
@@ -125,7 +128,8 @@ class _Writer:
         self._episodes: list[dict[str, Any]] = []
 
     def video(self, demonstration: Demonstration, number: int) -> None:
-        _encode(self._videos / f"{demonstration.task}_{number:03d}.mp4", demonstration.images["agentview"])
+        path = self._videos / f"{demonstration.task}_{number:03d}.mp4"
+        write_video(path, demonstration.images["agentview"], FPS, QUALITY)
 
     def hdf5(self, demonstration: Demonstration, number: int) -> None:
         """robomimic's layout with LIBERO's conventions: pictures bottom-up, the instruction in ``problem_info``."""
@@ -164,7 +168,7 @@ class _Writer:
         for camera, images in demonstration.images.items():
             folder = self._lerobot / "videos" / "chunk-000" / f"observation.images.{camera}"
             folder.mkdir(parents=True, exist_ok=True)
-            _encode(folder / f"episode_{index:06d}.mp4", images)
+            write_video(folder / f"episode_{index:06d}.mp4", images, FPS, QUALITY)
         self._size = demonstration.images["agentview"].shape[1:]
         self._episodes.append({"episode_index": index, "tasks": [INSTRUCTIONS[demonstration.task]], "length": length})
 
@@ -191,14 +195,3 @@ class _Writer:
         tasks = [{"task_index": i, "task": INSTRUCTIONS[task]} for i, task in enumerate(self._tasks)]
         for name, rows in (("tasks", tasks), ("episodes", self._episodes)):
             (meta / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _encode(path: Path, images: np.ndarray) -> None:
-    """h264 of high quality, so that the camera, not the codec, is what is learned from."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"crf": "16", "preset": "veryfast"})
-        stream.height, stream.width, stream.pix_fmt = *images.shape[1:3], "yuv420p"
-        stream.codec_context.thread_count = 1
-        for image in images:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode())

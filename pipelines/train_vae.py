@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from preprocessing import sources
-from preprocessing.dataset.embodiment import is_validation
+from preprocessing.dataset.selection import is_validation
 from preprocessing.encoders.vae import load_encoder
 from preprocessing.episode import EpisodeRef, Video
 from preprocessing.errors import BadEpisode, UserError

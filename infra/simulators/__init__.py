@@ -1,1 +1,1 @@
-"""Simulators behind one Gymnasium-like face."""
+"""Simulators behind one face."""

@@ -1,14 +1,12 @@
-"""Meta-World behind a Gymnasium-like face: a Sawyer arm, two cameras, and what a real robot would know.
+"""Meta-World: a Sawyer arm, two cameras, 50 tasks, and scripted experts that make demonstrations.
 
-An observation holds images and proprioception only, never the state of an object: a policy that works here
-has looked. The scripted expert is the exception; it sees everything, and is there to make demonstrations.
+Observations hold frames and proprioception only, so a policy that works here has looked. The expert sees everything.
 
 Notable:
-- One step is ``ACTION_REPEAT`` of Meta-World's 80 Hz steps, in recording and in evaluation alike, so that a
-  policy meets the rate that it was trained on.
-- Every initial state is a function of (seed, episode), whatever was simulated before.
-- Rendering costs ten times the physics. Shadows, reflections and multisampling are therefore off, and ``step``
-  renders only when asked to.
+- One step is ``ACTION_REPEAT`` of Meta-World's 80 Hz steps, in recording and in evaluation, so that a policy runs at
+  the rate it was trained on.
+- An initial state is a function of the seed given to ``reset``, whatever was simulated before.
+- Rendering costs ten times the physics, so shadows, reflections and multisampling are off.
 """
 
 from __future__ import annotations
@@ -18,15 +16,16 @@ import os
 import warnings
 import weakref
 from ctypes.util import find_library
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 
-from preprocessing.contracts.interface import Promise
+from infra.simulators.face import Observation
+from preprocessing.contracts.interface import Interface
 from preprocessing.episode import ActionBlock
 
-# Both are read once, when mujoco and Mesa are loaded. Mesa's software renderer starts a thread per core, which
-# is slower than one for pictures this small.
+# Both are read once, when mujoco and Mesa are loaded. Mesa's software renderer starts a thread per core, which is
+# slower than one thread for frames this small.
 os.environ.setdefault("MUJOCO_GL", "egl")
 os.environ.setdefault("LP_NUM_THREADS", "1")
 if os.environ["MUJOCO_GL"] == "egl" and find_library("EGL") is None:
@@ -46,9 +45,9 @@ except ModuleNotFoundError as missing:
 CAMERAS = ("agentview", "eye_in_hand")
 ACTION_REPEAT = 2
 FPS = 80 // ACTION_REPEAT
-HORIZON = 400 // ACTION_REPEAT  # steps that an episode may take; 400 at 80 Hz is what lerobot-eval allows
+HORIZON = 400 // ACTION_REPEAT  # steps of an episode: lerobot-eval allows 400 at 80 Hz
 
-PROMISE = Promise(
+INTERFACE = Interface(
     fps=FPS,
     cameras=CAMERAS,
     proprio={"state": 4},
@@ -113,83 +112,84 @@ INSTRUCTIONS = {
 }
 
 
-class Observation(TypedDict):
-    """``images`` by camera, uint8 ``[H, W, 3]`` upright, empty where none was asked for.
-
-    ``proprio`` is {"state": float32 [4]}: position of the hand in metres, and how far the gripper is open (0 ... 1).
-    """
-
-    images: dict[str, np.ndarray]
-    proprio: dict[str, np.ndarray]
-
-
 class MetaWorld:
     """One task. Actions are float32 ``[4]`` in [-1, 1]: dx, dy, dz of the hand, and the gripper (> 0 closes).
 
-    >>> env = MetaWorld("drawer-close", seed=0)
-    >>> observation = env.reset(episode=0)
-    >>> for _ in range(HORIZON):
-    ...     observation, success = env.step(policy(observation))
+    Proprioception is {"state": float32 [4]}: position of the hand in metres, and how far the gripper is open (0 ... 1).
+
+    >>> env = MetaWorld("drawer-close")
+    >>> observation, _ = env.reset(seed=0)
+    >>> truncated = False
+    >>> while not truncated:
+    ...     observation, reward, terminated, truncated, info = env.step(policy(observation))
     """
 
-    def __init__(self, task: str, image_size: int = 128, seed: int = 0):
+    def __init__(self, task: str, image_size: int = 128):
         self.task = task.removesuffix("-v3")
         if self.task not in INSTRUCTIONS:
             raise ValueError(f"{task}: no such Meta-World task; one of {', '.join(INSTRUCTIONS)}")
         self.instruction = INSTRUCTIONS[self.task]
-        self.seed = seed
+        self.rendering = True
+        self._steps = 0
         make: Any = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{self.task}-v3-goal-observable"]
-        self._env = make(seed=seed)
-        self._env._freeze_rand_vec = False  # else every episode repeats the first one's object positions
+        self._env = make()
+        self._env._freeze_rand_vec = False  # otherwise every episode repeats the first one's object positions
         self._env.seeded_rand_vec = True
-        self._env.max_path_length = 2**31  # its own limit raises; HORIZON is the caller's to hold
+        self._env.max_path_length = 2**31  # its own limit raises; we truncate at HORIZON
         expert: Any = ENV_POLICY_MAP[f"{self.task}-v3"]
         self._expert = expert()
         self._env.model.vis.quality.offsamples = 0  # read when the renderer is made
         self._renderer = mujoco.Renderer(self._env.model, image_size, image_size)
-        # At exit mujoco ends EGL itself, and a renderer still open then prints a traceback. What is registered last
-        # runs first; weakref.finalize would not do, for its place is that of the first finalizer of the process.
+        # At exit mujoco shuts EGL down, and a renderer still open then prints a traceback. What is registered last runs
+        # first; weakref.finalize would not do, since its place is that of the process's first finalizer.
         alive = weakref.ref(self._renderer)
         atexit.register(lambda: (renderer := alive()) and renderer.close())
 
-    def reset(self, episode: int, render: bool = True) -> Observation:
-        """The initial state number ``episode`` of this seed."""
-        self._env.seed(int(np.random.SeedSequence([self.seed, episode]).generate_state(1)[0]))
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        if seed is not None:
+            self._env.seed(seed)
         self._full_state, _ = self._env.reset()
-        return self._observe(render)
+        self._steps = 0
+        return self._observe(), {"success": False}
 
-    def step(self, action: np.ndarray, render: bool = True) -> tuple[Observation, bool]:
-        """The observation after the action, and whether the task is done at this very moment."""
-        success = False
+    def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        reward, success = 0.0, False
         for _ in range(ACTION_REPEAT):
-            self._full_state, _, _, _, info = self._env.step(np.clip(action, -1, 1))
+            self._full_state, reward, _, _, info = self._env.step(np.clip(action, -1, 1))
             success = success or bool(info["success"])
-        return self._observe(render), success
+        self._steps += 1
+        # A task that is solved does not end by itself: demonstrations hold a few steps more.
+        return self._observe(), float(reward), False, self._steps >= HORIZON, {"success": success}
 
     def expert_action(self) -> np.ndarray:
-        """What the scripted expert, who knows where everything is, would do now."""
+        """Return the scripted expert's action float32 ``[4]`` for the present state. It knows where everything is."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it warns of gains that the clipping below makes harmless
             action = self._expert.get_action(self._full_state)
         return np.clip(action, -1, 1).astype(np.float32)
 
-    def render(self) -> dict[str, np.ndarray]:
-        """Both cameras, uint8 ``[H, W, 3]``, upright."""
-        # Meta-World mounts corner4 upside down.
-        return {"agentview": self._picture("corner4")[::-1, ::-1].copy(), "eye_in_hand": self._picture("gripperPOV")}
-
     def close(self) -> None:
         self._renderer.close()
         self._env.close()
 
-    def _picture(self, camera: str) -> np.ndarray:
+    def _observe(self) -> Observation:
+        # Of Meta-World's observation the first four numbers are the robot's own: hand position and finger opening.
+        state = self._full_state[:4].astype(np.float32)
+        return {"images": self._frames() if self.rendering else {}, "proprio": {"state": state}}
+
+    def _frames(self) -> dict[str, np.ndarray]:
+        # Meta-World mounts corner4 upside down.
+        return {"agentview": self._render("corner4")[::-1, ::-1].copy(), "eye_in_hand": self._render("gripperPOV")}
+
+    def _render(self, camera: str) -> np.ndarray:
         self._renderer.update_scene(self._env.data, camera=camera)
         flags = self._renderer.scene.flags  # update_scene sets them anew
         flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
         flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
         return self._renderer.render()
 
-    def _observe(self, render: bool) -> Observation:
-        # Of Meta-World's observation the first four numbers are the robot's own: hand position and finger opening.
-        state = self._full_state[:4].astype(np.float32)
-        return {"images": self.render() if render else {}, "proprio": {"state": state}}
+
+def make(task: str, image_size: int) -> MetaWorld:
+    return MetaWorld(task, image_size)

@@ -189,7 +189,7 @@ def remove(
 @store_app.command("statistics")
 def statistics(uri: StoreArgument, snapshot: Snapshot = None, as_json: AsJson = False) -> None:
     """Mean, deviation, range and quantiles of every action and proprioception column, by embodiment."""
-    from preprocessing.dataset.embodiment import by_embodiment
+    from preprocessing.dataset.selection import by_embodiment
     from preprocessing.store.statistics import merge
     from preprocessing.store.store import LatentStore
 

@@ -18,7 +18,7 @@ from typing import Any
 import ray
 from icechunk import ForkSession
 
-from infra.cluster import on_this_node
+from infra.progress import on_this_node
 from pipelines.ingest.episode_reader import Gate, Plan, Refusal, Work
 from preprocessing.store.statistics import Statistics, merge
 from preprocessing.store.store import LatentStore

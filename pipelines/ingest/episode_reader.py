@@ -14,8 +14,8 @@ import numpy as np
 from pipelines.recipe import IngestRecipe
 from preprocessing import limits, sources
 from preprocessing.contracts.contract import DataContract
-from preprocessing.contracts.interface import Promises
-from preprocessing.episode import Episode, EpisodeRef
+from preprocessing.contracts.interface import Interfaces
+from preprocessing.episode import Episode, EpisodeRef, Repair
 from preprocessing.errors import BadEpisode, UserError
 from preprocessing.quality.duplicates import Fingerprints
 from preprocessing.quality.filters import Inspector
@@ -42,7 +42,7 @@ class Plan:
     encoders: dict[str, str]  # digest by name
     recipe: IngestRecipe
     contracts: dict[str, DataContract | None]  # by source
-    promises: Promises  # of what is there, and, on the driver, of what has come in since
+    interfaces: Interfaces  # of what is there, and, on the driver, of what has come in since
 
     @property
     def strictness(self) -> str:
@@ -71,7 +71,7 @@ class Reading:
         self._source, self._plan = source, plan
         self._breaks: list[str] | None = [] if plan.recipe.keep_broken else None
         self.episode = sources.load(ref, plan.contracts[source], fps, self._breaks)
-        if reason := plan.promises.broken_by(source, _described(self.episode)):
+        if reason := plan.interfaces.broken_by(source, _described(self.episode)):
             raise BadEpisode(reason)
         self._counts: dict[str, int] = {}
         self._inspector = Inspector(plan.recipe.quality, self.episode)
@@ -96,7 +96,10 @@ class Reading:
         whole = verdict.spans == [(0, row["frames"])]
         row["spans"] = None if whole else [{"first": first, "stop": stop} for first, stop in verdict.spans]
         row["fingerprint"] = verdict.fingerprint.hex() if verdict.fingerprint else None
-        row["repairs"] += [*verdict.notes, *(f"{reason}; kept up to there" for reason in self._breaks or ())]
+        repairs = [Repair("quality", note) for note in verdict.notes]
+        repairs += [Repair("frames", f"{reason}; kept up to there") for reason in self._breaks or ()]
+        row["repairs"] += [repair.text for repair in repairs]
+        row["repair_fields"] += [repair.field for repair in repairs]
         return row, steps
 
 
@@ -108,7 +111,7 @@ class Gate:
     """What an episode has to pass beside those that are in already; on the driver, in the order in which they come."""
 
     def __init__(self, plan: Plan, head: Snapshot):
-        self._promises, self._limit = plan.promises, plan.recipe.quality.near_duplicates
+        self._interfaces, self._limit = plan.promises, plan.recipe.quality.near_duplicates
         self._seen = Fingerprints()
         if self._limit is not None:
             for row in head.episodes(("id", "fingerprint")).to_pylist():
@@ -116,14 +119,14 @@ class Gate:
 
     def admit(self, source: str, row: dict[str, Any]) -> Refusal | None:
         """Let an episode in, by its catalogue row; or why not."""
-        if reason := self._promises.broken_by(source, row):
+        if reason := self._interfaces.broken_by(source, row):
             return Refusal(reason, READER)
         if self._limit is not None and row["fingerprint"]:
             near = self._seen.nearest(bytes.fromhex(row["fingerprint"]), self._limit)
             if near and near[0] != row["id"]:
                 reason = f"near_duplicates: a copy of episode {near[0]}, {near[1]:.1f} of 64 bits a frame differ"
                 return Refusal(reason, READER, "near_duplicates")
-        self._promises.add(source, row)
+        self._interfaces.add(source, row)
         self._remember(row)
         return None
 
@@ -180,7 +183,8 @@ def _record(episode: Episode, counts: dict[str, int], plan: Plan, source: str) -
     if not all(np.isfinite(values).all() for values in columns):
         raise BadEpisode("its actions or proprioception hold NaN or infinity")
     signals = {name: values for name, values in episode.signals.items() if np.isfinite(values).all()}
-    repairs = [f"{name} holds NaN or infinity; dropped" for name in episode.signals if name not in signals]
+    dropped = [name for name in episode.signals if name not in signals]
+    repairs = [*episode.repairs, *(Repair("streams", f"{name} holds NaN or infinity; dropped") for name in dropped)]
     steps = np.concatenate([*columns, *signals.values(), np.zeros((frames, 0))], axis=1, dtype=np.float32)
     contract = plan.contracts[source]
     record = {
@@ -194,7 +198,8 @@ def _record(episode: Episode, counts: dict[str, int], plan: Plan, source: str) -
         "success": episode.success,
         "cameras": counts,
         "contract": contract.model_dump_json() if contract else None,
-        "repairs": [*episode.repairs, *repairs],
+        "repairs": [repair.text for repair in repairs],
+        "repair_fields": [repair.field for repair in repairs],
         "source": source,
         "split": episode.split,
         "signals": _widths(signals),

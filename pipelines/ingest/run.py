@@ -8,7 +8,6 @@ with its reason; the rest goes in.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -18,18 +17,20 @@ from typing import Any
 
 from tqdm import tqdm
 
-from infra.cluster import Meter, cluster, on_this_node, watch
+from infra.cluster import cluster
+from infra.progress import Meter, on_this_node, watch
 from pipelines.ingest.committer import Committer
 from pipelines.ingest.episode_reader import READER, Plan, Work
 from pipelines.ingest.job import run
 from pipelines.recipe import IngestRecipe, load_recipe
 from preprocessing import limits, sources
 from preprocessing.contracts.contract import DataContract
-from preprocessing.contracts.interface import Promises
+from preprocessing.contracts.interface import Interfaces
 from preprocessing.encoders.text import load_text_encoder, text_encoder_digest
 from preprocessing.encoders.vae import encoder_digest
 from preprocessing.episode import EpisodeRef
 from preprocessing.errors import BadEpisode, UserError
+from preprocessing.store.keys import work_key
 from preprocessing.store.snapshot import Snapshot
 from preprocessing.store.storage import parse
 from preprocessing.store.store import LatentStore
@@ -103,7 +104,7 @@ def ingest(
         head = store.snapshot()
         report = IngestReport(None if absent else head.id, {"new": 0, "already": 0, "quarantined": 0, "filtered": 0})
         contracts = _contracts(head, [*map(_source, places)], contract, report)
-        plan = Plan(digests, recipe, contracts, _promises(head, contracts))
+        plan = Plan(digests, recipe, contracts, _interfaces(head, contracts))
         refs = ((_source((kind, path)), ref) for kind, path in places for ref in sources.scan(kind, path))
         work = _new_work(tqdm(refs, "scan", unit=" episodes", leave=False, delay=1), store, plan, retry, report)
         report.episodes["new"] = len(work)
@@ -184,25 +185,18 @@ def _contracts(
     return contracts
 
 
-def _promises(head: Snapshot, contracts: dict[str, DataContract | None]) -> Promises:
+def _interfaces(head: Snapshot, contracts: dict[str, DataContract | None]) -> Interfaces:
     """What the episodes that are there already promise of those that come."""
     columns = ("source", "contract", "embodiment", "fps", "cameras", "proprio", "action_dim", "action_layout")
-    promises = Promises()
+    interfaces = Interfaces()
     for row in head.episodes(columns).to_pylist():
         if row["source"] in contracts and row["contract"] == _as_json(contracts[row["source"]]):
-            promises.add(row["source"], row)
-    return promises
+            interfaces.add(row["source"], row)
+    return interfaces
 
 
 def _as_json(contract: DataContract | None) -> str | None:
     return contract.model_dump_json() if contract else None
-
-
-def work_key(episode_id: str, contract: DataContract | None, encoder: str, image_size: int, fps: float | None) -> str:
-    """What makes a piece of work the same work: these bytes, this contract, this encoder, this size and rate."""
-    promise = contract.digest if contract else "as found"
-    rate = f":{fps:g} fps" if fps else ""
-    return hashlib.sha256(f"{episode_id}:{promise}:{encoder}:{image_size}{rate}".encode()).hexdigest()[:32]
 
 
 def _new_work(

@@ -13,10 +13,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from infra import registry, tracking
 from preprocessing.dataset.embodiment import Embodiment
+from preprocessing.dataset.normalizer import Normalizer
 from preprocessing.errors import UserError
-from preprocessing.store.statistics import Normalizer
 from uwm_model.config import DiffusionConfig, ModelConfig
 from uwm_model.kinds import Model, build
 from uwm_model.transplant import Part
@@ -117,20 +116,3 @@ def shapes(folder: Path) -> dict[str, torch.Tensor]:
             return {name: torch.empty(held.get_slice(name).get_shape(), device="meta") for name in held.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: weights do not load ({str(error).splitlines()[0]})") from None
-
-
-def resolve(model: str) -> Path:
-    """The checkpoint folder of MODEL: a folder, ``models:/NAME@ALIAS``, ``models:/NAME/VERSION`` or a run id."""
-    folder = Path(model)
-    if folder.is_dir():
-        return folder if (folder / "settings.json").exists() else folder / "checkpoint"
-    if model.startswith("models:/"):
-        tracking.connect()
-        found = registry.download(model)
-        hint = "list versions in the MLflow page, or check MLFLOW_TRACKING_URI"
-    else:
-        found = tracking.download(model, "checkpoint")
-        hint = "give a checkpoint folder, a run id, models:/NAME@ALIAS or a published checkpoint's file"
-    if found is None:
-        raise UserError(f"{model}: no such model; {hint}")
-    return found

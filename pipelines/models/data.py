@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-
-import numpy as np
-import torch
+from typing import Any
 
 from pipelines.models.checkpoint import Settings
 from pipelines.recipe import Recipe
-from preprocessing.dataset.embodiment import left_out, split
 from preprocessing.dataset.loader import LatentDataset, WindowShape
-from preprocessing.dataset.prefetch import tensors
+from preprocessing.dataset.selection import left_out, sources, split
 from preprocessing.encoders.vae import PIXELS
+from preprocessing.errors import UserError
 from preprocessing.store.store import Snapshot
-from uwm_model.batch import Batch
 
 
 def dataset(
@@ -51,6 +48,11 @@ def dataset(
     )
 
 
-def to_batch(arrays: dict[str, np.ndarray], device: torch.device, dtype: torch.dtype) -> Batch:
-    """Arrays of LatentDataset.gather as the model's batch."""
-    return Batch(**tensors(arrays)).to(device, dtype)
+def training_rows(rows: list[dict[str, Any]], recipe: Recipe, store_uri: str) -> list[dict[str, Any]]:
+    """The rows the recipe trains on; UserError where none is left, or its mixture does not fit them."""
+    chosen = split(rows, recipe.instructions, recipe.validation_share, validation=False)
+    if not chosen:
+        held = sorted({row["instruction"] for row in rows if row["instruction"]})
+        raise UserError(f"{store_uri}: no episode with instructions {recipe.instructions}; it holds {held}")
+    sources(chosen, recipe.mixture)
+    return [row for row in chosen if not left_out(row, recipe.mixture)]

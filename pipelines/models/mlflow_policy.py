@@ -17,7 +17,7 @@ from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
 
 from pipelines.models.policy import Policy
-from preprocessing.contracts.interface import Promise
+from preprocessing.contracts.interface import Interface
 
 
 class PolicyModel(PythonModel):
@@ -30,8 +30,8 @@ class PolicyModel(PythonModel):
         def part(prefix: str) -> dict[str, np.ndarray]:
             return {k.removeprefix(prefix): v for k, v in model_input.items() if k.startswith(prefix)}
 
-        if promise := (params or {}).get("contract"):
-            self._policy.accept(Promise.model_validate_json(promise), "the robot that asks")
+        if interface := (params or {}).get("contract"):
+            self._policy.accept(Interface.model_validate_json(interface), "the robot that asks")
         instruction = (params or {}).get("instruction") or None
         return self._policy.act(part("image."), part("proprio."), instruction=instruction)
 

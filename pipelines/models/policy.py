@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from pipelines.models import checkpoint
-from pipelines.models.data import to_batch
-from preprocessing.contracts.interface import Promise
+from pipelines.models.batch import to_batch
+from preprocessing.contracts.interface import Interface
 from preprocessing.dataset.embodiment import Embodiment
 from preprocessing.encoders.text import TextEncoder, load_text_encoder
 from preprocessing.encoders.vae import load_encoder
@@ -55,9 +53,9 @@ class Policy:
     def spec(self) -> Embodiment:
         return self.settings.embodiments[self.embodiment]
 
-    def accept(self, promise: Promise, who: str) -> None:
+    def accept(self, interface: Interface, who: str) -> None:
         """Raises UserError unless what ``who`` will show and carry out means what it meant in training."""
-        self.spec.promise.require(promise, who)
+        self.spec.interface.require(interface, who)
 
     @property
     def image_size(self) -> int:
@@ -145,17 +143,3 @@ class Policy:
             "action_mask": action_mask,
             "embodiment": np.full(count, spec.index, np.int64),
         }
-
-
-def history(observations: Sequence[Any], length: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The newest ``length`` observations of one episode as a batch of one; the first stands in before the start.
-
-    An observation is {"images": {camera: uint8 [S, S, 3]}, "proprio": {name: float32 [D]}}.
-    """
-    newest = observations[-length:]
-    chosen = [newest[0]] * (length - len(newest)) + list(newest)
-
-    def stack(part: str) -> dict[str, np.ndarray]:
-        return {name: np.stack([item[part][name] for item in chosen])[None] for name in chosen[-1][part]}
-
-    return stack("images"), stack("proprio")

@@ -14,12 +14,13 @@ import numpy as np
 
 from pipelines.models import checkpoint
 from pipelines.recipe import STRIDE, load_recipe
-from pipelines.train.pretrain import SPARE_EMBODIMENTS, choose_encoder
+from pipelines.train.pretrain import SPARE_EMBODIMENTS
 from preprocessing.cache import cache_folder
-from preprocessing.dataset.embodiment import FARTHEST, Embodiment, by_embodiment, describe
+from preprocessing.dataset.embodiment import FARTHEST, Embodiment, describe
+from preprocessing.dataset.normalizer import MINIMUM_RANGE, Normalizer
+from preprocessing.dataset.selection import by_embodiment, choose_encoder
 from preprocessing.encoders.vae import PIXELS
 from preprocessing.errors import UserError
-from preprocessing.store.statistics import MINIMUM_RANGE, Normalizer
 from preprocessing.store.store import LatentStore
 from uwm_model.published import load_official, read_official
 

@@ -24,7 +24,8 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from tqdm import tqdm
 
 from infra import tracking
-from infra.cluster import Meter, cluster, on_this_node, watch
+from infra.cluster import cluster
+from infra.progress import Meter, on_this_node, watch
 from pipelines.errors import Stopped
 from pipelines.models.checkpoint import Settings
 from pipelines.recipe import Recipe

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infra.engine import adamw
 from pipelines.models.checkpoint import Settings
 from pipelines.recipe import Recipe
 from pipelines.train.worker import optimizer_settings, prepare
 from uwm_model.batch import Batch
 from uwm_model.config import ModelConfig
+from uwm_model.optimizer import adamw
 
 MEASURED = 4  # samples, at most, that are learned from here to see how long one takes
 

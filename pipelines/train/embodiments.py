@@ -13,7 +13,8 @@ from typing import Any
 
 from pipelines.models.checkpoint import Normalizers, Settings
 from pipelines.recipe import Recipe
-from preprocessing.dataset.embodiment import Embodiment, by_embodiment, describe
+from preprocessing.dataset.embodiment import Embodiment, describe
+from preprocessing.dataset.selection import by_embodiment
 from preprocessing.errors import UserError
 from uwm_model.config import ModelConfig
 from uwm_model.transplant import Inputs

@@ -18,13 +18,14 @@ from infra import tracking
 from pipelines.console import say
 from pipelines.models import checkpoint
 from pipelines.models.checkpoint import Normalizers, Settings
+from pipelines.models.data import training_rows
 from pipelines.models.published import resolve
 from pipelines.recipe import STRIDE, Recipe
 from pipelines.train.embodiments import Robots, in_slots, inputs, robots
-from pipelines.train.pretrain import sentences_of, training_rows
 from pipelines.train.run import tracked
 from pipelines.train.trainable import learning_sizes
 from preprocessing.dataset.embodiment import Embodiment
+from preprocessing.dataset.selection import sentences_of
 from preprocessing.errors import UserError
 from preprocessing.store.store import LatentStore
 from uwm_model.config import ModelConfig

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.models.checkpoint import Settings
+from pipelines.models.data import training_rows
 from pipelines.recipe import STRIDE, Recipe
 from pipelines.train.run import tracked
-from preprocessing.dataset.embodiment import by_embodiment, describe, left_out, sources, split
+from preprocessing.dataset.embodiment import describe
+from preprocessing.dataset.selection import by_embodiment, choose_encoder, sentences_of
 from preprocessing.encoders.vae import PIXELS
 from preprocessing.errors import UserError
-from preprocessing.store.store import LatentStore, Snapshot
+from preprocessing.store.store import LatentStore
 from uwm_model.config import DiffusionConfig, ModelConfig
 
 SPARE_EMBODIMENTS = 4  # free slots, so that finetuning can bring robots that pretraining has not seen
@@ -64,54 +66,6 @@ def plan(store_uri: str, recipe: Recipe, snapshot_id: str | None = None) -> Sett
         snapshot=snapshot.id,
         recipe=recipe.model_dump(),
     )
-
-
-def choose_encoder(snapshot: Snapshot, name: str | None) -> str:
-    """The digest of the one encoder of that name or digest in the store; UserError where there is none, or several."""
-    table = snapshot.episodes(["encoder", "encoder_digest"]).to_pylist()
-    digests = {
-        row["encoder_digest"]: row["encoder"]
-        for row in table
-        if row["encoder"] != PIXELS and name in (None, row["encoder"], row["encoder_digest"])
-    }
-    if not digests:
-        held = ", ".join(sorted({row["encoder"] for row in table} - {PIXELS}))
-        raise UserError(
-            f"{snapshot.uri}: " + (f"no latents of {name}; it holds {held}" if held else "no latents in it")
-        )
-    if len(digests) > 1:
-        names = ", ".join(f"{named} ({digest})" for digest, named in digests.items())
-        raise UserError(
-            f"{snapshot.uri}: holds latents of several encoders: {names}; choose with encoder=NAME or DIGEST"
-        )
-    return next(iter(digests))
-
-
-def sentences_of(snapshot: Snapshot, encoder: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Name, digest and width of a text encoder, by its name or digest.
-
-    UserError where the store lacks one of the rows' instructions' vectors.
-    """
-    hint = f"uwm ingest SOURCE --store {snapshot.uri} --set text_encoder={encoder}"
-    held = [row for row in snapshot.sentence_rows() if encoder in (row["encoder"], row["encoder_digest"])]
-    digests = sorted({row["encoder_digest"] for row in held})
-    if len(digests) != 1:
-        found = "none" if not digests else f"several versions, {', '.join(digests)}; choose one of them"
-        raise UserError(f"{snapshot.uri}: of text encoder {encoder} it holds {found}; {hint}")
-    if missing := {row["instruction"] for row in rows} - {None, ""} - {row["text"] for row in held}:
-        raise UserError(f"{snapshot.uri}: {len(missing)} instructions are without a vector of {encoder}; {hint}")
-    width = len(held[0]["vector"])
-    return {"text_encoder": held[0]["encoder"], "text_encoder_digest": digests[0], "text_width": width}
-
-
-def training_rows(rows: list[dict[str, Any]], recipe: Recipe, store_uri: str) -> list[dict[str, Any]]:
-    """The rows the recipe trains on; UserError where none is left, or its mixture does not fit them."""
-    chosen = split(rows, recipe.instructions, recipe.validation_share, validation=False)
-    if not chosen:
-        held = sorted({row["instruction"] for row in rows if row["instruction"]})
-        raise UserError(f"{store_uri}: no episode with instructions {recipe.instructions}; it holds {held}")
-    sources(chosen, recipe.mixture)
-    return [row for row in chosen if not left_out(row, recipe.mixture)]
 
 
 def pretrain(

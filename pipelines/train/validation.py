@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipelines.models.batch import to_batch
 from pipelines.models.checkpoint import Settings
-from pipelines.models.data import dataset, to_batch
+from pipelines.models.data import dataset
 from pipelines.recipe import Recipe
 from preprocessing.encoders.vae import load_encoder
 from uwm_model.augment import centre

@@ -25,15 +25,16 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from infra import engine, tracking
-from infra.engine import EngineSettings, OptimizerSettings
+from infra.engine import EngineSettings
 from pipelines.models import checkpoint
 from pipelines.models.checkpoint import Settings
 from pipelines.models.data import dataset
 from pipelines.recipe import Recipe
 from pipelines.train.checkpoint_writer import Saver
-from pipelines.train.checkpoints import RunFolder, SavedState, save_state
+from pipelines.train.checkpoints import RunFolder
 from pipelines.train.mlflow_logger import Curves
 from pipelines.train.preemption import told_to_stop
+from pipelines.train.state import SavedState, save_state
 from pipelines.train.trainable import adapt, adapters, merged
 from pipelines.train.validation import Validation
 from preprocessing.dataset.loader import Samples
@@ -42,6 +43,7 @@ from uwm_model.augment import augment
 from uwm_model.batch import Batch
 from uwm_model.blocks import Block
 from uwm_model.objective import counted
+from uwm_model.optimizer import OptimizerSettings, adamw
 from uwm_model.randomness import SampleGenerators
 
 JUDGED_BY = "validation_loss"  # the best checkpoint has the least
@@ -116,7 +118,8 @@ class Worker:
             prepare(model, recipe)
             self.engine = engine.initialize(
                 model,
-                optimizer_settings(recipe),
+                *adamw(model, optimizer_settings(recipe)),
+                recipe.gradient_clip,
                 EngineSettings(recipe.zero_stage, recipe.precision, recipe.offload, self.passes),
             )
             if saved:

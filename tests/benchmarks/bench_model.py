@@ -27,17 +27,19 @@ import torch
 from bench_query import queries
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from infra.engine import adamw
-from pipelines.evaluate.run import HeldOut, open_loop, rollout
+from pipelines.evaluate.intervals import wilson_interval
+from pipelines.evaluate.open_loop import HeldOut, open_loop
+from pipelines.evaluate.rollouts import rollout
 from pipelines.models import checkpoint
-from pipelines.models.data import dataset, to_batch
+from pipelines.models.batch import to_batch
+from pipelines.models.data import dataset
 from pipelines.models.policy import Policy
 from pipelines.recipe import IngestRecipe, Recipe, load_recipe
 from pipelines.train.pretrain import plan
 from pipelines.train.worker import optimizer_settings
 from preprocessing.cache import cache_folder
 from uwm_model.augment import augment
-from uwm_model.metrics import wilson_interval
+from uwm_model.optimizer import adamw
 from uwm_model.query import PolicyQuery
 from uwm_model.world_model import UnifiedWorldModel
 
@@ -159,7 +161,7 @@ def successes(policy: Policy, fast: bool, pictures: Path) -> dict[str, int]:
     """By task: in how many of ROLLOUTS episodes the policy succeeds."""
     folder, embodiment = policy.folder, policy.embodiment
     return {
-        task: sum(rollout(folder, embodiment, fast, task, 1000, number, pictures) for number in range(ROLLOUTS))
+        task: sum(rollout(folder, embodiment, fast, f"metaworld:{task}", 1000, number, pictures) for number in range(ROLLOUTS))
         for task in TASKS
     }
 

@@ -22,8 +22,8 @@ from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from infra.engine import OptimizerSettings, adamw
 from uwm_model.config import DiffusionConfig, ModelConfig
+from uwm_model.optimizer import OptimizerSettings, adamw
 from uwm_model.world_model import UnifiedWorldModel
 
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks" / "step.md"

@@ -27,13 +27,14 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from infra import tracking
-from infra.engine import adamw
+from pipelines.models.batch import to_batch
 from pipelines.models.checkpoint import Settings
-from pipelines.models.data import dataset, to_batch
+from pipelines.models.data import dataset
 from pipelines.recipe import Recipe, load_recipe
 from pipelines.train.pretrain import plan
 from pipelines.train.worker import optimizer_settings
 from preprocessing.store.store import LatentStore
+from uwm_model.optimizer import adamw
 
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks" / "training.md"
 EPISODES, FRAMES = 32, 100

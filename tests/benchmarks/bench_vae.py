@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
+from infra.simulators.face import episode_seed
 from infra.simulators.metaworld import MetaWorld
 from pipelines.demo import TASKS
 from pipelines.train_vae import frames_of
@@ -60,12 +61,13 @@ def speed() -> list[str]:
 def simulated() -> dict[str, np.ndarray]:
     found = {}
     for task in TASKS:
-        simulator = MetaWorld(task, 128, seed=12345)
+        simulator = MetaWorld(task, 128)
         pictures: dict[str, list[np.ndarray]] = {}
         for episode in range(4):
-            simulator.reset(episode, render=False)
+            simulator.reset(seed=episode_seed(12345, episode))
             for step in range(64):
-                observation, _ = simulator.step(simulator.expert_action(), render=step % 8 == 0)
+                simulator.rendering = step % 8 == 0
+                observation, *_ = simulator.step(simulator.expert_action())
                 for camera, picture in observation["images"].items():
                     pictures.setdefault(camera, []).append(picture)
         found |= {f"Meta-World {task}, {camera}": np.stack(images) for camera, images in pictures.items()}

@@ -10,9 +10,10 @@ import pytest
 import torch
 from helpers.s3 import S3
 
-from infra.engine import Part
+from infra.engine import ParameterSlice
 from pipelines.train.checkpoint_writer import Saver
-from pipelines.train.checkpoints import RunFolder, SavedState, save_state
+from pipelines.train.checkpoints import RunFolder
+from pipelines.train.state import SavedState, save_state
 
 pytest_plugins = ["helpers.s3"]
 
@@ -72,7 +73,7 @@ def test_the_last_ones_and_the_best_are_kept(folder: RunFolder) -> None:
 def test_a_state_is_whole_again_however_it_was_shared_out(tmp_path: Path) -> None:
     values = torch.arange(10.0)
     for worker, (start, stop) in enumerate(((0, 4), (4, 5), (5, 10))):
-        part = Part("layer.weight", start, values[start:stop], {"exp_avg": -values[start:stop]})
+        part = ParameterSlice("layer.weight", start, values[start:stop], {"exp_avg": -values[start:stop]})
         save_state(tmp_path / f"state-{worker}.safetensors", [part])
     with SavedState(tmp_path) as saved:
         assert list(saved.names()) == ["layer.weight"]

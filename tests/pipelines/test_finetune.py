@@ -114,7 +114,7 @@ def test_a_robot_with_one_camera_has_it_where_the_model_knows_it(trained: Path, 
     store = write(tmp_path / "store", "cart", ("wrist",))
     settings = planned(trained, store).settings
     assert settings.embodiments["cart"].cameras == ("", "wrist") and settings.embodiments["cart"].seen == ("wrist",)
-    assert settings.embodiments["cart"].promise.cameras == ("wrist",)
+    assert settings.embodiments["cart"].interface.cameras == ("wrist",)
     data = dataset(settings, validation=False, recipe=load_recipe("finetune", QUICK))
     assert data.gather(np.array([0]), np.array([0]))["camera_mask"].tolist() == [[False, True]]
     narrow = planned(trained, store, "model.cameras=1").settings  # what the data do not need is left

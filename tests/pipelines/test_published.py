@@ -14,17 +14,17 @@ from helpers.command import Uwm
 from helpers.formats import write_demos
 from helpers.published import WRITER, published
 
-from pipelines.evaluate.run import HeldOut
+from pipelines.evaluate.open_loop import HeldOut
 from pipelines.ingest.run import ingest
 from pipelines.models import checkpoint
 from pipelines.models import published as published_module
 from pipelines.models.policy import Policy
 from pipelines.models.published import adopt
 from pipelines.recipe import IngestRecipe
-from pipelines.train.pretrain import choose_encoder
 from preprocessing.dataset.embodiment import Embodiment, describe
+from preprocessing.dataset.normalizer import MINIMUM_RANGE, Normalizer
+from preprocessing.dataset.selection import choose_encoder
 from preprocessing.errors import UserError
-from preprocessing.store.statistics import MINIMUM_RANGE, Normalizer
 from preprocessing.store.store import LatentStore
 from uwm_model.published import load_official
 

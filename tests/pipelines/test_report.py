@@ -16,12 +16,12 @@ from helpers.rows import write_episode
 from PIL import Image
 
 from infra import tracking
-from pipelines.evaluate.run import write_video
+from pipelines.evaluate.intervals import wilson_interval
+from pipelines.evaluate.rollouts import write_video
 from pipelines.registry.promote import Promotion
 from pipelines.report import page as report
 from pipelines.report.page import Stage, write_report
 from preprocessing.store.store import LatentStore
-from uwm_model.metrics import wilson_interval
 
 HOSTILE = "<script>alert(1)</script>"
 PICTURE = np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3)

@@ -210,12 +210,12 @@ def test_a_registered_model_loads_through_mlflow_and_rejects_other_shapes(
     assert fast.predict(inputs).shape == answer.shape
     with pytest.raises(mlflow.exceptions.MlflowException):
         model.predict({key: value.astype(np.float64) for key, value in inputs.items()})
-    model.predict(inputs, {"contract": spec.promise.model_dump_json()})
-    *blocks, gripper = spec.promise.action_layout
+    model.predict(inputs, {"contract": spec.interface.model_dump_json()})
+    *blocks, gripper = spec.interface.action_layout
     other = gripper.model_copy(update={"gripper_one_means": "open"})
-    promise = spec.promise.model_copy(update={"action_layout": (*blocks, other), "fps": 50.0})
+    interface = spec.interface.model_copy(update={"action_layout": (*blocks, other), "fps": 50.0})
     with pytest.raises(UserError, match=r"gripper is open .*, not closed; the rate is 50 Hz, not"):
-        model.predict(inputs, {"contract": promise.model_dump_json()})
+        model.predict(inputs, {"contract": interface.model_dump_json()})
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="real robot logs are not beside the checkout")

@@ -1,0 +1,78 @@
+"""What every simulator shows: Gymnasium's ``reset`` and ``step``, and the observations of a real robot.
+
+To add a suite, write a module that satisfies :class:`Suite` and name it in ``SUITES``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Protocol, TypedDict
+
+import numpy as np
+
+from preprocessing.contracts.interface import Interface
+
+SUITES = {"metaworld": "infra.simulators.metaworld"}
+
+
+class Observation(TypedDict):
+    """What the robot knows, never the state of an object.
+
+    ``images`` uint8 ``[H, W, 3]`` upright by camera, empty while rendering is off; ``proprio`` float32 ``[D]`` by name.
+    """
+
+    images: dict[str, np.ndarray]
+    proprio: dict[str, np.ndarray]
+
+
+class Simulator(Protocol):
+    """One task, with the signatures of ``gymnasium.Env`` (https://gymnasium.farama.org/api/env/)."""
+
+    instruction: str
+    rendering: bool  # rendering can be switched off between steps: it costs ten times the physics
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Start an episode. The initial state is a function of ``seed`` alone; None draws a new one."""
+        ...
+
+    def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """Carry out an action float32 ``[A]``; return (observation, reward, terminated, truncated, info).
+
+        ``info["success"]`` says whether the task is solved at this step.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+class Suite(Protocol):
+    """A module of tasks that share a robot."""
+
+    @property
+    def INSTRUCTIONS(self) -> dict[str, str]:
+        """Each task's instruction, by the task's name."""
+
+    @property
+    def INTERFACE(self) -> Interface:
+        """What a policy has to read and command."""
+
+    @property
+    def HORIZON(self) -> int:
+        """Steps after which an episode is truncated."""
+
+    def make(self, task: str, image_size: int) -> Simulator:
+        """Return a simulator of one of the tasks, with square frames of ``image_size`` pixels."""
+        ...
+
+
+def load_suite(name: str) -> Suite:
+    """Return the suite ``name``. Raises KeyError for an unknown one, ModuleNotFoundError if its packages are missing."""
+    suite: Suite = importlib.import_module(SUITES[name])  # type: ignore[assignment]
+    return suite
+
+
+def episode_seed(seed: int, episode: int) -> int:
+    """Return the seed of an episode's initial state: a function of the evaluation's seed and the episode's number."""
+    return int(np.random.SeedSequence([seed, episode]).generate_state(1)[0])

@@ -1,0 +1,92 @@
+"""Closed loop: success rate of a policy in a simulator, with a video of every episode."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from infra.simulators.face import SUITES, Simulator, episode_seed, load_suite
+from pipelines.evaluate.intervals import wilson_interval
+from pipelines.models.policy import Policy
+from pipelines.models.session import Session
+from preprocessing.errors import UserError
+from preprocessing.video.write import write_video
+
+
+@dataclass
+class ClosedLoop:
+    """Success rate over episodes of one task, with its 95 % Wilson interval."""
+
+    task: str
+    episodes: int
+    successes: int
+    success_rate: float
+    low: float
+    high: float
+
+
+def closed_loop(policy: Policy, env: str, episodes: int, output: Path, seed: int) -> ClosedLoop:
+    """Roll the policy out in ``SUITE:TASK`` on all cores; write a video of each episode to ``output``.
+
+    An episode's initial state and the policy's noise are functions of ``seed`` and the episode's number.
+    """
+    suite_name, _, task = env.partition(":")
+    if suite_name not in SUITES:
+        known = ", ".join(SUITES)
+        raise UserError(f"{env}: unknown suite {suite_name}; known: {known}, e.g. --env metaworld:drawer-close")
+    suite = load_suite(suite_name)
+    if task not in suite.INSTRUCTIONS:
+        raise UserError(f"{env}: {suite_name} has no such task; one of {', '.join(suite.INSTRUCTIONS)}")
+    policy.accept(suite.INTERFACE, env)
+    successes = 0
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, episodes), get_context("spawn")) as pool:
+        try:
+            jobs = [
+                pool.submit(rollout, policy.folder, policy.embodiment, policy.fast, env, seed, number, output)
+                for number in range(episodes)
+            ]
+            with tqdm(as_completed(jobs), f"rollout {task}", total=episodes, unit="ep") as bar:
+                for done, job in enumerate(bar, 1):
+                    successes += job.result()
+                    bar.set_postfix_str(f"{successes} of {done} succeed")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    low, high = wilson_interval(successes, episodes)
+    return ClosedLoop(env, episodes, successes, successes / episodes, low, high)
+
+
+@cache
+def _loaded(folder: Path, embodiment: str, fast: bool, env: str) -> tuple[Policy, Simulator]:
+    """A process keeps its policy and its simulator: loading either takes a second."""
+    torch.set_num_threads(1)  # one process a core
+    policy = Policy(folder, embodiment, fast)
+    suite, _, task = env.partition(":")
+    return policy, load_suite(suite).make(task, policy.image_size)
+
+
+def rollout(folder: Path, embodiment: str, fast: bool, env: str, seed: int, number: int, output: Path) -> bool:
+    """Run one episode in this process; return whether it succeeded. Its video goes to ``output``."""
+    policy, simulator = _loaded(folder, embodiment, fast, env)
+    session = Session(policy, seed + number)
+    observation, _ = simulator.reset(seed=episode_seed(seed, number))
+    seen = [observation["images"]]
+    success = ended = False
+    while not (success or ended):
+        action = session.act(observation, simulator.instruction)
+        observation, _, terminated, truncated, info = simulator.step(action)
+        seen.append(observation["images"])
+        success, ended = info["success"], terminated or truncated
+    outcome = "success" if success else "failure"
+    frames = (np.concatenate(list(images.values()), axis=1) for images in seen)
+    path = output / f"{env.partition(':')[2]}_{number:02d}_{outcome}.mp4"
+    write_video(path, frames, policy.spec.fps, quality=26)
+    return success

@@ -1,0 +1,50 @@
+"""A policy at work on one episode: it remembers what it observed and which actions of its last chunk are left."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipelines.models.policy import Policy
+
+EXECUTED = 8  # actions of a chunk that are carried out before the policy looks again
+
+
+class Session:
+    """Turns observations into actions, one step at a time. Start a new one for each episode."""
+
+    def __init__(self, policy: Policy, seed: int = 0):
+        self._policy = policy
+        self._generator = torch.Generator().manual_seed(seed)
+        self._observed: deque[Any] = deque(maxlen=policy.settings.model.observed_frames)
+        self._queue: deque[np.ndarray] = deque()
+
+    def act(self, observation: Any, instruction: str | None = None) -> np.ndarray:
+        """Return the next action, float32 ``[A]`` in the robot's units.
+
+        ``observation`` is {"images": {camera: uint8 [S, S, 3]}, "proprio": {name: float32 [D]}}, one for each step.
+        """
+        self._observed.append(observation)
+        if not self._queue:
+            images, proprio = stacked(self._observed, self._policy.settings.model.observed_frames)
+            [chunk] = self._policy.act(images, proprio, self._generator, instruction)
+            self._queue.extend(chunk[:EXECUTED])
+        return self._queue.popleft()
+
+
+def stacked(observations: Sequence[Any], length: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Return the newest ``length`` observations as a batch of one; the first repeats where there are fewer.
+
+    Images uint8 ``[1, length, S, S, 3]`` by camera, proprioception float32 ``[1, length, D]`` by name.
+    """
+    newest = list(observations)[-length:]
+    chosen = [newest[0]] * (length - len(newest)) + newest
+
+    def stack(part: str) -> dict[str, np.ndarray]:
+        return {name: np.stack([item[part][name] for item in chosen])[None] for name in chosen[-1][part]}
+
+    return stack("images"), stack("proprio")
