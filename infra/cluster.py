@@ -1,4 +1,4 @@
-"""Ray: one started here when no address is given, or the cluster at an address. And progress from its workers."""
+"""A connection to Ray: the cluster at an address, or one started on this machine."""
 
 from __future__ import annotations
 
@@ -8,20 +8,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-
-# Read by Ray when it is imported or starts processes, so they are set before.
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a local start would otherwise leave a token that breaks later ones
-os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-os.environ.setdefault("RAY_DEDUP_LOGS", "1")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# Between two tasks Ray would end a worker after a second, and the next costs seconds of a core to start.
-os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
-# Those that it starts ahead have no runtime environment: no task of ours runs in them, and each takes 1 % of a core.
-os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-# Workers matter as much as what else runs on this machine: Ray's 15 leaves them a thirtieth of a core that is busy.
-os.environ.setdefault("RAY_worker_niceness", "0")
+from typing import Any
 
 import ray
 
@@ -55,6 +42,18 @@ def cluster(address: str | None = None, verbose: bool = False) -> Iterator[None]
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def data_context() -> Iterator[Any]:
+    """Ray Data settings for the datasets that the block makes: a copy, without Ray's own progress bars."""
+    from ray.data import DataContext  # imported lazily: slow
+
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    with DataContext.current(context):
+        yield context
 
 
 def _knock(address: str) -> None:

@@ -20,6 +20,7 @@ from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 def register(
     run_id: str,
     name: str,
+    *,
     checkpoint: Path,
     code: Path,
     inputs: dict[str, tuple[str, tuple[int, ...]]],

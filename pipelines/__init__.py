@@ -1,1 +1,3 @@
-"""The verbs: plan, run on Ray, record. This package alone imports all the others."""
+"""The verbs: plan, run on Ray, record. Only this package imports all the others."""
+
+import infra  # noqa: F401  its environment defaults have to come before any import of Ray

@@ -32,7 +32,13 @@ class Lasting:
 
 
 def say(line: str) -> None:
+    """Print progress or a note, on stderr."""
     typer.echo(line, err=True)
+
+
+def show(line: str) -> None:
+    """Print a result for people, on stdout."""
+    typer.echo(line)
 
 
 def answer(value: Any, as_json: bool) -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import typer
 
 from infra import tracking
 from infra.cluster import cluster
+from pipelines.console import say, show
 from pipelines.errors import Refused
 from pipelines.evaluate.run import evaluate
 from pipelines.ingest.run import ingest
@@ -27,6 +27,7 @@ from pipelines.registry.register import register
 from pipelines.report.page import Stage, write_report
 from pipelines.train.finetune import finetune
 from pipelines.train.pretrain import pretrain
+from pipelines.train.run import RunOptions
 
 TASKS = ["drawer-close", "button-press-topdown", "door-open"]
 TASK = "button-press-topdown"  # the one that is finetuned, evaluated and promoted
@@ -43,11 +44,12 @@ def demo(output: Path, verbose: bool = False) -> None:
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{output / 'mlflow.db'}")
     tracking.connect()
     raw, store, runs = output / "raw", str(output / "store"), output / "runs"
+    options = RunOptions(output=runs, verbose=verbose)
     stages: list[Stage] = []
 
     def done(name: str, began: float, summary: str) -> None:
         stages.append(Stage(name, time.monotonic() - began, summary))
-        typer.echo(f"[{name}] {summary} ({stages[-1].seconds:.0f} s)", err=True)
+        say(f"[{name}] {summary} ({stages[-1].seconds:.0f} s)")
 
     began = time.monotonic()
     recorded = record(raw, TASKS, EPISODES_PER_TASK, VIDEOS_PER_TASK)
@@ -62,13 +64,11 @@ def demo(output: Path, verbose: bool = False) -> None:
         done("ingest again", began, f"{again.episodes['new']} new, {again.episodes['already']} already there")
 
         began = time.monotonic()
-        pretrain_run, pretrained = pretrain(store, load_recipe("demo_pretrain", []), runs, verbose=verbose)
+        pretrain_run, pretrained = pretrain(store, load_recipe("demo_pretrain", []), options)
         done("pretrain", began, f"robot logs and videos together; run {pretrain_run}")
 
         began = time.monotonic()
-        finetune_run, finetuned = finetune(
-            str(pretrained), store, load_recipe("demo_finetune", []), runs, verbose=verbose
-        )
+        finetune_run, finetuned = finetune(str(pretrained), store, load_recipe("demo_finetune", []), options)
         done("finetune", began, f"on {TASK}; run {finetune_run}")
 
     began = time.monotonic()
@@ -101,8 +101,8 @@ def demo(output: Path, verbose: bool = False) -> None:
         promotion=promotion,
     )
     for line in _table(stages, untrained, closed, opened, verdict):
-        typer.echo(line)
-    typer.echo(f"report: {page}")
+        show(line)
+    show(f"report: {page}")
 
 
 def _untrained(finetuned: Path) -> Path:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 
 class Refused(Exception):
-    """A promotion gate's answer was no; exit code 4."""
+    """A promotion gate refused; exit code 4."""
 
 
-class Stopped(Exception):
-    """A training was ended by Ctrl-C or SIGTERM, after a checkpoint; exit code 130."""
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM ended a training, after a checkpoint; exit code 130."""

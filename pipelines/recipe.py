@@ -17,7 +17,6 @@ from preprocessing.quality.filters import Filters
 from uwm_model.config import AugmentConfig, DiffusionConfig, ModelConfig
 
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-STRIDE = 8  # pixels a latent, of every encoder there is a name for
 
 
 class IngestRecipe(BaseModel):
@@ -29,19 +28,12 @@ class IngestRecipe(BaseModel):
     encoder: list[str] = Field(default=["tiny"], min_length=1, description="all of them in one pass over the frames")
     precision: Precision = "float32"
     text_encoder: str | None = Field(default=None, description="whose vectors of the instructions are kept, too")
-    image_size: int = Field(default=128, description="pixels, a multiple of 8")
+    image_size: int = Field(default=128, ge=16, description="pixels a side, a multiple of the encoders' stride (8)")
     fps: float | None = Field(default=None, ge=0.01, description="thin videos without actions to this rate")
     max_bad: float = Field(default=0.5, ge=0, le=1, description="stop when more than this share is bad")
     keep_broken: bool = Field(default=False, description="of a broken video, keep what comes before the break")
     quality: Filters = Filters()
     limits: Limits = Limits()
-
-    @field_validator("image_size")
-    @classmethod
-    def _whole_latents(cls, value: int) -> int:
-        if value % STRIDE or value < 4 * STRIDE:
-            raise ValueError(f"choose a multiple of {STRIDE}, at least {4 * STRIDE}")
-        return value
 
 
 class Lora(BaseModel):
@@ -56,6 +48,19 @@ class Lora(BaseModel):
         min_length=1,
         description="patterns of modules' names",
     )
+
+
+# What each key of a training recipe decides. A key must be in one of these (a test holds it).
+RESULT_KEYS = {
+    "name", "seed", "steps", "batch_size", "learning_rate", "weight_decay", "warmup_steps", "betas", "decay",
+    "gradient_clip", "ema_decay", "precision", "validation_share", "encoder", "text_encoder", "instructions",
+    "normalise", "mixture", "shuffle_windows", "model", "diffusion", "augment", "freeze", "lora", "statistics",
+}  # fmt: skip
+# Keys that change how the work is done but not its result, but for rounding: a cut-off run may resume with other values.
+WORK_KEYS = {
+    "workers", "micro_batch_size", "zero_stage", "activation_checkpointing", "offload", "compile", "checkpoint_every",
+    "keep_last", "worker_price", "log_every",
+}  # fmt: skip
 
 
 class Recipe(BaseModel):
@@ -180,7 +185,12 @@ def load_recipe(recipe: str | Path, overrides: list[str], kind: type[Kind] = Rec
         *parents, last = key.split(".")
         for parent in parents:
             section = section.setdefault(parent, {})
-        section[last] = yaml.safe_load(text)
+            if not isinstance(section, dict):
+                raise UserError(f"{override}: {parent} is a value, not a section with keys of its own")
+        try:
+            section[last] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"{override}: the value is not YAML; write lists as KEY='[1, 2]'") from None
     try:
         return kind.model_validate(values)
     except ValidationError as error:

@@ -1,1 +1,1 @@
-"""Bytes in, latents out, windows to a trainer. Runs without Ray."""
+"""Raw bytes to latents, and stored latents to training windows. Does not import Ray."""

@@ -1,9 +1,9 @@
-"""Where this machine keeps what it can make again: copies of shards, and what scans have found.
+"""Regenerable on-disk cache: copies of shards, and the findings of scans.
 
-Copies may fill a disk, so :class:`Shelf` keeps them within ``UWM_CACHE_GB`` (10^9 bytes; by default 80 % of what is
-free and what it holds): those that nobody has used for longest make room for new ones. Any number of processes share
-it, and any of them may be killed at any moment, for all that they agree by is locks that the kernel takes back
-(flock): an item's file ``lock`` is held shared by who uses the item, and exclusively by who makes or deletes it.
+Copies can fill a disk, so :class:`Shelf` bounds them to ``UWM_CACHE_GB`` (10^9 bytes; by default 80 % of the free space
+plus its own contents) and evicts the least recently used. Any number of processes share it, and any of them may be
+killed at any moment: they coordinate only through flock, which the kernel releases. Users of an item hold its file
+``lock`` shared; whoever makes or deletes the item holds it exclusively.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from typing import BinaryIO
 
 from preprocessing.errors import UserError
 
-FREE_SHARE = 0.8  # of what is free and what it holds, that a shelf takes where nobody says
-PATIENCE = 60.0  # seconds that other processes have to let go of what fills the shelf
+FREE_SHARE = 0.8  # default limit: this share of the free space plus the shelf's own contents
+PATIENCE = 60.0  # seconds to wait for other processes to release what fills the shelf
 GB = 1e9
 
 
 def cache_folder() -> Path:
-    """``UWM_CACHE``, or ~/.cache/uwm. It may not exist yet."""
+    """Return ``UWM_CACHE``, or ~/.cache/uwm. It may not exist yet."""
     return Path(os.environ.get("UWM_CACHE", "~/.cache/uwm")).expanduser()
 
 
 class Item:
-    """A complete folder that stays as long as it is held. Its files stay readable where they are mapped."""
+    """A complete folder that is not evicted while it is held. Files that are mapped stay readable after release."""
 
     def __init__(self, path: Path, lock: BinaryIO):
         self.path, self._lock = path, lock
@@ -41,27 +41,27 @@ class Item:
 
 
 class Shelf:
-    """Items of flat files in the folder ``root``, each complete or absent, bounded in their sum."""
+    """Items of flat files in the folder ``root``: each is complete or absent, and their total size is bounded."""
 
     def __init__(self, root: Path):
         self.root = root
 
     def limit(self) -> int:
-        """Bytes that all items together may have; UserError where ``UWM_CACHE_GB`` is no number."""
+        """Return the bytes that all items together may take. Raises UserError if ``UWM_CACHE_GB`` is not a number."""
         if (given := os.environ.get("UWM_CACHE_GB")) is None:
             self.root.mkdir(parents=True, exist_ok=True)
             return int(FREE_SHARE * (shutil.disk_usage(self.root).free + sum(self._sizes().values())))
         with contextlib.suppress(ValueError):
             if (limit := float(given)) > 0:
                 return int(min(limit, 1e9) * GB)
-        raise UserError(f"UWM_CACHE_GB={given}: give a number above 0, of GB that copies of shards may take")
+        raise UserError(f"UWM_CACHE_GB={given}: give a number above 0: the GB that copies of shards may take")
 
     def hold(self, name: str, sizes: dict[str, int], fill: Callable[[Path], None], wait: bool = True) -> Item | None:
-        """The item of that name, whose files have these sizes in bytes; made first where it is not there.
+        """Hold the item of that name, whose files have these sizes in bytes; make it first if it is absent.
 
-        ``fill`` writes into the files, which are there at their full sizes. Without ``wait``, None where another
-        process is making it. Raises UserError where what others hold leaves no room, and OSError, which tells where,
-        where the disk is full; then nothing half-made is left.
+        ``fill`` writes into the files, which are preallocated. Without ``wait``, return None while another process
+        makes the item. Raises UserError if items that others hold leave no room, and OSError (with the path) if the
+        disk is full; nothing incomplete is left behind.
         """
         deadline = float("inf")
         while True:
@@ -74,10 +74,10 @@ class Shelf:
                 time.sleep(0.02)
                 continue
             try:
-                if item := self._find(name, sizes):  # somebody was quicker
+                if item := self._find(name, sizes):  # another process was faster
                     _delete(building)
                     return item
-                if (self.root / name).exists():  # without its lock
+                if (self.root / name).exists():  # but its lock file is missing
                     _delete(self.root / name)
                 if not self._reserve(building, sizes):
                     deadline = min(deadline, time.monotonic() + PATIENCE)
@@ -92,7 +92,7 @@ class Shelf:
                     building.rename(self.root / name)
             except BaseException as error:
                 if os.fstat(lock.fileno()).st_nlink == 0 and isinstance(error, OSError):
-                    continue  # somebody deleted it while it was made
+                    continue  # another process deleted it meanwhile
                 with contextlib.suppress(OSError):
                     _delete(building)
                 raise
@@ -100,7 +100,7 @@ class Shelf:
                 lock.close()
 
     def _find(self, name: str, sizes: dict[str, int]) -> Item | None:
-        """The item, held, where it is there. What is not as large as it should be is deleted."""
+        """Return the item, held, or None. An item with wrong file sizes is deleted."""
         path = self.root / name
         if (lock := _lock(path, fcntl.LOCK_SH)) is None:
             return None
@@ -113,7 +113,7 @@ class Shelf:
         return None
 
     def _reserve(self, building: Path, sizes: dict[str, int]) -> bool:
-        """Make room and take it: False where others hold too much of it."""
+        """Make room and allocate it. Returns False if items in use leave too little."""
         needed, limit = sum(sizes.values()), self.limit()
         with self._counting():
             held = self._sizes()
@@ -135,25 +135,25 @@ class Shelf:
 
     @contextlib.contextmanager
     def _counting(self) -> Iterator[None]:
-        """Nobody else takes room, or changes a name, so that nothing is missed."""
+        """Lock out other allocations and renames, so that the sizes add up."""
         with (self.root / "room.lock").open("w") as room:
             fcntl.flock(room, fcntl.LOCK_EX)
             yield
 
     def _sizes(self) -> dict[Path, int]:
-        """Bytes of each item, half-made ones included."""
+        """Return the bytes of each item, incomplete ones included."""
         return {path: sum(size for _, size in _files(path)) for path in self.root.iterdir() if path.is_dir()}
 
     def _full(self, needed: int) -> str:
         held = sum(self._sizes().values())
         return (
-            f"{self.root}: no room for {needed / GB:.2f} GB more: {held / GB:.2f} of {self.limit() / GB:.2f} GB are in "
-            "use by this and other runs; raise UWM_CACHE_GB, lower shuffle_windows, or wait for them"
+            f"{self.root}: no room for {needed / GB:.2f} GB more: this and other runs use {held / GB:.2f} of "
+            f"{self.limit() / GB:.2f} GB; raise UWM_CACHE_GB, lower shuffle_windows, or wait for them"
         )
 
 
 def _lock(path: Path, how: int, make: bool = False) -> BinaryIO | None:
-    """A file whose descriptor holds the lock of the item at ``path``; None where there is none to have."""
+    """Return an open file that holds the lock of the item at ``path``; None if the item is absent or locked."""
     try:
         if make:
             path.mkdir(parents=True, exist_ok=True)
@@ -171,7 +171,7 @@ def _lock(path: Path, how: int, make: bool = False) -> BinaryIO | None:
 
 
 def _delete(path: Path) -> None:
-    """At once for everybody who looks for the name; who has its files mapped keeps their bytes."""
+    """Delete atomically. Processes that have its files mapped keep their bytes."""
     gone = path.with_name(f"{uuid.uuid4().hex}.gone")
     path.rename(gone)
     shutil.rmtree(gone)
@@ -190,7 +190,7 @@ def _last_used(path: Path) -> float:
 
 
 def _allocate(path: Path, size: int) -> None:
-    """A file of that size whose blocks are its own, so that writing into it cannot fill the disk."""
+    """Create a file with all its blocks allocated, so that writing into it cannot fill the disk."""
     with path.open("wb") as file:
         try:
             if size:
@@ -200,6 +200,6 @@ def _allocate(path: Path, size: int) -> None:
 
 
 def _sync(path: Path) -> None:
-    """So that a machine that loses its power does not come back with a file of zeros."""
+    """Flush to disk, so that a power failure cannot leave a file of zeros."""
     with path.open("rb") as file:
         os.fsync(file.fileno())

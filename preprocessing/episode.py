@@ -1,7 +1,7 @@
-"""The one record type that every format becomes.
+"""The one record type that every format is converted to.
 
-A reader in :mod:`preprocessing.sources` lists :class:`EpisodeRef` cheaply (``scan``), and turns one of
-them into an :class:`Episode` (``load``). Nothing is decoded before someone iterates over ``Video.frames``.
+A reader in :mod:`preprocessing.sources` lists :class:`EpisodeRef` cheaply (``scan``) and turns one into an
+:class:`Episode` (``load``). Frames are decoded only while ``Video.frames`` is iterated.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -19,17 +19,17 @@ FRAMES_PER_CHUNK = 64
 
 @dataclass(frozen=True)
 class EpisodeRef:
-    """Where an episode is, and what its bytes are, before anything of it is decoded.
+    """Location and content digest of an episode that is not decoded yet.
 
     ``digest`` covers exactly the bytes of this episode (its TFRecord record, its HDF5 group, its parquet and
-    mp4 files), so that a renamed, copied or reordered file holds the same episodes.
+    mp4 files), so renaming, copying or reordering files does not change episodes.
     """
 
     uri: str
     format: str
     index: int
     digest: str
-    problem: str | None = None  # known at scan time already: load would raise BadEpisode
+    problem: str | None = None  # known at scan time: load will raise BadEpisode
 
     @property
     def id(self) -> str:
@@ -41,11 +41,10 @@ class Video:
     """One camera's frames, decoded only while iterated.
 
     ``frames(size)`` yields uint8 ``[n, size, size, 3]`` RGB, upright, with n <= FRAMES_PER_CHUNK; the whole
-    frame is resized, nothing is cropped. ``size=None`` keeps the recorded height and width.
-    It raises :class:`BadEpisode` where the bytes break. ``turned`` says that the camera is recorded upside down
-    and ``frames`` turns it, so that a contract can overrule that finding. ``thin(share)``, where there is one, is
-    the same camera with that share of its frames, for less work than dropping the others afterwards
-    (:func:`preprocessing.video.frames.thinned` asks it, and does without).
+    frame is resized, nothing is cropped. ``size=None`` keeps the recorded height and width. It raises
+    :class:`BadEpisode` at broken bytes. ``turned`` means that the camera is recorded upside down and ``frames`` turns
+    it; a contract can override that. ``thin(share)``, if present, returns the same camera with that share of its
+    frames, for less work than dropping frames afterwards (used by :func:`preprocessing.video.frames.thinned`).
     """
 
     frames: Callable[[int | None], Iterator[np.ndarray]]
@@ -53,37 +52,56 @@ class Video:
     thin: Callable[[float], Video] | None = None
 
 
-# Of a rotation: angles about the fixed axes x, y, z in turn (what SciPy calls "xyz"), in radians; quaternions by where
-# their real part stands; a matrix by rows; its first two rows (arXiv 1812.07035, whose authors take columns: rows are
-# what PyTorch3D made common, and DROID's and Diffusion Policy's own code store).
+# Rotations. euler_xyz: angles about the fixed axes x, y, z in turn (SciPy's "xyz"), in radians. Quaternions: real part
+# last or first. matrix: row by row. rotation_6d: the first two rows of the matrix (arXiv 1812.07035, whose authors use
+# columns; rows are PyTorch3D's convention, and what DROID's and Diffusion Policy's own code store).
 Representation = Literal["euler_xyz", "quaternion_xyzw", "quaternion_wxyz", "axis_angle", "matrix", "rotation_6d"]
 
 
 class ActionBlock(BaseModel):
-    """A named run of columns of the action vector."""
+    """A named block of consecutive columns of the action vector."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     size: int = Field(gt=0)
     kind: Literal["position", "rotation", "gripper", "joint", "other"] = "other"
-    representation: Representation | None = None  # of a rotation
+    representation: Representation | None = None  # rotations only
     mode: Literal["absolute", "delta", "velocity", "unknown"] = "unknown"
     frame: Literal["base", "tool", "unknown"] = "unknown"
     unit: Literal["m", "rad", "deg", "m/s", "rad/s", "scaled", "unknown"] = "unknown"  # scaled: to a range, often +-1
-    gripper_one_means: Literal["open", "closed"] | None = None  # the larger of its two ends
+    gripper_one_means: Literal["open", "closed"] | None = None  # the larger of the two values
+
+
+# What a repair is about. The first row holds fields of a contract: setting the field resolves the repair. No contract
+# resolves the others: frames that were invented, moved or lost; rows of numbers; recorded streams that were dropped;
+# findings of the quality filters; a shipped contract that does not fit.
+RepairField = Literal[
+    "fps", "embodiment", "cameras", "flip", "bgr", "proprio", "action", "action_layout", "instruction", "success_field",
+    "frames", "steps", "streams", "quality", "contract",
+]  # fmt: skip
+
+
+class Repair(NamedTuple):
+    """Something a reader had to guess, mend or leave out.
+
+    A contract that sets ``field`` resolves the repair, which is then dropped. ``text`` is a short sentence for people;
+    no code depends on its wording.
+    """
+
+    field: RepairField
+    text: str
 
 
 @dataclass(frozen=True)
 class Episode:
-    """One trajectory or one video.
+    """One trajectory or one video of T frames.
 
-    ``proprio`` holds float32 ``[T, D]`` arrays by name, ``action`` float32 ``[T, A]`` or None for video
-    alone; row t of the action is what was commanded at frame t. T is the number of frames. ``signals`` is whatever
-    else is recorded at each step, float32 ``[T, D]`` by its recorded name: other actions, rewards, a simulator's state.
-    ``texts`` holds every sentence by its field's name, ``instruction`` is one of them. ``dataset`` is the name that the
-    data set gives itself, ``split`` the part of it that this episode is in. ``repairs`` lists what the reader had to
-    mend or guess, one short sentence each.
+    ``proprio`` holds float32 ``[T, D]`` arrays by name; ``action`` is float32 ``[T, A]``, or None for a video without
+    actions. Row t of the action is the command at frame t. ``signals`` holds everything else recorded at each step,
+    float32 ``[T, D]`` by its recorded name: other actions, rewards, a simulator's state. ``texts`` holds every text by
+    its field's name; ``instruction`` is one of them. ``dataset`` is the name that the data set gives itself, ``split``
+    the part of it that holds this episode.
     """
 
     ref: EpisodeRef
@@ -95,7 +113,7 @@ class Episode:
     instruction: str | None
     success: bool | None
     embodiment: str
-    repairs: tuple[str, ...] = ()
+    repairs: tuple[Repair, ...] = ()
     signals: dict[str, np.ndarray] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     dataset: str | None = None

@@ -1,11 +1,11 @@
-"""Errors that are told in one line: a user's mistake, and an episode that cannot be read."""
+"""Errors reported in one line: a user's mistake, and an unreadable episode."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake that its maker can mend: one line that says what, where, and how. Exit code 2."""
+    """A mistake that the user can fix. The message is one line: what, where, and how to fix it. Exit code 2."""
 
 
 class BadEpisode(Exception):
-    """This episode cannot be read, and why, in words a person understands. It is quarantined."""
+    """An episode that cannot be read and is quarantined. The message is a reason that a person understands."""

@@ -1,4 +1,4 @@
-"""The one thing that goes into the model."""
+"""The model's input."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 class Batch:
     """B samples: V camera slots, To observed and Tf future frames, latents C x h x w, L actions padded to A values.
 
-    A slot without a camera, a step past the episode's end and a dimension this robot lacks are padded with zeros and
-    False in the masks. A sample of action-free video has an ``action_mask`` that is False throughout.
-    ``future_latents`` and ``action`` are needed for training, and for sampling where the mode is given them;
-    ``current_pixels`` by a model that observes pixels. Without ``instruction`` nobody is told anything.
+    Empty camera slots, steps past the end of the episode and dimensions that the embodiment lacks are padded with zeros
+    and False in the masks. In a sample of action-free video, ``action_mask`` is False everywhere.
+    ``future_latents`` and ``action`` are required for training and by the sampling modes that are given them,
+    ``current_pixels`` by a model that observes pixels. ``instruction`` None: no sample has one.
     """
 
     current_latents: Tensor  # float [B, V, To, C, h, w], standardised: about unit deviation
@@ -28,10 +28,10 @@ class Batch:
     action: Tensor | None = None  # float [B, L, A] in [-1, 1]
     current_pixels: Tensor | None = None  # uint8 [B, V, To, 3, H, W] RGB, or float in [0, 1]
     instruction: Tensor | None = None  # float [B, E]: a frozen text encoder's vectors
-    instruction_mask: Tensor | None = None  # bool [B]: who is told one
+    instruction_mask: Tensor | None = None  # bool [B]: which samples have one
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Batch:
-        """On that device, its floating point tensors in that dtype."""
+        """Return it on that device, with floating-point tensors in that dtype."""
         moved = {}
         for field in fields(self):
             tensor = getattr(self, field.name)
@@ -41,14 +41,14 @@ class Batch:
         return Batch(**moved)
 
     def __getitem__(self, some: slice) -> Batch:
-        """Some of its samples."""
+        """Return a slice of its samples."""
         held = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: tensor[some] for name, tensor in held.items() if tensor is not None})
 
     @property
     def action_visible(self) -> Tensor:
-        """bool [B, L, A]: which action values the network is shown; it sees 0 at the others.
+        """bool [B, L, A]: which action values the network sees; the others are 0.
 
-        Those of ``action_mask``, and for a sample without any action all of them, since its input is pure noise.
+        Those of ``action_mask``; for a sample without actions, all of them, since its input is pure noise.
         """
         return self.action_mask | ~self.action_mask.any(dim=(1, 2), keepdim=True)

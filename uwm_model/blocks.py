@@ -10,13 +10,13 @@ from torch.nn import functional as F
 
 from uwm_model.config import ModelConfig
 
-KeysValues = Sequence[Tensor]  # two of [B, heads, N, d]
+KeysValues = Sequence[Tensor]  # keys and values, each [B, heads, N, d]
 
 
 class Block(nn.Module):
-    """Attention and MLP. Freshly made it is the identity, since the modulation starts at zero and gates both.
+    """Attention and MLP. It is initialised as the identity: the modulation starts at zero and gates both.
 
-    Without a ``condition_width`` the condition is the six modulations that all blocks share, of which each has its own
+    ``condition_width`` None: the condition is the six modulations that all blocks share, and the block adds its own
     offset (PixArt-alpha's adaLN-single, arXiv 2310.00426).
     """
 
@@ -28,9 +28,9 @@ class Block(nn.Module):
         self.modulation = Offset(6 * width) if condition_width is None else modulation(condition_width, 6 * width)
 
     def forward(self, x: Tensor, condition: Tensor, keys: Tensor | None) -> Tensor:
-        """x [B, N, D], condition [B, K], or [B, 6 * D] where shared -> [B, N, D].
+        """x [B, N, D], condition [B, K], or [B, 6 * D] if shared -> [B, N, D].
 
-        keys bool [B, 1, 1 or N, N]: False where not attended to.
+        keys bool [B, 1, 1 or N, N]: False for tokens that are masked in attention.
         """
         return self.modulated(x, self.modulation(condition)[:, None].chunk(6, dim=-1), keys)[0]
 
@@ -39,23 +39,23 @@ class Block(nn.Module):
         x: Tensor,
         modulation: Sequence[Tensor],
         keys: Tensor | None,
-        asking: int | None = None,
+        queries: int | None = None,
         others: KeysValues | None = None,
     ) -> tuple[Tensor, KeysValues]:
-        """The block under its six modulations [B, 1, D]: the tokens after it, and the keys and values of x [B, M, D].
+        """Apply the block under six modulations [B, 1, D] to x [B, M, D]; return tokens, and the keys and values of x.
 
-        Only the first ``asking`` tokens of x go on, [B, asking, D]; the rest are but attended to (None: all go on).
-        ``others`` belong to N - M tokens that are not in x, and are attended to as if they came after it.
+        Only the first ``queries`` tokens are updated and returned, [B, queries, D]; None: all. ``others`` are the keys
+        and values of N - M tokens that are not in x, attended to as if they followed it.
         """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
         q, *own = self.attention.project(normalise(x, shift_a, scale_a))
         k, v = own if others is None else (torch.cat(pair, dim=2) for pair in zip(own, others, strict=True))
-        x = torch.addcmul(x[:, :asking], gate_a, self.attention.mix(q[:, :, :asking], k, v, keys))
+        x = torch.addcmul(x[:, :queries], gate_a, self.attention.mix(q[:, :, :queries], k, v, keys))
         return torch.addcmul(x, gate_m, self.mlp(normalise(x, shift_m, scale_m))), own
 
 
 class Offset(nn.Module):
-    """Its own vector on top of what is given; zero at first."""
+    """Adds a learned vector, initialised to zero."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -66,7 +66,7 @@ class Offset(nn.Module):
 
 
 class Head(nn.Module):
-    """The last layer that actions and latents share: modulated norm, then linear."""
+    """The last layer that actions and latents share: a modulated norm, then a linear layer."""
 
     def __init__(self, width: int, condition_width: int):
         super().__init__()
@@ -78,12 +78,12 @@ class Head(nn.Module):
         return self.modulated(x, self.modulation(condition)[:, None].chunk(2, dim=-1))
 
     def modulated(self, x: Tensor, modulation: Sequence[Tensor]) -> Tensor:
-        """x [B, N, D] under two modulations [B, 1, D] -> [B, N, D]."""
+        """Apply the head under two modulations [B, 1, D]: x [B, N, D] -> [B, N, D]."""
         return self.linear(normalise(x, *modulation))
 
 
 class Attention(nn.Module):
-    """Multi-head self attention, queries, keys and values from one product."""
+    """Multi-head self-attention with one product for queries, keys and values."""
 
     def __init__(self, width: int, heads: int, qkv_bias: bool):
         super().__init__()
@@ -93,7 +93,7 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, N, D] -> queries, keys and values [B, heads, N, d]."""
-        # Not by einops: a small model's query notices the time that einops itself takes.
+        # Not einops: its overhead shows in a small model's query.
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return q, k, v
 
@@ -104,7 +104,7 @@ class Attention(nn.Module):
 
 
 def stack(config: ModelConfig, condition_width: int | None) -> nn.ModuleList:
-    """The ``depth`` blocks of a transformer, modulated by a condition of that width, or all alike."""
+    """Return the ``depth`` blocks of a transformer; ``condition_width`` as in Block."""
     return nn.ModuleList(
         Block(config.width, config.heads, config.mlp_ratio, config.qkv_bias, condition_width)
         for _ in range(config.depth)
@@ -112,6 +112,7 @@ def stack(config: ModelConfig, condition_width: int | None) -> nn.ModuleList:
 
 
 def modulation(condition_width: int, out: int) -> nn.Sequential:
+    """Return the layers from a condition [B, condition_width] to a modulation [B, out], initialised to zero."""
     linear = nn.Linear(condition_width, out)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
@@ -119,10 +120,10 @@ def modulation(condition_width: int, out: int) -> nn.Sequential:
 
 
 def modulations(layers: nn.Sequential, condition: Tensor, times: Tensor, width: int) -> list[tuple[Tensor, ...]]:
-    """The modulations [B, 1, width] that ``layers`` make of condition [B, K - T] beside each of the times [S, T].
+    """Return, for each of the times [S, T], the modulations [B, 1, width] of condition [B, K - T] and that time.
 
-    A linear map of two vectors side by side is the sum of a map of each: the condition, by far the wider one, is mapped
-    once, not S times. In bfloat16 that sum is rounded once more.
+    A linear map of two concatenated vectors is the sum of a map of each. The condition, by far the wider one, is mapped
+    once instead of S times. In bfloat16 the sum is rounded one additional time.
     """
     activation, linear = layers
     assert isinstance(linear, nn.Linear)
@@ -133,7 +134,7 @@ def modulations(layers: nn.Sequential, condition: Tensor, times: Tensor, width: 
 
 
 def normalise(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Layer norm of x [B, N, D], whose affine part is the modulation [B, 1, D]."""
-    if len(x) == 1 and not torch.is_grad_enabled():  # a robot's query: the norm's own affine part does it in one pass
+    """Return the layer norm of x [B, N, D] with the modulation [B, 1, D] as its affine part."""
+    if len(x) == 1 and not torch.is_grad_enabled():  # a robot's query: the norm's own affine part takes one pass
         return F.layer_norm(x, x.shape[-1:], 1 + scale.flatten(), shift.flatten(), eps=1e-6)
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)

@@ -11,17 +11,17 @@ from uwm_model.blocks import Block, Head, Offset, modulation, modulations, stack
 from uwm_model.config import ModelConfig
 from uwm_model.tokens import ActionTokens, FactoredPosition, LatentPatches, TimestepEmbedding
 
-# A denoiser for one batch, its observation and masks filled in:
+# The network with one batch's observation and masks bound:
 # (noisy action, t_action, noisy latents, t_video) -> predictions shaped like action and latents.
 Denoise = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Denoiser(nn.Module):
-    """One sequence of N tokens: L actions, V * patches future latents, V * observed_patches current latents (where they
-    are tokens), R registers, all under one position embedding.
+    """One sequence of N tokens: L actions, V * patches future latents, V * observed_patches current latents (with
+    observation "tokens"), R registers, under one position embedding.
 
-    Condition and both timesteps reach every block through its modulation (K = condition_size + timestep_width), which
-    is the block's own (the paper's) or shared.
+    The condition and both timesteps reach every block through its modulation (K = condition_size + timestep_width),
+    which is per block (the paper) or shared.
     """
 
     def __init__(self, config: ModelConfig):
@@ -44,7 +44,7 @@ class Denoiser(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Small embeddings, and predictions of exactly zero: a fresh model's loss is the noise's variance, 1."""
+        """Small embeddings, and predictions of exactly zero: the initial loss is the noise's variance, 1."""
         nn.init.normal_(self.registers, std=0.02)
         if isinstance(self.position, nn.Parameter):
             nn.init.normal_(self.position, std=0.02)
@@ -62,13 +62,13 @@ class Denoiser(nn.Module):
         current_latents: Tensor | None = None,
         action_shown: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Predictions shaped like ``action`` and ``latents``.
+        """Return predictions shaped like ``action`` and ``latents``.
 
-        condition [B, condition_size], action [B, L, A], latents [B, V, Tf, C, h, w], t_action and t_video int64 or
-        float32, [B] or 0-d, camera_mask bool [B, V]: nobody attends to the tokens of a missing camera, and the
-        prediction for it means nothing. None: all cameras are there. current_latents [B, V, To, C, h, w] are for
-        ``current_patches`` and observation by tokens.
-        action_shown bool [B]: nobody attends to the action tokens of a sample where it is False. None: all are shown.
+        condition [B, condition_size], action [B, L, A], latents [B, V, Tf, C, h, w]; t_action and t_video int64 or
+        float32, [B] or 0-d. camera_mask bool [B, V]: no token attends to those of a missing camera, and the prediction
+        for it is meaningless; None: no camera is missing. current_latents [B, V, To, C, h, w] are used with
+        ``current_patches`` and observation "tokens". action_shown bool [B]: where False, no token attends to the
+        sample's action tokens; None: all are shown.
         """
         B, (L, patches) = len(action), (self.config.action_chunk, self.config.cameras * self.config.patches)
         of_action, of_others = self.positions()
@@ -84,7 +84,10 @@ class Denoiser(nn.Module):
         return self.actions.decode(x_BND[:, :L]), self.latents.decode(x_BND[:, L : L + patches])
 
     def modulations(self, condition: Tensor, times: Tensor) -> list[list[tuple[Tensor, ...]]]:
-        """Of every block, and of the head, at each of the times [S, T]: six modulations [B, 1, D], the head's two."""
+        """Return, for each block and then the head, and for each of the times [S, T], its modulations [B, 1, D].
+
+        A block has six, the head two.
+        """
         width = self.config.width
         if not isinstance(self.modulation, nn.Sequential):
             return [modulations(part.modulation, condition, times, width) for part in (*self.blocks, self.head)]
@@ -97,7 +100,7 @@ class Denoiser(nn.Module):
         return [*of_parts, modulations(self.head.modulation, condition, times, width)]
 
     def positions(self) -> tuple[Tensor, Tensor]:
-        """Of the L action tokens [1, L, D], and of the others [1, N - L, D]."""
+        """Return the positions of the L action tokens [1, L, D] and of the others [1, N - L, D]."""
         every = self.position if isinstance(self.position, nn.Parameter) else self.position()
         return every[:, : self.config.action_chunk], every[:, self.config.action_chunk :]
 
@@ -106,11 +109,11 @@ class Denoiser(nn.Module):
         return self.actions.encode(action) + positions
 
     def embed_others(self, latents: Tensor, current_latents: Tensor | None, positions: Tensor) -> Tensor:
-        """float [B, V, Tf, C, h, w] and [B, V, To, C, h, w] -> the tokens of latents and registers, [B, N - L, D]."""
+        """float [B, V, Tf, C, h, w] and [B, V, To, C, h, w] -> tokens of latents and registers, [B, N - L, D]."""
         parts = [self.latents.encode(latents)]
         if self.config.current_patches or self.config.observed_patches:
             if current_latents is None:
-                raise ValueError("a model with current_patches, or observation by tokens, needs current_latents")
+                raise ValueError("a model with current_patches or observation tokens needs batch.current_latents")
             if self.config.current_patches:
                 parts[0] = parts[0] + self.latents.encode_current(current_latents)
             if self.config.observed_patches:
@@ -119,7 +122,7 @@ class Denoiser(nn.Module):
         return torch.cat(parts, dim=1) + positions
 
     def keys(self, camera_mask: Tensor | None, action_shown: Tensor | None = None) -> Tensor | None:
-        """Both bool, [B, V] and [B] -> bool [B, 1, 1, N]: which tokens may be attended to; None: all of them."""
+        """bool [B, V] and bool [B] -> bool [B, 1, 1, N]: which tokens may be attended to; None: all."""
         if camera_mask is None and action_shown is None:
             return None
         given = camera_mask if camera_mask is not None else action_shown

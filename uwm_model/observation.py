@@ -1,4 +1,4 @@
-"""What the robot sees and feels now -> the condition vector."""
+"""Encoders of the current observation into the condition vector."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from uwm_model.batch import Batch
 from uwm_model.config import ModelConfig
 from uwm_model.resnet import ResNet18
 
-CHANNELS = (64, 128)  # of the two convolutions
+CHANNELS = (64, 128)  # of the two convolutions over latents
 PROPRIO_WIDTH = 128
 EMBODIMENT_WIDTH = 64
 INSTRUCTION_WIDTH = 128
@@ -18,14 +18,14 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation 
 
 
 def observation(config: ModelConfig) -> PixelObservation | LatentObservation:
-    """The encoder that the settings ask for, from a Batch to the condition [B, condition_size]."""
+    """Return the encoder that the settings name, from a Batch to the condition [B, condition_size]."""
     return PixelObservation(config) if config.observation == "pixels" else LatentObservation(config)
 
 
 class PixelObservation(nn.Module):
-    """Current images -> condition [B, V * To * frame_width]: the paper's (section III-B), images and nothing else.
+    """Current pixels -> condition [B, V * To * frame_width]: the paper's encoder (section III-B), pixels only.
 
-    One ResNet-18 for every camera and frame, features side by side, cameras first. A missing camera's are zeros.
+    One ResNet-18 for all cameras and frames; features are concatenated, camera-major, and zero for a missing camera.
     """
 
     mean: Tensor
@@ -52,20 +52,20 @@ class PixelObservation(nn.Module):
 class LatentObservation(nn.Module):
     """Current latents, proprio, embodiment and instruction -> condition [B, condition_width].
 
-    In place of the paper's ResNet-18 on pixels (section III-B): the VAE has done the seeing already, so two strided
-    convolutions do, shared by cameras and frames. Their map is flattened, never pooled: a policy needs to know where.
-    Where the latents are tokens of the transformer, they are left out here.
+    Replaces the paper's ResNet-18 on pixels (section III-B): the VAE has already extracted features, so two strided
+    convolutions, shared by cameras and frames, suffice. Their map is flattened, not pooled, to keep positions. With
+    observation "tokens" the latents are left out.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.looks = config.observation == "latents"
-        everything = PROPRIO_WIDTH + EMBODIMENT_WIDTH
-        if self.looks:
+        self.sees_latents = config.observation == "latents"
+        joined_width = PROPRIO_WIDTH + EMBODIMENT_WIDTH
+        if self.sees_latents:
             one, two = CHANNELS
             cells = (-(-config.latent_size[0] // 4)) * (-(-config.latent_size[1] // 4))  # two strides of 2, rounded up
             self.first = nn.Conv2d(config.latent_channels, one, 3, stride=2, padding=1)
-            self.camera = nn.Embedding(config.cameras, one)  # which camera, told before the first nonlinearity
+            self.camera = nn.Embedding(config.cameras, one)  # added before the first nonlinearity
             self.rest = nn.Sequential(
                 nn.GroupNorm(8, one),
                 nn.GELU(),
@@ -75,8 +75,8 @@ class LatentObservation(nn.Module):
                 nn.Flatten(),
                 nn.Linear(two * cells, config.frame_width),
             )
-            self.missing = nn.Parameter(torch.zeros(config.frame_width))  # stands in for a frame of a missing camera
-            everything += config.cameras * config.observed_frames * config.frame_width
+            self.missing = nn.Parameter(torch.zeros(config.frame_width))  # replaces the features of a missing frame
+            joined_width += config.cameras * config.observed_frames * config.frame_width
         self.proprio = nn.Sequential(
             nn.Linear((config.observed_frames + 1) * config.proprio_dim, PROPRIO_WIDTH),
             nn.GELU(),
@@ -85,24 +85,24 @@ class LatentObservation(nn.Module):
         self.embodiment = nn.Embedding(config.embodiments, EMBODIMENT_WIDTH)
         if config.text_width:
             self.instruction = nn.Linear(config.text_width, INSTRUCTION_WIDTH)
-            self.untold = nn.Parameter(torch.zeros(INSTRUCTION_WIDTH))  # stands in where there is no instruction
-            everything += INSTRUCTION_WIDTH
+            self.untold = nn.Parameter(torch.zeros(INSTRUCTION_WIDTH))  # replaces a missing instruction
+            joined_width += INSTRUCTION_WIDTH
         self.join = nn.Sequential(
-            nn.Linear(everything, config.condition_width),
+            nn.Linear(joined_width, config.condition_width),
             nn.GELU(),
             nn.Linear(config.condition_width, config.condition_width),
         )
 
     def forward(self, batch: Batch) -> Tensor:
         known = batch.proprio_mask.to(batch.proprio.dtype)  # [B, P]
-        felt = torch.cat([batch.proprio * known[:, None], known[:, None]], dim=1).flatten(1)  # [B, (To + 1) * P]
-        parts = [self._seen(batch)] if self.looks else []
-        parts += [self.proprio(felt), self.embodiment(batch.embodiment)]
+        proprio = torch.cat([batch.proprio * known[:, None], known[:, None]], dim=1).flatten(1)  # [B, (To + 1) * P]
+        parts = [self._encode_latents(batch)] if self.sees_latents else []
+        parts += [self.proprio(proprio), self.embodiment(batch.embodiment)]
         if hasattr(self, "instruction"):
-            parts.append(self._told(batch))
+            parts.append(self._encode_instruction(batch))
         return self.join(torch.cat(parts, dim=1))
 
-    def _seen(self, batch: Batch) -> Tensor:
+    def _encode_latents(self, batch: Batch) -> Tensor:
         """[B, V * To * frame_width]"""
         B, V, To = batch.current_latents.shape[:3]
         x = self.first(rearrange(batch.current_latents, "b v t c h w -> (b v t) c h w"))
@@ -113,7 +113,7 @@ class LatentObservation(nn.Module):
         )
         return frames_BVTF.flatten(1)
 
-    def _told(self, batch: Batch) -> Tensor:
+    def _encode_instruction(self, batch: Batch) -> Tensor:
         """[B, INSTRUCTION_WIDTH]"""
         if batch.instruction is None or batch.instruction_mask is None:
             return self.untold.expand(len(batch.embodiment), -1)

@@ -1,13 +1,12 @@
-"""The policy query: the answer of ``sample("policy", batch)``, sooner, for a robot that waits for it.
+"""The policy query: ``sample("policy", batch)`` with lower latency.
 
-From one step to the next only the noisy action and its timestep change. So all else is computed once a query: the
-condition and its part of every modulation, the tokens of latents and registers before the first block, and the
-timesteps' part of every modulation, for all steps at once. The last block goes on with the action tokens alone, and
-nothing is made of the others. This is exact.
+Between sampling steps only the noisy action and its timestep change. Everything else is computed once per query: the
+condition and its part of every modulation, the latent and register tokens before the first block, and the timesteps'
+part of every modulation, for all steps at once. The last block updates only the action tokens. This is exact.
 
-Two things are not, and are off unless asked for. Fewer ``steps``, as in any sampling. And ``refresh``: the keys and
-values of the tokens that are no actions (of latents, which are held as pure noise, and of registers) follow the action
-only a little; where they are kept from an earlier step, a step runs the action tokens alone.
+Two further options are approximate, and off by default. Fewer ``steps``, as in any sampling. And ``refresh``: the keys
+and values of the latent tokens (held as pure noise) and registers depend only weakly on the action; a step that reuses
+those of an earlier step runs only the action tokens.
 """
 
 from __future__ import annotations
@@ -22,18 +21,18 @@ from uwm_model.batch import Batch
 from uwm_model.blocks import Block, KeysValues
 from uwm_model.randomness import unit_noise
 from uwm_model.sampling import timetable
-from uwm_model.schedule import Seen
+from uwm_model.schedule import Evaluation
 from uwm_model.world_model import UnifiedWorldModel
 
 FAST_STEPS = 5
-WIDE = 512  # where bfloat16 is faster: measured at 768, and not at 128, whose products are too small to gain
+WIDE = 512  # from here on bfloat16 is assumed faster: measured so at 768, not at 128, whose products are too small
 
 
 def fast_query(model: UnifiedWorldModel) -> PolicyQuery:
-    """The recommended way to ask sooner: few steps, keys and values kept from the first, and for wide models bfloat16.
+    """Return the recommended fast query: few steps, keys and values of the first step, bfloat16 for wide models.
 
-    What it gains, and what it costs on a trained policy: docs/benchmarks/query.md, model.md. A wide model's weights are
-    copied.
+    For the latency, and the error on a trained policy, see docs/benchmarks/query.md and model.md. The weights of a wide
+    model are copied.
     """
     if model.model_config.width >= WIDE:
         model = copy.deepcopy(model).to(torch.bfloat16)
@@ -42,12 +41,12 @@ def fast_query(model: UnifiedWorldModel) -> PolicyQuery:
 
 
 class PolicyQuery:
-    """Asks a model for actions; holds the model and how to ask it, and nothing of a batch.
+    """Queries a model for actions. It keeps no state between calls.
 
-    ``steps``: of sampling (None: the model's). ``refresh``: the steps, counted from 0, at which all tokens run, such as
-    ``(0,)`` or ``(0, 5)``; the others use the keys and values of the last such step (None: all steps, which is exact).
-    For bfloat16 pass a model whose weights are cast; sampling itself stays in float32. Raises ValueError for steps that
-    the schedule lacks, and for ``refresh`` without 0 or past the last step.
+    ``steps``: number of sampling steps (None: the model's). ``refresh``: the steps, counted from 0, that run all
+    tokens, such as ``(0,)`` or ``(0, 5)``; the others reuse the keys and values of the last such step (None: all steps,
+    which is exact). For bfloat16 pass a model with bfloat16 weights; sampling itself stays in float32. Raises
+    ValueError if the schedule does not allow that many steps, or if ``refresh`` lacks 0 or exceeds the last step.
     """
 
     def __init__(self, model: UnifiedWorldModel, steps: int | None = None, refresh: Iterable[int] | None = None):
@@ -66,16 +65,16 @@ class PolicyQuery:
         noise_action: Tensor | None = None,
         noise_latents: Tensor | None = None,
     ) -> Tensor:
-        """Actions float32 [B, L, A] on the weights' device, 0 where padded: those of ``model.sample``.
+        """Return the actions of ``model.sample``, float32 [B, L, A] on the weights' device, 0 where padded.
 
-        Noise shaped like the actions and the future latents may be given, and comes from ``generator`` otherwise.
-        The batch may come in any dtype and on any device.
+        Noise, shaped like the actions and the future latents, is drawn from ``generator`` unless passed. The batch may
+        have any dtype and device.
         """
         model, net, config = self.model, self.model.denoiser, self.model.model_config
         device, dtype = net.registers.device, net.registers.dtype
         batch = batch.to(device, dtype)
         B, L, visible = len(batch.embodiment), config.action_chunk, batch.action_visible
-        # In the order of model.sample, so that one seed gives both the same noise.
+        # Drawn in the order of model.sample, so that the same seed gives the same noise.
         action = unit_noise((B, *config.action_shape), generator, device) if noise_action is None else noise_action
         latents = unit_noise((B, *config.latents_shape), generator, device) if noise_latents is None else noise_latents
 
@@ -83,38 +82,38 @@ class PolicyQuery:
         action_times, video_times = timetable("policy", model.schedule, len(self.times), marginal)
         t_action, t_video = (torch.tensor(times[:-1], device=device) for times in (action_times, video_times))
         times = net.timesteps(t_action, t_video)
-        *of_blocks, of_head = net.modulations(condition, times)
-        of_action, of_others = net.positions()
-        others, keys = self._others(batch, latents.to(dtype), of_others)
+        *block_modulations, head_modulations = net.modulations(condition, times)
+        action_positions, other_positions = net.positions()
+        others, keys = self._others(batch, latents.to(dtype), other_positions)
         kept: list[KeysValues] = []
-        before: Seen | None = None
+        previous: Evaluation | None = None
         for step, t in enumerate(self.times):
-            x = net.embed_action((action * visible).to(dtype), of_action)
+            x = net.embed_action((action * visible).to(dtype), action_positions)
             all_run = step in self.refresh
             if all_run:
                 x, kept = torch.cat([x, others], dim=1), []
             for at, block in enumerate(net.blocks):
                 assert isinstance(block, Block)
-                asking = L if block is net.blocks[-1] else None
-                x, own = block.modulated(x, of_blocks[at][step], keys, asking, None if all_run else kept[at])
-                if all_run and self._is_followed(step):
-                    kept.append([of_all[:, :, L:] for of_all in own])
-            prediction = net.actions.decode(net.head.modulated(x, of_head[step]))
-            # At least float32: with bfloat16 weights the network alone is coarse, never what its answers add up to.
+                queries = L if block is net.blocks[-1] else None
+                x, own = block.modulated(x, block_modulations[at][step], keys, queries, None if all_run else kept[at])
+                if all_run and self._is_reused(step):
+                    kept.append([all_tokens[:, :, L:] for all_tokens in own])
+            prediction = net.actions.decode(net.head.modulated(x, head_modulations[step]))
+            # At least float32: with bfloat16 weights only the network is rounded, not the running sample.
             prediction = prediction.to(torch.promote_types(dtype, torch.float32))
-            seen = Seen(action, prediction, t)
-            action = model.schedule.step(*seen, action_times[step + 1], before)
-            before = seen
+            evaluation = Evaluation(action, prediction, t)
+            action = model.schedule.step(*evaluation, action_times[step + 1], previous)
+            previous = evaluation
         return action.float() * visible
 
-    def _is_followed(self, step: int) -> bool:
-        """By a step that uses its keys and values."""
+    def _is_reused(self, step: int) -> bool:
+        """Whether the next step reuses this step's keys and values."""
         return step + 1 < len(self.times) and step + 1 not in self.refresh
 
     def _others(self, batch: Batch, latents: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The tokens that are no actions [B, M, D], and which of all tokens may be attended to, bool [B, 1, 1, L + M].
+        """Return the other tokens [B, M, D], and which tokens may be attended to, bool [B, 1, 1, L + M] (None: all).
 
-        Without those of a camera that the whole batch lacks, which nobody attends to. None: to all that are left.
+        Tokens of a camera that the whole batch lacks are dropped: none attends to them.
         """
         net = self.model.denoiser
         keys = net.keys(batch.camera_mask)

@@ -1,6 +1,6 @@
-"""ResNet-18 (arXiv 1512.03385) with group instead of batch norm: the paper's encoder of the robot's images.
+"""ResNet-18 (arXiv 1512.03385) with group norm instead of batch norm: the paper's encoder of camera frames.
 
-Its parameters are named as torchvision names them, so weights from there, or from a published checkpoint, fit.
+Parameter names are torchvision's, so its weights load, and so do those of a published checkpoint.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ResNet18(nn.Module):
 
 
 class _Block(nn.Module):
-    """Two 3 x 3 convolutions around a shortcut, which is a 1 x 1 convolution where the shape changes."""
+    """Two 3 x 3 convolutions and a shortcut, which is a 1 x 1 convolution where the shape changes."""
 
     def __init__(self, channels: int, out: int, stride: int = 1):
         super().__init__()

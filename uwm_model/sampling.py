@@ -1,6 +1,6 @@
 """The five modes (section III-C): one loop, and a table of two timestep schedules.
 
-What the two timesteps are is what the model is. A modality is asked for (its time runs down to 0), given (held clean
+The two timesteps decide what the model does. A modality is asked for (its timestep runs down to 0), given (held clean
 at t = 0), or ignored (held as pure noise at a high t, which marginalises it out).
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from uwm_model.denoiser import Denoise
-from uwm_model.schedule import Schedule, Seen
+from uwm_model.schedule import Evaluation, Schedule
 
 Mode = Literal["policy", "forward_dynamics", "inverse_dynamics", "video", "joint"]
 
@@ -24,7 +24,7 @@ class Role(Enum):
     IGNORED = "ignored"
 
 
-ROLES: dict[str, tuple[Role, Role]] = {  # mode: (of the action, of the future latents)
+ROLES: dict[str, tuple[Role, Role]] = {  # mode: (action, future latents)
     "policy": (Role.ASKED, Role.IGNORED),  # p(a | o)
     "video": (Role.IGNORED, Role.ASKED),  # p(o' | o)
     "forward_dynamics": (Role.GIVEN, Role.ASKED),  # p(o' | o, a)
@@ -34,14 +34,14 @@ ROLES: dict[str, tuple[Role, Role]] = {  # mode: (of the action, of the future l
 
 
 def roles(mode: str) -> tuple[Role, Role]:
-    """The row of the table; ValueError for a mode that is not in it."""
+    """Return the roles of action and future latents. Raises ValueError for an unknown mode."""
     if mode not in ROLES:
         raise ValueError(f"mode: {mode} is unknown; known: {', '.join(ROLES)}")
     return ROLES[mode]
 
 
 def require(mode: str, modes: tuple[Mode, ...], who: str) -> None:
-    """ValueError unless ``mode`` is one of the ``modes`` that this model has."""
+    """Raise ValueError unless the model called ``who`` has this mode."""
     roles(mode)
     if mode not in modes:
         raise ValueError(f"mode: {who} has no {mode}; it has {', '.join(modes)}")
@@ -54,9 +54,9 @@ def timetable(
     marginal_timestep: Literal["leading", "last"],
     video_steps: int | None = None,
 ) -> tuple[list[float | None], list[float | None]]:
-    """t_action and t_video of every step, and one more: a modality moves at a step after which its time is another.
+    """Return t_action and t_video of every step, and their values after the last step (None: clean).
 
-    At last that is None (clean) for what is asked for.
+    A step updates a modality only if its timestep changes.
     """
     times = schedule.timesteps(steps)
     held = times[0] if marginal_timestep == "leading" else schedule.last
@@ -80,29 +80,29 @@ def sample(
     latents: Tensor,
     video_steps: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Both after the last step: changed where asked for, else as they came.
+    """Return action and latents after the last step; only those asked for have changed.
 
-    action [B, L, A] and latents [B, V, Tf, C, h, w] are clean values where the mode is given them, else noise.
-    In mode ``joint`` the latents take ``video_steps`` of the steps (None: all) and wait in between. ValueError where
-    those are more than the steps, or the schedule cannot do as many.
+    action [B, L, A] and latents [B, V, Tf, C, h, w] are clean where the mode is given them, and noise otherwise. In
+    mode ``joint`` the latents are updated in ``video_steps`` of the steps (None: all). Raises ValueError if those
+    exceed ``steps``, or if the schedule does not allow that many.
     """
     action_times, video_times = timetable(mode, schedule, steps, marginal_timestep, video_steps)
     t_action, t_video = (torch.tensor(times[:-1], device=action.device) for times in (action_times, video_times))
-    action_before: Seen | None = None
-    video_before: Seen | None = None
+    action_previous: Evaluation | None = None
+    video_previous: Evaluation | None = None
     for i in range(steps):
         action_prediction, latent_prediction = denoise(action, t_action[i], latents, t_video[i])
-        action, action_before = _moved(schedule, action, action_prediction, action_times[i : i + 2], action_before)
-        latents, video_before = _moved(schedule, latents, latent_prediction, video_times[i : i + 2], video_before)
+        action, action_previous = _step(schedule, action, action_prediction, action_times[i : i + 2], action_previous)
+        latents, video_previous = _step(schedule, latents, latent_prediction, video_times[i : i + 2], video_previous)
     return action, latents
 
 
-def _moved(
-    schedule: Schedule, sample: Tensor, prediction: Tensor, times: list[float | None], before: Seen | None
-) -> tuple[Tensor, Seen | None]:
-    """The sample at the second of two times, and what was seen at the first; as they were where the times are one."""
+def _step(
+    schedule: Schedule, sample: Tensor, prediction: Tensor, times: list[float | None], previous: Evaluation | None
+) -> tuple[Tensor, Evaluation | None]:
+    """Return the sample at the second of two times, and the evaluation at the first; unchanged if they are equal."""
     now, then = times
     if now is None or now == then:
-        return sample, before
-    seen = Seen(sample, prediction, now)
-    return schedule.step(*seen, then, before), seen
+        return sample, previous
+    evaluation = Evaluation(sample, prediction, now)
+    return schedule.step(*evaluation, then, previous), evaluation

@@ -1,15 +1,15 @@
-"""The noise: how it is added in training, and taken away step by step in sampling.
+"""Noise schedules: how noise is added in training and removed step by step in sampling.
 
-A noisy value is signal * clean + share * noise, and a schedule says how much of each there is at time t in 0 ... T-1:
+A noisy value is signal * clean + share * noise; a schedule gives both factors at time t in 0 ... T-1:
 
 - ``DiffusionSchedule`` is DDPM's forward process (arXiv 2006.11239) with the squared cosine schedule (arXiv
   2102.09672): whole timesteps, nearly clean at 0, nearly pure noise at T-1;
 - ``FlowSchedule`` is flow matching on straight lines (rectified flow, arXiv 2209.03003; arXiv 2210.02747; for actions
   pi0, arXiv 2410.24164): continuous time, clean at exactly 0, pure noise at exactly T-1.
 
-What the rest of the package needs of either is ``draw``, ``noisy``, ``target``, ``timesteps``, ``step`` and ``last``.
-Both take the same steps (``advance``): DDIM's (arXiv 2010.02502, eta = 0), which on straight lines are Euler's, or
-those of DPM-Solver++ 2M (arXiv 2211.01095).
+The rest of the package uses ``draw``, ``noisy``, ``target``, ``timesteps``, ``step`` and ``last``. Both take the same
+steps (``advance``): DDIM (arXiv 2010.02502, eta = 0), which is Euler's method on straight lines, or DPM-Solver++ 2M
+(arXiv 2211.01095).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from uwm_model.config import DiffusionConfig
 from uwm_model.randomness import Random, integers, uniform
 
 
-class Seen(NamedTuple):
-    """What the network was shown, and what it said."""
+class Evaluation(NamedTuple):
+    """One evaluation of the network: its noisy input, its prediction and the time."""
 
     sample: Tensor  # float [B, ...]
     prediction: Tensor  # float [B, ...]
@@ -33,9 +33,9 @@ class Seen(NamedTuple):
 
 
 class DiffusionSchedule:
-    """Timestep t in 0 ... T-1: 0 is nearly clean, T-1 is nearly pure noise.
+    """DDPM. Timestep t in 0 ... T-1: 0 is nearly clean, T-1 is nearly pure noise.
 
-    ``alphas_cumprod`` float32 [T] is no buffer of a module on purpose: casting the model to bfloat16 must not touch it.
+    ``alphas_cumprod`` float32 [T] is deliberately no module buffer: casting the model to bfloat16 must not cast it.
     """
 
     def __init__(self, config: DiffusionConfig):
@@ -44,16 +44,16 @@ class DiffusionSchedule:
         self.alphas_cumprod = squared_cosine(config.train_timesteps)
 
     def draw(self, count: int, random: Random, device: torch.device) -> Tensor:
-        """Times to train at: int64 [count], uniform over 0 ... T-1."""
+        """Draw training times: int64 [count], uniform over 0 ... T-1."""
         return integers(self.last + 1, count, random, device)
 
     def noisy(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What ``clean`` [B, ...] looks like at t int64 [B], given that noise."""
+        """Return ``clean`` [B, ...] noised to t int64 [B]."""
         alpha = self._alpha(t, clean)
         return alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
 
     def target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the network learns to predict at t int64 [B]: the noise, v (arXiv 2202.00512), or the clean sample."""
+        """Return the network's target at t int64 [B]: the noise, v (arXiv 2202.00512), or the clean sample."""
         if self.config.prediction == "epsilon":
             return noise
         if self.config.prediction == "sample":
@@ -62,31 +62,31 @@ class DiffusionSchedule:
         return alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
 
     def _alpha(self, t: Tensor, like: Tensor) -> Tensor:
-        return _beside(self.alphas_cumprod.to(like.device)[t], like)
+        return _broadcast(self.alphas_cumprod.to(like.device)[t], like)
 
     def timesteps(self, steps: int) -> list[int]:
-        """The times that sampling visits, "leading": (S-1) * (T // S), ..., 0. For 10 of 100: 90, ..., 0, never 99.
+        """Return the times of sampling, "leading": (S-1) * (T // S), ..., 0. For 10 of 100: 90, ..., 0, never 99.
 
-        Leading, a single step would begin at 0, where the network takes what it sees for clean: it begins at T-1.
+        A single leading step would start at 0, where the network treats its input as clean; it starts at T-1 instead.
         """
         _check_steps(steps, self.config)
         stride = (self.last + 1) // steps
         return [stride * i for i in reversed(range(steps))] if steps > 1 else [self.last]
 
     def step(
-        self, sample: Tensor, prediction: Tensor, t: float, t_next: float | None, before: Seen | None = None
+        self, sample: Tensor, prediction: Tensor, t: float, t_next: float | None, previous: Evaluation | None = None
     ) -> Tensor:
-        """The sample at t_next (None: clean) from the sample and the prediction at t (see ``advance``)."""
-        return advance(self, Seen(sample, prediction, t), t_next, before)
+        """Return the sample at t_next (None: clean) from the sample and the prediction at t (see ``advance``)."""
+        return advance(self, Evaluation(sample, prediction, t), t_next, previous)
 
     def scales(self, t: float) -> tuple[Tensor, Tensor]:
-        """(signal, share) at t, float32 []."""
+        """Return (signal, share) at t, float32 []."""
         alpha = self.alphas_cumprod[int(t)]
         return alpha.sqrt(), (1 - alpha).sqrt()
 
-    def clean_and_noise(self, seen: Seen) -> tuple[Tensor, Tensor]:
-        """What the prediction says that the sample is made of."""
-        sample, prediction, t = seen
+    def clean_and_noise(self, evaluation: Evaluation) -> tuple[Tensor, Tensor]:
+        """Return the predicted clean sample and noise."""
+        sample, prediction, t = evaluation
         signal, share = self.scales(t)
         if self.config.prediction == "epsilon":
             return (sample - share * prediction) / signal, prediction
@@ -96,10 +96,10 @@ class DiffusionSchedule:
 
 
 class FlowSchedule:
-    """Time t in 0 ... T-1, any number between: t / (T-1) of a noisy value is noise, and the rest is clean.
+    """Flow matching. Continuous time t in [0, T-1]: a fraction t / (T-1) of a noisy value is noise, the rest is clean.
 
-    The scale is the diffusion's, so that the network's embedding of times, made for 0 ... T-1, is used in full, and
-    that 0 means "given" and T-1 "ignored" in both.
+    Times have the diffusion's scale, so that the full range of the timestep embedding is used, and 0 means "given" and
+    T-1 "ignored" in both.
     """
 
     def __init__(self, config: DiffusionConfig):
@@ -107,37 +107,37 @@ class FlowSchedule:
         self.last = config.train_timesteps - 1
 
     def draw(self, count: int, random: Random, device: torch.device) -> Tensor:
-        """Times to train at: float32 [count], uniform in [0, T-1)."""
+        """Draw training times: float32 [count], uniform in [0, T-1)."""
         return self.last * uniform((count,), random, device)
 
     def noisy(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What ``clean`` [B, ...] looks like at t [B], given that noise."""
-        share = _beside(t / self.last, clean)
+        """Return ``clean`` [B, ...] noised to t [B]."""
+        share = _broadcast(t / self.last, clean)
         return (1 - share) * clean + share * noise
 
     def target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the network learns to predict: the velocity, the same at every t [B], or the clean sample."""
+        """Return the network's target: the velocity, the same at every t [B], or the clean sample."""
         return clean if self.config.prediction == "sample" else noise - clean
 
     def timesteps(self, steps: int) -> list[float]:
-        """The times that sampling visits, evenly from pure noise: T-1, ..., (T-1) / S."""
+        """Return the times of sampling, evenly spaced from pure noise: T-1, ..., (T-1) / S."""
         _check_steps(steps, self.config)
         return [self.last * i / steps for i in range(steps, 0, -1)]
 
     def step(
-        self, sample: Tensor, prediction: Tensor, t: float, t_next: float | None, before: Seen | None = None
+        self, sample: Tensor, prediction: Tensor, t: float, t_next: float | None, previous: Evaluation | None = None
     ) -> Tensor:
-        """The sample at t_next (None: clean) from the sample and the prediction at t > 0 (see ``advance``)."""
-        return advance(self, Seen(sample, prediction, t), t_next, before)
+        """Return the sample at t_next (None: clean) from the sample and the prediction at t > 0 (see ``advance``)."""
+        return advance(self, Evaluation(sample, prediction, t), t_next, previous)
 
     def scales(self, t: float) -> tuple[Tensor, Tensor]:
-        """(signal, share) at t, float32 []."""
+        """Return (signal, share) at t, float32 []."""
         share = torch.tensor(t / self.last)
         return 1 - share, share
 
-    def clean_and_noise(self, seen: Seen) -> tuple[Tensor, Tensor]:
-        """What the prediction says that the sample is made of."""
-        sample, prediction, t = seen
+    def clean_and_noise(self, evaluation: Evaluation) -> tuple[Tensor, Tensor]:
+        """Return the predicted clean sample and noise."""
+        sample, prediction, t = evaluation
         signal, share = self.scales(t)
         if self.config.prediction == "sample":
             return prediction, (sample - signal * prediction) / share
@@ -151,27 +151,27 @@ def make_schedule(config: DiffusionConfig) -> Schedule:
     return FlowSchedule(config) if config.schedule == "flow" else DiffusionSchedule(config)
 
 
-def advance(schedule: Schedule, now: Seen, t_next: float | None, before: Seen | None) -> Tensor:
-    """The sample [B, ...] at t_next (None: clean), by the solver that the settings name; in the sample's dtype.
+def advance(schedule: Schedule, now: Evaluation, t_next: float | None, previous: Evaluation | None) -> Tensor:
+    """Return the sample [B, ...] at t_next (None: clean), by the solver of the settings, in the sample's dtype.
 
-    DPM-Solver++ draws a line through the last two clean samples, over log(signal / share), and takes the clean one from
-    half way to t_next. ``before`` is what was seen one step earlier: without it, and at the last step, it is of first
-    order as DDIM is. Both clip each clean sample as it was predicted, where the settings say so.
+    DPM-Solver++ extrapolates the last two predicted clean samples linearly in log(signal / share), half way to t_next.
+    ``previous`` is the evaluation one step earlier; without it, and at the last step, the solver is first-order like
+    DDIM. Both clip each predicted clean sample if ``clip_sample`` is set.
     """
     clean, noise = schedule.clean_and_noise(now)
     clean = _clip(clean, schedule.config)
-    # 0-d float32 coefficients do not change the sample's dtype, and come to any device by themselves.
+    # 0-d float32 coefficients do not change the sample's dtype, and work with a sample on any device.
     signal_next, share_next = (torch.tensor(1.0), torch.tensor(0.0)) if t_next is None else schedule.scales(t_next)
     if schedule.config.sampler == "dpm_solver":
         signal, share = schedule.scales(now.t)
-        if before is not None and t_next is not None:
-            signal_before, share_before = schedule.scales(before.t)
-            clean_before = _clip(schedule.clean_and_noise(before)[0], schedule.config)
+        if previous is not None and t_next is not None:
+            signal_previous, share_previous = schedule.scales(previous.t)
+            clean_previous = _clip(schedule.clean_and_noise(previous)[0], schedule.config)
             ahead = (signal_next / share_next).log() - (signal / share).log()
-            behind = (signal / share).log() - (signal_before / share_before).log()  # infinite after pure noise
-            clean = clean + ahead / (2 * behind) * (clean - clean_before)
+            behind = (signal / share).log() - (signal_previous / share_previous).log()  # infinite after pure noise
+            clean = clean + ahead / (2 * behind) * (clean - clean_previous)
         noise = (now.sample - signal * clean) / share
-    # DDIM's noise is as predicted, not re-derived from the clipped sample.
+    # DDIM uses the predicted noise, not one re-derived from the clipped sample.
     return signal_next * clean + share_next * noise
 
 
@@ -180,7 +180,7 @@ def _clip(clean: Tensor, config: DiffusionConfig) -> Tensor:
 
 
 def squared_cosine(timesteps: int) -> Tensor:
-    """alphas_cumprod float32 [T]: the product of 1 - beta, each beta at most 0.999."""
+    """Return alphas_cumprod float32 [T]: the product of 1 - beta, each beta at most 0.999."""
 
     def signal(time: float) -> float:
         return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -197,6 +197,6 @@ def _check_steps(steps: int, config: DiffusionConfig) -> None:
         )
 
 
-def _beside(each: Tensor, like: Tensor) -> Tensor:
-    """[B] -> [B, 1, ...], to be multiplied with ``like`` [B, ...]."""
+def _broadcast(each: Tensor, like: Tensor) -> Tensor:
+    """[B] -> [B, 1, ...], to broadcast with ``like`` [B, ...]."""
     return each.reshape(-1, *[1] * (like.ndim - 1))

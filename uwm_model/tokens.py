@@ -1,4 +1,4 @@
-"""Actions and latents to tokens, predictions back from tokens, and the timesteps to a vector."""
+"""Actions and latents to tokens and back, position embeddings, and the timestep embedding."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from uwm_model.config import ModelConfig
 class LatentPatches(nn.Module):
     """Future latents <-> tokens, ordered camera, time, row, column.
 
-    A patch is (frames, rows, columns) of one camera's latents; encoding is linear, and so is decoding (section III-B).
-    This is the one place that knows in which order a patch's values lie: channel, frame, row, column.
+    A patch is (frames, rows, columns) of one camera's latents; encoding and decoding are linear (section III-B). Only
+    this class knows the order of a patch's values: channel, frame, row, column.
     """
 
     def __init__(self, config: ModelConfig):
@@ -37,10 +37,10 @@ class LatentPatches(nn.Module):
             self.observed = nn.Linear(observed, config.width)
         if config.current_patches:
             self.current = nn.Linear(observed, config.width)
-            nn.init.zeros_(self.current.weight)  # what is at a place now is a hint, and must not drown the position
+            nn.init.zeros_(self.current.weight)  # a hint that must not drown the position embedding
 
     def silence(self) -> None:
-        """Let it predict exactly zero, until trained."""
+        """Make the initial predictions exactly zero."""
         _zero(self.decoder)
 
     def encode(self, latents: Tensor) -> Tensor:
@@ -49,11 +49,11 @@ class LatentPatches(nn.Module):
         return self.encoder(patches)
 
     def encode_current(self, latents: Tensor) -> Tensor:
-        """float [B, V, To, C, h, w] -> [B, V * patches, D]: to each future patch what is at its place now."""
+        """float [B, V, To, C, h, w] -> [B, V * patches, D]: for each future patch, the current one at its place."""
         return repeat(self.current(self._places(latents)), "b v n d -> b (v t n) d", t=self.grid["t"])
 
     def encode_observed(self, latents: Tensor) -> Tensor:
-        """float [B, V, To, C, h, w] -> tokens of their own, [B, V * observed_patches, D]."""
+        """float [B, V, To, C, h, w] -> separate tokens, [B, V * observed_patches, D]."""
         return self.observed(self._places(latents)).flatten(1, 2)
 
     def _places(self, latents: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class LatentPatches(nn.Module):
 
 
 class ActionTokens(nn.Module):
-    """Actions <-> tokens, one a step, each way through a small MLP."""
+    """Actions <-> tokens, one per step, each way through a small MLP."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -80,7 +80,7 @@ class ActionTokens(nn.Module):
         self.decode = nn.Sequential(nn.Linear(config.width, hidden), nn.Mish(), nn.Linear(hidden, config.action_dim))
 
     def silence(self) -> None:
-        """Let it predict exactly zero, until trained."""
+        """Make the initial predictions exactly zero."""
         last = self.decode[2]
         assert isinstance(last, nn.Linear)
         _zero(last)
@@ -92,11 +92,11 @@ def _zero(linear: nn.Linear) -> None:
 
 
 class FactoredPosition(nn.Module):
-    """Where a token belongs, from its kind, camera, time, row and column: [1, N, D].
+    """Position embedding [1, N, D] composed from a token's kind, camera, time, row and column.
 
-    Nothing in it counts steps, frames, rows or columns, so its weights serve any horizon and size of latents; those of
-    a camera are a row of ``camera``. Time is one axis: actions at 0 ... L-1, future patches from L on, the present
-    at 0.
+    No weight's shape depends on the number of steps, frames, rows or columns, so the weights serve any horizon and
+    latent size; each camera has a row of ``camera``. Time is a single axis: actions at 0 ... L-1, future patches from L
+    on, current patches at 0.
     """
 
     coordinates: Tensor
@@ -126,21 +126,21 @@ class FactoredPosition(nn.Module):
         self.register_buffer("cameras", table[:, 1], persistent=False)
 
     def forward(self) -> Tensor:
-        """[1, N, D]; zeros for the registers, which are vectors of their own."""
+        """Return [1, N, D], zero for the registers, which are learned vectors already."""
         of_camera = self.camera[self.cameras.clamp(min=0)] * (self.cameras >= 0)[:, None]
         place = self.mix(self.coordinates.to(self.kind.dtype)) + self.kind[self.kinds] + of_camera
         return F.pad(place, (0, 0, 0, self.registers))[None]
 
 
 def _waves(at: Tensor, width: int) -> Tensor:
-    """Sinusoids of whole numbers [N] -> float32 [N, width]."""
+    """Sinusoids of integers [N] -> float32 [N, width]."""
     frequency = 10_000 ** -torch.linspace(0, 1, width // 2)
     angle = at[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 class TimestepEmbedding(nn.Module):
-    """Diffusion timesteps as one vector: sinusoids of each, side by side (t_action, then t_video), through an MLP."""
+    """Diffusion timesteps as one vector: concatenated sinusoids (t_action, then t_video) through an MLP."""
 
     def __init__(self, width: int, times: int = 2):
         super().__init__()

@@ -1,16 +1,17 @@
-"""UnifiedWorldModel: the face of the package. ``loss(batch)`` to train it, ``sample(mode, batch)`` to use it."""
+"""UnifiedWorldModel: ``loss(batch)`` to train it, ``sample(mode, batch)`` to use it."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from uwm_model import objective, sampling
 from uwm_model.batch import Batch
 from uwm_model.config import DiffusionConfig, ModelConfig
 from uwm_model.denoiser import Denoise, Denoiser
+from uwm_model.model import Model
 from uwm_model.objective import Losses, Noise
 from uwm_model.observation import observation
 from uwm_model.randomness import Random, unit_noise
@@ -18,32 +19,21 @@ from uwm_model.sampling import Mode, Role
 from uwm_model.schedule import make_schedule
 
 
-class UnifiedWorldModel(nn.Module):
-    """p(action, future | observation) with a timestep for each, which makes it five models (see sampling.py).
-
-    Outside, latents are standardised; inside, they are divided by ``latent_divisor``, so that clipping keeps them.
-    """
+class UnifiedWorldModel(Model):
+    """p(action, future | observation) with a timestep for each modality, which makes it five models (sampling.py)."""
 
     modes: ClassVar[tuple[Mode, ...]] = ("policy", "forward_dynamics", "inverse_dynamics", "video", "joint")
 
     def __init__(self, model: ModelConfig, diffusion: DiffusionConfig):
-        super().__init__()
-        self.model_config, self.diffusion_config = model, diffusion
+        super().__init__(model, diffusion)
         self.observation = observation(model)
         self.denoiser = Denoiser(model)
         self.schedule = make_schedule(diffusion)
 
-    def forward(self, batch: Batch, random: Random = None, counts: Tensor | None = None) -> Losses:
-        """``loss``, under the name that training engines call."""
-        return self.loss(batch, random, counts=counts)
-
     def loss(
-        self, batch: Batch, random: Random = None, noise: Noise | None = None, counts: Tensor | None = None
+        self, batch: Batch, random: Random = None, counts: Tensor | None = None, noise: Noise | None = None
     ) -> Losses:
-        """The joint diffusion loss; noise and timesteps are given, or come from ``random``.
-
-        ``counts`` is of ``objective.joint_loss``.
-        """
+        """Return the joint diffusion loss. ``random`` draws noise and timesteps unless ``noise`` is passed."""
         if batch.action is None or batch.future_latents is None:
             raise ValueError("training needs batch.action and batch.future_latents (zeros where masked)")
         latents = batch.future_latents / self.diffusion_config.latent_divisor
@@ -55,9 +45,16 @@ class UnifiedWorldModel(nn.Module):
             latents,
             batch.camera_mask,
             noise or objective.draw_noise(batch.action, latents, self.schedule, random),
-            batch.action_visible if self.diffusion_config.action_free_loss else batch.action_mask,
+            self._action_counted(batch),
             counts,
         )
+
+    def loss_counts(self, batch: Batch) -> Tensor:
+        return objective.loss_counts(self._action_counted(batch), batch.camera_mask)
+
+    def _action_counted(self, batch: Batch) -> Tensor:
+        """bool [B, L, A]: which action values have a loss."""
+        return batch.action_visible if self.diffusion_config.action_free_loss else batch.action_mask
 
     @torch.no_grad()
     def sample(
@@ -69,11 +66,7 @@ class UnifiedWorldModel(nn.Module):
         noise_action: Tensor | None = None,
         noise_latents: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(action [B, L, A] or None, future latents [B, V, Tf, C, h, w] or None), float32: what the mode asks for.
-
-        ``forward_dynamics`` reads ``batch.action``, ``inverse_dynamics`` reads ``batch.future_latents``. Noise shaped
-        like the outputs may be given, and comes from ``generator`` otherwise. Padding comes out as 0.
-        """
+        """``forward_dynamics`` reads ``batch.action``, ``inverse_dynamics`` reads ``batch.future_latents``."""
         of_action, of_video = sampling.roles(mode)
         B, device, c = len(batch.embodiment), batch.embodiment.device, self.model_config
         if of_action is Role.GIVEN:
@@ -111,7 +104,7 @@ class UnifiedWorldModel(nn.Module):
         )
 
     def condition(self, batch: Batch) -> Tensor:
-        """Of the current observation: [B, condition_size]."""
+        """Encode the current observation: [B, condition_size]."""
         return self.observation(batch)
 
     def denoise(
@@ -124,14 +117,14 @@ class UnifiedWorldModel(nn.Module):
         camera_mask: Tensor | None = None,
         current_latents: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """One evaluation of the network (see Denoiser.forward), in the dtype of its weights."""
+        """Evaluate the network once (see Denoiser.forward), in the dtype of its weights."""
         dtype = condition.dtype
         return self.denoiser(
             condition, action.to(dtype), t_action, latents.to(dtype), t_video, camera_mask, current_latents
         )
 
     def _denoiser_of(self, batch: Batch) -> Denoise:
-        """The network with this batch's observation and masks filled in; the observation is encoded once."""
+        """Bind this batch's observation and masks to the network; the observation is encoded once."""
         condition, visible = self.condition(batch), batch.action_visible
 
         def denoise(action: Tensor, t_action: Tensor, latents: Tensor, t_video: Tensor) -> tuple[Tensor, Tensor]:

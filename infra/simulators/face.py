@@ -69,7 +69,7 @@ class Suite(Protocol):
 
 def load_suite(name: str) -> Suite:
     """Return the suite ``name``. Raises KeyError for an unknown one, ModuleNotFoundError if its packages are missing."""
-    suite: Suite = importlib.import_module(SUITES[name])  # type: ignore[assignment]
+    suite: Suite = importlib.import_module(SUITES[name])
     return suite
 
 

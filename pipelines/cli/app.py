@@ -21,10 +21,10 @@ from typing import Annotated, Any, Literal
 import typer
 
 from pipelines.cli.contract import Format, contract_app
-from pipelines.cli.options import AsJson, Snapshot
+from pipelines.cli.options import AsJson, SnapshotId, verbose
 from pipelines.cli.store import store_app
 from pipelines.console import Lasting, answer, say
-from pipelines.errors import Refused, Stopped
+from pipelines.errors import Interrupted, Refused
 from preprocessing.contracts.contract import DataContract
 from preprocessing.errors import UserError
 
@@ -49,15 +49,12 @@ New = Annotated[bool, typer.Option("--new", help="Begin anew, even where the sam
 DryRun = Annotated[bool, typer.Option(help="Say what would be done, and do nothing.")]
 
 LISTED = 50  # lines of one kind, before they are counted
-VERBOSE = False
 
 
 @app.callback()
-def options(verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show all logs.")] = False) -> None:
-    global VERBOSE
-    VERBOSE = verbose
-    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR)
-    if not verbose:
+def options(show_all: Annotated[bool, typer.Option("-v", "--verbose", help="Show all logs.")] = False) -> None:
+    logging.basicConfig(level=logging.INFO if show_all else logging.ERROR)
+    if not show_all:
         warnings.simplefilter("ignore")
         os.environ.setdefault("PYTHONWARNINGS", "ignore")
 
@@ -110,7 +107,7 @@ def ingest(
         retry=retry,
         dry_run=dry_run,
         address=address,
-        verbose=VERBOSE,
+        verbose=verbose(),
     )
     for note in report.notes:
         say(note)
@@ -146,7 +143,7 @@ def pretrain(
     store: Store,
     overrides: Overrides = None,
     recipe: Annotated[str, typer.Option(help="A shipped recipe's name or a YAML file.")] = "small",
-    snapshot: Snapshot = None,
+    snapshot: SnapshotId = None,
     output: Output = Path("runs"),
     checkpoints: Checkpoints = None,
     new: New = False,
@@ -157,12 +154,14 @@ def pretrain(
     """Train a world model on everything in a store."""
     from pipelines.recipe import load_recipe
     from pipelines.train import pretrain as verb
+    from pipelines.train.run import RunOptions
 
     chosen = load_recipe(recipe, overrides or [])
     if dry_run:
         _plan(verb.plan(store, chosen, snapshot), chosen, as_json)
         return
-    run_id, folder = verb.pretrain(store, chosen, output, snapshot, address, VERBOSE, checkpoints, new)
+    options = RunOptions(output=output, checkpoints=checkpoints, new=new, address=address, verbose=verbose())
+    run_id, folder = verb.pretrain(store, chosen, options, snapshot_id=snapshot)
     _trained(run_id, folder, as_json)
 
 
@@ -172,7 +171,7 @@ def finetune(
     store: Store,
     overrides: Overrides = None,
     recipe: Annotated[str, typer.Option(help="A shipped recipe's name or a YAML file.")] = "finetune",
-    snapshot: Snapshot = None,
+    snapshot: SnapshotId = None,
     output: Output = Path("runs"),
     register: Annotated[str | None, typer.Option(help="Register the result under this name.")] = None,
     embodiment: Annotated[str | None, typer.Option(help="Whose actions, where there are several.")] = None,
@@ -184,10 +183,11 @@ def finetune(
 ) -> None:
     """Train on from a model, on part of a store or on new data."""
     from pipelines.models.checkpoint import load_settings
-    from pipelines.models.published import resolve
+    from pipelines.models.resolve import resolve
     from pipelines.recipe import load_recipe
     from pipelines.registry.register import register as to_registry
     from pipelines.train import finetune as verb
+    from pipelines.train.run import RunOptions
 
     chosen = load_recipe(recipe, overrides or [])
     if dry_run:
@@ -198,9 +198,8 @@ def finetune(
                 say(line)
             _plan(settings, chosen, as_json, transplant=verb.table(settings))
         return
-    run_id, folder = verb.finetune(
-        model, store, chosen, output, snapshot, address, VERBOSE, embodiment, checkpoints, new
-    )
+    options = RunOptions(output=output, checkpoints=checkpoints, new=new, address=address, verbose=verbose())
+    run_id, folder = verb.finetune(model, store, chosen, options, snapshot_id=snapshot, embodiment=embodiment)
     version = to_registry(folder, register, embodiment) if register else None
     named = {"name": register, "version": version} if register else {}
     _trained(run_id, folder, as_json, transplant=verb.table(load_settings(folder)), **named)
@@ -257,7 +256,7 @@ def demo(
     """Raw logs and videos to a promoted policy, on this machine, in minutes."""
     from pipelines.demo import demo as run
 
-    run(output, VERBOSE)
+    run(output, verbose())
 
 
 @app.command()
@@ -361,14 +360,14 @@ def _main() -> None:
         _fail(f"error: {error}", 2)
     except Refused as error:
         _fail(f"refused: {error}", 4)
-    except Stopped as stopped:
+    except Interrupted as stopped:
         _fail(f"interrupted; {stopped}", 130)
     except SystemExit as end:
         if end.code == 130:  # Typer's own answer to Ctrl-C says nothing
             say("interrupted; nothing half-written was kept")
         raise
     except Exception as error:
-        if VERBOSE:
+        if verbose():
             raise
         lines = str(error).strip().splitlines() or [""]
         cause = lines[-1] if type(error).__module__.startswith("ray") else lines[0]  # Ray's begin with a traceback

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines.cli.options import AsJson, Snapshot
+from pipelines.cli.options import AsJson, SnapshotId
 from pipelines.console import answer, say
 from preprocessing.errors import UserError
 
@@ -17,7 +17,7 @@ StoreArgument = Annotated[str, typer.Argument(metavar="URI")]
 
 
 @store_app.command("show")
-def show(uri: StoreArgument, snapshot: Snapshot = None, as_json: AsJson = False) -> None:
+def show(uri: StoreArgument, snapshot: SnapshotId = None, as_json: AsJson = False) -> None:
     """Counts by embodiment and encoder, and what is quarantined."""
     from preprocessing.store.store import LatentStore
 
@@ -63,7 +63,7 @@ def log(uri: StoreArgument, as_json: AsJson = False) -> None:
 
 
 @store_app.command("episodes")
-def episodes(uri: StoreArgument, snapshot: Snapshot = None, as_json: AsJson = False) -> None:
+def episodes(uri: StoreArgument, snapshot: SnapshotId = None, as_json: AsJson = False) -> None:
     """Every episode of a snapshot."""
     from preprocessing.store.store import LatentStore
 
@@ -83,7 +83,7 @@ def episodes(uri: StoreArgument, snapshot: Snapshot = None, as_json: AsJson = Fa
 
 
 @store_app.command("verify")
-def verify(uri: StoreArgument, snapshot: Snapshot = None, as_json: AsJson = False) -> None:
+def verify(uri: StoreArgument, snapshot: SnapshotId = None, as_json: AsJson = False) -> None:
     """Read every byte back and compare it with its digest; exit code 1 where one differs."""
     from tqdm import tqdm
 
@@ -125,16 +125,22 @@ def diff(
         for row in rows:
             say(f"{sign} {row['id'][:12]}  {row['frames']:6} frames  {row['encoder']}  {row['uri']} #{row['index']}")
     say(f"{len(added)} more, {len(gone)} fewer")
-    kept = ("id", "uri", "index", "encoder")
-    answer({"added": [{key: row[key] for key in kept} for row in added],
-            "removed": [{key: row[key] for key in kept} for row in gone]}, as_json)  # fmt: skip
+    left_out = ("key", "frames")
+    lists = {"added": added, "removed": gone}
+    answer(
+        {
+            name: [{key: value for key, value in row.items() if key not in left_out} for row in rows]
+            for name, rows in lists.items()
+        },
+        as_json,
+    )
 
 
 @store_app.command("tag")
 def tag(
     uri: StoreArgument,
     name: Annotated[str, typer.Argument(metavar="NAME")],
-    snapshot: Snapshot = None,
+    snapshot: SnapshotId = None,
     delete: Annotated[bool, typer.Option("--delete", help="Take the name away, so that gc may collect.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -153,7 +159,7 @@ def tag(
 
 
 @store_app.command("quarantine")
-def quarantine(uri: StoreArgument, snapshot: Snapshot = None, as_json: AsJson = False) -> None:
+def quarantine(uri: StoreArgument, snapshot: SnapshotId = None, as_json: AsJson = False) -> None:
     """What was refused or filtered and is not in the store since, with its reason."""
     from preprocessing.store.store import LatentStore
 
@@ -187,18 +193,18 @@ def remove(
 
 
 @store_app.command("statistics")
-def statistics(uri: StoreArgument, snapshot: Snapshot = None, as_json: AsJson = False) -> None:
+def statistics(uri: StoreArgument, snapshot: SnapshotId = None, as_json: AsJson = False) -> None:
     """Mean, deviation, range and quantiles of every action and proprioception column, by embodiment."""
     from preprocessing.dataset.selection import by_embodiment
     from preprocessing.store.statistics import merge
     from preprocessing.store.store import LatentStore
 
-    rows = [row for row in LatentStore.open(uri).snapshot(snapshot).rows() if row["statistics"] is not None]
+    rows = [row for row in LatentStore.open(uri).snapshot(snapshot).rows() if row["statistics"]]
     answered: dict[str, list[dict[str, Any]]] = {}
     for name, members in by_embodiment(rows).items():
         columns = [f"action[{i}]" for i in range(members[0]["action_dim"])]
         columns += [f"{part['name']}[{i}]" for part in members[0]["proprio"] for i in range(part["width"])]
-        total = merge(row["statistics"].first(len(columns)) for row in members)
+        total = merge(found.first(len(columns)) for row in members if (found := row["statistics"]) is not None)
         low, middle, high = (total.quantile(rank) for rank in (0.01, 0.5, 0.99))
         numbers = {"mean": total.mean, "std": total.std, "min": total.min, "q01": low, "q50": middle, "q99": high}
         numbers["max"] = total.max
@@ -217,7 +223,7 @@ def statistics(uri: StoreArgument, snapshot: Snapshot = None, as_json: AsJson = 
 def export(
     uri: StoreArgument,
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Gets a parquet table and zarr arrays.")],
-    snapshot: Snapshot = None,
+    snapshot: SnapshotId = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a snapshot as plain zarr and parquet, for programs that know nothing of this one."""

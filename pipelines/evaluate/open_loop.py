@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from preprocessing.episode import EpisodeRef
 from preprocessing.errors import BadEpisode, UserError
 from preprocessing.store.store import LatentStore
 from uwm_model.augment import centre
-from uwm_model.metrics import psnr
+from uwm_model.metrics import action_error, psnr
 
 WINDOWS = 64
 
@@ -31,6 +32,13 @@ PICTURES = 4
 
 
 IDENTICAL = 60.0  # dB that equal pictures count as, for their PSNR is infinite
+
+
+class Picture(TypedDict):
+    """A PNG beside evaluation.json for the report: frames side by side, each with its heading."""
+
+    file: str
+    columns: list[str]
 
 
 @dataclass
@@ -47,7 +55,7 @@ class OpenLoop:
 
 
 @torch.inference_mode()
-def open_loop(policy: Policy, store_uri: str, output: Path) -> OpenLoop:
+def open_loop(policy: Policy, store_uri: str, output: Path) -> tuple[OpenLoop, list[Picture]]:
     """Held-out windows of the store that the model was trained on; writes predicted against true frames as PNG."""
     model, held_out = policy.model, HeldOut(policy, store_uri)
     batch, generator = held_out.batch, torch.Generator().manual_seed(0)
@@ -55,18 +63,20 @@ def open_loop(policy: Policy, store_uri: str, output: Path) -> OpenLoop:
     by_inverse = None
     if "inverse_dynamics" in model.modes:
         by_inverse, _ = model.sample("inverse_dynamics", batch, generator=generator)
-    of_frames: tuple[float | None, float | None, float | None] = (None, None, None)
+    quality: tuple[float | None, float | None, float | None] = (None, None, None)
+    pictures: list[Picture] = []
     if "forward_dynamics" in model.modes:
         _, future = model.sample("forward_dynamics", batch, generator=generator)
         assert future is not None
-        of_frames = _frame_quality(policy, held_out, future.numpy(), output)
-    return OpenLoop(
+        quality, pictures = _frame_quality(policy, held_out, future.numpy(), output)
+    result = OpenLoop(
         WINDOWS,
         held_out.error(by_policy),
         None if by_inverse is None else held_out.error(by_inverse),
         held_out.error(held_out.mean_action()),
-        *of_frames,
+        *quality,
     )
+    return result, pictures
 
 
 class HeldOut:
@@ -100,7 +110,7 @@ class HeldOut:
 
     def error(self, action: torch.Tensor) -> float:
         """Mean absolute error of normalised actions [windows, L, A], in the robot's units."""
-        return float((np.abs(action.numpy() - self._true) * self._scale)[self._mask].mean())
+        return action_error(action.numpy() * self._scale, self._true * self._scale, self._mask)
 
     def mean_action(self) -> torch.Tensor:
         """Of these windows, for each step and dimension, [windows, L, A]: an answer without a look."""
@@ -110,7 +120,7 @@ class HeldOut:
 
 def _frame_quality(
     policy: Policy, held_out: HeldOut, predicted_latents: np.ndarray, output: Path
-) -> tuple[float, float, float]:
+) -> tuple[tuple[float, float, float], list[Picture]]:
     """PSNR of the predicted frames, of the current ones copied (floor), of the true latents decoded (ceiling).
 
     Latents [windows, V, Tf, C, h, w]. Pictures of the first predictions go to ``output``.
@@ -122,17 +132,19 @@ def _frame_quality(
     predictions = [policy.encoder.decode(predicted_latents[:, slot, -1]) for slot in slots]
     rebuilds = [policy.encoder.decode(true_latents[:, slot, -1]) for slot in slots]
     quality: list[list[float]] = []
-    pictures: list[np.ndarray] = []
+    shown: list[np.ndarray] = []
     for i, frames in enumerate(tqdm(_true_frames(policy, held_out), "frames", total=WINDOWS, leave=False)):
         for slot, (now, then) in frames.items():
             predicted, rebuilt = predictions[slot][i], rebuilds[slot][i]
             quality.append([min(float(psnr(image, then)), IDENTICAL) for image in (predicted, now, rebuilt)])
-            if len(pictures) < PICTURES * len(slots):
-                pictures.append(np.concatenate([now, predicted, then], axis=1))
-    for number, picture in enumerate(pictures):
-        Image.fromarray(picture).save(output / f"forward_{number}.png")
+            if len(shown) < PICTURES * len(slots):
+                shown.append(np.concatenate([now, predicted, then], axis=1))
+    pictures: list[Picture] = []
+    for number, image in enumerate(shown):
+        pictures.append({"file": f"forward_{number}.png", "columns": ["now", "predicted", "true"]})
+        Image.fromarray(image).save(output / pictures[-1]["file"])
     forward, floor, ceiling = np.mean(quality, axis=0) if quality else [float("nan")] * 3
-    return float(forward), float(floor), float(ceiling)
+    return (float(forward), float(floor), float(ceiling)), pictures
 
 
 def _true_frames(policy: Policy, held_out: HeldOut) -> Iterator[dict[int, tuple[np.ndarray, np.ndarray]]]:
@@ -143,7 +155,7 @@ def _true_frames(policy: Policy, held_out: HeldOut) -> Iterator[dict[int, tuple[
     """
     data, shape = held_out.data, held_out.data.shape
     decoded: dict[int, dict[str, np.ndarray]] = {}
-    stride, seen = policy.encoder.stride, policy.settings.model.latent_size[0]
+    stride, seen = policy.settings.stride, policy.settings.model.latent_size[0]
     first = (policy.image_size // stride - seen) // 2 * stride
     middle = slice(first, first + seen * stride)
     for index, at in zip(held_out.episode, held_out.frame, strict=True):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -19,6 +20,14 @@ from pipelines.models.policy import Policy
 from pipelines.models.session import Session
 from preprocessing.errors import UserError
 from preprocessing.video.write import write_video
+
+
+class RolloutVideo(TypedDict):
+    """A video beside evaluation.json."""
+
+    file: str
+    episode: int
+    success: bool
 
 
 @dataclass
@@ -33,7 +42,9 @@ class ClosedLoop:
     high: float
 
 
-def closed_loop(policy: Policy, env: str, episodes: int, output: Path, seed: int) -> ClosedLoop:
+def closed_loop(
+    policy: Policy, env: str, episodes: int, output: Path, seed: int
+) -> tuple[ClosedLoop, list[RolloutVideo]]:
     """Roll the policy out in ``SUITE:TASK`` on all cores; write a video of each episode to ``output``.
 
     An episode's initial state and the policy's noise are functions of ``seed`` and the episode's number.
@@ -46,7 +57,7 @@ def closed_loop(policy: Policy, env: str, episodes: int, output: Path, seed: int
     if task not in suite.INSTRUCTIONS:
         raise UserError(f"{env}: {suite_name} has no such task; one of {', '.join(suite.INSTRUCTIONS)}")
     policy.accept(suite.INTERFACE, env)
-    successes = 0
+    videos: list[RolloutVideo] = []
     with ProcessPoolExecutor(min(os.cpu_count() or 1, episodes), get_context("spawn")) as pool:
         try:
             jobs = [
@@ -54,14 +65,16 @@ def closed_loop(policy: Policy, env: str, episodes: int, output: Path, seed: int
                 for number in range(episodes)
             ]
             with tqdm(as_completed(jobs), f"rollout {task}", total=episodes, unit="ep") as bar:
-                for done, job in enumerate(bar, 1):
-                    successes += job.result()
-                    bar.set_postfix_str(f"{successes} of {done} succeed")
+                for job in bar:
+                    videos.append(job.result())
+                    bar.set_postfix_str(f"{sum(one['success'] for one in videos)} of {len(videos)} succeed")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    videos.sort(key=lambda video: video["episode"])
+    successes = sum(video["success"] for video in videos)
     low, high = wilson_interval(successes, episodes)
-    return ClosedLoop(env, episodes, successes, successes / episodes, low, high)
+    return ClosedLoop(env, episodes, successes, successes / episodes, low, high), videos
 
 
 @cache
@@ -73,8 +86,8 @@ def _loaded(folder: Path, embodiment: str, fast: bool, env: str) -> tuple[Policy
     return policy, load_suite(suite).make(task, policy.image_size)
 
 
-def rollout(folder: Path, embodiment: str, fast: bool, env: str, seed: int, number: int, output: Path) -> bool:
-    """Run one episode in this process; return whether it succeeded. Its video goes to ``output``."""
+def rollout(folder: Path, embodiment: str, fast: bool, env: str, seed: int, number: int, output: Path) -> RolloutVideo:
+    """Run one episode in this process and write its video to ``output``."""
     policy, simulator = _loaded(folder, embodiment, fast, env)
     session = Session(policy, seed + number)
     observation, _ = simulator.reset(seed=episode_seed(seed, number))
@@ -87,6 +100,6 @@ def rollout(folder: Path, embodiment: str, fast: bool, env: str, seed: int, numb
         success, ended = info["success"], terminated or truncated
     outcome = "success" if success else "failure"
     frames = (np.concatenate(list(images.values()), axis=1) for images in seen)
-    path = output / f"{env.partition(':')[2]}_{number:02d}_{outcome}.mp4"
-    write_video(path, frames, policy.spec.fps, quality=26)
-    return success
+    file = f"{env.partition(':')[2]}_{number:02d}_{outcome}.mp4"
+    write_video(output / file, frames, policy.spec.fps, quality=26)
+    return {"file": file, "episode": number, "success": success}

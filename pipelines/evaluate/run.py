@@ -18,7 +18,7 @@ from infra import tracking
 from pipelines.evaluate.open_loop import open_loop
 from pipelines.evaluate.rollouts import closed_loop
 from pipelines.models.policy import Policy
-from pipelines.models.published import resolve
+from pipelines.models.resolve import resolve
 
 
 def evaluate(
@@ -45,11 +45,11 @@ def evaluate(
     }
     metrics: dict[str, float] = {}
     if store_uri:
-        result = open_loop(policy, store_uri, output)
+        result, report["pictures"] = open_loop(policy, store_uri, output)
         report["open_loop"] = asdict(result)
         metrics |= {name: float(value) for name, value in asdict(result).items() if value is not None}
     if env:
-        of_task = closed_loop(policy, env, episodes, output, seed)
+        of_task, report["videos"] = closed_loop(policy, env, episodes, output, seed)
         report["closed_loop"] = asdict(of_task)
         metrics[f"success_rate.{env.replace(':', '.')}"] = of_task.success_rate
     (output / "evaluation.json").write_text(json.dumps(report, indent=1))

@@ -19,8 +19,9 @@ import ray
 from icechunk import ForkSession
 
 from infra.progress import on_this_node
-from pipelines.ingest.episode_reader import Gate, Plan, Refusal, Work
-from preprocessing.store.statistics import Statistics, merge
+from pipelines.ingest.episode_reader import EpisodeRecord, Gate, Plan, Refusal, Work
+from preprocessing.store.catalogue import CameraRow, EpisodeRow, LocationRow, QuarantineRow, StatisticsRow
+from preprocessing.store.statistics import Statistics, StatisticsColumns, merge
 from preprocessing.store.store import LatentStore
 
 COMMIT_MINUTES = 2  # of work that a crash may cost
@@ -36,7 +37,7 @@ class Committer:
         self.inbox = Inbox.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]
         self.snapshot: str | None = None
         self.episodes = self.already = self.frames = 0
-        self.quarantine: list[dict[str, Any]] = []
+        self.quarantine: list[QuarantineRow] = []
         self.too_bad = False
         self.failure: Exception | None = None  # of commits, that made it stop the job
         self._work = {one.ref.id: one for one in work}
@@ -204,7 +205,7 @@ class _Pending:
     """What has come of one episode so far."""
 
     refusal: Refusal | None = None
-    record: dict[str, Any] | None = None
+    record: EpisodeRecord | None = None
     steps: dict[str, Any] | None = None
     segments: dict[tuple[str, str], dict[int, dict[str, Any]]] = field(default_factory=dict)  # by (encoder, camera)
 
@@ -224,19 +225,20 @@ class _Batch:
 
     episodes: list[str]  # ids, those of bad ones too
     forks: list[ForkSession] = field(default_factory=list)
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    statistics: list[dict[str, Any]] = field(default_factory=list)
-    quarantine: list[dict[str, Any]] = field(default_factory=list)
-    unused: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[EpisodeRow] = field(default_factory=list)
+    statistics: list[StatisticsRow] = field(default_factory=list)
+    quarantine: list[QuarantineRow] = field(default_factory=list)
+    unused: list[LocationRow] = field(default_factory=list)
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 def _catalogued(
     one: Work, pending: _Pending, encoder: str, key: str, plan: Plan
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[EpisodeRow, list[StatisticsRow]]:
     """The catalogue row of one encoding of an episode, and its statistics' rows."""
     assert pending.record is not None and pending.steps is not None
-    cameras, statistics = [], []
+    cameras: list[CameraRow] = []
+    statistics: list[StatisticsRow] = []
     for camera in pending.record["cameras"]:
         found = [row for _, row in sorted(pending.segments[encoder, camera].items())]
         cameras.append({"name": camera, "segments": [row["place"] for row in found]})
@@ -244,6 +246,14 @@ def _catalogued(
         if measured:
             statistics.append({"key": key, "array": camera, **merge(measured).to_row()})
     if "statistics" in pending.steps:
-        statistics.append({"key": key, "array": "steps", **pending.steps["statistics"]})
-    named = {"key": key, "encoder": encoder, "encoder_digest": plan.encoders[encoder]}
-    return {**pending.record, **named, "cameras": cameras, "steps": pending.steps["place"]}, statistics
+        of_steps: StatisticsColumns = pending.steps["statistics"]
+        statistics.append({"key": key, "array": "steps", **of_steps})
+    catalogued: EpisodeRow = {
+        **pending.record,
+        "key": key,
+        "encoder": encoder,
+        "encoder_digest": plan.encoders[encoder],
+        "cameras": cameras,
+        "steps": pending.steps["place"],
+    }
+    return catalogued, statistics

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.data import DataContext
 from tqdm import tqdm
 
-from pipelines.ingest.episode_reader import Gate, Plan, Reading, Refusal, Work, refusal
+from infra.cluster import data_context
+from pipelines.ingest.episode_reader import EpisodeRecord, Gate, Plan, Reading, Refusal, Work, refusal
 from pipelines.ingest.job import Encode, actors, encoder_resources
 from preprocessing.episode import FRAMES_PER_CHUNK, EpisodeRef
 from preprocessing.store.snapshot import Snapshot
@@ -28,57 +28,54 @@ MEASURED = 2.0  # seconds
 
 
 @dataclass(frozen=True)
-class Seen:
+class Candidate:
     """One new episode: its catalogue row without its places, or why it would be refused."""
 
     work: Work
-    pictures: int  # frames of all cameras
+    images: int  # frames of all cameras
     columns: int  # of its steps
-    row: dict[str, Any] | None
+    row: EpisodeRecord | None
     refusal: Refusal | None
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What encoding would take; ``pictures`` counts each frame of each camera, once for each encoder."""
+    """What encoding would take; ``pictures`` counts each camera's frames, once for each encoder."""
 
     pictures: int
     seconds: float
     bytes: int
 
 
-def survey(work: list[Work], plan: Plan, head: Snapshot) -> list[Seen]:
+def read_all(work: list[Work], plan: Plan, head: Snapshot) -> list[Candidate]:
     """Every episode, in the order of ``work``. A cluster is to be there."""
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
     items = [{"place": i, "work": json.dumps(asdict(one))} for i, one in enumerate(work)]
-    read = ray.data.from_items(items, override_num_blocks=min(len(items), 512)).map_batches(
-        _look,  # type: ignore[arg-type]
-        batch_size=1,
-        batch_format="pyarrow",
-        fn_kwargs={"plan": plan},
-        num_cpus=1,
-    )
     found: dict[int, dict[str, Any]] = {}
-    with tqdm(total=len(work), desc="read", unit="ep", mininterval=0.5) as bar:
+    with data_context(), tqdm(total=len(work), desc="read", unit="ep", mininterval=0.5) as bar:
+        read = ray.data.from_items(items, override_num_blocks=min(len(items), 512)).map_batches(
+            _look,  # type: ignore[arg-type]
+            batch_size=1,
+            batch_format="pyarrow",
+            fn_kwargs={"plan": plan},
+            num_cpus=1,
+        )
         for row in read.iter_rows():
             found[row["place"]] = json.loads(row["found"])
             bar.update()
     seen, gate = [], Gate(plan, head)
     for place, one in enumerate(work):
-        row, pictures, columns, why = (found[place][key] for key in ("row", "pictures", "columns", "refusal"))
+        row, images, columns, why = (found[place][key] for key in ("row", "images", "columns", "refusal"))
         reason = Refusal(*why) if why else None
         if row:
             reason = gate.admit(one.source, row)
-        seen.append(Seen(one, pictures, columns, row, reason))
+        seen.append(Candidate(one, images, columns, row, reason))
     return seen
 
 
-def expected(seen: list[Seen], plan: Plan) -> Expected:
+def expected(seen: list[Candidate], plan: Plan) -> Expected:
     """Of those that would go in. Encoders are loaded and measured where an ingest would run them."""
     going = [one for one in seen if one.refusal is None]
-    pictures = sum(one.pictures * len(one.work.keys) for one in going)
+    images = sum(one.images * len(one.work.keys) for one in going)
     rates: dict[str, tuple[float, int]] = {}
     if going:
         rates = ray.get(ray.remote(_rates).options(**encoder_resources()).remote(plan))
@@ -87,20 +84,20 @@ def expected(seen: list[Seen], plan: Plan) -> Expected:
         assert one.row is not None
         for name in one.work.keys:
             rate, latent = rates[name]
-            seconds += one.pictures / rate / actors()
-            size += one.pictures * latent + one.row["frames"] * one.columns * 4
-    return Expected(pictures, round(seconds, 1), size)
+            seconds += one.images / rate / actors()
+            size += one.images * latent + one.row["frames"] * one.columns * 4
+    return Expected(images, round(seconds, 1), size)
 
 
 def _look(batch: pa.Table, plan: Plan) -> Iterator[pa.Table]:
     [item] = batch.to_pylist()
     values = json.loads(item["work"])
     ref = EpisodeRef(**values["ref"])
-    found: dict[str, Any] = {"row": None, "pictures": 0, "columns": 0, "refusal": None}
+    found: dict[str, Any] = {"row": None, "images": 0, "columns": 0, "refusal": None}
     try:
         reading = Reading(ref, values["source"], values["fps"], plan)
         for _, _, frames in reading.frames():
-            found["pictures"] += len(frames)
+            found["images"] += len(frames)
         row, steps = reading.record()
         found |= {"row": row, "columns": steps.shape[1]}
     except Exception as error:  # as in the ingest itself

@@ -7,18 +7,19 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from pipelines.recipe import IngestRecipe
 from preprocessing import limits, sources
 from preprocessing.contracts.contract import DataContract
-from preprocessing.contracts.interface import Interfaces
+from preprocessing.contracts.interface import InterfaceRow, Interfaces, NamedWidth
 from preprocessing.episode import Episode, EpisodeRef, Repair
 from preprocessing.errors import BadEpisode, UserError
 from preprocessing.quality.duplicates import Fingerprints
 from preprocessing.quality.filters import Inspector
+from preprocessing.store.catalogue import EpisodeColumns, QuarantineRow
 from preprocessing.store.snapshot import Snapshot
 
 READER = version("unified-world-models")
@@ -57,10 +58,23 @@ class Refusal(NamedTuple):
     reader: str | None  # version that refused these bytes for good; None where trying again may help
     filter: str | None = None  # that took it for not worth encoding; None where it cannot be read
 
-    def row(self, work: Work) -> dict[str, Any]:
+    def row(self, work: Work) -> QuarantineRow:
         """As the table QUARANTINE keeps it."""
-        where = {"key": work.quarantine_key, "id": work.ref.id, "uri": work.ref.uri, "index": work.ref.index}
-        return where | self._asdict() | {"reason": " ".join(self.reason.split())}
+        return {
+            "key": work.quarantine_key,
+            "id": work.ref.id,
+            "uri": work.ref.uri,
+            "index": work.ref.index,
+            "reason": " ".join(self.reason.split()),
+            "reader": self.reader,
+            "filter": self.filter,
+        }
+
+
+class EpisodeRecord(EpisodeColumns):
+    """An episode's catalogue row before it is encoded: ``cameras`` counts each camera's frames."""
+
+    cameras: dict[str, int]
 
 
 class Reading:
@@ -85,7 +99,7 @@ class Reading:
                 yield camera, self._counts[camera], frames
                 self._counts[camera] += len(frames)
 
-    def record(self) -> tuple[dict[str, Any], np.ndarray]:
+    def record(self) -> tuple[EpisodeRecord, np.ndarray]:
         """Once all frames have gone by: the catalogue row without its places, and the steps float32 ``[T, D]``."""
         row, steps = _record(self.episode, self._counts, self._plan, self._source)
         if sources.digest(self.episode.ref) != self.episode.ref.digest:
@@ -99,7 +113,7 @@ class Reading:
         repairs = [Repair("quality", note) for note in verdict.notes]
         repairs += [Repair("frames", f"{reason}; kept up to there") for reason in self._breaks or ()]
         row["repairs"] += [repair.text for repair in repairs]
-        row["repair_fields"] += [repair.field for repair in repairs]
+        row["repair_fields"] = [*(row["repair_fields"] or ()), *(repair.field for repair in repairs)]
         return row, steps
 
 
@@ -111,13 +125,13 @@ class Gate:
     """What an episode has to pass beside those that are in already; on the driver, in the order in which they come."""
 
     def __init__(self, plan: Plan, head: Snapshot):
-        self._interfaces, self._limit = plan.promises, plan.recipe.quality.near_duplicates
+        self._interfaces, self._limit = plan.interfaces, plan.recipe.quality.near_duplicates
         self._seen = Fingerprints()
         if self._limit is not None:
             for row in head.episodes(("id", "fingerprint")).to_pylist():
                 self._remember(row)
 
-    def admit(self, source: str, row: dict[str, Any]) -> Refusal | None:
+    def admit(self, source: str, row: EpisodeRecord) -> Refusal | None:
         """Let an episode in, by its catalogue row; or why not."""
         if reason := self._interfaces.broken_by(source, row):
             return Refusal(reason, READER)
@@ -130,7 +144,7 @@ class Gate:
         self._remember(row)
         return None
 
-    def _remember(self, row: dict[str, Any]) -> None:
+    def _remember(self, row: EpisodeRecord) -> None:
         if row["fingerprint"]:
             self._seen.add(row["id"], bytes.fromhex(row["fingerprint"]))
 
@@ -153,7 +167,7 @@ def _unchanged(ref: EpisodeRef) -> bool:
     return False
 
 
-def _described(episode: Episode) -> dict[str, Any]:
+def _described(episode: Episode) -> InterfaceRow:
     """The columns that say what an episode's numbers and pictures mean."""
     return {
         "fps": episode.fps,
@@ -165,11 +179,11 @@ def _described(episode: Episode) -> dict[str, Any]:
     }
 
 
-def _widths(columns: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+def _widths(columns: dict[str, np.ndarray]) -> list[NamedWidth]:
     return [{"name": name, "width": values.shape[1]} for name, values in columns.items()]
 
 
-def _record(episode: Episode, counts: dict[str, int], plan: Plan, source: str) -> tuple[dict[str, Any], np.ndarray]:
+def _record(episode: Episode, counts: dict[str, int], plan: Plan, source: str) -> tuple[EpisodeRecord, np.ndarray]:
     tracks = {f"camera {camera}": count for camera, count in counts.items()}
     tracks |= {f"proprio {name}": len(values) for name, values in episode.proprio.items()}
     if episode.action is not None:
@@ -187,7 +201,7 @@ def _record(episode: Episode, counts: dict[str, int], plan: Plan, source: str) -
     repairs = [*episode.repairs, *(Repair("streams", f"{name} holds NaN or infinity; dropped") for name in dropped)]
     steps = np.concatenate([*columns, *signals.values(), np.zeros((frames, 0))], axis=1, dtype=np.float32)
     contract = plan.contracts[source]
-    record = {
+    record: EpisodeRecord = {
         **_described(episode),
         "id": episode.id,
         "uri": episode.ref.uri,
@@ -201,8 +215,11 @@ def _record(episode: Episode, counts: dict[str, int], plan: Plan, source: str) -
         "repairs": [repair.text for repair in repairs],
         "repair_fields": [repair.field for repair in repairs],
         "source": source,
+        "image_size": plan.recipe.image_size,
         "split": episode.split,
         "signals": _widths(signals),
         "texts": [{"name": name, "text": text} for name, text in episode.texts.items()],
+        "spans": None,
+        "fingerprint": None,
     }
     return record, steps

@@ -19,8 +19,9 @@ import icechunk
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, DataContext, Datasink, ExecutionResources
+from ray.data import ActorPoolStrategy, Datasink, ExecutionResources
 
+from infra.cluster import data_context
 from pipelines.ingest.committer import Committer
 from pipelines.ingest.episode_reader import Plan, Reading, Work, refusal
 from preprocessing.encoders.vae import PIXELS
@@ -51,34 +52,32 @@ ROW = pa.schema(
 def run(work: list[Work], plan: Plan, committer: Committer, meter: Any) -> None:
     """Everything from raw files to the last commit. Raises what stopped it, after committing what was complete."""
     gc.collect()  # a job that failed in this process may hold its encoders, and their cores, in a cycle of objects
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.target_max_block_size = BLOCK_BYTES
-    context.print_on_execution_start = False
-    pass_bytes = ROWS_PER_PASS * FRAMES_PER_CHUNK * plan.recipe.image_size**2 * 3
-    ahead = actors() * PASSES_AHEAD * max(pass_bytes, BLOCK_BYTES)
-    context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=ahead)
-    items = [
-        {"ref": json.dumps(asdict(one.ref)), "source": one.source, "encoders": list(one.keys), "fps": one.fps or 0.0}
-        for one in work
-    ]
-    frames = ray.data.from_items(items, override_num_blocks=min(len(items), 512)).map_batches(
-        decode,  # type: ignore[arg-type]
-        batch_size=1,
-        batch_format="pyarrow",
-        fn_kwargs={"plan": plan, "meter": meter, "inbox": committer.inbox},
-        num_cpus=0.25,
-    )
-    latents = frames.map_batches(
-        Encode,
-        fn_constructor_args=(plan, meter),
-        batch_size=ROWS_PER_PASS,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=actors()),
-        **encoder_resources(),
-    )
-    again = {"max_retries": WRITE_TRIES, "retry_exceptions": [icechunk.IcechunkError]}
-    latents.write_datasink(LatentSink(committer), ray_remote_args={"num_cpus": 0.25, **again})
+    with data_context() as context:
+        context.target_max_block_size = BLOCK_BYTES
+        pass_bytes = ROWS_PER_PASS * FRAMES_PER_CHUNK * plan.recipe.image_size**2 * 3
+        ahead = actors() * PASSES_AHEAD * max(pass_bytes, BLOCK_BYTES)
+        context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=ahead)
+        items = [
+            {"ref": json.dumps(asdict(w.ref)), "source": w.source, "encoders": list(w.keys), "fps": w.fps or 0.0}
+            for w in work
+        ]
+        frames = ray.data.from_items(items, override_num_blocks=min(len(items), 512)).map_batches(
+            decode,  # type: ignore[arg-type]
+            batch_size=1,
+            batch_format="pyarrow",
+            fn_kwargs={"plan": plan, "meter": meter, "inbox": committer.inbox},
+            num_cpus=0.25,
+        )
+        latents = frames.map_batches(
+            Encode,
+            fn_constructor_args=(plan, meter),
+            batch_size=ROWS_PER_PASS,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=actors()),
+            **encoder_resources(),
+        )
+        again = {"max_retries": WRITE_TRIES, "retry_exceptions": [icechunk.IcechunkError]}
+        latents.write_datasink(LatentSink(committer), ray_remote_args={"num_cpus": 0.25, **again})
 
 
 def actors() -> int:
@@ -175,7 +174,7 @@ class Encode:
         return pa.Table.from_pylist(done, schema=ROW)
 
 
-class Stopped(Exception):
+class JobStopped(Exception):
     """The driver has asked this job to end."""
 
 
@@ -207,12 +206,12 @@ class LatentSink(Datasink):
                 arrays.append(np.frombuffer(buffer, kind).reshape(row["shape"]))
         fork = LatentStore.open(self._uri).fork()  # of today's head: gc may have taken that of a long job's beginning
         for row, values, place in zip(rows, arrays, write_segments(fork, arrays), strict=True):
-            row["place"] = asdict(place)
+            row["place"] = place
             if values.size and values.dtype != np.uint8:  # nobody normalises by the statistics of pixels
                 columns = np.moveaxis(values, 1, -1).reshape(-1, values.shape[1])  # channels of latents
                 row["statistics"] = Statistics.of(columns).to_row()
         if not ray.get(self._inbox.put.remote(ctx.task_idx, {"fork": fork, "rows": rows})):
-            raise Stopped
+            raise JobStopped
 
     def on_write_complete(self, write_result: Any) -> None:
         self._committer.finish()

@@ -27,9 +27,10 @@ from preprocessing import limits, sources
 from preprocessing.contracts.contract import DataContract
 from preprocessing.contracts.interface import Interfaces
 from preprocessing.encoders.text import load_text_encoder, text_encoder_digest
-from preprocessing.encoders.vae import encoder_digest
+from preprocessing.encoders.vae import encoder_digest, encoder_stride
 from preprocessing.episode import EpisodeRef
 from preprocessing.errors import BadEpisode, UserError
+from preprocessing.store.catalogue import QuarantineRow
 from preprocessing.store.keys import work_key
 from preprocessing.store.snapshot import Snapshot
 from preprocessing.store.storage import parse
@@ -54,7 +55,7 @@ class IngestReport:
     expected: dict[str, float] | None = None  # of a dry run: pictures to encode, seconds and bytes that it would take
     waiting: dict[str, float] = field(default_factory=dict)  # share of their time that "decode" and "encode" waited
 
-    def refuse(self, row: dict[str, Any]) -> None:
+    def refuse(self, row: QuarantineRow) -> None:
         """Count a row (QUARANTINE) of what was not let in."""
         if row["filter"]:
             self.filtered.append({key: row[key] for key in ("uri", "index", "filter", "reason")})
@@ -95,8 +96,11 @@ def ingest(
     limits.use(recipe.limits)
     places = [place for uri in uris for place in sources.find(uri, format)]
     digests = {_in_full(name): encoder_digest(name, recipe.precision) for name in recipe.encoder}
+    for name in recipe.encoder:
+        if recipe.image_size % (stride := encoder_stride(name)):
+            raise UserError(f"image_size {recipe.image_size}: choose a multiple of {stride} for encoder {name}")
     if recipe.text_encoder:
-        text_encoder_digest(recipe.text_encoder)  # that there is none such is told before hours of work
+        text_encoder_digest(recipe.text_encoder)  # fails early if the encoder is missing
     absent = dry_run and parse(store_uri).content() == "nothing"
     with TemporaryDirectory() as nowhere:  # a dry run makes no store, and compares with an empty one
         place = nowhere if absent else store_uri
@@ -111,22 +115,22 @@ def ingest(
         _try(work, plan)
         if work:
             with cluster(address, verbose):
-                _survey(work, plan, head, report) if dry_run else _run(store, work, plan, report)
+                _dry_run(work, plan, head, report) if dry_run else _run(store, work, plan, report)
         if recipe.text_encoder and not dry_run:
-            report.snapshot = keep_sentences(store, recipe.text_encoder)
+            report.snapshot = keep_instruction_vectors(store, recipe.text_encoder)
     report.seconds = round(time.monotonic() - began, 2)
     return report
 
 
-def keep_sentences(store: LatentStore, name: str) -> str:
+def keep_instruction_vectors(store: LatentStore, name: str) -> str:
     """The vectors of all instructions in the store that it does not hold yet; returns the id of the snapshot."""
     head, digest = store.snapshot(), text_encoder_digest(name)
-    known = {row["text"] for row in head.sentence_rows() if row["encoder_digest"] == digest}
+    known = {row["text"] for row in head.instruction_rows() if row["encoder_digest"] == digest}
     texts = sorted({row["instruction"] for row in head.episodes(["instruction"]).to_pylist()} - known - {None, ""})
     if not texts:
         return head.id
-    vectors = load_text_encoder(name).encode(texts, lambda batches: tqdm(batches, "sentences", leave=False, delay=2))
-    return store.add_sentences(
+    vectors = load_text_encoder(name).encode(texts, lambda batches: tqdm(batches, "instructions", leave=False, delay=2))
+    return store.add_instruction_vectors(
         [
             {"text": text, "encoder": name, "encoder_digest": digest, "vector": vector.tolist()}
             for text, vector in zip(texts, vectors, strict=True)
@@ -142,10 +146,10 @@ def _try(work: list[Work], plan: Plan) -> None:
             sources.load(one.ref, plan.contracts[source])
 
 
-def _survey(work: list[Work], plan: Plan, head: Snapshot, report: IngestReport) -> None:
-    from pipelines.ingest.dry_run import expected, survey
+def _dry_run(work: list[Work], plan: Plan, head: Snapshot, report: IngestReport) -> None:
+    from pipelines.ingest.dry_run import expected, read_all
 
-    seen = survey(work, plan, head)
+    seen = read_all(work, plan, head)
     for one in seen:
         if one.refusal:
             report.refuse(one.refusal.row(one.work))

@@ -1,7 +1,8 @@
-"""A checkpoint: a folder of ``model.safetensors`` and ``settings.json``, readable without anything of this project."""
+"""A checkpoint: a folder of ``model.safetensors`` and ``settings.json``, readable without this project."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -18,7 +19,7 @@ from preprocessing.dataset.normalizer import Normalizer
 from preprocessing.errors import UserError
 from uwm_model.config import DiffusionConfig, ModelConfig
 from uwm_model.kinds import Model, build
-from uwm_model.transplant import Part
+from uwm_model.transplant import TransplantedPart
 
 
 @dataclass(frozen=True)
@@ -29,16 +30,22 @@ class Normalizers:
     proprio: Normalizer
 
 
+SPARE_EMBODIMENTS = 4  # free slots of a new model, for embodiments that finetuning brings
+FORMAT = 1  # of settings.json; raise it when an older program would misread a newer file
+
+
 class Settings(BaseModel):
-    """All that is needed to use the weights, and where they come from."""
+    """Everything needed to use the weights, and where they come from."""
 
     model_config = ConfigDict(extra="forbid")
 
+    format: int = FORMAT
     model: ModelConfig
     diffusion: DiffusionConfig
     encoder: str
     encoder_digest: str
-    image_size: int = 0  # of the frames that the store holds; 0, of earlier checkpoints: as many as the latents are
+    image_size: int = 0  # pixels a side of the encoded frames; 0 in old checkpoints: that of the model's latents
+    stride: int = 8  # pixels a latent, of the encoder
     text_encoder: str | None = None
     text_encoder_digest: str | None = None
     embodiments: dict[str, Embodiment]
@@ -52,11 +59,16 @@ class Settings(BaseModel):
     # holds the one that is used.
     pretrained_statistics: dict[str, Normalizers] = {}
     data_statistics: dict[str, Normalizers] = {}
-    transplant: tuple[Part, ...] = ()  # what became of its parent's weights
+    transplant: tuple[TransplantedPart, ...] = ()  # what became of its parent's weights
 
     def build(self) -> Model:
         """A fresh model of the settings' kind; settings written before there were kinds are UWM's."""
         return build(self.model, self.diffusion)
+
+    @property
+    def frame_size(self) -> int:
+        """Pixels a side of the frames that are encoded for this model."""
+        return self.image_size or self.model.latent_size[0] * self.stride
 
     @property
     def fresh(self) -> set[str]:
@@ -91,9 +103,13 @@ def write(
 
 
 def load_settings(folder: Path) -> Settings:
+    """Read ``settings.json``. Raises UserError if the folder is no checkpoint, or one of a newer version."""
     try:
-        return Settings.model_validate_json((folder / "settings.json").read_text())
-    except (OSError, ValidationError) as error:
+        text = (folder / "settings.json").read_text()
+        if (made_by := json.loads(text).get("format", FORMAT)) > FORMAT:
+            raise UserError(f"{folder}: settings of format {made_by}; this version reads up to {FORMAT}: upgrade it")
+        return Settings.model_validate_json(text)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder}: not a checkpoint of this project ({reason})") from None
 

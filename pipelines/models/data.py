@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from pipelines.models.checkpoint import Settings
 from pipelines.recipe import Recipe
 from preprocessing.dataset.loader import LatentDataset, WindowShape
-from preprocessing.dataset.selection import left_out, sources, split
+from preprocessing.dataset.selection import left_out, source_names, split
 from preprocessing.encoders.vae import PIXELS
 from preprocessing.errors import UserError
-from preprocessing.store.store import Snapshot
+from preprocessing.store.catalogue import EpisodeRow, TrainingRow
+from preprocessing.store.snapshot import Snapshot
 
 
 def dataset(
@@ -39,20 +39,25 @@ def dataset(
         model.proprio_dim,
     )
     pixels = snapshot.rows(PIXELS) if model.observation == "pixels" else None
-    sentences = None
+    instructions = None
     if settings.text_encoder_digest:
-        sentences = snapshot.sentences(settings.text_encoder_digest)
+        instructions = snapshot.instruction_vectors(settings.text_encoder_digest)
     mixture = {} if validation else {name: share for name, share in recipe.mixture.items() if share}
     return LatentDataset(
-        snapshot, rows, settings.embodiments, shape, pixels, sentences, mixture, recipe.shuffle_windows, tell
+        snapshot, rows, settings.embodiments, shape, pixels, instructions, mixture, recipe.shuffle_windows, tell
     )
 
 
-def training_rows(rows: list[dict[str, Any]], recipe: Recipe, store_uri: str) -> list[dict[str, Any]]:
+def training_rows(rows: list[TrainingRow], recipe: Recipe, store_uri: str) -> list[TrainingRow]:
     """The rows the recipe trains on; UserError where none is left, or its mixture does not fit them."""
     chosen = split(rows, recipe.instructions, recipe.validation_share, validation=False)
     if not chosen:
         held = sorted({row["instruction"] for row in rows if row["instruction"]})
         raise UserError(f"{store_uri}: no episode with instructions {recipe.instructions}; it holds {held}")
-    sources(chosen, recipe.mixture)
+    source_names(chosen, recipe.mixture)
     return [row for row in chosen if not left_out(row, recipe.mixture)]
+
+
+def stride_of(row: EpisodeRow, shape: Sequence[int]) -> int:
+    """Return the encoder's stride, in pixels a latent; ``shape`` [N, C, h, w] is that of the row's latents."""
+    return row["image_size"] // shape[2] if row["image_size"] else 8  # not recorded before version 0.2: a stride of 8

@@ -59,7 +59,7 @@ class Policy:
 
     @property
     def image_size(self) -> int:
-        return self.settings.image_size or self.settings.model.latent_size[0] * self.encoder.stride
+        return self.settings.frame_size
 
     def act(
         self,
@@ -114,7 +114,7 @@ class Policy:
             raise UserError(f"proprio {missing[0]}: missing; this policy reads {dict(spec.proprio)}")
         count = len(next(iter(images.values())))
         expected = (count, model.observed_frames, self.image_size, self.image_size, 3)
-        side = self.image_size // self.encoder.stride
+        side = self.image_size // self.settings.stride
         slots = (count, model.cameras, model.observed_frames)
         latents = np.zeros((*slots, model.latent_channels, side, side), np.float16)
         pixels = np.zeros((*slots, 3, self.image_size, self.image_size), np.uint8)

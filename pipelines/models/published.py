@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.models import checkpoint
-from pipelines.recipe import STRIDE, load_recipe
-from pipelines.train.pretrain import SPARE_EMBODIMENTS
+from pipelines.models.checkpoint import SPARE_EMBODIMENTS
+from pipelines.models.data import stride_of
+from pipelines.recipe import load_recipe
 from preprocessing.cache import cache_folder
 from preprocessing.dataset.embodiment import FARTHEST, Embodiment, describe
 from preprocessing.dataset.normalizer import MINIMUM_RANGE, Normalizer
@@ -22,29 +23,13 @@ from preprocessing.dataset.selection import by_embodiment, choose_encoder
 from preprocessing.encoders.vae import PIXELS
 from preprocessing.errors import UserError
 from preprocessing.store.store import LatentStore
-from uwm_model.published import load_official, read_official
+from uwm_model.published import load_published, read_published
 
 ENCODER = "sdxl-vae"  # the published models'; a folder of it has a name of its own
 OTHERS = ("tiny", "taesdxl", PIXELS)  # which are not
 ALL = 0.9999  # of the episodes count as held out: what such a model was trained on is not known here
 BEYOND = 1.5  # how far from 0 the store's actions may lie, once the published normaliser is through with them
 EXACT = 0.02  # how far from -1 and 1 its extremes are where they are those that the normaliser was made of
-
-
-def resolve(
-    model: str,
-    store_uri: str | None,
-    embodiment: str | None = None,
-    snapshot_id: str | None = None,
-    extend: bool = False,
-    cache: Path | None = None,
-) -> Path:
-    """The checkpoint folder of MODEL, which may also be a published file where a store is given (see ``adopt``)."""
-    if not Path(model).is_file():
-        return checkpoint.resolve(model)
-    if store_uri is None:
-        raise UserError(f"{model}: a published checkpoint names no robot; give --store, with episodes of its robot")
-    return adopt(Path(model), store_uri, embodiment, snapshot_id, extend, cache)
 
 
 def adopt(
@@ -72,12 +57,13 @@ def adopt(
         raise UserError(f"{file}: choose an embodiment with --embodiment; the store knows {', '.join(rows) or 'none'}")
     robot = describe(name, rows[name], 0, max(len(row["cameras"]) for row in rows[name]))
     try:
-        held = read_official(file)
-        model = load_official(held.weights, proprio_dim=max(1, robot.proprio_dim), embodiments=1 + SPARE_EMBODIMENTS)
+        held = read_published(file)
+        model = load_published(held.weights, proprio_dim=max(1, robot.proprio_dim), embodiments=1 + SPARE_EMBODIMENTS)
     except ValueError as error:
         raise UserError(f"{file}: {str(error).removeprefix(f'{file}: ')}") from None
     config = model.model_config
     shape = snapshot.shape(rows[name][0]["cameras"][0]["segments"][0])
+    stride = stride_of(rows[name][0], shape)
     for what, ours, theirs in (
         ("values an action", config.action_dim, robot.action_dim),
         ("cameras", config.cameras, len(robot.cameras)),
@@ -86,7 +72,7 @@ def adopt(
         if ours != theirs and not (extend and what != "latent channels"):
             raise UserError(f"{file}: {ours} {what}; {name} in {store_uri} has {theirs}")
     if min(shape[2:]) < max(config.latent_size):
-        sizes = (config.latent_size[0] * STRIDE, shape[2] * STRIDE)
+        sizes = (config.latent_size[0] * stride, shape[2] * stride)
         raise UserError(f"{file}: sees {sizes[0]} pixels; {store_uri} holds {sizes[1]}; ingest with more --image-size")
     known = {}
     if robot.action_dim == config.action_dim:
@@ -98,7 +84,8 @@ def adopt(
         diffusion=model.diffusion_config,
         encoder=rows[name][0]["encoder"],
         encoder_digest=encoder,
-        image_size=shape[2] * STRIDE,
+        image_size=shape[2] * stride,
+        stride=stride,
         embodiments=known,
         store=snapshot.uri,
         snapshot=snapshot.id,

@@ -4,17 +4,37 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from infra import registry, tracking
 from preprocessing.errors import UserError
 
 
-def resolve(model: str) -> Path:
-    """The checkpoint folder of MODEL: a folder, ``models:/NAME@ALIAS``, ``models:/NAME/VERSION`` or a run id."""
-    folder = Path(model)
-    if folder.is_dir():
-        return folder if (folder / "settings.json").exists() else folder / "checkpoint"
+def resolve(
+    model: str,
+    store_uri: str | None = None,
+    embodiment: str | None = None,
+    snapshot_id: str | None = None,
+    extend: bool = False,
+    cache: Path | None = None,
+) -> Path:
+    """Return the checkpoint folder of MODEL.
+
+    MODEL is a checkpoint folder or a run's folder, ``models:/NAME@ALIAS``, ``models:/NAME/VERSION``, a run id, or a
+    published UWM file. Only a published file needs the other arguments (see :func:`pipelines.models.published.adopt`).
+    Raises UserError if there is no such model.
+    """
+    path = Path(model)
+    if path.is_file():
+        from pipelines.models.published import adopt
+
+        if store_uri is None:
+            raise UserError(f"{model}: a published checkpoint names no robot; give --store, with episodes of its robot")
+        return adopt(path, store_uri, embodiment, snapshot_id, extend, cache)
+    if path.is_dir():
+        return path if (path / "settings.json").exists() else path / "checkpoint"
+
+    from infra import registry, tracking  # imports MLflow: slow
+
+    tracking.connect()
     if model.startswith("models:/"):
-        tracking.connect()
         found = registry.download(model)
         hint = "list versions in the MLflow page, or check MLFLOW_TRACKING_URI"
     else:

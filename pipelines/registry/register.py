@@ -22,11 +22,11 @@ def register(checkpoint: Path, name: str, embodiment: str | None = None) -> str:
     return registry.register(
         settings.run_id,
         name,
-        checkpoint,
-        Path(__file__).parents[1] / "models" / "mlflow_policy.py",
-        inputs,
-        (-1, settings.model.action_chunk, spec.action_dim),
-        ("contract", "instruction"),
-        {"embodiment": policy.embodiment, "fast": False},
-        {"snapshot": settings.snapshot, "store": settings.store, "parent": settings.parent or "none"},
+        checkpoint=checkpoint,
+        code=Path(__file__).parents[1] / "models" / "mlflow_policy.py",
+        inputs=inputs,
+        output=(-1, settings.model.action_chunk, spec.action_dim),
+        parameters=("contract", "instruction"),
+        model_config={"embodiment": policy.embodiment, "fast": False},
+        tags={"snapshot": settings.snapshot, "store": settings.store, "parent": settings.parent or "none"},
     )

@@ -22,7 +22,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from infra import registry, tracking
 from pipelines.registry.promote import Promotion
-from preprocessing.store.store import LatentStore, Snapshot
+from preprocessing.store.snapshot import Snapshot
+from preprocessing.store.store import LatentStore, LogEntry
 
 CLIPS = 10  # videos of one evaluation at most: the first ones, so that nobody has picked them
 MEDIA_BYTES = 13 * 2**20  # of pictures and videos in all; a third more as base64, which keeps the page below 20 MB
@@ -91,23 +92,29 @@ def write_report(
 def _evaluation(label: str, folder: Path, budget: int) -> dict[str, Any]:
     """One evaluation's numbers, its pictures, and its first episodes' videos as far as ``budget`` bytes go."""
     numbers = json.loads((folder / "evaluation.json").read_text())
-    pictures = sorted(folder.glob("forward_*.png"), key=lambda file: (len(file.name), file.name))
-    budget -= sum(file.stat().st_size for file in pictures)
-    videos = sorted(folder.glob("*_[0-9]*_*.mp4"))
+    opened, closed = numbers.get("open_loop"), numbers.get("closed_loop")
+    pictures = [
+        {"columns": picture["columns"], "uri": _embedded(folder / picture["file"], "image/png")}
+        for picture in numbers.get("pictures", [])
+    ]
+    budget -= sum(len(picture["uri"]) * 3 // 4 for picture in pictures)
+    videos = numbers.get("videos", [])
     clips = []
-    for file in videos[:CLIPS]:
-        budget -= file.stat().st_size
+    for video in videos[:CLIPS]:
+        budget -= (folder / video["file"]).stat().st_size
         if budget < 0:
             break
-        task, number, outcome = file.stem.rsplit("_", 2)
-        clips.append({"episode": (task, int(number)), "outcome": outcome, "uri": _embedded(file, "video/mp4")})
+        task = closed["task"].partition(":")[2]
+        outcome = "success" if video["success"] else "failure"
+        uri = _embedded(folder / video["file"], "video/mp4")
+        clips.append({"episode": (task, video["episode"]), "outcome": outcome, "uri": uri})
     return {
         "label": label,
         "folder": folder,
         "embodiment": numbers.get("embodiment"),
-        "closed": numbers.get("closed_loop"),
-        "opened": numbers.get("open_loop"),
-        "pictures": [_embedded(file, "image/png") for file in pictures],
+        "closed": closed,
+        "opened": opened,
+        "pictures": pictures,
         "clips": clips,
         "videos": len(videos),
     }
@@ -174,7 +181,7 @@ def _total(rows: Iterable[dict[str, Any]]) -> int:
     return sum(row["frames"] for row in rows)
 
 
-def _commit(snapshot: Snapshot) -> dict[str, Any] | None:
+def _commit(snapshot: Snapshot) -> LogEntry | None:
     """The store's log entry of the snapshot; None where a rollback has taken it out of the log."""
     log = LatentStore.open(snapshot.uri).log()
     return next((entry for entry in log if entry["snapshot"] == snapshot.id), None)

@@ -18,7 +18,7 @@ class _Draft:
     written: Future[None]
 
 
-class Saver:
+class CheckpointWriter:
     """One worker's part. The workers vote in each step whether theirs is written, and all learn the sums of the votes.
 
     A checkpoint that could not be written, on a full disk for example, is dropped; the training goes on, and the next

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from infra import tracking
 from infra.cluster import cluster
 from infra.progress import Meter, on_this_node, watch
-from pipelines.errors import Stopped
+from pipelines.errors import Interrupted
 from pipelines.models.checkpoint import Settings
 from pipelines.recipe import Recipe
 from pipelines.train.checkpoints import RunFolder
@@ -48,7 +48,7 @@ def train(
 ) -> Path:
     """Train on Ray and return the folder of the final weights, ``output/checkpoint``.
 
-    ``checkpoints`` is the URI of the run's own: it goes on from the newest there. Raises Stopped, Diverged, or
+    ``checkpoints`` is the URI of the run's own: it goes on from the newest there. Raises Interrupted, Diverged, or
     what a worker raised that comes again.
     """
     output.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def _persist(recipe: Recipe, config: dict[str, Any], folder: RunFolder, told: th
     reached, fruitless = -1, 0
     while (newest := folder.newest()) < recipe.steps:
         if told.is_set():
-            raise Stopped(f"stopped at step {newest}; the same command goes on")
+            raise Interrupted(f"stopped at step {newest}; the same command goes on")
         try:
             _fit(recipe, config)
         except TrainingFailedError as error:

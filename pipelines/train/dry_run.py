@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipelines.models.checkpoint import Settings
 from pipelines.recipe import Recipe
-from pipelines.train.worker import optimizer_settings, prepare
+from pipelines.train.setup import optimizer_settings, prepare
 from uwm_model.batch import Batch
 from uwm_model.config import ModelConfig
 from uwm_model.optimizer import adamw
@@ -40,6 +40,7 @@ class Estimate:
 def estimate(settings: Settings, recipe: Recipe, model: Any) -> Estimate:
     """``model`` is what would be trained, freshly made; it is used up."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)  # a worker is a core
     workers = recipe.most_workers
@@ -54,7 +55,7 @@ def estimate(settings: Settings, recipe: Recipe, model: Any) -> Estimate:
     model.to(device, dtype).train()
     optimizer, _ = adamw(model, optimizer_settings(recipe))
     measured = min(micro, MEASURED)
-    batch = _sample(settings.model, measured).to(device, dtype)
+    batch = _sample(settings.model, measured, settings.stride).to(device, dtype)
     held: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -77,6 +78,7 @@ def estimate(settings: Settings, recipe: Recipe, model: Any) -> Estimate:
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append((learned - began, time.monotonic() - learned))
+    torch.set_num_threads(threads)
     of_samples, of_optimizer = seconds[1]
     step = share * of_samples / measured + of_optimizer / (workers if recipe.zero_stage else 1)
     return Estimate(
@@ -108,10 +110,14 @@ def _state_bytes(parameters: int, trained: int, recipe: Recipe) -> tuple[int, in
     return (on_device, optimizer) if recipe.offload else (on_device + optimizer, 0)
 
 
-def _sample(model: ModelConfig, count: int) -> Batch:
+def _sample(model: ModelConfig, count: int, stride: int) -> Batch:
     """Random samples of these shapes."""
     V, Tf, C, h, w = model.latents_shape
-    pixels = torch.rand(count, V, model.observed_frames, 3, 8 * h, 8 * w) if model.observation == "pixels" else None
+    pixels = (
+        torch.rand(count, V, model.observed_frames, 3, stride * h, stride * w)
+        if model.observation == "pixels"
+        else None
+    )
     return Batch(
         current_latents=torch.randn(count, V, model.observed_frames, C, h, w),
         camera_mask=torch.ones(count, V, dtype=torch.bool),

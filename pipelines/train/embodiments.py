@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pipelines.models.checkpoint import Normalizers, Settings
 from pipelines.recipe import Recipe
 from preprocessing.dataset.embodiment import Embodiment, describe
 from preprocessing.dataset.selection import by_embodiment
 from preprocessing.errors import UserError
+from preprocessing.store.catalogue import TrainingRow
 from uwm_model.config import ModelConfig
 from uwm_model.transplant import Inputs
 
@@ -41,7 +41,7 @@ class Robots:
         return sorted(by_need[: wanted or every])
 
 
-def robots(parent: Settings, rows: list[dict[str, Any]], recipe: Recipe) -> Robots:
+def robots(parent: Settings, rows: list[TrainingRow], recipe: Recipe) -> Robots:
     """Of the catalogue rows; UserError where a robot is not what the parent knows by its name."""
     known, data = dict(parent.embodiments), {}
     for name, members in by_embodiment(rows).items():

@@ -18,19 +18,19 @@ from infra import tracking
 from pipelines.console import say
 from pipelines.models import checkpoint
 from pipelines.models.checkpoint import Normalizers, Settings
-from pipelines.models.data import training_rows
-from pipelines.models.published import resolve
-from pipelines.recipe import STRIDE, Recipe
+from pipelines.models.data import stride_of, training_rows
+from pipelines.models.resolve import resolve
+from pipelines.recipe import Recipe
 from pipelines.train.embodiments import Robots, in_slots, inputs, robots
-from pipelines.train.run import tracked
+from pipelines.train.run import RunOptions, tracked
 from pipelines.train.trainable import learning_sizes
 from preprocessing.dataset.embodiment import Embodiment
-from preprocessing.dataset.selection import sentences_of
+from preprocessing.dataset.selection import text_encoder_of
 from preprocessing.errors import UserError
 from preprocessing.store.store import LatentStore
 from uwm_model.config import ModelConfig
 from uwm_model.kinds import Model
-from uwm_model.transplant import Inputs, part_of, survey, transplant
+from uwm_model.transplant import Inputs, part_of, plan_transplant, transplant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,20 +65,23 @@ def plan(initial: Path, store_uri: str, recipe: Recipe, snapshot_id: str | None 
     text = parent.text_encoder_digest if known_text else recipe.text_encoder
     told: dict[str, Any] = {"text_encoder": None, "text_encoder_digest": None, "text_width": 0}
     if text and recipe.model.get("text_width") != 0:
-        told = sentences_of(snapshot, text, rows)
+        told = text_encoder_of(snapshot, text, rows)
     found = robots(parent, rows, recipe)
     slots = found.slots(parent.model.cameras, recipe.model.get("cameras"))
-    size = snapshot.shape(rows[0]["cameras"][0]["segments"][0])[2:]
-    model = _extended(parent, found, recipe, size, len(slots), told.pop("text_width"))
+    shape = snapshot.shape(rows[0]["cameras"][0]["segments"][0])
+    size, stride = shape[2:], stride_of(rows[0], shape)
+    whole = size if size[0] * stride != parent.frame_size else parent.model.latent_size  # as in pretraining
+    model = _extended(parent, found, recipe, whole, len(slots), told.pop("text_width"))
     if any(seen > held for seen, held in zip(model.latent_size, size, strict=True)):
         raise UserError(
             f"{store_uri}: latents are {size}, the model sees {model.latent_size} of them; ingest with --image-size "
-            f"{model.latent_size[0] * STRIDE}, or set model.latent_size={list(size)}"
+            f"{model.latent_size[0] * stride}, or set model.latent_size={list(size)}"
         )
     settings = parent.model_copy(
         update={
             "model": model,
-            "image_size": size[0] * STRIDE,
+            "image_size": size[0] * stride,
+            "stride": stride,
             **told,
             "embodiments": {
                 name: in_slots(robot, slots) for name, robot in found.known.items() if not _lacking(model, robot)
@@ -98,7 +101,9 @@ def plan(initial: Path, store_uri: str, recipe: Recipe, snapshot_id: str | None 
     )
     before, after = inputs(parent, found, slots, model, settings.text_encoder_digest)
     try:
-        settings.transplant = survey(checkpoint.shapes(initial), before, _fresh(settings, "meta").state_dict(), after)
+        settings.transplant = plan_transplant(
+            checkpoint.shapes(initial), before, _fresh(settings, "meta").state_dict(), after
+        )
     except ValueError as error:
         raise UserError(f"recipe: model.{error}") from None
     table(settings)  # whose errors come before anything is written
@@ -108,14 +113,14 @@ def plan(initial: Path, store_uri: str, recipe: Recipe, snapshot_id: str | None 
 def _extended(
     parent: Settings, found: Robots, recipe: Recipe, size: Sequence[int], cameras: int, text_width: int
 ) -> ModelConfig:
-    """The parent's configuration with room for the data; UserError where the recipe leaves too little."""
+    """Return the parent's configuration with room for the data, whose latents are of ``size``.
+
+    Raises UserError if the recipe leaves too little.
+    """
     old, here = parent.model, [found.known[name] for name in found.here]
-    latent_size = old.latent_size
-    if size[0] * STRIDE != (parent.image_size or old.latent_size[0] * STRIDE):  # as pretraining does: all of a picture
-        latent_size = (max(old.latent_size[0], size[0]), max(old.latent_size[1], size[1]))
     needed = {
         "cameras": cameras,
-        "latent_size": latent_size,
+        "latent_size": (max(old.latent_size[0], size[0]), max(old.latent_size[1], size[1])),
         "action_dim": max(old.action_dim, *(robot.action_dim for robot in here)),
         "proprio_dim": max(old.proprio_dim, *(robot.proprio_dim for robot in here)),
         "embodiments": max(old.embodiments, *(robot.index + 1 for robot in here)),
@@ -184,15 +189,15 @@ def finetune(
     model: str,
     store_uri: str,
     recipe: Recipe,
-    output: Path,
+    options: RunOptions,
+    *,
     snapshot_id: str | None = None,
-    address: str | None = None,
-    verbose: bool = False,
     embodiment: str | None = None,
-    checkpoints: str | None = None,
-    new: bool = False,
 ) -> tuple[str, Path]:
-    """Train on from MODEL; returns (MLflow run id, checkpoint folder)."""
+    """Continue training from MODEL; return (MLflow run id, checkpoint folder).
+
+    ``embodiment`` is needed only for a published MODEL (see :func:`pipelines.models.published.adopt`).
+    """
     asked = {"model": model, "store": LatentStore.open(store_uri).uri, "snapshot": snapshot_id}
 
     def begin() -> tuple[Settings, Callable[[Path], None]]:
@@ -201,4 +206,4 @@ def finetune(
             say(line)
         return planned.settings, partial(write_start, planned)
 
-    return tracked("finetune", asked, begin, recipe, output, checkpoints, new, address, verbose)
+    return tracked("finetune", asked, begin, recipe, options)

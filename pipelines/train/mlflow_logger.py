@@ -14,7 +14,7 @@ PATIENCE = 10_000  # points that are kept for a server that does not answer
 PATIENCE_SECONDS = 20.0
 
 
-class Curves:
+class MlflowLogger:
     """Of one MLflow run, by one worker. What the run shows already, from before it was cut off, is not shown twice."""
 
     def __init__(self, run_id: str):

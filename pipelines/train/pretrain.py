@@ -5,18 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipelines.models.checkpoint import Settings
-from pipelines.models.data import training_rows
-from pipelines.recipe import STRIDE, Recipe
-from pipelines.train.run import tracked
+from pipelines.models.checkpoint import SPARE_EMBODIMENTS, Settings
+from pipelines.models.data import stride_of, training_rows
+from pipelines.recipe import Recipe
+from pipelines.train.run import RunOptions, tracked
 from preprocessing.dataset.embodiment import describe
-from preprocessing.dataset.selection import by_embodiment, choose_encoder, sentences_of
+from preprocessing.dataset.selection import by_embodiment, choose_encoder, text_encoder_of
 from preprocessing.encoders.vae import PIXELS
 from preprocessing.errors import UserError
 from preprocessing.store.store import LatentStore
 from uwm_model.config import DiffusionConfig, ModelConfig
-
-SPARE_EMBODIMENTS = 4  # free slots, so that finetuning can bring robots that pretraining has not seen
 
 
 def plan(store_uri: str, recipe: Recipe, snapshot_id: str | None = None) -> Settings:
@@ -31,6 +29,7 @@ def plan(store_uri: str, recipe: Recipe, snapshot_id: str | None = None) -> Sett
         for index, (name, members) in enumerate(by_embodiment(rows).items())
     }
     shape = snapshot.shape(rows[0]["cameras"][0]["segments"][0])
+    stride = stride_of(rows[0], shape)
     if recipe.model.get("observation") == "pixels" and not snapshot.rows(PIXELS):
         raise UserError(
             f"{store_uri}: holds no pixels, which this model observes; ingest the same with --encoder {PIXELS}, too"
@@ -43,7 +42,7 @@ def plan(store_uri: str, recipe: Recipe, snapshot_id: str | None = None) -> Sett
         "proprio_dim": max(1, *(spec.proprio_dim for spec in embodiments.values()), 1),
         "embodiments": len(embodiments) + SPARE_EMBODIMENTS,
     }
-    told = sentences_of(snapshot, recipe.text_encoder, rows) if recipe.text_encoder else {}
+    told = text_encoder_of(snapshot, recipe.text_encoder, rows) if recipe.text_encoder else {}
     if told:
         derived["text_width"] = told.pop("text_width")
     try:
@@ -59,7 +58,8 @@ def plan(store_uri: str, recipe: Recipe, snapshot_id: str | None = None) -> Sett
         diffusion=diffusion,
         encoder=rows[0]["encoder"],
         encoder_digest=rows[0]["encoder_digest"],
-        image_size=shape[2] * STRIDE,
+        image_size=stride * shape[2],
+        stride=stride,
         **told,
         embodiments=embodiments,
         store=snapshot.uri,
@@ -69,16 +69,8 @@ def plan(store_uri: str, recipe: Recipe, snapshot_id: str | None = None) -> Sett
 
 
 def pretrain(
-    store_uri: str,
-    recipe: Recipe,
-    output: Path,
-    snapshot_id: str | None = None,
-    address: str | None = None,
-    verbose: bool = False,
-    checkpoints: str | None = None,
-    new: bool = False,
+    store_uri: str, recipe: Recipe, options: RunOptions, *, snapshot_id: str | None = None
 ) -> tuple[str, Path]:
-    """Train from nothing; returns (MLflow run id, checkpoint folder)."""
+    """Train from scratch; return (MLflow run id, checkpoint folder)."""
     asked = {"store": LatentStore.open(store_uri).uri, "snapshot": snapshot_id}
-    begin = lambda: (plan(store_uri, recipe, snapshot_id), None)  # noqa: E731
-    return tracked("pretrain", asked, begin, recipe, output, checkpoints, new, address, verbose)
+    return tracked("pretrain", asked, lambda: (plan(store_uri, recipe, snapshot_id), None), recipe, options)

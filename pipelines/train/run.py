@@ -15,6 +15,7 @@ import json
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,24 +27,18 @@ from pydantic import BaseModel
 
 from infra import tracking
 from pipelines.console import say
-from pipelines.errors import Stopped
+from pipelines.errors import Interrupted
 from pipelines.models.checkpoint import Settings
-from pipelines.recipe import Recipe
+from pipelines.recipe import RESULT_KEYS, WORK_KEYS, Recipe
 from pipelines.train.checkpoints import RunFolder
 from pipelines.train.driver import train
 from preprocessing.errors import UserError
 from preprocessing.store.storage import Folder, parse
 from preprocessing.store.store import LatentStore
 
-# Of the recipe, what says how the work is done and not what comes out: a run may go on with other values.
-HOW = {
-    "workers", "micro_batch_size", "zero_stage", "activation_checkpointing", "offload", "compile", "checkpoint_every",
-    "keep_last", "worker_price", "log_every",
-}  # fmt: skip
 
-
-class Run(BaseModel):
-    """What ``run.json`` holds."""
+class RunRecord(BaseModel):
+    """What ``run.json`` holds. ``identity`` is that of the command that started the run."""
 
     identity: str
     name: str
@@ -51,65 +46,56 @@ class Run(BaseModel):
     finished: bool = False
 
 
-def tracked(
-    kind: str,
-    asked: dict[str, str | None],
-    begin: Callable[[], tuple[Settings, Callable[[Path], None] | None]],
-    recipe: Recipe,
-    output: Path,
-    checkpoints: str | None = None,
-    new: bool = False,
-    address: str | None = None,
-    verbose: bool = False,
-) -> tuple[str, Path]:
-    """Train, and return (MLflow run id, folder of the final weights).
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where a run goes and how it is started; none of it changes what is learned."""
 
-    ``asked`` is what the user named (store, model, snapshot): with the recipe it tells whether a run of ``output`` or
-    ``checkpoints`` that was cut off is this one; then it goes on, with the snapshot it began with. Else, or where it is
-    to be ``new``, ``begin`` gives the settings of a new one, and what writes the weights that it starts from, if any.
+    output: Path  # parent folder of the run's own
+    checkpoints: str | None = None  # URI for checkpoints while training, in place of ``output``
+    new: bool = False  # start a new run even if the same command was cut off
+    address: str | None = None  # of a Ray cluster
+    verbose: bool = False
+
+
+# The settings of a new run, and what writes the weights that it starts from, if any, to a folder.
+Begin = Callable[[], tuple[Settings, Callable[[Path], None] | None]]
+
+
+def tracked(
+    kind: str, asked: dict[str, str | None], begin: Begin, recipe: Recipe, options: RunOptions
+) -> tuple[str, Path]:
+    """Train; return (MLflow run id, folder of the final weights).
+
+    ``asked`` is what the user named (store, model, snapshot). If a run with the same ``asked`` and the same recipe, but
+    for its WORK_KEYS, was cut off, it is resumed on the snapshot it started with. Otherwise ``begin`` makes a new one.
     """
-    place = parse(checkpoints or str(output))
-    place.content()  # a mistake in it is told before anything is begun
+    place = parse(options.checkpoints or str(options.output))
+    place.content()  # fails early if the place is mistaken
     home = place.uri
-    what = {key: value for key, value in recipe.model_dump().items() if key not in HOW}
-    identity = hashlib.sha256(json.dumps([kind, asked, what], sort_keys=True).encode()).hexdigest()[:16]
-    run = None if new else _cut_off(home, identity)
+    run = None if options.new else _cut_off(home, kind, asked, recipe)
     if run is None:
-        settings, write_start = begin()
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{output}: {error.strerror}; give a folder that can be written to") from None
-        tags = {"kind": kind, "store": settings.store, "snapshot": settings.snapshot, "parent": settings.parent or ""}
-        run_id = tracking.start_run("unified-world-models", recipe.name, tags | _code())
-        settings.run_id = run_id
-        # Kept for as long as anybody asks what it saw.
-        LatentStore.open(settings.store).tag(f"run-{run_id}", settings.snapshot)
-        name = f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{run_id[:6]}"
-        run = Run(identity=identity, name=name, settings=settings)
-        resolved = recipe.model_dump() | {"model": settings.model_dump()["model"]}
-        tracking.log_settings(run_id, resolved)
+        run, write_start = _new_run(kind, asked, begin, recipe, options.output)
     else:
         write_start = None
-        settings, resolved = run.settings, recipe.model_dump() | {"model": run.settings.model_dump()["model"]}
-        run_id = str(settings.run_id)
         tracking.connect()
-        tracking.resume_run(run_id)
-        say(f"going on with run {run_id} ({run.name}), which was cut off; --new begins another")
+        tracking.resume_run(str(run.settings.run_id))
+        say(f"resuming run {run.settings.run_id} ({run.name}), which was cut off; --new starts another")
+    settings, run_id = run.settings, str(run.settings.run_id)
     settings.recipe = recipe.model_dump()
-    folder, kept = output.resolve() / run.name, RunFolder(_below(home, run.name))
+    folder, kept = options.output.resolve() / run.name, RunFolder(_below(home, run.name))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(resolved)), sort_keys=False))
+    resolved = json.loads(json.dumps(_resolved(recipe, settings)))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
     try:
         with _alone(folder):
-            if write_start:  # as the checkpoint of step 0, which needs nobody's file any more
+            if write_start:  # as the checkpoint of step 0, so that the parent's files are not needed any more
                 kept.write(0, write_start)
                 kept.commit(0, {})
             kept.put("run.json", run.model_dump_json(indent=1).encode())
-            final = train(settings, recipe, folder, kept.uri, address, verbose)
+            final = train(settings, recipe, folder, kept.uri, options.address, options.verbose)
         tracking.log_folder(run_id, final, "checkpoint")
     except BaseException as error:
-        tracking.end_run(run_id, "KILLED" if isinstance(error, KeyboardInterrupt | Stopped) else "FAILED")
+        tracking.end_run(run_id, "KILLED" if isinstance(error, KeyboardInterrupt | Interrupted) else "FAILED")
         raise
     kept.put("run.json", run.model_copy(update={"finished": True}).model_dump_json(indent=1).encode())
     kept.drop(0)
@@ -117,17 +103,52 @@ def tracked(
     return run_id, final
 
 
-def _cut_off(home: str, identity: str) -> Run | None:
-    """The newest run under ``home`` of that identity that has not finished."""
+def _new_run(
+    kind: str, asked: dict[str, str | None], begin: Begin, recipe: Recipe, output: Path
+) -> tuple[RunRecord, Callable[[Path], None] | None]:
+    settings, write_start = begin()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output}: {error.strerror}; give a folder that can be written to") from None
+    tags = {"kind": kind, "store": settings.store, "snapshot": settings.snapshot, "parent": settings.parent or ""}
+    run_id = tracking.start_run("unified-world-models", recipe.name, tags | _code())
+    settings.run_id = run_id
+    # A tag keeps the snapshot from being collected, so that one can always see what the run read.
+    LatentStore.open(settings.store).tag(f"run-{run_id}", settings.snapshot)
+    name = f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{run_id[:6]}"
+    tracking.log_settings(run_id, _resolved(recipe, settings))
+    return RunRecord(identity=_identity(kind, asked, recipe.model_dump()), name=name, settings=settings), write_start
+
+
+def _resolved(recipe: Recipe, settings: Settings) -> dict[str, Any]:
+    return recipe.model_dump() | {"model": settings.model_dump()["model"]}
+
+
+def _cut_off(home: str, kind: str, asked: dict[str, str | None], recipe: Recipe) -> RunRecord | None:
+    """Return the newest unfinished run under ``home`` that this command would repeat."""
     files, root = parse(home).filesystem()
     there = files.get_file_info(pyarrow.fs.FileSelector(root, allow_not_found=True))
     names = sorted(info.base_name for info in there if info.type == pyarrow.fs.FileType.Directory)
     for name in sorted(names, key=lambda name: name.split("-")[-3:], reverse=True):
         with contextlib.suppress(FileNotFoundError, ValueError):
-            run = Run.model_validate_json(RunFolder(_below(home, name)).read("run.json"))
-            if run.identity == identity and not run.finished:
+            run = RunRecord.model_validate_json(RunFolder(_below(home, name)).read("run.json"))
+            if not run.finished and is_same(run, kind, asked, recipe):
                 return run
     return None
+
+
+def is_same(run: RunRecord, kind: str, asked: dict[str, str | None], recipe: Recipe) -> bool:
+    """Whether this command started ``run``, perhaps in an earlier version whose recipes had fewer keys."""
+    recorded = run.settings.recipe
+    then = Recipe.model_validate(recorded)  # with today's defaults for keys that did not exist
+    same_result = all(getattr(then, key) == getattr(recipe, key) for key in RESULT_KEYS)
+    return same_result and run.identity == _identity(kind, asked, recorded)
+
+
+def _identity(kind: str, asked: dict[str, str | None], recipe: dict[str, Any]) -> str:
+    what = {key: value for key, value in recipe.items() if key not in WORK_KEYS}
+    return hashlib.sha256(json.dumps([kind, asked, what], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _below(home: str, name: str) -> str:
@@ -138,7 +159,7 @@ def _below(home: str, name: str) -> str:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Nobody else trains this run from this machine."""
+    """Lock the run against other processes of this machine."""
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -151,7 +172,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _code() -> dict[str, str]:
-    """Which code it is: the version, and the commit where it is a checkout."""
+    """Return the version of this code, and the commit if it is a git checkout."""
     tags: dict[str, Any] = {"version": version("unified-world-models")}
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]

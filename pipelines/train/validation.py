@@ -17,16 +17,11 @@ from pipelines.recipe import Recipe
 from preprocessing.encoders.vae import load_encoder
 from uwm_model.augment import centre
 from uwm_model.batch import Batch
-from uwm_model.objective import counted
+from uwm_model.objective import total_loss
 from uwm_model.randomness import SampleGenerators
 
 BATCHES, SIZE = 4, 64
 PICTURED = 4  # windows
-
-
-def held_out(number: int) -> int:
-    """The step that the noise of this held-out batch counts as: none of the training's, nor -1, whose noise is -2's."""
-    return -2 - number
 
 
 class Validation:
@@ -40,7 +35,6 @@ class Validation:
     ):
         self._settings, self._recipe, self._model = settings, recipe, model
         self._rank, self._world = rank, world
-        self._action_free = settings.diffusion.action_free_loss and settings.model.kind == "uwm"
         self._batches: list[Batch] = []
         data = dataset(settings, validation=True, recipe=recipe, tell=tell)
         if data.rows:
@@ -63,15 +57,15 @@ class Validation:
         for number, batch in enumerate(self._batches):
             places = range(self._rank, SIZE, self._world)
             mine = batch[self._rank :: self._world].to(device, torch.float32)
-            random = SampleGenerators.of(self._recipe.seed, held_out(number), places)
-            found = self._model.loss(mine, random, counts=counted(batch, self._action_free).clamp(min=1).to(device))
+            random = SampleGenerators.of(self._recipe.seed, number, places, "held_out")
+            found = self._model.loss(mine, random, counts=self._model.loss_counts(batch).clamp(min=1).to(device))
             totals += torch.stack([found.action, found.video]).double() / len(self._batches)
         torch.distributed.all_reduce(totals)
         if not self._batches:
             return {}
         action, video = totals.tolist()
         return {
-            "validation_loss": action + video,
+            "validation_loss": total_loss(action, video),
             "validation_loss_action": action,
             "validation_loss_video": video,
         }

@@ -1,0 +1,1 @@
+"""Data contracts: what the fields of a data set mean."""

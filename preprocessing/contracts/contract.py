@@ -27,14 +27,6 @@ from preprocessing.video.frames import colours_exchanged, upside_down
 ABOUT = {"name", "datasets", "source"}  # what a contract says about itself
 SHIPPED = Path(__file__).parent
 
-# How a reader's sentence begins that says that it guessed or mended what a contract may set: it is dropped with that.
-GUESSES = {
-    "fps": "control rate unknown",
-    "embodiment": "robot unknown",
-    "flip": "images are stored bottom-up",
-    "instruction": "the instruction changes",
-}
-
 
 class DataContract(BaseModel):
     """The names on the left of a mapping, and those in lists, are the recorded ones.
@@ -125,7 +117,6 @@ class DataContract(BaseModel):
             proprio = {stored: recorded[name] for name, stored in self.proprio.items()}
         # What neither the action nor proprioception is made of stays with the episode, the reader's own choice too.
         used = {*(self.action or ("action",)), *(self.proprio if self.proprio is not None else episode.proprio)}
-        moot = tuple(begins for field, begins in GUESSES.items() if getattr(self, field) is not None)
         return replace(
             episode,
             fps=self.fps or episode.fps,
@@ -136,7 +127,7 @@ class DataContract(BaseModel):
             instruction=self.instruction or self._text(episode) or episode.instruction,
             success=self._success(episode, recorded),
             embodiment=self.embodiment or episode.embodiment,
-            repairs=tuple(repair for repair in episode.repairs if not repair.startswith(moot)),
+            repairs=tuple(repair for repair in episode.repairs if getattr(self, repair.field, None) is None),
             signals={name: values for name, values in recorded.items() if name not in used},
             split=(self.splits or {}).get(episode.split or "", episode.split),
         )

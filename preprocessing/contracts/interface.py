@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypedDict
 
 from pydantic import BaseModel, ConfigDict
 
@@ -15,7 +15,25 @@ SAME_RATE = 0.05  # rates that differ by less are one: 30 and 29.97
 UNTOLD = {None, "unknown", "other"}  # what a block leaves open
 
 
-class Promise(BaseModel):
+class NamedWidth(TypedDict):
+    """Some neighbouring columns of an episode's steps: their name, and how many they are."""
+
+    name: str
+    width: int
+
+
+class InterfaceRow(TypedDict):
+    """The columns of a catalogue row from which an interface is made."""
+
+    embodiment: str
+    fps: float
+    cameras: Any  # CameraRow each, or their names alone
+    proprio: list[NamedWidth]
+    action_dim: int
+    action_layout: str  # JSON list of ActionBlock
+
+
+class Interface(BaseModel):
     """What is the same for all of an embodiment's episodes as they are stored, and for what its policy sees and does.
 
     ``proprio`` is a width by name.
@@ -30,7 +48,7 @@ class Promise(BaseModel):
     action_layout: tuple[ActionBlock, ...]
 
     @classmethod
-    def of(cls, row: dict[str, Any]) -> Promise:
+    def of(cls, row: InterfaceRow) -> Interface:
         """Of an episode's catalogue row."""
         return cls(
             fps=row["fps"],
@@ -40,7 +58,7 @@ class Promise(BaseModel):
             action_layout=json.loads(row["action_layout"]),
         )
 
-    def differences(self, other: Promise) -> list[str]:
+    def differences(self, other: Interface) -> list[str]:
         """How ``other`` breaks it, a phrase each. What one leaves unknown the other may say, and cameras may differ.
 
         Videos promise nothing.
@@ -59,7 +77,7 @@ class Promise(BaseModel):
             found.append(f"the rate is {other.fps:g} Hz, not {self.fps:g}")
         return found
 
-    def require(self, other: Promise, who: str) -> None:
+    def require(self, other: Interface, who: str) -> None:
         """UserError where ``other`` breaks it, or has a camera that is not among these: what a policy asks for."""
         found = self.differences(other)
         found += [f"there is no camera {name}" for name in other.cameras if name not in self.cameras]
@@ -67,20 +85,20 @@ class Promise(BaseModel):
             raise UserError(f"{who} does not keep the contract that this policy was trained under: {'; '.join(found)}")
 
 
-class Promises:
+class Interfaces:
     """By source and embodiment: what the first of its episodes promised holds for the others."""
 
     def __init__(self) -> None:
-        self._promises: dict[tuple[str, str], Promise] = {}
+        self._interfaces: dict[tuple[str, str], Interface] = {}
 
-    def add(self, source: str, row: dict[str, Any]) -> None:
-        if (source, row["embodiment"]) not in self._promises:
-            self._promises[source, row["embodiment"]] = Promise.of(row)
+    def add(self, source: str, row: InterfaceRow) -> None:
+        if (source, row["embodiment"]) not in self._interfaces:
+            self._interfaces[source, row["embodiment"]] = Interface.of(row)
 
-    def broken_by(self, source: str, row: dict[str, Any]) -> str | None:
+    def broken_by(self, source: str, row: InterfaceRow) -> str | None:
         """Why an episode's catalogue row does not belong with the others, if so."""
-        promise = self._promises.get((source, row["embodiment"]))
-        if not promise or not (differences := promise.differences(Promise.of(row))):
+        interface = self._interfaces.get((source, row["embodiment"]))
+        if not interface or not (differences := interface.differences(Interface.of(row))):
             return None
         return (
             f"is not like the other {row['embodiment']} episodes of {source}: {'; '.join(differences)}; if that is "

@@ -1,0 +1,1 @@
+"""From a snapshot to training batches: selection, normalisation, sample order, local copies."""

@@ -1,28 +1,32 @@
-"""Windows to batches: whole-batch gathers from the memory maps of a snapshot's shards.
+"""Batches of windows, gathered from the memory-mapped shards of a snapshot.
 
-A batch is a few fancy indexes a shard: no worker processes, no copies between them.
+A window at frame t of an episode reads the observed frames up to t, the actions t .. t+L-1, and the future frames
+from t+L on (L is the action chunk; paper section III). Every frame starts a window: beyond the first and last frame
+the nearest frame is repeated, and actions past the end are masked.
+
+A batch takes a few fancy-indexing operations per shard: no worker processes, no copies between them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from preprocessing.dataset.embodiment import Embodiment, sources, spans
-from preprocessing.dataset.order import Block, WindowOrder
+from preprocessing.dataset.embodiment import Embodiment
+from preprocessing.dataset.order import SHUFFLE_WINDOWS, Block, WindowOrder
+from preprocessing.dataset.selection import source_names, spans
 from preprocessing.dataset.shards import LocalCopy, width
 from preprocessing.errors import UserError
+from preprocessing.store.catalogue import TrainingRow
 from preprocessing.store.snapshot import Snapshot
-
-SHUFFLE_WINDOWS = 2**20
 
 
 @dataclass(frozen=True)
 class WindowShape:
-    """Sizes of a batch, as the model's configuration names them."""
+    """Sizes of a batch, named as in ModelConfig."""
 
     cameras: int
     observed_frames: int
@@ -35,32 +39,33 @@ class WindowShape:
 class Samples(NamedTuple):
     """A worker's share of a global batch."""
 
-    arrays: dict[str, np.ndarray]  # of LatentDataset.gather
+    arrays: dict[str, np.ndarray]  # see LatentDataset.gather
     episode: np.ndarray  # int64 [b]
-    position: np.ndarray  # int64 [b]: their places in the global batch
+    position: np.ndarray  # int64 [b], in the global batch
 
 
 class LatentDataset:
     """Episodes of a pinned snapshot, ready to be gathered.
 
-    ``rows`` are catalogue rows of one encoder; ``embodiments`` says how each fills the model's slots. An episode of
-    which several spans may be used counts as so many: ``rows`` holds its row as often, ``first`` where each begins.
-    ``pixels`` are catalogue rows of the same episodes, where windows are to have the current frames' pixels too;
-    ``sentences`` float32 [E] by instruction, where they are to have the episode's. ``mixture`` are shares of samples
-    by source (preprocessing/dataset/embodiment.py), without which each embodiment has that of its windows; ``source`` int64 [E]
-    says of each episode which of ``source_names`` it counts as. Samples are drawn from about ``shuffle`` windows at a
-    time. ``tell`` hears how copies come along, as LocalCopy has it. Raises UserError where the mixture does not fit the
-    rows.
+    ``rows`` are catalogue rows of one encoder; ``embodiments`` says how each fills the model's slots. ``pixels`` are
+    catalogue rows of the same episodes, if windows are to include the current frames' pixels; ``instructions`` maps
+    instructions to float32 ``[E]``, if windows are to include them. ``mixture`` maps sources to shares of the samples
+    (:func:`~preprocessing.dataset.selection.source_of`); without it, embodiments are sampled in proportion to their
+    windows. Samples are drawn from about ``shuffle`` windows at any time. ``tell`` receives the progress of copying, as
+    in LocalCopy. Raises UserError if the mixture does not fit the rows.
+
+    An episode with several usable spans counts as several episodes: the attribute ``rows`` has one entry per span, and
+    ``first`` where the span starts. The attribute ``source``, int64 ``[episodes]``, indexes ``source_names``.
     """
 
     def __init__(
         self,
         snapshot: Snapshot,
-        rows: list[dict[str, Any]],
+        rows: list[TrainingRow],
         embodiments: dict[str, Embodiment],
         shape: WindowShape,
-        pixels: list[dict[str, Any]] | None = None,
-        sentences: dict[str, np.ndarray] | None = None,
+        pixels: list[TrainingRow] | None = None,
+        instructions: dict[str, np.ndarray] | None = None,
         mixture: dict[str, float] | None = None,
         shuffle: int = SHUFFLE_WINDOWS,
         tell: Callable[[int, int], None] | None = None,
@@ -70,14 +75,14 @@ class LatentDataset:
         if not used:
             return
         self._copy = copy = LocalCopy(snapshot, rows, None if pixels is None else _alike(rows, pixels), tell)
-        self._sentences = None if sentences is None else np.stack([*sentences.values()])
-        places = {text: place for place, text in enumerate(sentences or ())}
-        self._sentence = np.array([places.get(row["instruction"], -1) for row in self.rows])
+        self._vectors = None if instructions is None else np.stack([*instructions.values()])
+        places: dict[str | None, int] = {text: place for place, text in enumerate(instructions or ())}
+        self._instruction = np.array([places.get(row["instruction"], -1) for row in self.rows])
         rows = self.rows
         self.first = np.array([first for _, first, _ in used])
         self.frames = np.array([stop - first for _, first, stop in used])
         self.embodiment = np.array([embodiments[row["embodiment"]].index for row in rows], np.int64)
-        named = sources(rows, mixture or {})
+        named = source_names(rows, mixture or {})
         self.source_names = [*dict.fromkeys(named)]
         self.source = np.array([self.source_names.index(name) for name in named], np.int64)
         windows = np.bincount(self.source, self.frames)
@@ -94,7 +99,7 @@ class LatentDataset:
                 if camera["name"] in slots:
                     start = shard.frame[row["key"]] + number * row["frames"]
                     self._camera_start[i, slots.index(camera["name"])] = start + first
-            if self._width[i]:  # of one without, 0 is a place, too
+            if self._width[i]:  # otherwise any index does
                 self._steps_start[i] = shard.number[row["key"]] + first * self._width[i]
 
         top = 1 + max(spec.index for spec in embodiments.values())
@@ -102,11 +107,11 @@ class LatentDataset:
         self._proprio_scale = _table(top, shape.proprio_dim, embodiments, "proprio_normalizer")
 
     def gather(self, episode: np.ndarray, frame: np.ndarray) -> dict[str, np.ndarray]:
-        """The windows at ``frame`` int ``[B]`` of ``episode`` int ``[B]``, normalised and padded.
+        """Return the windows at ``frame`` int ``[B]`` of ``episode`` int ``[B]``, normalised and padded.
 
         current_latents float16 [B, V, To, C, h, w], future_latents [B, V, Tf, C, h, w], camera_mask bool [B, V],
         action float32 [B, L, A] in [-1, 1], action_mask bool [B, L, A], proprio float32 [B, To, P],
-        proprio_mask bool [B, P], embodiment int64 [B]; where asked for, current_pixels uint8 [B, V, To, 3, H, W],
+        proprio_mask bool [B, P], embodiment int64 [B]; if requested, current_pixels uint8 [B, V, To, 3, H, W],
         instruction float32 [B, E] and instruction_mask bool [B].
         """
         shape, last = self.shape, self.frames[episode, None] - 1
@@ -134,17 +139,17 @@ class LatentDataset:
         action_mask = (acting <= last)[:, :, None] & action_dims[:, None, :]
         arrays["action"] = _normalised(arrays["action"], action_mask, self._action_scale, group)
         arrays["proprio"] = _normalised(arrays["proprio"], proprio_mask[:, None], self._proprio_scale, group)
-        if self._sentences is not None:
-            sentence = self._sentence[episode]
-            arrays |= {"instruction": self._sentences[sentence], "instruction_mask": sentence >= 0}
+        if self._vectors is not None:
+            instruction = self._instruction[episode]
+            arrays |= {"instruction": self._vectors[instruction], "instruction_mask": instruction >= 0}
         masks = {"camera_mask": present, "action_mask": action_mask, "proprio_mask": proprio_mask}
         return arrays | masks | {"embodiment": group}
 
     def batches(self, seed: int, size: int, first_step: int = 0, rank: int = 0, world: int = 1) -> Iterator[Samples]:
-        """This worker's share of the global batch of each step, for ever, from ``first_step`` on.
+        """Yield this worker's share of the global batch of each step from ``first_step`` on, forever.
 
-        Each window of a source comes once an epoch (preprocessing/dataset/order.py). Shards of the current blocks are copied
-        to this node first, those of the next meanwhile.
+        Each window of a source comes once per epoch (dataset/order.py). The shards of the current blocks are copied to
+        this node first, those of the next blocks in the background.
         """
         order, place = self._order(seed), list[Block]()
         position = np.arange(rank, size, world)
@@ -158,23 +163,14 @@ class LatentDataset:
             yield Samples(self.gather(episode, frame), episode, position)
             step += 1
 
-    def drawn(self, seed: int, size: int, step: int, rank: int, world: int) -> list[str]:
-        """Ids of the episodes that this worker's share of that step's batch is from."""
-        episode, _ = self._order(seed).draw(step, size, rank, world)
-        return sorted({self.rows[i]["id"] for i in episode})
-
-    def epoch(self, step: int, size: int) -> float:
-        """How often the windows of all sources that have a share were seen before this step, on average."""
-        return step * size / self._order(0).windows
-
     def _order(self, seed: int) -> WindowOrder:
         return WindowOrder(self.frames, self.source, self._shard, self._weights, self._shuffle, seed)
 
     def _columns(
         self, episode: np.ndarray, frame: np.ndarray, first: int | np.ndarray, count: np.ndarray, padded: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Where columns [first, first + count) of the steps at ``frame`` [B, T] are, int64 [B, T, padded], and which
-        of them exist, bool [B, padded]. Where one does not, any place stands in.
+        """Return the indices of columns [first, first + count) of the steps at ``frame`` [B, T], int64 [B, T, padded],
+        and which of them exist, bool [B, padded]. Indices of columns that do not exist are arbitrary but valid.
         """
         column = np.arange(padded)
         exists = column < count[:, None]
@@ -183,7 +179,7 @@ class LatentDataset:
         return row[:, :, None] + offset[:, None, :], exists
 
     def _fetch(self, shard: np.ndarray, at: dict[str, tuple[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """By name, from a file of each sample's shard [B], what lies at these places [B, ...]."""
+        """Return, for each name in ``at``, the values of a shard file at these indices [B, ...]; ``shard`` is [B]."""
         order = np.argsort(shard, kind="stable")
         numbers, starts = np.unique(shard[order], return_index=True)
         found: dict[str, np.ndarray] = {}
@@ -200,34 +196,35 @@ class LatentDataset:
 
 
 def _places(start: np.ndarray, present: np.ndarray, frame: np.ndarray) -> np.ndarray:
-    """Of each camera [B, V], from where its episode starts, the frames [B, T]; of one that is absent, any."""
+    """Return the indices [B, V, T] of the frames [B, T] of each camera [B, V]; arbitrary for absent cameras."""
     return np.where(present, start, 0)[:, :, None] + np.where(present[:, :, None], frame[:, None, :], 0)
 
 
 def _normalised(
     raw: np.ndarray, mask: np.ndarray, scales: tuple[np.ndarray, np.ndarray], group: np.ndarray
 ) -> np.ndarray:
-    """(raw - offset) / scale of each sample's embodiment, float32 [B, T, D]; zeros where the mask is False."""
+    """Return (raw - offset) / scale of each sample's embodiment, float32 [B, T, D]; zero where the mask is False."""
     offset, scale = scales
     values = (raw - offset[group, None]) / scale[group, None]
     return np.where(mask, values, 0).astype(np.float32)
 
 
-def _alike(rows: list[dict[str, Any]], pixels: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of pixels in the order of ``rows``, so that frames lie at the same places."""
+def _alike(rows: list[TrainingRow], pixels: list[TrainingRow]) -> list[TrainingRow]:
+    """Return the rows of pixels in the order of ``rows``, so that frames have the same indices in both."""
     by_id = {row["id"]: row for row in pixels}
     for row in rows:
         other = by_id.get(row["id"])
         names = [[camera["name"] for camera in found["cameras"]] for found in (row, other) if found]
         if other is None or other["frames"] != row["frames"] or names[0] != names[1]:
             raise UserError(
-                f"{row['uri']} #{row['index']}: its pixels are not in the store as its latents are; "
-                "ingest it again with --encoder pixels, and the other settings as before"
+                f"{row['uri']} #{row['index']}: the store's pixels do not match its latents; "
+                "ingest it again with --encoder pixels and otherwise the same settings"
             )
     return [by_id[row["id"]] for row in rows]
 
 
 def _table(top: int, width: int, embodiments: dict[str, Embodiment], which: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return offset and scale, float [embodiments, width], of every embodiment's normalizer ``which``."""
     offset, scale = np.zeros((top, width)), np.ones((top, width))
     for spec in embodiments.values():
         normalizer = getattr(spec, which)

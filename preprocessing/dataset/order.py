@@ -1,13 +1,13 @@
-"""In which order samples come: without replacement, known from (seed, position) alone, at any step at once.
+"""The order of samples: without replacement, a function of (seed, position) alone, with random access to any step.
 
-Sample p of a run is from the source that its share says: of the first N samples, the first source has floor(N w1), of
-the M others the second has floor(M w2 / (1 - w1)), and so on, so every prefix of a run is mixed as asked, to less than
-a sample a source. The k-th sample of a source of n windows is number k % n of its epoch k // n, and each window comes
-once an epoch.
+Shares are met exactly: of the first N samples, floor(N w1) are from the first source; of the M others, floor(M w2 /
+(1 - w1)) are from the second; and so on. So every prefix of a run has the requested mixture, to less than one sample
+per source. The k-th sample of a source with n windows is number k % n of its epoch k // n, and each window comes once
+per epoch.
 
-Windows lie in shards (preprocessing/dataset/shards.py), of which a machine need not hold all at a time. So an epoch is the
-source's shards in a random order, cut into blocks of whole shards, and in a block all windows in a random order. When
-everything is in one block, that is a perfect shuffle. Memory is that of an int a window of the current blocks.
+Windows are in shards (dataset/shards.py), and a machine need not hold all of them at once. So an epoch is the source's
+shards in random order, cut into blocks of whole shards, and each block's windows in random order. If everything fits
+into one block, that is a perfect shuffle. Memory: one int per window of the current blocks.
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ from functools import lru_cache
 
 import numpy as np
 
-PRECISION = 2**30  # parts of a share, at least; integers, so that shares are exact for ever
-BATCH, EPOCH, BLOCK = range(3)  # what a random generator is for, beside the seed
+SHUFFLE_WINDOWS = 2**20  # that samples are drawn from at any time
 
-Block = tuple[int, int, int]  # source, epoch, and the block's number in it
+PRECISION = 2**30  # least number of parts of a share; integers, so that shares stay exact at any position
+BATCH, EPOCH, BLOCK = range(3)  # domain separators of the random generators' seeds
+
+Block = tuple[int, int, int]  # source, epoch, number within the epoch
 
 
 class WindowOrder:
-    """Global batches of (episode, frame); any worker takes any part of any batch.
+    """Global batches of (episode, frame), of which any worker can compute any part.
 
-    Of each of E episodes, int ``[E]``: how many ``windows`` it has, which ``source`` it is from, which ``shard`` it is
-    in. ``weights`` are the sources' shares of the samples, not necessarily of sum 1. A block has at most a source's
-    share of ``shuffle`` windows, but at least one shard.
+    ``windows``, ``source`` and ``shard`` are int ``[E]``: each episode's number of windows, its source and its shard.
+    ``weights`` are the sources' shares of the samples; they need not sum to 1. A block has at most the source's share
+    of ``shuffle`` windows, but at least one shard.
     """
 
     def __init__(
@@ -44,7 +46,7 @@ class WindowOrder:
         used = [s for s, weight in enumerate(weights) if weight > 0 and windows[source == s].any()]
         share = np.array([weights[s] for s in used], np.float64)
         total = int(windows.sum())
-        # A multiple of all windows, so that shares which are numbers of windows are met to the last one.
+        # A multiple of the total, so that shares given as numbers of windows are met exactly.
         unit = max(1, PRECISION // total) * total
         self._parts = [max(1, part) for part in np.round(share / share.sum() * unit).astype(np.int64).tolist()]
         self._sources = {
@@ -54,7 +56,7 @@ class WindowOrder:
         self.windows = sum(each.windows for each in self._sources.values())
 
     def draw(self, step: int, size: int, rank: int = 0, world: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Episode and frame, int64 ``[b]`` each, of the samples rank, rank + world, ... of the step's global batch."""
+        """Return episode and frame, int64 ``[b]``, of samples rank, rank + world, ... of the step's global batch."""
         places = np.random.default_rng((self._seed, BATCH, step)).permutation(size)[rank::world]
         episode, frame = np.empty(len(places), np.int64), np.empty(len(places), np.int64)
         for source, here, number in self._numbers(step * size + places):
@@ -62,7 +64,7 @@ class WindowOrder:
         return episode, frame
 
     def blocks(self, position: int) -> tuple[list[Block], list[Block]]:
-        """Of each source, the block that its next sample from ``position`` on is in, and the block after that."""
+        """Return, for each source, the block of its next sample from ``position`` on, and the block after that."""
         now, soon, left, rest = [], [], position, sum(self._parts)
         for (s, source), part in zip(self._sources.items(), self._parts, strict=True):
             count = int(_floor(np.array(left), part, rest))
@@ -74,12 +76,12 @@ class WindowOrder:
         return now, soon
 
     def shards(self, block: Block) -> np.ndarray:
-        """Those that the block's windows are in."""
+        """Return the shards that hold the block's windows."""
         source, epoch, number = block
         return self._sources[source].shards(epoch, number)
 
     def _numbers(self, position: np.ndarray) -> list[tuple[_Source, np.ndarray, np.ndarray]]:
-        """Source by source, where in ``position`` its samples are, and which numbers they have in the source."""
+        """Return, for each source, the indices of its samples in ``position`` and their numbers within the source."""
         found, here, left, rest = [], np.arange(len(position)), position, sum(self._parts)
         for source, part in zip(self._sources.values(), self._parts, strict=True):
             number = _floor(left, part, rest)
@@ -91,10 +93,10 @@ class WindowOrder:
 
 
 class _Source:
-    """The order of one source's windows. Epochs and blocks are made when somebody asks, and the last few are kept."""
+    """The order of one source's windows. Epochs and blocks are computed on demand; the last two are cached."""
 
     def __init__(self, members: np.ndarray, windows: np.ndarray, shard: np.ndarray, most: int, seed: int, source: int):
-        self._members = members[np.argsort(shard[members], kind="stable")]  # episodes, shard by shard
+        self._members = members[np.argsort(shard[members], kind="stable")]  # episodes, sorted by shard
         self._length = windows[self._members]
         self._shards, first = np.unique(shard[self._members], return_index=True)
         self._bounds = np.append(first, len(self._members))
@@ -104,7 +106,7 @@ class _Source:
         self._epoch, self._block = lru_cache(2)(self._make_epoch), lru_cache(2)(self._make_block)
 
     def windows_at(self, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Episode and frame, int64 ``[b]`` each, of the samples of these numbers."""
+        """Return episode and frame, int64 ``[b]`` each, of the samples with these numbers."""
         episode, frame = np.empty(len(number), np.int64), np.empty(len(number), np.int64)
         epochs, places = number // self.windows, number % self.windows
         for epoch in np.unique(epochs).tolist():
@@ -121,19 +123,19 @@ class _Source:
         return episode, frame
 
     def place(self, number: int) -> tuple[int, int]:
-        """Epoch and block of the sample of this number."""
+        """Return epoch and block of the sample with this number."""
         epoch, place = divmod(number, self.windows)
         return epoch, int(np.searchsorted(self.starts(epoch), place, side="right")) - 1
 
     def starts(self, epoch: int) -> np.ndarray:
-        """Of the epoch's blocks, int64 ``[blocks]``: how many windows come before each."""
+        """Return the number of windows before each of the epoch's blocks, int64 ``[blocks]``."""
         return self._epoch(epoch)[1]
 
     def shards(self, epoch: int, block: int) -> np.ndarray:
         return self._shards[self._epoch(epoch)[0][block]]
 
     def _make_epoch(self, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
-        """For each block, the places of its shards in ``_shards``; and the number of windows before it."""
+        """Return each block's shards, as indices into ``_shards``, and the number of windows before each block."""
         order = np.random.default_rng((self._seed, EPOCH, self._source, epoch)).permutation(len(self._shards))
         cuts, held = [0], 0
         for at, size in enumerate(self._size[order].tolist()):
@@ -145,7 +147,7 @@ class _Source:
         return np.split(order, cuts[1:]), before[cuts]
 
     def _make_block(self, epoch: int, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Its episodes, as places in ``_members``; where the windows of each end; a permutation of its windows."""
+        """Return the block's episodes (indices into ``_members``), the ends of their windows, and a permutation."""
         shards = self._epoch(epoch)[0][block]
         members = np.concatenate([np.arange(self._bounds[s], self._bounds[s + 1]) for s in shards])
         ends = np.cumsum(self._length[members])
@@ -154,5 +156,5 @@ class _Source:
 
 
 def _floor(count: np.ndarray, part: int, whole: int) -> np.ndarray:
-    """floor(count * part / whole), exactly: the product itself may not fit 64 bits."""
+    """Return floor(count * part / whole) exactly, although the product may not fit into 64 bits."""
     return count // whole * part + count % whole * part // whole

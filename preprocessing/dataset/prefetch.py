@@ -1,4 +1,4 @@
-"""The next batch while this one is used: one thread prepares it, in memory that a GPU can copy from by itself."""
+"""Prefetching: a thread prepares the next batches, in pinned memory if there is a GPU."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ AHEAD = 2
 
 
 class Prefetch(Iterator[T], Generic[T]):
-    """What ``source`` gives, up to AHEAD items of it made beforehand by a thread; an error of it is raised here.
+    """Iterates over ``source``, AHEAD items of which a thread prepares; raises the source's errors.
 
-    Ends its thread when it is closed, or left as a context.
+    The thread ends on ``close`` or on leaving the context.
     """
 
     def __init__(self, source: Iterator[T]):
@@ -38,7 +38,7 @@ class Prefetch(Iterator[T], Generic[T]):
     def close(self) -> None:
         self._closed.set()
         self._failed = self._failed or StopIteration()
-        while self._thread.is_alive():  # it may wait for a place in the queue
+        while self._thread.is_alive():  # it may be blocked on the full queue
             with contextlib.suppress(queue.Empty):
                 self._ready.get(timeout=0.01)
 
@@ -60,6 +60,6 @@ class Prefetch(Iterator[T], Generic[T]):
 
 
 def tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """The same as tensors, in pinned memory where there is CUDA."""
+    """Return the arrays as tensors, in pinned memory if there is CUDA."""
     found = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
     return {name: each.pin_memory() for name, each in found.items()} if torch.cuda.is_available() else found

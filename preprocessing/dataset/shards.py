@@ -1,10 +1,10 @@
-"""A snapshot's episodes as flat files on this node, a shard at a time: what windows are gathered from.
+"""A snapshot's episodes as flat, memory-mapped files on this node, in shards, from which windows are gathered.
 
-zarr-python is far too slow to read sample by sample (docs/design/store.md), so episodes are copied once a node, by
-whole shards: some hundred megabytes of episodes that are neighbours in the store. Where a shard ends is decided by each
-episode alone (content-defined cuts), so a snapshot with more episodes has the same shards but for the new ones, and
-only they are copied. A shard is an item of the cache (preprocessing/cache.py), which is bounded: it is there while
-somebody uses it, and after that for as long as there is room.
+zarr-python is far too slow to read sample by sample (docs/design/store.md), so each node copies episodes once, in
+shards: some hundred megabytes of episodes that are neighbours in the store. Each episode alone decides whether a shard
+ends with it (content-defined cuts), so a snapshot with more episodes keeps the old shards, and only new ones are
+copied. A shard is an item of the bounded cache (preprocessing/cache.py): it stays while it is used, and afterwards for
+as long as there is room.
 """
 
 from __future__ import annotations
@@ -18,34 +18,32 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from preprocessing.cache import GB, Item, Shelf, cache_folder
 from preprocessing.errors import UserError
+from preprocessing.store.catalogue import LocationRow, TrainingRow
 from preprocessing.store.snapshot import Snapshot, row_shape
 
-SHARD_BYTES = 256 * 2**20  # of a shard, on average; the order of samples rests on it
-FAULT_BYTES = 64 * 2**10  # that Linux maps around a page that is read
-RESIDENT_BYTES = 64 * 2**20  # of mapped pages, that a process keeps at most
-
-Row = dict[str, Any]
+SHARD_BYTES = 256 * 2**20  # of a shard, on average; changing it changes the order of samples
+FAULT_BYTES = 64 * 2**10  # that Linux maps around a page fault
+RESIDENT_BYTES = 64 * 2**20  # of mapped pages that a process keeps at most
 
 
 class LocalCopy:
-    """Shards of these catalogue rows, and of the pixels of the same episodes where they are given.
+    """Shards of these catalogue rows, and of the pixels of the same episodes if given.
 
-    ``shard`` says by a row's key in which of ``shards`` it is. Who waits for copies is shown a bar, or is told: bytes
-    that are there, and bytes in all.
+    ``shard`` maps a row's key to its index in ``shards``. Waiting for copies shows a progress bar, or calls
+    ``tell(bytes_done, bytes_total)``.
     """
 
     def __init__(
         self,
         snapshot: Snapshot,
-        rows: list[Row],
-        pixels: list[Row] | None = None,
+        rows: list[TrainingRow],
+        pixels: list[TrainingRow] | None = None,
         tell: Callable[[int, int], None] | None = None,
     ):
         self._snapshot, self._shelf = snapshot, Shelf(cache_folder() / "shards")
@@ -58,15 +56,15 @@ class LocalCopy:
         self._touched, self._tell = 0, tell
 
     def want(self, now: Collection[int], soon: Collection[int]) -> None:
-        """Have these shards until the next call: ``now`` when it returns, ``soon`` by and by, from a thread.
+        """Hold these shards until the next call: ``now`` before returning, ``soon`` in a background thread.
 
-        Raises UserError where the cache may not hold them all.
+        Raises UserError if they exceed the cache's limit.
         """
         self._wanted = {*now, *soon}
         needed, limit = sum(self.shards[number].bytes for number in self._wanted), self._shelf.limit()
         if needed > limit:
             raise UserError(
-                f"{self._shelf.root}: samples are drawn from {needed / GB:.2f} GB at a time, and copies may take "
+                f"{self._shelf.root}: samples are drawn from {needed / GB:.2f} GB at a time, and the cache may take "
                 f"{limit / GB:.2f} GB; raise UWM_CACHE_GB, or lower shuffle_windows"
             )
         self._let_go()
@@ -76,8 +74,8 @@ class LocalCopy:
 
     @contextlib.contextmanager
     def opened(self, numbers: Collection[int]) -> Iterator[dict[int, dict[str, np.ndarray]]]:
-        """These shards' arrays, by their numbers: latents float16 [N, C, h, w], steps float32 [N], and where there are
-        any, pixels uint8 [N, 3, H, W]. Those that nobody wants are let go of afterwards.
+        """Yield these shards' arrays by number: latents float16 [N, C, h, w], steps float32 [N] and, if any, pixels
+        uint8 [N, 3, H, W]. Shards outside the last ``want`` are released afterwards.
         """
         self._have(numbers)
         mapped = {number: self._mapped[number] for number in numbers}
@@ -86,8 +84,8 @@ class LocalCopy:
             self._let_go()
 
     def touched(self, places: int, size: int) -> None:
-        """So many bytes were read from so many places. Mapped pages count as this process's memory, so from time to
-        time it lets go of them; they stay in the page cache.
+        """Record that ``size`` bytes were read at ``places`` places. Mapped pages count as this process's memory, so
+        they are dropped from time to time; they stay in the page cache.
         """
         self._touched += size + places * FAULT_BYTES
         if self._touched > RESIDENT_BYTES:
@@ -96,7 +94,7 @@ class LocalCopy:
             self._touched = 0
 
     def _have(self, numbers: Collection[int], shown: bool = True) -> None:
-        """Map these shards, each made first where it is not there; those that another process makes come last."""
+        """Map these shards, copying those that are absent; shards that another process is copying come last."""
         left = [number for number in numbers if number not in self._mapped]
         if not left:
             return
@@ -121,7 +119,7 @@ class LocalCopy:
     def _have_later(self, numbers: Collection[int]) -> None:
         for number in numbers:
             if number in self._wanted:
-                with contextlib.suppress(Exception):  # whoever needs the shard meets the same, and tells
+                with contextlib.suppress(Exception):  # whoever needs the shard gets the same error
                     self._have([number], shown=False)
 
     def _map(self, number: int) -> bool:
@@ -130,7 +128,7 @@ class LocalCopy:
         if item is None:
             return False
         with self._changing:
-            if number in self._mapped:  # by the thread
+            if number in self._mapped:  # by the background thread
                 item.release()
             else:
                 self._mapped[number] = _Mapped(shard, item)
@@ -142,15 +140,15 @@ class LocalCopy:
                 self._mapped.pop(number).item.release()
 
 
-def cut(rows: list[Row], pixels: list[Row] | None = None) -> list[Shard]:
-    """The rows, with those of ``pixels`` at the same places, as shards of SHARD_BYTES on average.
+def cut(rows: list[TrainingRow], pixels: list[TrainingRow] | None = None) -> list[Shard]:
+    """Return the rows, and those of ``pixels`` in the same order, as shards of SHARD_BYTES on average.
 
-    Neighbours are of one embodiment and source. Raises UserError where frames are of several sizes.
+    Rows are sorted by embodiment and source. Raises UserError if frames have several sizes.
     """
     for kind in (rows, pixels or []):
         if len(shapes := {row_shape(at["array"]): row["uri"] for row in kind for at in segments(row)}) > 1:
             (one, here), (two, there), *_ = shapes.items()
-            raise UserError(f"{here}: frames are of size {one}, those of {there} of {two}; ingest them alike")
+            raise UserError(f"{here}: frames have size {one}, those of {there} {two}; ingest both at one image size")
     shards, held = [], list[int]()
     for i in sorted(range(len(rows)), key=lambda i: (rows[i]["embodiment"], rows[i]["source"] or "")):
         held.append(i)
@@ -163,13 +161,13 @@ def cut(rows: list[Row], pixels: list[Row] | None = None) -> list[Shard]:
 
 
 class Shard:
-    """Some episodes: where each lies in the shard's files, and how large these are.
+    """Some episodes, their offsets in the shard's files, and the sizes of these files.
 
-    ``frame`` and ``number`` are by the rows' keys: the place of a row's first frame in ``latents`` (its cameras lie one
-    after the other, and so in ``pixels``), and of its first number in ``steps`` (``width`` of them a frame).
+    ``frame`` and ``number`` map a row's key to the index of its first frame in ``latents`` and ``pixels`` (its cameras
+    follow one another), and of its first number in ``steps`` (``width`` numbers per frame).
     """
 
-    def __init__(self, rows: list[Row], pixels: list[Row] | None = None):
+    def __init__(self, rows: list[TrainingRow], pixels: list[TrainingRow] | None = None):
         self.frame, self.number, frames, numbers = dict[str, int](), dict[str, int](), 0, 0
         for row in rows:
             self.frame[row["key"]], self.number[row["key"]] = frames, numbers
@@ -185,7 +183,7 @@ class Shard:
         self.name = hashlib.sha256(keys.encode()).hexdigest()[:24]
 
     def fill(self, snapshot: Snapshot, folder: Path) -> None:
-        """Copy the episodes into the files, read in the order in which the store has them."""
+        """Copy the episodes into the files in ``folder``, reading them in storage order."""
         for name, file in self.files.items():
             starts = np.cumsum([0, *(file.bytes_of(*each) for each in file.pieces)])
             with (folder / name).open("r+b") as out:
@@ -195,29 +193,29 @@ class Shard:
 
 
 class _File:
-    """One after the other, of each location, the first so many columns (of latents: channels)."""
+    """A file of concatenated pieces: the first columns (of latents: channels) of each location's rows."""
 
-    def __init__(self, dtype: type, pieces: list[tuple[dict[str, Any], int]], flat: bool = False):
+    def __init__(self, dtype: type, pieces: list[tuple[LocationRow, int]], flat: bool = False):
         self.dtype, self.pieces = dtype, pieces
         self.shape = () if flat else row_shape(pieces[0][0]["array"])
         self.bytes = sum(self.bytes_of(*each) for each in pieces)
 
-    def bytes_of(self, location: dict[str, Any], columns: int) -> int:
+    def bytes_of(self, location: LocationRow, columns: int) -> int:
         _, *rest = row_shape(location["array"])
         return location["count"] * columns * math.prod(rest) * np.dtype(self.dtype).itemsize
 
 
 class _Mapped:
-    """A shard's files as arrays, for as long as they are used."""
+    """A shard's files, memory-mapped as arrays."""
 
     def __init__(self, shard: Shard, item: Item):
         self.item, self.arrays, self._maps = item, dict[str, np.ndarray](), list[mmap.mmap]()
         for name, file in shard.files.items():
-            content: mmap.mmap | bytes = b""  # of which there is no map
+            content: mmap.mmap | bytes = b""  # an empty file cannot be mapped
             if file.bytes:
                 with (item.path / name).open("rb") as opened:
                     content = mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ)
-                content.madvise(mmap.MADV_RANDOM)  # no reading ahead: what is near is not what comes next
+                content.madvise(mmap.MADV_RANDOM)  # no read-ahead: samples are not sequential
                 self._maps.append(content)
             self.arrays[name] = np.frombuffer(content, file.dtype).reshape(-1, *file.shape)
 
@@ -226,14 +224,15 @@ class _Mapped:
             each.madvise(mmap.MADV_DONTNEED)
 
 
-def width(row: Row) -> int:
-    """Columns of the steps that a model reads: actions and proprioception."""
+def width(row: TrainingRow) -> int:
+    """Return the number of columns of the steps that a model reads: actions and proprio."""
     return row["action_dim"] + sum(part["width"] for part in row["proprio"])
 
 
-def segments(row: Row) -> list[dict[str, Any]]:
+def segments(row: TrainingRow) -> list[LocationRow]:
+    """Return the locations of all cameras' frames, camera by camera."""
     return [at for camera in row["cameras"] for at in camera["segments"]]
 
 
-def _whole(rows: list[Row]) -> list[tuple[dict[str, Any], int]]:
+def _whole(rows: list[TrainingRow]) -> list[tuple[LocationRow, int]]:
     return [(at, row_shape(at["array"])[0]) for row in rows for at in segments(row)]

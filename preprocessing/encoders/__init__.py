@@ -1,0 +1,1 @@
+"""Frozen encoders: frames to latents, instructions to vectors."""

@@ -1,22 +1,22 @@
-"""Frozen VAEs, named and versioned: frames to latents at ingest, latents to frames for people.
+"""Frozen VAEs, named and versioned: frames to latents at ingest, latents back to frames for viewing.
 
-One more encoder is none: ``pixels`` keeps the frames as they are, for models that observe them beside the latents.
+The encoder ``pixels`` stores the frames unencoded, for models that observe them in addition to the latents.
 
-Latents are standardised: about zero mean and unit deviation over all channels. They are deterministic (the mode of a
-posterior, never a sample), so that the same frame always has the same latents.
+Latents are standardised: about zero mean and unit deviation over all channels. They are deterministic (the mode of the
+posterior, never a sample), so a frame always has the same latents.
 
-Torch is imported by what computes: an ingest that has nothing to do is over before it would be there.
+Torch is imported lazily: an ingest with nothing to do finishes before the import would.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from preprocessing.encoders.hub import digest, model_folder, read_config, require_files
 from preprocessing.errors import UserError
 
 Precision = Literal["float32", "bfloat16"]
@@ -24,14 +24,14 @@ Precision = Literal["float32", "bfloat16"]
 SHIPPED = Path(__file__).parents[1] / "weights" / "tiny_vae"
 PIXELS = "pixels"
 HUB = {"sdxl-vae": "stabilityai/sdxl-vae", "taesdxl": "madebyollin/taesdxl"}
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "config.json")
+FILES = ("diffusion_pytorch_model.safetensors", "config.json")
 CLASSES = ("AutoencoderTiny", "AutoencoderKL")
-# Frames in one pass. On a CPU larger ones are slower: the system clears their memory anew each time.
+# Frames per pass. Larger batches are slower on a CPU: the system clears their memory each time.
 BATCH = {"cpu": 8, "cuda": 32}
 
 
 class Encoder:
-    """One VAE on one device. ``digest`` names what its numbers depend on: settings, weights and precision."""
+    """One VAE on one device. ``digest`` identifies its settings, weights and precision."""
 
     def __init__(self, folder: Path, device: str, precision: Precision):
         import diffusers
@@ -42,21 +42,24 @@ class Encoder:
         self._batch = BATCH[torch.device(device).type]
         self._dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
         kind = _config(folder)["_class_name"]
-        diffusers.utils.logging.set_verbosity_error()  # it warns of settings that it wrote itself
+        diffusers.utils.logging.set_verbosity_error()  # it warns about settings it wrote itself
         vae: Any = getattr(diffusers, kind).from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
         self._vae = vae.eval().requires_grad_(False).to(device, self._dtype, memory_format=torch.channels_last)
         self._scale = float(vae.config.scaling_factor or 1.0)
         self._shift = float(vae.config.get("shift_factor") or 0.0)
         self.channels = int(vae.config.latent_channels)
-        self.stride = 2 ** (len(vae.config.get("block_out_channels") or vae.config.encoder_block_out_channels) - 1)
+        self.stride = _stride(vae.config)
 
     def encode(self, frames: np.ndarray) -> np.ndarray:
-        """uint8 ``[N, H, W, 3]`` RGB -> float16 ``[N, channels, H/stride, W/stride]``."""
+        """uint8 ``[N, H, W, 3]`` RGB -> float16 ``[N, channels, H/stride, W/stride]``.
+
+        Raises UserError if the stride does not divide the frame size.
+        """
         import torch
 
         _, height, width, _ = frames.shape
         if height % self.stride or width % self.stride:
-            raise UserError(f"frames are {height} x {width}: choose an image size that {self.stride} divides")
+            raise UserError(f"frames are {height} x {width}: choose an image size divisible by {self.stride}")
         parts = []
         with torch.inference_mode():
             for start in range(0, len(frames), self._batch):
@@ -81,7 +84,7 @@ class Encoder:
 
 
 class Pixels:
-    """Frames as they are, channels first, with the face of an Encoder."""
+    """Stores frames unencoded, channels first, behind the interface of an Encoder."""
 
     digest, channels, stride = PIXELS, 3, 1
 
@@ -95,9 +98,9 @@ class Pixels:
 
 
 def load_encoder(name: str, device: str = "cpu", precision: Precision = "float32") -> Encoder | Pixels:
-    """``tiny`` (shipped), ``sdxl-vae``, ``taesdxl``, a hub id, a diffusers folder, or ``pixels``.
+    """Load ``tiny`` (shipped), ``sdxl-vae``, ``taesdxl``, a hub id, a diffusers folder, or ``pixels``.
 
-    Raises UserError where there is no such VAE, or it does not load.
+    Raises UserError if the VAE does not exist or does not load.
     """
     if name == PIXELS:
         return Pixels()
@@ -109,49 +112,35 @@ def load_encoder(name: str, device: str = "cpu", precision: Precision = "float32
 
 
 def encoder_digest(name: str, precision: Precision = "float32") -> str:
-    """The digest of ``load_encoder(name)``, without loading it."""
+    """Return the digest of ``load_encoder(name)`` without loading it."""
     return Pixels.digest if name == PIXELS else _digest(_folder(name), precision)
 
 
+def encoder_stride(name: str) -> int:
+    """Return the pixels per latent along one side, without loading the weights."""
+    return Pixels.stride if name == PIXELS else _stride(_config(_folder(name)))
+
+
+def _stride(config: Mapping[str, Any]) -> int:
+    return 2 ** (len(config.get("block_out_channels") or config["encoder_block_out_channels"]) - 1)
+
+
 def _folder(name: str) -> Path:
-    """The folder with the weights and settings; what comes from a hub is kept in its cache."""
-    if name == "tiny":
-        folder = SHIPPED
-    elif Path(name).is_dir():
-        folder = Path(name)
-    else:
-        folder = _from_hub(name)
-    if missing := [file for file in WEIGHTS if not (folder / file).is_file()]:
-        raise UserError(f"encoder {name}: {folder} lacks {missing[0]}; expected a diffusers VAE folder")
+    """Return the folder that holds the weights and settings."""
+    known = ["tiny", *HUB, PIXELS]
+    folder = SHIPPED if name == "tiny" else model_folder("encoder", name, HUB, FILES, known)
+    require_files("encoder", name, folder, FILES, "diffusers VAE")
     if (kind := _config(folder).get("_class_name")) not in CLASSES:
         raise UserError(f"encoder {name}: {folder} holds {kind}; expected {' or '.join(CLASSES)}")
     return folder
 
 
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    if "/" not in HUB.get(name, name):
-        raise UserError(f"encoder {name}: no such folder, and not one of tiny, {', '.join(HUB)}, {PIXELS} or a hub id")
-    try:
-        return Path(snapshot_download(HUB.get(name, name), allow_patterns=list(WEIGHTS)))
-    except Exception as error:  # the hub client raises a dozen kinds, and httpx's own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"encoder {name}: no such folder, and the hub gave none ({reason}); give a folder") from None
-
-
 def _config(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        raise UserError(f"encoder {folder}: config.json is not readable JSON") from None
+    return read_config("encoder", folder)
 
 
 def _digest(folder: Path, precision: str) -> str:
     settings = {
         key: value for key, value in _config(folder).items() if key not in ("_diffusers_version", "_name_or_path")
     }
-    digest = hashlib.sha256(json.dumps([settings, precision], sort_keys=True).encode())
-    with (folder / WEIGHTS[0]).open("rb") as file:
-        digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
+    return digest([settings, precision], [folder / FILES[0]])

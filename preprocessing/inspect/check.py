@@ -58,7 +58,8 @@ class Measured:
     copies: int = 0  # episodes with the pictures and actions of another, though not its bytes
 
     def repairs(self) -> Counter[str]:
-        return Counter(repair for episode in self.episodes for repair in episode.repairs)
+        """How many episodes have each repair, by its text."""
+        return Counter(repair.text for episode in self.episodes for repair in episode.repairs)
 
     def actions(self) -> np.ndarray | None:
         """All rows ``[T, A]`` of those episodes whose action is as wide as the first one's."""
@@ -158,7 +159,7 @@ def _related(commands: list[np.ndarray], motions: list[np.ndarray], lag: int) ->
     return np.abs(np.divide(a.T @ b, size, out=np.zeros_like(size), where=size > 1e-9)).max(axis=1)
 
 
-def upside_down(measured: Measured) -> list[tuple[Episode, str]]:
+def looks_upside_down(measured: Measured) -> list[tuple[Episode, str]]:
     """Episodes and cameras whose mean picture, turned over, is more like the other episodes' than as it is."""
     found = []
     for camera in {name for pictures in measured.pictures for name in pictures}:
@@ -196,7 +197,7 @@ def check(measured: Measured) -> list[Remark]:
                 line = f"{_where(episode)}: camera {camera} has {count} frames, there are {steps} actions"
                 remarks.append(Remark(True, line))
     remarks += _of_actions(measured)
-    for episode, camera in upside_down(measured):
+    for episode, camera in looks_upside_down(measured):
         remarks.append(Remark(False, f"{_where(episode)}: camera {camera} looks upside down against other episodes"))
     if measured.twice:
         remarks.append(Remark(False, f"{measured.twice} episodes are there twice, byte for byte; one of each is read"))

@@ -13,7 +13,7 @@ import yaml
 
 from preprocessing.contracts.contract import DataContract
 from preprocessing.episode import ActionBlock, Episode
-from preprocessing.inspect.check import Measured, blocks, find_lag, upside_down
+from preprocessing.inspect.check import Measured, blocks, find_lag, looks_upside_down
 from preprocessing.sources import shipped_contract
 
 
@@ -48,7 +48,7 @@ def _cameras(measured: Measured) -> Iterator[str]:
     for name, having in names.items():
         yield f"  {_entry(name, name, '' if having == count else f'in {having} of {count} episodes')}"
     turned = [name for name in names if any(name in e.cameras and e.cameras[name].turned for e in measured.episodes)]
-    odd = sorted({camera for _, camera in upside_down(measured)})
+    odd = sorted({camera for _, camera in looks_upside_down(measured)})
     yield _entry("flip", turned, "stored bottom-up" + (f"; {', '.join(odd)} looks so in some episodes" if odd else ""))
 
 

@@ -1,0 +1,1 @@
+"""Filters on what is worth training on, and detection of near-duplicates."""

@@ -36,11 +36,6 @@ def fingerprint(hashes: np.ndarray, action: np.ndarray | None) -> bytes | None:
     return chosen.tobytes() + np.nan_to_num(trace).clip(-65504, 65504).astype(np.float16).tobytes()
 
 
-def distance(one: bytes, other: bytes) -> float:
-    """Bits of 64 in which two fingerprints differ, averaged over frames; infinite where their actions do not agree."""
-    return float(_Group.of(one).distances(other, limit=64)[0]) if len(one) == len(other) else np.inf
-
-
 class Fingerprints:
     """Those seen so far; finds the nearest one to another among 100,000 in some milliseconds, by comparing all."""
 

@@ -1,12 +1,9 @@
-"""Raw files in, episodes out: one reader a format, found by content.
+"""Raw files in, episodes out: one reader per format, found by content.
 
-A reader is a module with four functions: ``detect(path)`` says whether a file or folder holds its format,
-``scan(path)`` lists the episodes by hashing bytes, decoding nothing, ``load(ref)`` makes one an Episode, in any
-process that sees the files, and ``digest(ref)`` hashes its bytes once more. To add a format, write such a module and
-name it in ``FORMATS``. What a scan finds in a file is remembered until the file changes
-(:mod:`preprocessing.sources.scan_cache`).
+A reader is a module with the four functions of :class:`Reader`. To add a format, write the module and give it an entry
+in ``TABLE``. Scan results of unchanged files are cached (:mod:`preprocessing.sources.scan_cache`).
 
-What a contract overrides (:mod:`preprocessing.contracts.contract`) is overridden here, once for all formats.
+Contracts (:mod:`preprocessing.contracts.contract`) are applied here, once for all formats.
 """
 
 from __future__ import annotations
@@ -15,79 +12,115 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
+from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from preprocessing.contracts.contract import DataContract, shipped_for
-from preprocessing.episode import Episode, EpisodeRef
+from preprocessing.episode import Episode, EpisodeRef, Repair
 from preprocessing.errors import BadEpisode, UserError
-from preprocessing.sources import (
-    aloha,
-    bridge,
-    calvin,
-    droid,
-    robomimic,
-    video,
-    webdataset,
-)
-from preprocessing.sources.lerobot import reader as lerobot
-from preprocessing.sources.replay_buffer import reader as replay_buffer
-from preprocessing.sources.rlds import reader as rlds
-from preprocessing.sources.ros import reader as ros
+from preprocessing.sources import aloha, bridge, calvin, droid, robomimic, video, webdataset
+from preprocessing.sources.lerobot import reader as lerobot_reader
+from preprocessing.sources.replay_buffer import reader as replay_buffer_reader
+from preprocessing.sources.rlds import reader as rlds_reader
+from preprocessing.sources.ros import reader as ros_reader
 from preprocessing.video.frames import thinned, until_broken
 
-FORMATS: dict[str, ModuleType] = {
-    "rlds": rlds,
-    "lerobot": lerobot,
-    "calvin": calvin,
-    "droid": droid,
-    "bridge": bridge,
-    "aloha": aloha,
-    "hdf5": robomimic,
-    "ros": ros,
-    "replay_buffer": replay_buffer,
-    "webdataset": webdataset,
-    "video": video,
-}
-ACTIONLESS = ("webdataset", "video")  # may be thinned; robot logs keep the rate of their actions
-# Bytes from outside break readers in more ways than anybody foresees; one bad file must not end an ingest.
+# Foreign bytes break readers in unforeseeable ways; one bad file must not end an ingest.
 BREAKS = (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
-# Whether a data set's folder is closed: then what lies below it is its own (LeRobot's MP4 files are no episodes).
-CLOSED: dict[str, Callable[[Path], bool]] = dict.fromkeys(("rlds", "lerobot", "calvin", "droid", "bridge"), Path.is_dir)
-CLOSED["replay_buffer"] = replay_buffer.encloses
+
+
+class Reader(Protocol):
+    """The functions of a reader module. Apart from ``detect``, they may raise anything in ``BREAKS``."""
+
+    def detect(self, path: Path) -> bool:
+        """Whether a file or folder holds this format; a folder's subfolders are asked about separately.
+
+        Looks at names and first bytes only. Raises OSError where files cannot be read, PermissionError among them.
+        """
+
+    def scan(self, path: Path) -> Iterator[EpisodeRef]:
+        """List the episodes at a path that ``detect`` accepted: bytes are hashed, nothing is decoded.
+
+        An episode that cannot be read is listed with its ``problem``. Raises UserError or BadEpisode where the data set
+        as a whole cannot be listed.
+        """
+
+    def load(self, ref: EpisodeRef) -> Episode:
+        """Return the episode, in any process that sees the files. Frames are decoded only while iterated.
+
+        Raises BadEpisode, or UserError where the data set as a whole cannot be read.
+        """
+
+    def digest(self, ref: EpisodeRef) -> str:
+        """Hash the episode's bytes as they are on disk now, never from the cache.
+
+        Raises BadEpisode where they no longer are such an episode, FileNotFoundError where they are gone.
+        """
+
+
+@dataclass(frozen=True)
+class Format:
+    """A reader, and what ``find`` and ``load`` have to know about its format."""
+
+    reader: Reader
+    looks_like: str  # the files to expect, for messages
+    actionless: bool = False  # video without a robot's log
+    # Whether everything below a folder belongs to its data set: LeRobot's MP4 files are not episodes of their own.
+    closed: Callable[[Path], bool] | None = None
+
+
+TABLE = {
+    "rlds": Format(rlds_reader, "features.json and *.tfrecord-* files", closed=Path.is_dir),
+    "lerobot": Format(lerobot_reader, "meta/info.json", closed=Path.is_dir),
+    "calvin": Format(calvin, "ep_start_end_ids.npy", closed=Path.is_dir),
+    "droid": Format(droid, "trajectory.h5, metadata_*.json and recordings", closed=Path.is_dir),
+    "bridge": Format(bridge, "obs_dict.pkl, policy_out.pkl and images0", closed=Path.is_dir),
+    "aloha": Format(aloha, "ALOHA or ACT *.hdf5"),
+    "hdf5": Format(robomimic, "robomimic or LIBERO *.hdf5"),
+    "ros": Format(ros_reader, "*.mcap, ROS 2 bags, *.bag"),
+    "replay_buffer": Format(
+        replay_buffer_reader,
+        "Diffusion Policy or UMI *.zarr, *.zarr.zip",
+        closed=replay_buffer_reader.encloses,
+    ),
+    "webdataset": Format(webdataset, "*.tar of clips, not compressed", actionless=True),
+    "video": Format(video, "*.mp4, *.mkv, *.webm, ...", actionless=True),
+}
+FORMATS: dict[str, Reader] = {name: format.reader for name, format in TABLE.items()}
+ACTIONLESS = tuple(name for name, format in TABLE.items() if format.actionless)  # these may be thinned
 
 
 def find(path: str | Path, format: str = "auto") -> list[tuple[str, Path]]:
-    """What there is to read at a path, as (format, path for ``scan``): a data set, or all those below a folder."""
+    """Find the data sets at or below a path, as (format, path for ``scan``). Raises UserError where there are none."""
     start = _local(path)
-    if format != "auto" and format not in FORMATS:
-        raise UserError(f"--format {format}: no such format; one of auto, {', '.join(FORMATS)}")
-    wanted = list(FORMATS) if format == "auto" else [format]
+    if format != "auto" and format not in TABLE:
+        raise UserError(f"--format {format}: no such format; one of auto, {', '.join(TABLE)}")
+    wanted = list(TABLE) if format == "auto" else [format]
     if not start.exists():
         raise UserError(f"{path}: no such file or folder; check the path")
-    # A file keeps its own name where it is a link, for its neighbours may matter (features.json); no ".." stays.
+    # No ".." remains. A linked file keeps its own name and folder: its neighbours may matter (features.json).
     start = start.resolve() if start.is_dir() else start.parent.resolve() / start.name
     try:
         found = list(_walk(start, wanted, set()))
         empty = start.is_dir() and not any(start.iterdir())
     except PermissionError as error:
-        raise UserError(f"{error.filename}: may not be read; check its permissions") from None
+        raise UserError(f"{error.filename}: permission denied; check its permissions") from None
     if empty:
-        raise UserError(f"{path}: an empty folder; put {_known(format)} there")
+        raise UserError(f"{path}: the folder is empty; put {_expected(format)} there")
     if not found and format != "auto":
-        raise UserError(f"{path}: holds nothing of format {format}; expected {_known(format)}, or use --format auto")
+        raise UserError(f"{path}: holds nothing of format {format}; expected {_expected(format)}, or use --format auto")
     if not found:
-        raise UserError(f"{path}: no known format; expected {_known(format)}")
+        raise UserError(f"{path}: no known format; expected {_expected(format)}")
     return found
 
 
 def scan(format: str, path: Path) -> Iterator[EpisodeRef]:
-    """The episodes at a path that ``find`` gave. Unreadable ones come too, with their ``problem``.
+    """List the episodes at a path that ``find`` returned, unreadable ones included, with their ``problem``.
 
-    A file that an earlier scan read, and that has not changed since, is not read again. What is broken in a data set as
-    a whole comes as one episode with a problem: it must not keep others from being read.
+    Unchanged files are not read again. A data set that cannot be listed at all yields one episode with a problem, so
+    that the others are still read.
     """
     try:
         yield from FORMATS[format].scan(path)
@@ -102,14 +135,14 @@ def _broken(format: str, path: Path, problem: str) -> EpisodeRef:
 
 
 def digest(ref: EpisodeRef) -> str:
-    """The digest of the bytes as they are on disk now, never from memory; ``ref.digest`` if they are still the same.
+    """Hash the episode's bytes as they are on disk now, never from the cache; equals ``ref.digest`` if unchanged.
 
-    Raises BadEpisode where they are gone, or no longer such an episode.
+    Raises BadEpisode where they are gone or no longer such an episode.
     """
     try:
         return FORMATS[ref.format].digest(ref)
     except FileNotFoundError:
-        raise BadEpisode("its file has gone since it was listed") from None
+        raise BadEpisode("its file was deleted after it was listed") from None
     except BREAKS as error:
         raise BadEpisode(f"cannot be read again: {type(error).__name__}: {error}") from error
 
@@ -120,11 +153,11 @@ def load(
     fps: float | None = None,
     breaks: list[str] | None = None,
 ) -> Episode:
-    """The episode, as the contract has it. Raises BadEpisode, or UserError where the contract does not fit.
+    """Return the episode with the contract applied. Raises BadEpisode, or UserError where the contract does not fit.
 
-    Without one, a shipped contract for the data set holds, unless its episodes are not what that one says. Of a video
-    alone at most ``fps`` frames a second are kept; a robot log keeps its control rate. Where ``breaks`` is given, a
-    video that breaks ends there, and why is added to the list as its frames are read.
+    Without a contract, a shipped one for the data set applies if it fits. A video without actions is thinned to at most
+    ``fps`` frames a second; a robot log keeps its control rate. With ``breaks``, a video that breaks ends there, and
+    the reason is appended to the list when its frames are read.
     """
     if ref.problem:
         raise BadEpisode(ref.problem)
@@ -135,7 +168,7 @@ def load(
     except BREAKS as error:
         raise BadEpisode(f"cannot be read as {ref.format}: {type(error).__name__}: {error}") from error
     _check(episode)
-    episode = contract.apply(episode) if contract else _as_shipped(episode)
+    episode = contract.apply(episode) if contract else _with_shipped_contract(episode)
     episode = replace(episode, embodiment=_slug(episode.embodiment))
     episode = _at_most(episode, fps) if fps else episode
     if breaks is None or ref.format not in ACTIONLESS:
@@ -143,20 +176,20 @@ def load(
     return replace(episode, cameras={name: until_broken(video, breaks) for name, video in episode.cameras.items()})
 
 
-def _as_shipped(episode: Episode) -> Episode:
-    """By the first shipped contract for the data set that fits."""
+def _with_shipped_contract(episode: Episode) -> Episode:
+    """Apply the first shipped contract for the data set that fits."""
     misfits = []
     for known in shipped_for(episode.dataset):
         try:
             return known.apply(episode)
         except UserError as misfit:
-            guess = f"{episode.dataset} is not as the shipped contract {known.name} says ({misfit})"
-            misfits.append(f"{guess}; read as found")
+            text = f"the shipped contract {known.name} does not fit {episode.dataset} ({misfit}); read without it"
+            misfits.append(Repair("contract", text))
     return replace(episode, repairs=(*episode.repairs, *misfits))
 
 
 def shipped_contract(episode: Episode) -> DataContract | None:
-    """The one that ``load`` read this episode by where it was given none."""
+    """Return the shipped contract that ``load`` applied to this episode, if any."""
     for known in shipped_for(episode.dataset):
         with suppress(UserError):
             known.apply(load(episode.ref, DataContract()))
@@ -172,12 +205,13 @@ def _at_most(episode: Episode, fps: float) -> Episode:
 
 
 def _check(episode: Episode) -> None:
-    """What every reader owes: rows that belong together, and a layout of exactly the action's columns."""
+    """Check what every reader owes: arrays of one length, and a layout of exactly the action's columns."""
     rows = {name: len(values) for name, values in (episode.signals | episode.proprio).items()}
     if episode.action is not None:
         rows["action"] = len(episode.action)
-        if sum(block.size for block in episode.action_layout) != episode.action.shape[1]:
-            raise BadEpisode(f"the action has {episode.action.shape[1]} columns, its layout another number")
+        columns = sum(block.size for block in episode.action_layout)
+        if columns != episode.action.shape[1]:
+            raise BadEpisode(f"the action has {episode.action.shape[1]} columns, its layout {columns}")
     if len(set(rows.values())) > 1:
         raise BadEpisode("lengths differ: " + ", ".join(f"{name} {count}" for name, count in sorted(rows.items())))
     if 0 in rows.values():
@@ -187,7 +221,7 @@ def _check(episode: Episode) -> None:
 
 
 def _slug(name: str) -> str:
-    """``PandaOmron`` and ``panda_omron`` are one robot: panda-omron."""
+    """``PandaOmron`` and ``panda_omron`` are one embodiment: panda-omron."""
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])", "-", name).lower()).strip("-") or "unknown"
 
 
@@ -197,9 +231,10 @@ def _walk(path: Path, wanted: list[str], seen: set[Path]) -> Iterator[tuple[str,
             return
         seen.add(path.resolve())
     for name in wanted:
-        if FORMATS[name].detect(path):
+        format = TABLE[name]
+        if format.reader.detect(path):
             yield name, path
-            if name in CLOSED and CLOSED[name](path):
+            if format.closed and format.closed(path):
                 return
     if path.is_dir():
         for child in sorted(path.iterdir()):
@@ -212,23 +247,11 @@ def _local(path: str | Path) -> Path:
     if not separator:
         return Path(path)
     if scheme != "file":
-        raise UserError(f"{path}: sources are read from local paths and file:// only; copy or mount the data first")
+        raise UserError(f"{path}: sources must be local paths or file:// URLs; copy or mount the data first")
     return Path(unquote(urlsplit(str(path)).path))
 
 
-def _known(format: str) -> str:
-    means = {
-        "auto": f"one of {', '.join(FORMATS)} (docs/formats.md tells more)",
-        "rlds": "features.json and *.tfrecord-* files",
-        "lerobot": "meta/info.json",
-        "calvin": "ep_start_end_ids.npy",
-        "droid": "trajectory.h5, metadata_*.json and recordings",
-        "bridge": "obs_dict.pkl, policy_out.pkl and images0",
-        "aloha": "ALOHA or ACT *.hdf5",
-        "hdf5": "robomimic or LIBERO *.hdf5",
-        "ros": "*.mcap, ROS 2 bags, *.bag",
-        "replay_buffer": "Diffusion Policy or UMI *.zarr, *.zarr.zip",
-        "webdataset": "*.tar of clips, not packed",
-        "video": "*.mp4, *.mkv, *.webm, ...",
-    }
-    return means[format]
+def _expected(format: str) -> str:
+    if format == "auto":
+        return f"one of {', '.join(TABLE)} (see docs/formats.md)"
+    return TABLE[format].looks_like

@@ -1,8 +1,8 @@
-"""ALOHA and ACT recordings: one HDF5 file an episode, of two arms with seven joints each.
+"""ALOHA and ACT recordings: one HDF5 file per episode, of two arms with seven joints each.
 
-``/action`` and ``/observations/{qpos, qvel, effort}`` have a row a step, ``/observations/images/CAMERA`` a picture:
-uint8 ``[T, H, W, 3]``, or, where the file says ``compress``, a JPEG file padded with zeros. Mobile ALOHA adds
-``/base_action``, the speeds of its base. The layout: https://github.com/tonyzhaozh/act (``record_sim_episodes.py``) and
+``/action`` and ``/observations/{qpos, qvel, effort}`` have a row per step, ``/observations/images/CAMERA`` an image:
+uint8 ``[T, H, W, 3]``, or, if the file has ``compress``, a JPEG padded with zeros. Mobile ALOHA adds ``/base_action``,
+the velocities of its base. The layout: https://github.com/tonyzhaozh/act (``record_sim_episodes.py``) and
 https://github.com/tonyzhaozh/aloha (``record_episodes.py``), which sends a command every 0.02 s and stores no rate.
 
 An episode's digest covers the values of all its data sets.
@@ -16,7 +16,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from preprocessing.episode import ActionBlock, Episode, EpisodeRef, Video
+from preprocessing.episode import ActionBlock, Episode, EpisodeRef, Repair, Video
 from preprocessing.errors import BadEpisode
 from preprocessing.sources.scan_cache import Finding, file_digest, findings
 from preprocessing.sources.untrusted.hdf5 import (
@@ -34,7 +34,7 @@ from preprocessing.video.frames import decode_image, sliced_video
 FPS = 50.0
 ARM = 7  # six joints and a gripper
 ACTIONS = ("action", "base_action")
-SENTENCES = ("language_instruction", "language_raw")  # no part of the layout, but what its users add
+INSTRUCTIONS = ("language_instruction", "language_raw")  # not part of the layout, but commonly added
 
 
 def detect(path: Path) -> bool:
@@ -48,7 +48,7 @@ def scan(path: Path) -> Iterator[EpisodeRef]:
 
 def digest(ref: EpisodeRef) -> str:
     with h5py.File(ref.uri, "r") as file:
-        return digest_of(file, {name: file.attrs.get(name) for name in SENTENCES})
+        return digest_of(file, {name: file.attrs.get(name) for name in INSTRUCTIONS})
 
 
 def load(ref: EpisodeRef) -> Episode:
@@ -68,24 +68,28 @@ def load(ref: EpisodeRef) -> Episode:
         recorded = {key: rows for key, rows in members.items() if isinstance(rows, h5py.Dataset)}
         vectors = {key: r for key, r in recorded.items() if r.ndim in (1, 2) and r.dtype.kind in "fiub"}
         proprio = {key: numbers(rows).reshape(len(rows), -1) for key, rows in vectors.items()}
-        repairs = ["control rate unknown; 50 Hz assumed, as ALOHA's is"]
-        repairs += [f"observations/{key} is no vector of numbers; left out" for key in recorded if key not in vectors]
+        repairs = [Repair("fps", "control rate unknown; 50 Hz assumed, ALOHA's rate")]
+        others = [key for key in recorded if key not in vectors]
+        repairs += [
+            Repair("streams", f"observations/{key} is not one vector of numbers per step; left out") for key in others
+        ]
         cameras: dict[str, Video] = {}
         for key in sorted(images):
-            pictures = child(images, key, h5py.Dataset)
-            if len(pictures) != len(action):
-                raise BadEpisode(f"{len(action)} actions, but {len(pictures)} pictures of {key}")
+            stored = child(images, key, h5py.Dataset)
+            if len(stored) != len(action):
+                raise BadEpisode(f"{len(action)} actions, but {len(stored)} images of {key}")
             name = f"observations/images/{key}"
-            if pictures.ndim == 4 and pictures.shape[3] == 3 and pictures.dtype == np.uint8:
-                cameras[key] = sliced_video(len(pictures), frames_reader(path, name), at_once(pictures))
-            elif pictures.ndim <= 2:
-                cameras[key] = sliced_video(len(pictures), _unpacked(frames_reader(path, name)))
+            if stored.ndim == 4 and stored.shape[3] == 3 and stored.dtype == np.uint8:
+                cameras[key] = sliced_video(len(stored), frames_reader(path, name), at_once(stored))
+            elif stored.ndim <= 2:
+                cameras[key] = sliced_video(len(stored), _decoded(frames_reader(path, name)))
             else:
-                repairs.append(f"{name} is {pictures.shape} of {pictures.dtype}, no pictures of colours; left out")
+                misfit = f"{name} is {stored.shape} of {stored.dtype}, not RGB images; left out"
+                repairs.append(Repair("streams", misfit))
         if any(child(images, key, h5py.Dataset).ndim <= 2 for key in cameras):
-            repairs.append("JPEG files hold blue for red, as ALOHA's tools write them; exchanged")
-        sentences = {name: file.attrs.get(name, own(file, name)) for name in SENTENCES}
-        texts = {name: text(v[()] if isinstance(v, h5py.Dataset) else v) for name, v in sentences.items()}
+            repairs.append(Repair("bgr", "ALOHA's tools write JPEG files with red and blue swapped; swapped back"))
+        instructions = {name: file.attrs.get(name, own(file, name)) for name in INSTRUCTIONS}
+        texts = {name: text(v[()] if isinstance(v, h5py.Dataset) else v) for name, v in instructions.items()}
         signals = _signals(file, len(action))
     return Episode(
         ref=ref,
@@ -99,18 +103,18 @@ def load(ref: EpisodeRef) -> Episode:
         embodiment="aloha",
         repairs=tuple(repairs),
         signals=signals,
-        texts={name: sentence for name, sentence in texts.items() if sentence},
+        texts={name: instruction for name, instruction in texts.items() if instruction},
     )
 
 
 def _vectors(rows: h5py.Dataset) -> np.ndarray:
     if rows.ndim != 2:
-        raise BadEpisode(f"{rows.name} has shape {rows.shape}, not one vector a step")
+        raise BadEpisode(f"{rows.name} has shape {rows.shape}, not one vector per step")
     return numbers(rows)
 
 
 def _signals(file: h5py.File, steps: int) -> dict[str, np.ndarray]:
-    """What recorders add beside the actions, a number or a vector a step."""
+    """Data sets that recorders add at the top level, with a number or a vector per step."""
     members = {key: own(file, key) for key in sorted(file) if key not in ACTIONS}
     return {
         key: numbers(rows).reshape(steps, -1)
@@ -120,7 +124,7 @@ def _signals(file: h5py.File, steps: int) -> dict[str, np.ndarray]:
 
 
 def _layout(width: int) -> tuple[ActionBlock, ...]:
-    """Positions of the joints that are to be reached; a gripper is open at 1."""
+    """Target joint positions; a gripper is open at 1."""
     if width % ARM:
         return (ActionBlock(name="action", size=width),)
     names = ["left", "right"] if width == 2 * ARM else [f"arm_{number}" for number in range(width // ARM)]
@@ -133,19 +137,18 @@ def _layout(width: int) -> tuple[ActionBlock, ...]:
     return tuple(blocks)
 
 
-def _unpacked(read: Callable[[int, int], np.ndarray]) -> Callable[[int, int], np.ndarray]:
-    """OpenCV takes three channels for blue, green, red. ALOHA gives it red, green, blue, and gets them back that way;
-    any other program sees them exchanged."""
+def _decoded(read: Callable[[int, int], np.ndarray]) -> Callable[[int, int], np.ndarray]:
+    """Decode JPEG files whose red and blue are swapped: OpenCV takes channels for BGR, and ALOHA passes it RGB."""
 
-    def pictures(start: int, stop: int) -> np.ndarray:
+    def frames(start: int, stop: int) -> np.ndarray:
         return np.stack([decode_image(np.asarray(row, np.uint8).tobytes())[..., ::-1] for row in read(start, stop)])
 
-    return pictures
+    return frames
 
 
 def _read(file: Path) -> list[Finding]:
     try:
         with h5py.File(file, "r") as opened:
-            return [Finding(digest_of(opened, {name: opened.attrs.get(name) for name in SENTENCES}))]
+            return [Finding(digest_of(opened, {name: opened.attrs.get(name) for name in INSTRUCTIONS}))]
     except (OSError, RuntimeError) as error:
         return [Finding(file_digest(file), f"cannot be read: {error}")]

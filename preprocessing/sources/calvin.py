@@ -1,15 +1,15 @@
-"""CALVIN: a file a step, ``episode_0358482.npz``, and a table of which steps are recorded in one go.
+"""CALVIN: one file per step, ``episode_0358482.npz``, and a table of continuous recordings.
 
 A split's folder (``training``, ``validation``) holds ``ep_start_end_ids.npy`` with the first and last step of each
-recording, and ``lang_annotations/auto_lang_ann.npy`` with sentences for some stretches of them. Where there are
-sentences, each such stretch is an episode: they overlap, so that recordings beside them would hold the same frames
-twice. Where there are none, each recording is one. The layout: https://github.com/mees/calvin/tree/main/dataset. A
-folder ``lang_*``, with sentences for another language model, serves where that one is missing (``lang_folder`` in
-``calvin_models/conf``), as does the split's folder itself. Depth and touch are not read.
+recording, and ``lang_annotations/auto_lang_ann.npy`` with instructions for some stretches. With instructions, each
+stretch is an episode, and recordings are not read in addition: they would hold the same frames again. Without, each
+recording is an episode. The layout: https://github.com/mees/calvin/tree/main/dataset. If that folder is missing, another
+``lang_*`` folder, written for another language model (``lang_folder`` in ``calvin_models/conf``), or the split's own
+folder is used. Depth and touch are not read.
 
-Actions are the relative ones that CALVIN's policies are trained on: ``rel_actions``, the motion of the tool in the
-frame of the world, 50 times as large in metres and 20 times in radians, cut off at 1. An episode's digest covers the
-files of its steps and its sentence.
+Actions are the relative ones that CALVIN's policies are trained on: ``rel_actions``, the motion of the tool in the world
+frame, in metres times 50 and radians times 20, clipped at 1. An episode's digest covers its steps' files and its
+instruction.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from preprocessing.video.frames import sliced_video
 
 FPS = 30.0
 RANGES = "ep_start_end_ids.npy"
-SENTENCES = "auto_lang_ann.npy"
-MAX_LIST = 2**28  # bytes; the largest list of sentences, with its embeddings, has 10**8
-SIGNALS = ("actions", "scene_obs")  # absolute actions; what the simulator's doors, lamps and blocks are like
+ANNOTATIONS = "auto_lang_ann.npy"
+MAX_LIST = 2**28  # bytes; the largest annotation file, with its embeddings, has 10**8
+SIGNALS = ("actions", "scene_obs")  # absolute actions; the state of doors, lamps and blocks
 SPLITS = ("training", "validation")
 CAMERAS = {"rgb_static": "static", "rgb_gripper": "gripper"}
 LAYOUT = (
@@ -58,12 +58,12 @@ def detect(path: Path) -> bool:
 def scan(path: Path) -> Iterator[EpisodeRef]:
     folder = path.absolute()
     stretches, there = _stretches(folder), _steps(folder)
-    whole = [stretch for stretch in stretches if stretch.lacking(there) is None]
+    whole = [stretch for stretch in stretches if stretch.missing(there) is None]
     files = dict.fromkeys(file for stretch in whole for file in stretch.files(folder))
     found, known = findings("calvin", files, _read), dict[Path, Finding]()
     for index, stretch in enumerate(stretches):
-        if (lacking := stretch.lacking(there)) is not None:
-            lost = f"there is no {_name(lacking)}, of steps {stretch.first} to {stretch.last}"
+        if (missing := stretch.missing(there)) is not None:
+            lost = f"{_name(missing)} is missing, of steps {stretch.first} to {stretch.last}"
             yield EpisodeRef(str(folder / RANGES), "calvin", index, stretch.digest([lost]), lost)
             continue
         steps = list(stretch.files(folder))
@@ -91,32 +91,32 @@ def load(ref: EpisodeRef) -> Episode:
     return Episode(
         ref=ref,
         fps=FPS,
-        cameras={camera: sliced_video(len(files), _pictures(files, name)) for name, camera in cameras.items()},
+        cameras={camera: sliced_video(len(files), _frames_reader(files, name)) for name, camera in cameras.items()},
         proprio={"robot_obs": vectors["robot_obs"]},
         action=vectors["rel_actions"],
         action_layout=LAYOUT,
-        instruction=stretch.sentence,
+        instruction=stretch.instruction,
         success=None,
         embodiment="panda",
         signals={name: vectors[name] for name in others},
-        texts={"language/ann": stretch.sentence} if stretch.sentence else {},
+        texts={"language/ann": stretch.instruction} if stretch.instruction else {},
         split=folder.name if folder.name in SPLITS else None,
     )
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Steps that were recorded one after the other, and what was done in them."""
+    """Consecutive steps, and the instruction that they carry out."""
 
     first: int
     last: int
-    sentence: str | None
+    instruction: str | None
 
     def files(self, folder: Path) -> Iterator[Path]:
         return (folder / _name(step) for step in range(self.first, self.last + 1))
 
-    def lacking(self, there: np.ndarray) -> int | None:
-        """The first step that is not among these, in order: a list may name more than any folder holds."""
+    def missing(self, there: np.ndarray) -> int | None:
+        """The first step that is not in the sorted ``there``. Fast, as a list may claim any number of steps."""
         begin, end = np.searchsorted(there, [self.first, self.last + 1])
         held = there[begin:end] - self.first
         gaps = np.flatnonzero(held != np.arange(len(held)))
@@ -124,14 +124,14 @@ class Stretch:
         return None if count == self.last + 1 - self.first else self.first + count
 
     def digest(self, steps: Iterable[str]) -> str:
-        return hashlib.sha256(json.dumps([[*steps], self.sentence]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([[*steps], self.instruction]).encode()).hexdigest()
 
 
 def _stretch(ref: EpisodeRef) -> tuple[Path, Stretch]:
     folder = Path(ref.uri).parent
     stretches = _stretches(folder)
     if ref.index >= len(stretches):
-        raise BadEpisode(f"{folder} has {len(stretches)} episodes now, fewer than when it was listed")
+        raise BadEpisode(f"{folder} now has only {len(stretches)} episodes, fewer than when it was listed")
     return folder, stretches[ref.index]
 
 
@@ -144,13 +144,13 @@ def _listed(file: Path, _changed: int) -> list[Stretch]:
             return [_checked(first, last, None) for first, last in read_npy(file.read_bytes()).tolist()]
         table = read_npy(file.read_bytes())
         pairs = zip(table["info"]["indx"], table["language"]["ann"], strict=True)
-        return [_checked(first, last, sentence) for (first, last), sentence in pairs]
+        return [_checked(first, last, instruction) for (first, last), instruction in pairs]
     except (OSError, BadEpisode, LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"{file}: no list of episodes ({error}); restore the file") from None
+        raise UserError(f"{file}: not a list of episodes ({error}); restore the file") from None
 
 
 def _stretches(folder: Path) -> list[Stretch]:
-    lists = [folder / "lang_annotations" / SENTENCES, *sorted(folder.glob(f"lang_*/{SENTENCES}")), folder / SENTENCES]
+    lists = [folder / "lang_annotations" / ANNOTATIONS, *sorted(folder.glob(f"lang_*/{ANNOTATIONS}")), folder / ANNOTATIONS]
     file = next((file for file in lists if file.is_file()), folder / RANGES)
     return _listed(file, file.stat().st_mtime_ns)
 
@@ -160,17 +160,17 @@ def _name(step: int) -> str:
 
 
 def _steps(folder: Path) -> np.ndarray:
-    """int64, ascending: which steps have a file; the largest split has two million."""
+    """The steps that have a file, int64, sorted; the largest split has two million."""
     names = (re.fullmatch(r"episode_(\d{7,18})\.npz", file.name) for file in folder.iterdir())
     return np.unique(np.fromiter((int(name[1]) for name in names if name), np.int64))
 
 
-def _checked(first: Any, last: Any, sentence: Any) -> Stretch:
+def _checked(first: Any, last: Any, instruction: Any) -> Stretch:
     if not 0 <= int(first) <= int(last) < int(first) + limits().episode_steps:
         raise ValueError(f"steps {int(first)} to {int(last)}")
-    if not isinstance(sentence, str | None):
-        raise TypeError(f"a sentence that is a {type(sentence).__name__}")
-    return Stretch(int(first), int(last), sentence)
+    if not isinstance(instruction, str | None):
+        raise TypeError(f"an instruction that is a {type(instruction).__name__}")
+    return Stretch(int(first), int(last), instruction)
 
 
 def _vectors(files: list[Path], names: list[str]) -> dict[str, np.ndarray]:
@@ -180,19 +180,19 @@ def _vectors(files: list[Path], names: list[str]) -> dict[str, np.ndarray]:
             for name, rows in found.items():
                 rows.append(_array(file, arrays, name))
                 if rows[-1].ndim != 1 or rows[-1].shape != rows[0].shape:
-                    raise BadEpisode(f"{name} is not one vector a step")
+                    raise BadEpisode(f"{name} is not one vector per step")
     return {name: np.stack(rows).astype(np.float32) for name, rows in found.items()}
 
 
-def _pictures(files: list[Path], name: str) -> Callable[[int, int], np.ndarray]:
+def _frames_reader(files: list[Path], name: str) -> Callable[[int, int], np.ndarray]:
     def read(start: int, stop: int) -> np.ndarray:
-        pictures = []
+        images = []
         for file in files[start:stop]:
             with _opened(file) as arrays:
-                pictures.append(_array(file, arrays, name))
-        if any(picture.dtype != np.uint8 or picture.shape[2:] != (3,) for picture in pictures):
-            raise BadEpisode(f"{name} is no picture of three bytes a pixel")
-        return np.stack(pictures)
+                images.append(_array(file, arrays, name))
+        if any(image.dtype != np.uint8 or image.shape[2:] != (3,) for image in images):
+            raise BadEpisode(f"{name} is not an RGB image of uint8")
+        return np.stack(images)
 
     return read
 
@@ -201,12 +201,12 @@ def _array(file: Path, arrays: zipfile.ZipFile, name: str) -> np.ndarray:
     if f"{name}.npy" not in arrays.namelist():
         raise BadEpisode(f"{file.name} holds no {name}")
     member = arrays.getinfo(f"{name}.npy")
-    if member.file_size > limits().array_bytes // FRAMES_PER_CHUNK:  # so many are held at once
-        where = f"{name} in {file.name} unpacks to {member.file_size} bytes"
+    if member.file_size > limits().array_bytes // FRAMES_PER_CHUNK:  # as many as are held at once
+        where = f"{name} in {file.name} decompresses to {member.file_size} bytes"
         raise BadEpisode(f"{where}, more than a {FRAMES_PER_CHUNK}th of limits.array_bytes")
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise BadEpisode(f"{name} in {file.name} is packed by another method than deflate")
-    with arrays.open(member) as opened:  # whoever asks for all of it gets what it unpacks to, not what it says
+        raise BadEpisode(f"{name} in {file.name} is not compressed with deflate")
+    with arrays.open(member) as opened:  # read() without a size could return more than declared
         return np.asarray(read_npy(opened.read(member.file_size)))
 
 

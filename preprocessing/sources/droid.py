@@ -1,22 +1,22 @@
-"""DROID as its robots recorded it: a folder an episode, ``LAB/success/DATE/TIME/``, not yet made into RLDS.
+"""Raw DROID recordings, not yet converted to RLDS: one folder per episode, ``LAB/success/DATE/TIME/``.
 
-``trajectory.h5`` has a row a step (keys are listed in ``scripts/convert/to_tfrecord.py``): commands under ``action``,
-what was measured under ``observation/robot_state``, the teleoperator's buttons under ``observation/controller_info``.
-``metadata_UUID.json`` says which camera is which (``droid/postprocessing/schema.py``), ``recordings/MP4/SERIAL.mp4`` is
-the left picture of one; ``SERIAL-stereo.mp4`` and SVO files are not read. Sentences lie in one file above all episodes,
-by UUID: ``aggregated-annotations-*.json``, or the later ``droid_language_annotations.json`` with half as many again
-(https://huggingface.co/KarlP/droid). The layout: https://droid-dataset.github.io/droid/the-droid-dataset and
-https://github.com/droid-dataset/droid. Notable there:
+``trajectory.h5`` has a row per step (keys are listed in ``scripts/convert/to_tfrecord.py``): commands under ``action``,
+measurements under ``observation/robot_state``, the teleoperator's buttons under ``observation/controller_info``.
+``metadata_UUID.json`` maps cameras to serial numbers (``droid/postprocessing/schema.py``), and
+``recordings/MP4/SERIAL.mp4`` is a camera's left image; ``SERIAL-stereo.mp4`` and SVO files are not read. One file above
+all episodes has the instructions by UUID: ``aggregated-annotations-*.json``, or the later
+``droid_language_annotations.json`` with half as many again (https://huggingface.co/KarlP/droid). The layout:
+https://droid-dataset.github.io/droid/the-droid-dataset and https://github.com/droid-dataset/droid. Notes:
 
-- Row t is what was seen and then commanded (``droid/trajectory_utils/misc.py``), at 15 Hz (``droid/robot_env.py``).
-  Films have one frame less than there are rows (issue 54) and are paired from the beginning, as DROID's own reader
-  does; their own rate, the camera's, means nothing.
-- Speeds of the tool are shares of 0.075 m and 0.15 rad a step (``droid/robot_ik/robot_ik_solver.py``), along and about
+- Row t is an observation and the command that followed it (``droid/trajectory_utils/misc.py``), at 15 Hz
+  (``droid/robot_env.py``). Videos have one frame less than there are rows (DROID's issue 54) and are paired from the
+  beginning, as in DROID's own reader; their own rate is the camera's and is ignored.
+- Tool velocities are fractions of 0.075 m and 0.15 rad per step (``droid/robot_ik/robot_ik_solver.py``), along and about
   the base's axes (``add_poses`` in ``droid/misc/transformations.py``); a gripper is closed at 1 (``franka/robot.py``).
-- While ``movement_enabled`` is 0 the robot was held, and ``skip_action`` is 1: such steps are kept, both are signals.
+- While ``movement_enabled`` is 0 the robot stood still and ``skip_action`` is 1: such steps are kept, both are signals.
 
-Cameras' poses and clocks are not read. An episode's digest covers the values of its trajectory, its films, its
-sentences and whether it is called a success, so that its folder may have any name.
+Camera poses and clocks are not read. An episode's digest covers the values of its trajectory, its videos, its
+instructions and its success, so its folder may have any name.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ from typing import Any
 import h5py
 import numpy as np
 
-from preprocessing.episode import ActionBlock, Episode, EpisodeRef
+from preprocessing.episode import ActionBlock, Episode, EpisodeRef, Repair
 from preprocessing.errors import BadEpisode, UserError
 from preprocessing.sources.scan_cache import Finding, file_digest, findings
 from preprocessing.sources.untrusted.hdf5 import datasets, digest_of, hdf5_files, numbers
 from preprocessing.video.decode import open_video, probe_video
-from preprocessing.video.frames import first_frames
+from preprocessing.video.frames import first_frames, frames_to_use
 
 FPS = 15.0
 TRAJECTORY = "trajectory.h5"
 CAMERAS = {"wrist": "wrist_cam_serial", "exterior_1": "ext1_cam_serial", "exterior_2": "ext2_cam_serial"}
 ANNOTATIONS = ("aggregated-annotations-*.json", "droid_language_annotations.json")  # the fuller ones last
-LEVELS = 4  # DATE, success, LAB, and the data set's own folder
+LEVELS = 4  # DATE, success, LAB, and the data set's folder
 ACTION = ("action/cartesian_velocity", "action/gripper_position")
 STATE = "observation/robot_state/"
-PROPRIO = ("cartesian_position", "gripper_position", "joint_positions", "joint_velocities")  # what DROID's policies see
+PROPRIO = ("cartesian_position", "gripper_position", "joint_positions", "joint_velocities")  # what DROID's policies observe
 READ = ("action/", STATE, "observation/controller_info/", "observation/timestamp/skip_action")
 LAYOUT = (
     ActionBlock(name="position", size=3, kind="position", mode="velocity", frame="base", unit="scaled"),
@@ -64,12 +64,12 @@ LAYOUT = (
     ),
     ActionBlock(name="gripper", size=1, kind="gripper", mode="absolute", gripper_one_means="closed"),
 )
-MAX_METADATA = 2**20  # bytes; published ones have 2,000
+MAX_METADATA = 2**20  # bytes; published files have 2,000
 MAX_ANNOTATIONS = 2**26  # bytes; the published file has 12 million
 
 
 def detect(path: Path) -> bool:
-    """A trajectory that cannot be opened is one all the same if metadata lie beside it: its films are no episodes."""
+    """An unreadable trajectory next to metadata counts, too: its videos are not episodes of their own."""
     file = path if path.name == TRAJECTORY else path / TRAJECTORY
     return file.is_file() and (any(True for _ in hdf5_files(file, "droid")) or bool(_metadata_files(file.parent)))
 
@@ -100,8 +100,10 @@ def load(ref: EpisodeRef) -> Episode:
     action = np.concatenate([vectors[name] for name in ACTION], axis=1)
     if action.shape[1] != sum(block.size for block in LAYOUT):
         raise BadEpisode(f"{' and '.join(ACTION)} have {action.shape[1]} columns, not 7")
-    frames, cut = _frames_to_use(recording.films, len(action))
-    videos = {camera: open_video(film) for camera, film in recording.films.items()}
+    declared = {camera: probe_video(file).declared_frames for camera, file in recording.videos.items()}
+    frames, mismatch = frames_to_use(declared, len(action), "the trajectory")
+    cut = [Repair("frames", f"{mismatch}; cut to {frames}")] if mismatch else []
+    videos = {camera: open_video(file) for camera, file in recording.videos.items()}
     seen = [f"{STATE}{name}" for name in PROPRIO if f"{STATE}{name}" in vectors]
     return Episode(
         ref=ref,
@@ -121,17 +123,17 @@ def load(ref: EpisodeRef) -> Episode:
 
 @dataclass(frozen=True)
 class Recording:
-    """What lies in an episode's folder, and what is said of it elsewhere."""
+    """The contents of an episode's folder, and its instructions from outside of it."""
 
     folder: Path
-    films: dict[str, Path]  # by camera, in the order of CAMERAS
+    videos: dict[str, Path]  # by camera, in the order of CAMERAS
     texts: dict[str, str]
     recorded_success: bool | None
-    repairs: list[str]
+    repairs: list[Repair]
 
     @property
     def files(self) -> list[Path]:
-        return [self.folder / TRAJECTORY, *self.films.values()]
+        return [self.folder / TRAJECTORY, *self.videos.values()]
 
     @property
     def success(self) -> bool | None:
@@ -140,27 +142,28 @@ class Recording:
         return {"success": True, "failure": False}.get(self.folder.parent.parent.name)
 
     def digest(self, files: list[str]) -> str:
-        said = [files, list(self.films), self.texts, self.recorded_success]
-        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+        content = [files, list(self.videos), self.texts, self.recorded_success]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _recording(folder: Path) -> Recording:
     metadata = _metadata(folder)
-    films, repairs = dict[str, Path](), list[str]()
+    videos, repairs = dict[str, Path](), list[Repair]()
     for camera, key in CAMERAS.items():
         serial = str(metadata.get(key) or "")
-        film = folder / "recordings" / "MP4" / f"{serial}.mp4"
-        if re.fullmatch(r"\w+", serial) and film.is_file():  # a name, which leads nowhere else
-            films[camera] = film
+        file = folder / "recordings" / "MP4" / f"{serial}.mp4"
+        if re.fullmatch(r"\w+", serial) and file.is_file():  # a plain name: no path
+            videos[camera] = file
         else:
-            repairs.append(f"camera {camera} has no film for its {key}, {serial or 'which is not named'}; dropped")
-    if not films:
-        raise BadEpisode("holds no film in recordings/MP4 of a camera that its metadata name (SVO files are not read)")
+            text = f"camera {camera} has no video for its {key}, {serial or 'which is missing'}; dropped"
+            repairs.append(Repair("streams", text))
+    if not videos:
+        raise BadEpisode("holds no video in recordings/MP4 of a camera in its metadata (SVO files are not read)")
     task, success = metadata.get("current_task"), metadata.get("success")
-    texts = _sentences(folder, str(metadata.get("uuid")))
+    texts = _instructions(folder, str(metadata.get("uuid")))
     if isinstance(task, str) and task.strip():
-        texts["current_task"] = task.strip()  # what kind of thing to do, as a menu has it: no instruction
-    return Recording(folder, films, texts, success if isinstance(success, bool) else None, repairs)
+        texts["current_task"] = task.strip()  # a category from a menu, not an instruction
+    return Recording(folder, videos, texts, success if isinstance(success, bool) else None, repairs)
 
 
 def _metadata_files(folder: Path) -> list[Path]:
@@ -170,19 +173,19 @@ def _metadata_files(folder: Path) -> list[Path]:
 def _metadata(folder: Path) -> dict[str, Any]:
     file = next(iter(_metadata_files(folder)), None)
     if file is None:
-        raise BadEpisode("has no metadata_*.json, which says which camera is which")
+        raise BadEpisode("has no metadata_*.json, which maps cameras to their videos")
     try:
         return _table(file, MAX_METADATA)
     except (OSError, ValueError, RecursionError) as error:
         raise BadEpisode(f"{file.name} cannot be read: {error}") from None
 
 
-def _sentences(folder: Path, uuid: str) -> dict[str, str]:
-    """What annotators wrote of an episode, from the nearest list above it."""
+def _instructions(folder: Path, uuid: str) -> dict[str, str]:
+    """An episode's annotations, from the nearest list above its folder."""
     for above in islice(folder.parents, LEVELS):
         for file in [file for name in ANNOTATIONS for file in sorted(above.glob(name))][-1:]:
-            sentences = _annotations(file, file.stat().st_mtime_ns).get(uuid)
-            found = sentences.items() if isinstance(sentences, dict) else []
+            instructions = _annotations(file, file.stat().st_mtime_ns).get(uuid)
+            found = instructions.items() if isinstance(instructions, dict) else []
             return {name: text.strip() for name, text in sorted(found) if isinstance(text, str) and text.strip()}
     return {}
 
@@ -192,7 +195,7 @@ def _annotations(file: Path, _changed: int) -> dict[str, Any]:
     try:
         return _table(file, MAX_ANNOTATIONS)
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: no list of sentences ({error}); restore the file, or move it away") from None
+        raise UserError(f"{file}: not a table of annotations ({error}); restore the file or move it away") from None
 
 
 def _table(file: Path, limit: int) -> dict[str, Any]:
@@ -204,34 +207,23 @@ def _table(file: Path, limit: int) -> dict[str, Any]:
     return table
 
 
-def _vectors(file: h5py.File) -> tuple[dict[str, np.ndarray], list[str]]:
-    """All that is recorded each step, by its path, and a sentence for what misfits and may."""
+def _vectors(file: h5py.File) -> tuple[dict[str, np.ndarray], list[Repair]]:
+    """All numbers recorded per step, by path, and repairs for optional ones that do not fit."""
     every = {name: dataset for name, dataset in datasets(file) if name.startswith(READ)}
     if missing := [name for name in ACTION if name not in every]:
         raise BadEpisode(f"{TRAJECTORY} has no {' and no '.join(missing)}")
     needed = (*ACTION, *(f"{STATE}{name}" for name in PROPRIO))
     steps = (every[ACTION[0]].shape or (0,))[0]
-    found, left_out = dict[str, np.ndarray](), list[str]()
+    found, left_out = dict[str, np.ndarray](), list[Repair]()
     for name, dataset in every.items():
-        what = f"{name} is {dataset.shape} of {dataset.dtype}, not a number or a vector for each of {steps} steps"
+        misfit = f"{name} is {dataset.shape} of {dataset.dtype}, not a number or a vector for each of {steps} steps"
         if dataset.ndim in (1, 2) and len(dataset) == steps and dataset.size and dataset.dtype.kind in "fiub":
             found[name] = numbers(dataset).reshape(steps, -1)
         elif name in needed:
-            raise BadEpisode(what)
+            raise BadEpisode(misfit)
         else:
-            left_out.append(f"{what}; left out")
+            left_out.append(Repair("streams", f"{misfit}; left out"))
     return found, left_out
-
-
-def _frames_to_use(films: dict[str, Path], rows: int) -> tuple[int, list[str]]:
-    """By what the films declare, so nothing is decoded here; one that does not is left to whoever decodes it."""
-    counts = {camera: probe_video(film).declared_frames or rows for camera, film in films.items()}
-    for camera, count in counts.items():
-        if abs(count - rows) > 1:
-            raise BadEpisode(f"camera {camera} declares {count} frames, the trajectory has {rows} rows")
-    frames = min([rows, *counts.values()])
-    slips = [f"{camera} has {count}" for camera, count in counts.items() if count != rows]
-    return frames, [f"the trajectory has {rows} rows, {', '.join(slips)} frames; cut to {frames}"] if slips else []
 
 
 @contextlib.contextmanager

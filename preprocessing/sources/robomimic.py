@@ -1,17 +1,17 @@
 """robomimic and LIBERO demonstrations: ``data/demo_i/{actions, obs/...}`` in one HDF5 file.
 
 The layout: https://robomimic.github.io/docs/datasets/overview.html; LIBERO's additions are attributes of ``data``
-(https://github.com/Lifelong-Robot-Learning/LIBERO). Images are uint8 data sets ``[T, H, W, 3]`` under ``obs``. MuJoCo
-renders with OpenGL, whose first row is the lowest, and LIBERO stores them so: its attribute
-``macros_image_convention`` is ``opengl``, and they are turned here. What else has a row a step is kept as a signal:
-rewards, other actions, the simulator's states. ``mask/train`` and ``mask/valid`` list robomimic's splits.
+(https://github.com/Lifelong-Robot-Learning/LIBERO). Images are uint8 data sets ``[T, H, W, 3]`` under ``obs``. OpenGL's
+first row is the lowest, and LIBERO stores MuJoCo's images that way: its attribute ``macros_image_convention`` is
+``opengl``, and the reader flips them. Everything else with a row per step becomes a signal: rewards, other actions, the
+simulator's states. ``mask/train`` and ``mask/valid`` list robomimic's splits.
 
-LIBERO's tool (``scripts/create_dataset.py``) replays each action and then stores what is seen: row t of ``obs`` is from
-after action t, row t of everything else from before it. Such files name a ``bddl_file_name``; their actions are moved
-up by a row here, so that each stands beside what was seen when it was commanded.
+LIBERO's tool (``scripts/create_dataset.py``) replays each action and then stores the observation: row t of ``obs`` is
+from after action t, row t of everything else from before it. Such files have a ``bddl_file_name``; the reader shifts
+their actions by one row, so that each is paired with the observation it was commanded at.
 
-An episode's index is its place among the demonstrations in natural order (``demo_2`` before ``demo_10``); its digest
-covers the values of its data sets and the attributes that change what they mean.
+An episode's index is its position among the demonstrations in natural order (``demo_2`` before ``demo_10``). Its digest
+covers the values of its data sets and the attributes that change their meaning.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from preprocessing.episode import ActionBlock, Episode, EpisodeRef, Video
+from preprocessing.episode import ActionBlock, Episode, EpisodeRef, Repair, Video
 from preprocessing.errors import BadEpisode
 from preprocessing.sources.scan_cache import Finding, file_digest, findings
 from preprocessing.sources.untrusted.hdf5 import (
@@ -43,11 +43,11 @@ from preprocessing.sources.untrusted.hdf5 import (
 from preprocessing.video.frames import sliced_video, upside_down
 
 DEFAULT_FPS = 20.0  # robosuite's control rate, and LIBERO's
-SIMULATED = "object"  # where robomimic keeps the poses of the objects: what no robot sees
-ROBOSUITE = 1  # what robomimic calls it in env_args
-OBSERVED = ("obs/", "next_obs/")  # the second holds the first again, one step later
-LIBERO_CAMERAS = {"agentview_rgb", "eye_in_hand_rgb"}  # tools that replay LIBERO keep these names, not its attributes
-SEEN = ("robot_states",)  # what LIBERO takes from an observation, though it stands outside of obs
+SIMULATED = "object"  # object poses in robomimic, which no robot observes
+ROBOSUITE = 1  # its type in robomimic's env_args
+OBSERVED = ("obs/", "next_obs/")  # the second repeats the first, one step later
+LIBERO_CAMERAS = {"agentview_rgb", "eye_in_hand_rgb"}  # kept by tools that replay LIBERO and drop its attributes
+OBSERVED_LATE = ("robot_states",)  # observed after the action, too, although outside of obs
 SPLITS = ("train", "valid", "test")
 ATTRIBUTES = ("macros_image_convention", "env_args", "problem_info", "language_instruction", "robot", "fps", "ep_meta")
 
@@ -77,52 +77,55 @@ def load(ref: EpisodeRef) -> Episode:
         obs = child(demo, "obs", h5py.Group)
         action = numbers(child(demo, "actions", h5py.Dataset))
         if action.ndim != 2:
-            raise BadEpisode(f"actions have shape {action.shape}, not one vector a step")
+            raise BadEpisode(f"actions have shape {action.shape}, not one vector per step")
         env = json_of(_attribute(data, demo, "env_args"))
-        fps, robot, repairs = _fps(data, demo, env), _robot(data, demo, env), list[str]()
+        fps, robot, repairs = _fps(data, demo, env), _robot(data, demo, env), list[Repair]()
         if fps is None:
             fps = DEFAULT_FPS
-            repairs.append(f"control rate unknown; {DEFAULT_FPS:g} Hz assumed")
+            repairs.append(Repair("fps", f"control rate unknown; {DEFAULT_FPS:g} Hz assumed"))
         if robot is None:
-            repairs.append("robot unknown")
+            repairs.append(Repair("embodiment", "robot unknown"))
 
         inside = {key: value for key in sorted(obs) if isinstance(value := own(obs, key), h5py.Dataset)}
-        repairs += [f"obs/{key} is a link and not followed" for key in sorted(obs) if own(obs, key) is None]
+        links = [key for key in sorted(obs) if own(obs, key) is None]
+        repairs += [Repair("streams", f"obs/{key} is a link and is not followed") for key in links]
         images = {k: d for k, d in inside.items() if d.ndim == 4 and d.shape[-1] == 3 and d.dtype == np.uint8}
         vectors = {k: d for k, d in inside.items() if d.ndim in (1, 2) and d.dtype.kind == "f"}
         lengths = {len(dataset) for dataset in (*images.values(), *vectors.values())}
         whole = {k: d for k, d in inside.items() if d.ndim in (1, 2) and d.dtype.kind in "iub" and {len(d)} == lengths}
         vectors = dict(sorted((vectors | whole).items()))
-        left = [key for key in inside if key not in images and key not in vectors]
-        repairs += [f"obs/{key} is neither pictures of colours nor a vector a frame; left out" for key in left]
+        misfits = [key for key in inside if key not in images and key not in vectors]
+        why = "is neither RGB images nor one vector per frame; left out"
+        repairs += [Repair("streams", f"obs/{key} {why}") for key in misfits]
         steps = len(action)
         if lengths == {steps + 1}:
-            repairs.append("one frame more than actions; the last one, seen after the last action, is dropped")
+            surplus = "one frame more than actions; the last one, from after the last action, is dropped"
+            repairs.append(Repair("frames", surplus))
         elif lengths - {steps}:
             raise BadEpisode(f"{steps} actions, but observations of lengths {sorted(lengths)}")
 
         proprio = {key: numbers(d)[:steps].reshape(steps, -1) for key, d in vectors.items()}
         signals, left_out = _signals(demo, steps)
         repairs += left_out
-        if _seen_afterwards(data, demo) and steps > 1:
+        if _observed_after_action(data, demo) and steps > 1:
             steps -= 1
             action, proprio = action[1:], {key: rows[:steps] for key, rows in proprio.items()}
-            signals = {key: rows[:steps] if key in SEEN else rows[1:] for key, rows in signals.items()}
-            repairs.append("LIBERO stores what is seen after each action; actions are moved up by a row")
+            signals = {key: rows[:steps] if key in OBSERVED_LATE else rows[1:] for key, rows in signals.items()}
+            late = "LIBERO stores the observation after each action; actions are shifted by one row"
+            repairs.append(Repair("steps", late))
         if SIMULATED in proprio:
             signals[f"obs/{SIMULATED}"] = proprio.pop(SIMULATED)
         texts = _texts(data, demo)
         bottom_up = text(_attribute(data, demo, "macros_image_convention")) == "opengl"
         cameras: dict[str, Video] = {}
-        for key, pictures in images.items():
-            video = sliced_video(steps, frames_reader(path, f"data/{name}/obs/{key}"), at_once(pictures))
+        for key, stored in images.items():
+            video = sliced_video(steps, frames_reader(path, f"data/{name}/obs/{key}"), at_once(stored))
             cameras[_camera_name(key, images)] = upside_down(video) if bottom_up else video
         if bottom_up and images:
-            repairs.append("images are stored bottom-up (opengl); turned upright")
+            repairs.append(Repair("flip", "images are stored bottom-up (opengl); flipped"))
         elif images.keys() >= LIBERO_CAMERAS and not text(_attribute(data, demo, "macros_image_convention")):
-            repairs.append(
-                "images are stored bottom-up in LIBERO's own files; this one does not tell, and none is turned"
-            )
+            untold = "LIBERO's own files store images bottom-up; this one does not say, and they are not flipped"
+            repairs.append(Repair("flip", untold))
         return Episode(
             ref=ref,
             fps=fps,
@@ -141,7 +144,7 @@ def load(ref: EpisodeRef) -> Episode:
         )
 
 
-def _seen_afterwards(data: h5py.Group, demo: h5py.Group) -> bool:
+def _observed_after_action(data: h5py.Group, demo: h5py.Group) -> bool:
     return bool(text(_attribute(data, demo, "bddl_file_name")))
 
 
@@ -152,8 +155,10 @@ def _camera_name(key: str, images: dict[str, Any]) -> str:
 
 
 def _layout(width: int, env: dict[str, Any]) -> tuple[ActionBlock, ...]:
-    """robosuite's OSC_POSE takes seven numbers, Meta-World's controller four: of a range that is set to +-1, where +1
-    closes the gripper. Another simulator (Isaac Lab opens it with +1) or another controller means something else."""
+    """robosuite's OSC_POSE takes seven numbers, Meta-World's controller four, all scaled to +-1; +1 closes the gripper.
+
+    Other simulators and controllers differ (Isaac Lab opens the gripper at +1), so their actions stay one block.
+    """
     kind, delta = _controller(env)
     elsewhere = isinstance(env.get("type"), int) and env["type"] != ROBOSUITE
     if elsewhere or kind not in (None, "OSC_POSE", "OSC_POSITION"):
@@ -178,7 +183,7 @@ def _layout(width: int, env: dict[str, Any]) -> tuple[ActionBlock, ...]:
 
 
 def _controller(env: dict[str, Any]) -> tuple[str | None, bool]:
-    """Its kind, and whether it takes differences. robosuite names one a part of the body since its version 1.5."""
+    """The controller's type, and whether it takes deltas. Since version 1.5, robosuite has one per body part."""
     config = _kwargs(env).get("controller_configs")
     config = config[0] if isinstance(config, list) and config else config
     if isinstance(config, dict) and isinstance(parts := config.get("body_parts"), dict):
@@ -191,20 +196,20 @@ def _controller(env: dict[str, Any]) -> tuple[str | None, bool]:
     return text(config.get("type")) or None, delta
 
 
-def _signals(demo: h5py.Group, steps: int) -> tuple[dict[str, np.ndarray], list[str]]:
-    """All vectors of the demonstration's steps outside of what is observed, and a sentence for each that misfits."""
-    signals, repairs = dict[str, np.ndarray](), list[str]()
+def _signals(demo: h5py.Group, steps: int) -> tuple[dict[str, np.ndarray], list[Repair]]:
+    """All vectors with a row per step outside of the observations, and a repair for each that does not fit."""
+    signals, repairs = dict[str, np.ndarray](), list[Repair]()
     for key, dataset in datasets(demo):
         if key == "actions" or key.startswith(OBSERVED) or dataset.dtype.kind not in "fiub":
             continue
         if dataset.ndim not in (1, 2) or dataset.size == 0:
             continue
         if len(dataset) not in (steps, steps + 1):
-            repairs.append(f"{key} has {len(dataset)} rows for {steps} actions; left out")
+            repairs.append(Repair("streams", f"{key} has {len(dataset)} rows for {steps} actions; left out"))
             continue
         signals[key] = numbers(dataset)[:steps].reshape(steps, -1)
         if len(dataset) > steps:
-            repairs.append(f"{key} has one row more than actions; the last one is dropped")
+            repairs.append(Repair("steps", f"{key} has one row more than actions; its last row is dropped"))
     return signals, repairs
 
 
@@ -216,11 +221,11 @@ def _texts(data: h5py.Group, demo: h5py.Group) -> dict[str, str]:
         ),
         "ep_meta/lang": json_of(_attribute(data, demo, "ep_meta")).get("lang"),  # RoboCasa
     }
-    return {name: sentence for name, value in found.items() if (sentence := text(value))}
+    return {name: instruction for name, value in found.items() if (instruction := text(value))}
 
 
 def _suite(data: h5py.Group, demo: h5py.Group) -> str | None:
-    """LIBERO names the file that describes the task: ``.../bddl_files/libero_90/TASK.bddl``."""
+    """LIBERO's suite, from the path of its task description: ``.../bddl_files/libero_90/TASK.bddl``."""
     suite = re.search(r"bddl_files/(\w+)/", text(_attribute(data, demo, "bddl_file_name")))
     return suite[1] if suite else None
 
@@ -235,7 +240,7 @@ def _split(file: h5py.File, name: str) -> str | None:
 
 
 def _success(demo: h5py.Group) -> bool | None:
-    """The sparse reward is 1 where the task is done; ``dones`` may also mark a mere end, so it is asked second."""
+    """A sparse reward is 1 where the task is done. ``dones`` comes second: it may just mark the end."""
     for name in ("rewards", "dones"):
         values = own(demo, name)
         if isinstance(values, h5py.Dataset) and values.size:
@@ -281,7 +286,7 @@ def _finding(file: Path, data: h5py.Group, name: str) -> Finding:
 
 def _digest(data: h5py.Group, name: str) -> str:
     demo = child(data, name, h5py.Group)
-    late = "afterwards" if _seen_afterwards(data, demo) else None
+    late = "afterwards" if _observed_after_action(data, demo) else None
     return digest_of(demo, {name: _attribute(data, demo, name) for name in ATTRIBUTES} | {"seen": late})
 
 
@@ -299,5 +304,5 @@ def _demos(data: h5py.Group) -> list[str]:
 def _name(data: h5py.Group, ref: EpisodeRef) -> str:
     names = _demos(data)
     if ref.index >= len(names):
-        raise BadEpisode(f"the file has {len(names)} demonstrations now, fewer than when it was listed")
+        raise BadEpisode(f"the file now has only {len(names)} demonstrations, fewer than when it was listed")
     return names[ref.index]

@@ -1,12 +1,11 @@
-"""What earlier scans found in files, so that a file that has not changed is not read again.
+"""Cache of scan results, so that unchanged files are not read again.
 
-Kept like Git's index: one SQLite file in the cache folder holds, for each reader and path, the digests found there and
-the size, times and inode that the file then had. Among the times is that of the last change of any kind (ctime), which
-no tool can set back. Clocks tick coarsely, so two changes may carry one time: a file is remembered only if it had been
-at rest for longer than a tick before it was read, and was still the same afterwards. What has a problem is read again
-by every scan.
+It works like Git's index: one SQLite file in the cache folder stores, per reader and path, the digests found and the
+file's size, times and inode at that moment. The times include ctime, which no tool can set back. Clocks are coarse, so
+two changes may share one timestamp: a file is cached only if it was unchanged for longer than a clock tick before it was
+read, and is still the same afterwards. Files with a problem are read again by every scan.
 
-The memory saves time and does nothing else. Where it is missing, locked, unwritable or damaged, files are read.
+The cache only saves time: if it is missing, locked, not writable or damaged, files are read.
 """
 
 from __future__ import annotations
@@ -26,18 +25,18 @@ from pathlib import Path
 
 from preprocessing.cache import cache_folder
 
-AT_REST = 2 * 10**9  # nanoseconds: the coarsest clock of a file system, FAT's, ticks every two seconds
-LOOK_AHEAD = 256  # files that are asked for together, and read before their turn
-SAVE_EVERY = 5.0  # seconds of reading that a crash may cost
+AT_REST = 2 * 10**9  # nanoseconds: the tick of the coarsest file system clock, FAT's
+LOOK_AHEAD = 256  # files looked up together, and read ahead
+SAVE_EVERY = 5.0  # seconds of work that a crash may lose
 PATIENCE = 2.0  # seconds to wait for another process's lock
 MONTH = 30 * 86400  # seconds
-KEPT_MONTHS = 3  # what no scan has seen for longer is forgotten
-VERSION = version("unified-world-models")  # asked for once: each answer reads a file
+KEPT_MONTHS = 3  # entries that no scan used for longer are deleted
+VERSION = version("unified-world-models")  # read once: each call reads a file
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One episode in a file: the digest of its bytes, and why it cannot be read, if so."""
+    """One episode in a file: the digest of its bytes, and why it cannot be read, if it cannot."""
 
     digest: str
     problem: str | None = None
@@ -46,16 +45,17 @@ class Finding:
 def findings(
     reader: str | Callable[[Path], str], files: Iterable[Path], read: Callable[[Path], list[Finding]]
 ) -> Iterator[tuple[Path, list[Finding]]]:
-    """Each file, in order, with what ``reader`` once found in it, or what ``read`` finds now.
+    """Yield each file, in order, with its cached findings, or else with those of ``read``.
 
-    ``reader`` names all that decides what is found beside the file; a function, where that differs by file.
+    ``reader`` is the cache key: it names everything besides the file that affects the result. It is a function if that
+    differs by file.
 
-    ``read`` is called in as many threads as there are processors: reading and hashing leave Python's lock. (Libraries
-    may have a lock of their own, as HDF5 has, whose unpacking runs in one thread at a time.) A file that cannot be
-    opened is a finding with a problem.
+    ``read`` runs in as many threads as there are processors: reading and hashing release the GIL. (Some libraries have
+    their own lock: HDF5 decompresses in one thread at a time.) A file that cannot be opened yields a finding with a
+    problem.
     """
     waiting = iter(files)
-    memory = _Memory(reader)
+    cache = _Cache(reader)
     pool = ThreadPoolExecutor(os.cpu_count())
     ahead: deque[tuple[Path, list[Finding] | Future[tuple[list[Finding], str | None]]]] = deque()
 
@@ -64,12 +64,12 @@ def findings(
         if isinstance(found, Future):
             found, stamp = found.result()
             if stamp:
-                memory.keep(file, stamp, found)
+                cache.keep(file, stamp, found)
         return file, found
 
     try:
         while batch := list(islice(waiting, LOOK_AHEAD)):
-            known = memory.recall(batch)
+            known = cache.lookup(batch)
             ahead.extend((file, known.get(file) or pool.submit(_examine, file, read)) for file in batch)
             while len(ahead) > LOOK_AHEAD:
                 yield first()
@@ -77,12 +77,12 @@ def findings(
             yield first()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        memory.close()
+        cache.close()
 
 
 def stamp_of(files: Iterable[Path]) -> str | None:
-    """Of files whose findings are kept as those of one, to name the reader by; None where one is too new to tell its
-    next change by."""
+    """A stamp of several files that are cached as one, to be part of ``reader``; None if one has changed so recently
+    that its next change might go unnoticed."""
     sha, newest = hashlib.sha256(), 0
     for file in files:
         status = file.stat()
@@ -98,7 +98,7 @@ def file_digest(path: Path) -> str:
 
 
 def _examine(file: Path, read: Callable[[Path], list[Finding]]) -> tuple[list[Finding], str | None]:
-    """What is in the file, and the stamp to remember it under; None where it must not be remembered."""
+    """The file's findings, and the stamp to cache them under; None if they must not be cached."""
     began = time.time_ns()
     try:
         before = file.stat()
@@ -107,7 +107,7 @@ def _examine(file: Path, read: Callable[[Path], list[Finding]]) -> tuple[list[Fi
     except OSError as error:
         reason = f"cannot be read: {error.strerror or error}"
         return [Finding(hashlib.sha256(_name(file) + reason.encode()).hexdigest(), reason)], None
-    except Exception as error:  # bytes from outside break a reader in more ways than it foresees
+    except Exception as error:  # foreign bytes break readers in unforeseeable ways
         return [Finding(file_digest(file), f"cannot be read: {type(error).__name__}: {error}")], None
     at_rest = max(before.st_mtime_ns, before.st_ctime_ns) + AT_REST < began
     if at_rest and _stamp(before) == _stamp(after) and all(finding.problem is None for finding in found):
@@ -119,8 +119,8 @@ def _stamp(status: os.stat_result) -> str:
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
 
 
-class _Memory:
-    """The rows of one reader. Another version of it may find something else, and has rows of its own."""
+class _Cache:
+    """The cached rows of one reader. Each version of the code has its own: another may find something else."""
 
     def __init__(self, reader: str | Callable[[Path], str]):
         self._name = reader
@@ -129,19 +129,19 @@ class _Memory:
         self._saved = time.monotonic()
         self._database = _open()
 
-    def recall(self, files: list[Path]) -> dict[Path, list[Finding]]:
-        """What was found in those of the files that are as they were."""
+    def lookup(self, files: list[Path]) -> dict[Path, list[Finding]]:
+        """The findings of those files that are unchanged."""
         query = "SELECT stamp, digests, seen FROM findings WHERE path = ? AND reader = ?"
         try:
             with self._database:
-                self._database.execute("BEGIN")  # one lock for all: on a network's disk each one takes milliseconds
+                self._database.execute("BEGIN")  # one lock for all: on a network disk each takes milliseconds
                 rows = [self._database.execute(query, (_name(file), self._reader(file))).fetchone() for file in files]
         except sqlite3.Error as error:
             self._database = _after(error)
             return {}
         known = {}
         for file, row in zip(files, rows, strict=True):
-            with suppress(OSError):  # who reads it will say so
+            with suppress(OSError):  # reading it reports the problem
                 if row and row[0] == _stamp(file.stat()):
                     stamp, digests, seen = row
                     known[file] = [Finding(digest) for digest in digests.split()]
@@ -175,20 +175,20 @@ class _Memory:
 
 
 def _name(file: Path) -> bytes:
-    return os.fsencode(file.absolute())  # a file's name need not be text
+    return os.fsencode(file.absolute())  # a file name need not be valid text
 
 
 def _open() -> sqlite3.Connection:
     try:
         _path().parent.mkdir(parents=True, exist_ok=True)
         return _connect(_path())
-    except (OSError, RuntimeError, sqlite3.Error) as error:  # RuntimeError: "~" without a home
+    except (OSError, RuntimeError, sqlite3.Error) as error:  # RuntimeError: no home directory
         return _after(error)
 
 
 def _after(error: Exception) -> sqlite3.Connection:
-    """What to go on with: a damaged database is begun anew, and in place of one out of reach serves an empty one."""
-    if type(error) is sqlite3.DatabaseError:  # damage; locks, permissions and full disks are its subclasses
+    """Open a new database in place of a damaged one, and an empty one in memory if it cannot be reached."""
+    if type(error) is sqlite3.DatabaseError:  # damage; locks, permissions and full disks raise subclasses
         with suppress(OSError, sqlite3.Error):
             _path().unlink(missing_ok=True)
             return _connect(_path())

@@ -1,7 +1,7 @@
 """Video files: each is one episode without actions, for the video half of the model.
 
-A file is recognised by its suffix, or by its first bytes where the name says nothing: ``ftyp`` (ISO/IEC 14496-12,
-4.3), EBML (RFC 8794, 8), RIFF AVI or MPEG-TS (ISO/IEC 13818-1, 2.4.3.2). Its digest covers the file's bytes.
+A file is recognised by its suffix, or else by its first bytes: ``ftyp`` (ISO/IEC 14496-12, 4.3), EBML (RFC 8794, 8),
+RIFF AVI or MPEG-TS (ISO/IEC 13818-1, 2.4.3.2). The digest covers the file's bytes.
 """
 
 from __future__ import annotations
@@ -9,16 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from preprocessing.episode import Episode, EpisodeRef
+from preprocessing.episode import Episode, EpisodeRef, Repair
 from preprocessing.errors import BadEpisode
 from preprocessing.sources.scan_cache import Finding, file_digest, findings
-from preprocessing.video.decode import open_film, probe_video
+from preprocessing.video.decode import open_video_file, probe_video
 
 SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".gif"}
 SUFFIXES |= {".m2ts", ".mts", ".ogv", ".asf", ".vob", ".3g2", ".mjpeg", ".h264", ".h265", ".hevc"}
-TRANSPORT = (
-    188  # bytes of a packet of MPEG-TS (ISO/IEC 13818-1, 2.4.3.2), which begins with 0x47; .ts is TypeScript, too
-)
+# Bytes of an MPEG-TS packet, which begins with 0x47 (ISO/IEC 13818-1, 2.4.3.2). The suffix .ts is TypeScript's, too.
+TS_PACKET = 188
 NOT_VIDEO_BRANDS = (b"M4A", b"M4B", b"hei", b"mif", b"avi")  # audio and still images in the same container
 
 
@@ -37,9 +36,11 @@ def digest(ref: EpisodeRef) -> str:
 
 def load(ref: EpisodeRef) -> Episode:
     info = probe_video(ref.uri)
-    video, fps, repairs = open_film(ref.uri)
+    video, fps, repairs = open_video_file(ref.uri)
     if info.streams > 1:
-        repairs.append(f"{info.streams} video streams; the one of {info.width}x{info.height} is read")
+        repairs.append(
+            Repair("streams", f"{info.streams} video streams; the one of {info.width}x{info.height} is read")
+        )
     return Episode(
         ref=ref,
         fps=fps,
@@ -73,8 +74,8 @@ def _is_video(path: Path) -> bool:
     if path.suffix.lower() in SUFFIXES:
         return True
     with path.open("rb") as file:
-        head = file.read(2 * TRANSPORT + 1)
-    if head[::TRANSPORT] == b"GGG":
+        head = file.read(2 * TS_PACKET + 1)
+    if head[::TS_PACKET] == b"GGG":
         return True
     if head[4:8] == b"ftyp":
         return not head[8:12].startswith(NOT_VIDEO_BRANDS)

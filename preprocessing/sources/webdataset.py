@@ -1,16 +1,16 @@
 """WebDataset: shards of clips with captions, in tar files as ``video2dataset`` and others write them.
 
-The members of a tar file that follow one another and are named alike up to the first dot are one sample, what is behind
-that dot says which is what (https://github.com/webdataset/webdataset). Of a sample are read:
+Consecutive members of a tar file whose names agree up to the first dot are one sample; the part after that dot says
+what each member is (https://github.com/webdataset/webdataset). Of a sample are read:
 
-- films (``mp4``, ``webm``, ...), one a camera: ``top.mp4`` is camera ``top``, ``mp4`` alone is ``video``;
-- or pictures with numbers, ``0000.jpg`` or ``frame_12.png``, which are a clip's frames. A folder of samples that are
-  one picture with a number for a name each is a clip, too;
-- captions: ``txt``, and the sentences of a ``json`` under the names in ``CAPTIONS``; a number ``fps`` in it is the rate
-  of pictures, which tell none themselves.
+- videos (``mp4``, ``webm``, ...), one per camera: ``top.mp4`` is camera ``top``, ``mp4`` alone is ``video``;
+- or numbered images, ``0000.jpg`` or ``frame_12.png``: the frames of a clip. A folder of samples that each are one
+  image with a number for a name is a clip, too;
+- captions: ``txt``, and the strings of a ``json`` under the names in ``CAPTIONS``; a number ``fps`` in it is the rate
+  of numbered images.
 
-Films are read where they lie, nothing is unpacked. A tar file has no index, so its headers (POSIX.1-2017, pax) are read
-once a process. An episode's digest covers what is read of it, and the names behind the dot, but not those before.
+Videos are decoded in url, nothing is extracted. A tar file has no index, so its headers (POSIX.1-2017, pax) are read
+once per process. An episode's digest covers the members that are read and their names after the dot, not before it.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ from itertools import groupby, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from preprocessing.episode import Episode, EpisodeRef, Video
+from preprocessing.episode import Episode, EpisodeRef, Repair, Video
 from preprocessing.errors import BadEpisode
 from preprocessing.limits import limits
 from preprocessing.sources.scan_cache import Finding, file_digest, findings
-from preprocessing.video.decode import open_film
-from preprocessing.video.frames import pictures_video
+from preprocessing.video.decode import open_video_file
+from preprocessing.video.frames import indexed_images_video
 
 FPS = 10.0
-FILMS = ("mp4", "m4v", "mov", "mkv", "webm", "avi", "mpg", "mpeg", "wmv", "flv", "gif")
-PICTURES = ("jpg", "jpeg", "png")
-WORDS = ("txt", "caption", "json")
-CAPTIONS = ("caption", "captions", "text", "description", "prompt", "instruction", "title")  # as instruction: the first
-A_FEW = 64  # members, by which a shard is known; folders are members
-MAX_MEMBERS = 2**20  # of a shard; usual are 30,000
+VIDEOS = ("mp4", "m4v", "mov", "mkv", "webm", "avi", "mpg", "mpeg", "wmv", "flv", "gif")
+IMAGES = ("jpg", "jpeg", "png")
+TEXTS = ("txt", "caption", "json")
+CAPTIONS = ("caption", "captions", "text", "description", "prompt", "instruction", "title")  # by priority
+A_FEW = 64  # members that identify a shard; folders are members, too
+MAX_MEMBERS = 2**20  # of a shard; 30,000 are usual
 MAX_HEADER = 2**20  # bytes
-MAX_WORDS = 2**20  # bytes of one caption, or one JSON
+MAX_TEXT = 2**20  # bytes of one caption, or one JSON
 BREAKS = (tarfile.TarError, OSError, RuntimeError, ValueError)
 
 
 class Member(NamedTuple):
-    """One file in a tar file: from byte ``start`` to before byte ``stop`` of it."""
+    """One file in a tar file: bytes ``[start, stop)`` of it."""
 
-    name: str  # behind the first dot
+    name: str  # after the first dot
     start: int
     stop: int
 
@@ -60,6 +60,8 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
+    """Members of one name, which is ``key`` up to the first dot."""
+
     key: str
     members: tuple[Member, ...]
 
@@ -67,10 +69,10 @@ class Sample:
         return [member for member in self.members if member.kind in kinds]
 
     @property
-    def picture(self) -> int | None:
-        """Its number, where the sample is a single picture with one."""
+    def frame_number(self) -> int | None:
+        """The number in its name if the sample is a single numbered image."""
         folder, _, name = self.key.rpartition("/")
-        alone = folder and not self.of(*FILMS) and [member.name in PICTURES for member in self.of(*PICTURES)] == [True]
+        alone = folder and not self.of(*VIDEOS) and [member.name in IMAGES for member in self.of(*IMAGES)] == [True]
         return _number(name) if alone else None
 
 
@@ -90,23 +92,28 @@ def digest(ref: EpisodeRef) -> str:
 
 def load(ref: EpisodeRef) -> Episode:
     path, (sample, samples) = Path(ref.uri), _sample(ref)
-    if _is_torn(sample, samples):
-        raise BadEpisode(f"members of sample {sample.key} lie apart; sort the shard (`tar --sort=name`)")
-    words, rates, repairs = _words(path, sample)
-    if films := sample.of(*FILMS):
-        places = {film.name.rpartition(".")[0] or "video": _place(path, film) for film in films}
-        opened = {camera: open_film(place) for camera, place in places.items()}
+    if _is_scattered(sample, samples):
+        raise BadEpisode(f"members of sample {sample.key} are not consecutive; sort the shard (`tar --sort=name`)")
+    texts, rates, repairs = _texts(path, sample)
+    if videos := sample.of(*VIDEOS):
+        urls = {member.name.rpartition(".")[0] or "video": _url(path, member) for member in videos}
+        opened = {camera: open_video_file(url) for camera, url in urls.items()}
         cameras = {camera: video for camera, (video, _, _) in opened.items()}
-        repairs += [f"{camera}: {said}" for camera, (_, _, mended) in opened.items() for said in mended]
+        repairs += [
+            repair._replace(text=f"{camera}: {repair.text}")
+            for camera, (_, _, repairs_of_video) in opened.items()
+            for repair in repairs_of_video
+        ]
         [fps, *others] = {rate for _, rate, _ in opened.values()}
         if others:
-            raise BadEpisode(f"sample {sample.key} holds films of {len(others) + 1} different rates")
-    elif pictures := sample.of(*PICTURES):
-        cameras = {"video": _pictures(path, pictures)}
+            raise BadEpisode(f"sample {sample.key} holds videos of {len(others) + 1} different rates")
+    elif images := sample.of(*IMAGES):
+        cameras = {"video": _images_video(path, images)}
         fps = next(iter(rates), FPS)
-        repairs += [] if rates else [f"the rate of pictures is not recorded; {FPS:g} Hz assumed"]
+        if not rates:
+            repairs.append(Repair("fps", f"the rate of the images is not recorded; {FPS:g} Hz assumed"))
     else:
-        raise BadEpisode(f"sample {sample.key} holds neither a film nor pictures with numbers")
+        raise BadEpisode(f"sample {sample.key} holds neither a video nor numbered images")
     return Episode(
         ref=ref,
         fps=fps,
@@ -114,60 +121,62 @@ def load(ref: EpisodeRef) -> Episode:
         proprio={},
         action=None,
         action_layout=(),
-        instruction=next(iter(words.values()), None),
+        instruction=next(iter(texts.values()), None),
         success=None,
         embodiment="video",
         repairs=tuple(repairs),
-        texts=words,
+        texts=texts,
     )
 
 
 def _read(file: Path) -> list[Finding]:
-    """Each sample; and what is lost where a shard breaks, as one more."""
+    """One finding per sample, and one more for the lost rest if the shard breaks."""
     samples, problem = _listed(file)
     found = [Finding(_digest(file, sample)) for sample in samples]
     return [*found, Finding(file_digest(file), problem)] if problem else found
 
 
 def _listed(file: Path) -> tuple[list[Sample], str | None]:
-    """The samples before the first break, and what breaks."""
+    """The samples before the first break, and what broke."""
     size, members, end = file.stat().st_size, list[tuple[str, Member]](), 0
     try:
         with _Headers(file) as headers, tarfile.open(fileobj=headers, mode="r:") as tar:
             for info in tar:
                 start, end = info.offset_data, info.offset_data + (info.size if info.isreg() else 0)
                 if len(members) == MAX_MEMBERS:
-                    raise tarfile.ReadError(f"it has more than {MAX_MEMBERS} members")
+                    raise tarfile.ReadError(f"more than {MAX_MEMBERS} members")
                 if info.issparse() or not start <= end <= size:
-                    raise tarfile.ReadError(f"{info.name} is not there as a whole")
+                    raise tarfile.ReadError(f"{info.name} is incomplete")
                 folder, slash, name = info.name.rpartition("/")
                 stem, dot, kind = name.partition(".")
                 if info.isreg() and dot and stem:
                     members.append((f"{folder}{slash}{stem}", Member(kind.lower(), start, end)))
-            # At the end are blocks of zeros, or nothing; tarfile takes any block that is no header for the end.
+            # A tar file ends with blocks of zeros or with nothing; tarfile takes any block that is no header for the
+            # end.
             headers.seek(end + -end % tarfile.BLOCKSIZE)
             if headers.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                raise tarfile.ReadError(f"no header where the next should be, at byte {end}")
+                raise tarfile.ReadError(f"the next header, at byte {end}, is not one")
     except BREAKS as error:
-        whole = list(_samples(members))[:-1]  # the last one may lack members
+        whole = list(_samples(members))[:-1]  # the last one may be incomplete
         return whole, f"the shard breaks after {len(whole)} samples: {error}"
     return list(_samples(members)), None
 
 
 def _samples(members: list[tuple[str, Member]]) -> Iterator[Sample]:
-    """What holds nothing that is read is left out."""
-    known = (sample for sample in _alike(members) if sample.of(*FILMS, *PICTURES, *WORDS))
-    for (is_picture, folder), group in groupby(known, key=lambda s: (s.picture is not None, s.key.rpartition("/")[0])):
-        pictures = list(group)
-        if is_picture and not any(sample.of(*WORDS) for sample in pictures[1:]):  # else each stands for itself
-            frames = (m._replace(name=f"{s.picture}.{m.kind}") for s in pictures for m in s.of(*PICTURES))
-            yield Sample(folder, (*frames, *pictures[0].of(*WORDS)))
+    """Samples with at least one member that is read; folders of single numbered images are joined into clips."""
+    known = (sample for sample in _alike(members) if sample.of(*VIDEOS, *IMAGES, *TEXTS))
+    numbered = groupby(known, key=lambda s: (s.frame_number is not None, s.key.rpartition("/")[0]))
+    for (is_frame, folder), group in numbered:
+        samples = list(group)
+        if is_frame and not any(sample.of(*TEXTS) for sample in samples[1:]):  # else each has its own caption
+            frames = (m._replace(name=f"{s.frame_number}.{m.kind}") for s in samples for m in s.of(*IMAGES))
+            yield Sample(folder, (*frames, *samples[0].of(*TEXTS)))
         else:
-            yield from pictures
+            yield from samples
 
 
 def _alike(members: list[tuple[str, Member]]) -> Iterator[Sample]:
-    """Neighbours of one name. What comes again is another sample's: where shards were joined, names repeat."""
+    """Neighbours of one name. A repeated member starts another sample: names repeat where shards were joined."""
     for key, group in groupby(members, key=lambda pair: pair[0]):
         sample: dict[str, Member] = {}
         for _, member in group:
@@ -178,23 +187,23 @@ def _alike(members: list[tuple[str, Member]]) -> Iterator[Sample]:
         yield Sample(key, tuple(sample.values()))
 
 
-def _is_torn(sample: Sample, others: list[Sample]) -> bool:
-    """Whether what makes it whole is elsewhere in the shard, as `tar` leaves files that it was not told to sort."""
+def _is_scattered(sample: Sample, others: list[Sample]) -> bool:
+    """Whether other members of the sample are elsewhere in the shard, as `tar` without sorting leaves them."""
     names = {member.name for member in sample.members}
-    return not sample.of(*PICTURES) and any(
+    return not sample.of(*IMAGES) and any(
         other.key == sample.key and names.isdisjoint(member.name for member in other.members) for other in others
     )
 
 
 def _sample(ref: EpisodeRef) -> tuple[Sample, list[Sample]]:
-    """It, and all of its shard."""
+    """The sample, and all samples of its shard."""
     samples, _ = _remembered(ref.uri, Path(ref.uri).stat().st_mtime_ns)
     if ref.index >= len(samples):
-        raise BadEpisode(f"the shard has only {len(samples)} samples now")
+        raise BadEpisode(f"the shard now has only {len(samples)} samples")
     return samples[ref.index], samples
 
 
-@lru_cache(maxsize=2)  # episodes of a shard come one after the other
+@lru_cache(maxsize=2)  # the episodes of a shard are read one after the other
 def _remembered(uri: str, _changed: int) -> tuple[list[Sample], str | None]:
     return _listed(Path(uri))
 
@@ -202,7 +211,7 @@ def _remembered(uri: str, _changed: int) -> tuple[list[Sample], str | None]:
 def _digest(file: Path, sample: Sample) -> str:
     whole = hashlib.sha256()
     with file.open("rb") as opened:
-        for member in sample.of(*FILMS, *PICTURES, *WORDS):
+        for member in sample.of(*VIDEOS, *IMAGES, *TEXTS):
             whole.update(f"{member.name} {member.stop - member.start}\n".encode())
             opened.seek(member.start)
             left = member.stop - member.start
@@ -212,36 +221,36 @@ def _digest(file: Path, sample: Sample) -> str:
     return whole.hexdigest()
 
 
-def _pictures(path: Path, pictures: list[Member]) -> Video:
-    """In the order of their numbers."""
-    if len(pictures) == 1:
-        raise BadEpisode("holds a single picture, which is no clip")
-    numbers = [_number(picture.name.rpartition(".")[0]) for picture in pictures]
-    known = {number: picture for number, picture in zip(numbers, pictures, strict=True) if number is not None}
-    if len(known) < len(pictures):
-        raise BadEpisode("holds pictures that are not numbered one by one")
+def _images_video(path: Path, images: list[Member]) -> Video:
+    """The images in the order of their numbers."""
+    if len(images) == 1:
+        raise BadEpisode("holds a single image, not a clip")
+    numbers = [_number(image.name.rpartition(".")[0]) for image in images]
+    known = {number: image for number, image in zip(numbers, images, strict=True) if number is not None}
+    if len(known) < len(images):
+        raise BadEpisode("holds images without a number or with the same one")
     order = sorted(known)
     if gap := next((one + 1 for one, after in pairwise(order) if after != one + 1), None):
-        raise BadEpisode(f"holds no picture {gap}, but some before and after it")
-    return pictures_video(len(order), lambda index: _bytes(path, known[order[index]]))
+        raise BadEpisode(f"image {gap} is missing between others")
+    return indexed_images_video(len(order), lambda index: _bytes(path, known[order[index]]))
 
 
-def _words(path: Path, sample: Sample) -> tuple[dict[str, str], list[float], list[str]]:
-    """Captions by where they stand, rates, and what could not be read."""
-    texts, rates, repairs = dict[str, str](), list[float](), list[str]()
-    for member in sorted(sample.of(*WORDS), key=lambda member: member.kind == "json"):
+def _texts(path: Path, sample: Sample) -> tuple[dict[str, str], list[float], list[Repair]]:
+    """Captions by the name of their member or JSON key, rates, and repairs for unreadable members."""
+    texts, rates, repairs = dict[str, str](), list[float](), list[Repair]()
+    for member in sorted(sample.of(*TEXTS), key=lambda member: member.kind == "json"):
         try:
-            if member.stop - member.start > MAX_WORDS:
+            if member.stop - member.start > MAX_TEXT:
                 raise ValueError(f"{member.stop - member.start} bytes")
-            text = _bytes(path, member).decode("utf-8-sig")  # Windows writes a mark first
+            text = _bytes(path, member).decode("utf-8-sig")  # Windows writes a byte order mark
             if member.kind != "json":
                 texts[member.name] = text.strip()
                 continue
             table = json.loads(text)
             if not isinstance(table, dict):
-                raise ValueError("no JSON object")
+                raise ValueError("not a JSON object")
         except (ValueError, RecursionError) as error:
-            repairs.append(f"{member.name} cannot be read ({error}); left out")
+            repairs.append(Repair("streams", f"{member.name} cannot be read ({error}); left out"))
             continue
         for name in CAPTIONS:
             found = table.get(name)
@@ -261,9 +270,9 @@ def _bytes(path: Path, member: Member) -> bytes:
         return file.read(size)
 
 
-def _place(path: Path, film: Member) -> str:
-    """A part of a file, as FFmpeg's protocol ``subfile`` names it."""
-    return f"subfile,,start,{film.start},end,{film.stop},,:file:{path}"
+def _url(path: Path, member: Member) -> str:
+    """The URL of a part of a file, in FFmpeg's ``subfile`` protocol."""
+    return f"subfile,,start,{member.start},end,{member.stop},,:file:{path}"
 
 
 def _number(name: str) -> int | None:
@@ -273,7 +282,7 @@ def _number(name: str) -> int | None:
 
 
 class _Headers(io.FileIO):
-    """A tar file whose headers neither ask for all memory, nor for what is behind its end without end."""
+    """A tar file whose headers can request neither unbounded memory nor endless reads past its end."""
 
     ends = 0
 
@@ -283,7 +292,7 @@ class _Headers(io.FileIO):
         data = super().read(size) or b""
         self.ends += not data and size > 0
         if self.ends > A_FEW:
-            raise tarfile.ReadError("a header that goes on behind the end")
+            raise tarfile.ReadError("a header that continues past the end")
         return data
 
 
@@ -294,8 +303,8 @@ def _files(path: Path) -> Iterator[Path]:
 
 
 def _is_shard(file: Path) -> bool:
-    """Whether clips are among the first members. One that cannot be read is told of, lest it be missed."""
-    clips = tuple(f".{kind}" for kind in (*FILMS, *PICTURES))
+    """Whether clips are among the first members. An unreadable file counts as a shard, so that it gets reported."""
+    clips = tuple(f".{kind}" for kind in (*VIDEOS, *IMAGES))
     try:
         with _Headers(file) as headers, tarfile.open(fileobj=headers, mode="r:") as tar:
             return any(info.name.lower().endswith(clips) for info in islice(tar, A_FEW) if info.isreg())

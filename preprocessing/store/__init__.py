@@ -1,0 +1,1 @@
+"""The latent store: transactions, snapshots, catalogue, statistics."""

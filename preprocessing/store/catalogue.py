@@ -1,27 +1,30 @@
-"""What a latent store knows about its episodes: Arrow tables, each kept in a zarr array of its bytes.
+"""The catalogue of a latent store: Arrow tables, each stored as a zarr array of its bytes, and the types of their rows.
 
-A table is written once, by one commit, and never changed. It is an Arrow IPC file (columnar, zstd), so that a reader
-takes the columns it wants and leaves the others packed. The array's attribute ``digest`` is that of the whole table:
-neither zarr nor Icechunk would notice a flipped bit.
+A table is written once, by one commit, and never changed. It is an Arrow IPC file (columnar, zstd), so a reader
+decompresses only the columns it wants. The array's attribute ``digest`` covers the whole table: neither zarr nor
+Icechunk would notice a flipped bit.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
 import zarr
 
+from preprocessing.contracts.interface import NamedWidth
+from preprocessing.store.statistics import Statistics, StatisticsColumns
+
 LOCATION = pa.struct([("array", pa.string()), ("start", pa.int64()), ("count", pa.int64()), ("checksum", pa.string())])
-NAMED = pa.list_(pa.struct([("name", pa.string()), ("width", pa.int64())]))  # columns of the steps, in their order
+NAMED = pa.list_(pa.struct([("name", pa.string()), ("width", pa.int64())]))  # consecutive columns of the steps
 SPAN = pa.struct([("first", pa.int64()), ("stop", pa.int64())])
 CATALOGUE = pa.schema(
     [
-        ("key", pa.string()),  # what makes it this work and no other: episode, contract, encoder, image size, rate
+        ("key", pa.string()),  # identifies the work: episode, contract, encoder, image size, rate (store/keys.py)
         ("id", pa.string()),
         ("uri", pa.string()),
         ("index", pa.int64()),
@@ -31,36 +34,35 @@ CATALOGUE = pa.schema(
         ("embodiment", pa.string()),
         ("instruction", pa.string()),
         ("success", pa.bool_()),
-        ("encoder", pa.string()),  # as it was named to uwm ingest
-        ("encoder_digest", pa.string()),  # its weights, settings and precision
+        ("encoder", pa.string()),  # the name given to uwm ingest
+        ("encoder_digest", pa.string()),  # of its weights, settings and precision
         ("cameras", pa.list_(pa.struct([("name", pa.string()), ("segments", pa.list_(LOCATION))]))),
         ("steps", LOCATION),
         ("action_dim", pa.int64()),
         ("action_layout", pa.string()),  # JSON list of ActionBlock
         ("proprio", NAMED),
-        ("contract", pa.string()),  # JSON of the DataContract that was given; null where none was
-        ("repairs", pa.list_(pa.string())),
-        ("source", pa.string()),  # the data set, or the folder, that the episode was found in
-        ("split", pa.string()),  # the recorded one; "validation" is held out of training
-        ("signals", NAMED),  # what else was recorded at each step; behind the proprioception
-        ("texts", pa.list_(pa.struct([("name", pa.string()), ("text", pa.string())]))),  # every sentence, by its field
-        ("spans", pa.list_(SPAN)),  # the frames that training may use, no window over two of them; null: all
-        ("fingerprint", pa.string()),  # hexadecimal, of preprocessing.quality.duplicates; null where nobody asked
+        ("contract", pa.string()),  # JSON of the DataContract; null: as found
+        ("repairs", pa.list_(pa.string())),  # what the reader guessed, mended or left out, a sentence each
+        ("repair_fields", pa.list_(pa.string())),  # preprocessing.episode.RepairField of each repair
+        ("source", pa.string()),  # the data set or folder in which the episode was found
+        ("split", pa.string()),  # as recorded; "validation" is held out of training
+        ("signals", NAMED),  # columns of the steps after those of proprio
+        ("texts", pa.list_(pa.struct([("name", pa.string()), ("text", pa.string())]))),  # by field
+        ("spans", pa.list_(SPAN)),  # frames that training may use, no window across two spans; null: all
+        ("fingerprint", pa.string()),  # hexadecimal (quality/duplicates.py); null: not computed
+        ("image_size", pa.int64()),  # pixels a side of the encoded frames; null before version 0.2
     ]
 )
 STATISTICS = pa.schema(
     [
-        ("key", pa.string()),  # of the catalogue row
+        ("key", pa.string()),  # key of the catalogue row
         ("array", pa.string()),  # "steps", or a camera's name
-        ("count", pa.int64()),  # rows: steps, or latents of all places of all frames
-        ("mean", pa.list_(pa.float64())),  # one number for each column of the steps, or channel of the latents
-        ("m2", pa.list_(pa.float64())),
+        ("count", pa.int64()),  # of rows: steps, or latent vectors at all positions of all frames
+        ("mean", pa.list_(pa.float64())),  # one number per column of the steps, or per channel of the latents
+        ("m2", pa.list_(pa.float64())),  # sum of squared deviations from the mean
         ("min", pa.list_(pa.float64())),
         ("max", pa.list_(pa.float64())),
-        (
-            "quantiles",
-            pa.list_(pa.float32()),
-        ),  # preprocessing.store.statistics.RANKS of column 0, then of column 1, ...
+        ("quantiles", pa.list_(pa.float32())),  # at the RANKS (store/statistics.py) of column 0, then of column 1, ...
     ]
 )
 QUARANTINE = pa.schema(
@@ -70,46 +72,167 @@ QUARANTINE = pa.schema(
         ("uri", pa.string()),
         ("index", pa.int64()),
         ("reason", pa.string()),
-        ("reader", pa.string()),  # version that refused these bytes for good; null where trying again may help
-        ("filter", pa.string()),  # that took it for not worth encoding; null where it could not be read
+        ("reader", pa.string()),  # version that refused these bytes for good; null: a retry may help
+        ("filter", pa.string()),  # the quality filter that refused it; null: it could not be read
     ]
 )
 REMOVED = pa.schema([("id", pa.string()), ("uri", pa.string()), ("index", pa.int64())])
-SENTENCES = pa.schema(  # an instruction as a text encoder has it
+INSTRUCTIONS = pa.schema(  # one instruction's vector by one text encoder; the store's table "sentences"
     [
         ("text", pa.string()),
-        ("encoder", pa.string()),  # as it was named to uwm ingest
+        ("encoder", pa.string()),  # the name given to uwm ingest
         ("encoder_digest", pa.string()),
         ("vector", pa.list_(pa.float32())),
     ]
 )
-KINDS = {"latents": np.float16, "pixels": np.uint8, "steps": np.float32}  # of segments, by their arrays' names
+KINDS = {"latents": np.float16, "pixels": np.uint8, "steps": np.float32}  # dtypes, by the prefix of an array's name
 TABLES = {
     "catalogue": CATALOGUE,
     "statistics": STATISTICS,
     "quarantine": QUARANTINE,
     "removed": REMOVED,
-    "sentences": SENTENCES,
+    "sentences": INSTRUCTIONS,
 }
 
-READERS = 16  # tables read at a time: on an object store each costs a round trip
+
+class LocationRow(TypedDict):
+    """Rows ``[start, start + count)`` of one array, and the CRC-32C of their bytes in hexadecimal."""
+
+    array: str
+    start: int
+    count: int
+    checksum: str
+
+
+class CameraRow(TypedDict):
+    """One camera of an episode: its segments of up to 64 frames, in order."""
+
+    name: str
+    segments: list[LocationRow]
+
+
+class Span(TypedDict):
+    """Frames ``[first, stop)`` of an episode."""
+
+    first: int
+    stop: int
+
+
+class NamedText(TypedDict):
+    """A recorded text and the field that holds it."""
+
+    name: str
+    text: str
+
+
+class EpisodeColumns(TypedDict):
+    """The columns of CATALOGUE that are the same for every encoding of an episode."""
+
+    id: str
+    uri: str
+    index: int
+    format: str
+    frames: int
+    fps: float
+    embodiment: str
+    instruction: str | None
+    success: bool | None
+    action_dim: int
+    action_layout: str
+    proprio: list[NamedWidth]
+    contract: str | None
+    repairs: list[str]
+    repair_fields: list[str] | None
+    source: str | None
+    split: str | None
+    signals: list[NamedWidth] | None
+    texts: list[NamedText] | None
+    spans: list[Span] | None
+    fingerprint: str | None
+    image_size: int | None
+
+
+class EpisodeRow(EpisodeColumns):
+    """A row of CATALOGUE: one episode in one encoding."""
+
+    key: str
+    encoder: str
+    encoder_digest: str
+    cameras: list[CameraRow]
+    steps: LocationRow
+
+
+class TrainingRow(EpisodeRow):
+    """A row of CATALOGUE with the statistics of its steps; None if it has no steps."""
+
+    statistics: Statistics | None
+
+
+class BriefRow(TypedDict):
+    """The columns of CATALOGUE by which a person recognises an episode."""
+
+    key: str
+    id: str
+    uri: str
+    index: int
+    frames: int
+    encoder: str
+
+
+class StatisticsRow(StatisticsColumns):
+    """A row of STATISTICS."""
+
+    key: str
+    array: str
+
+
+class QuarantineRow(TypedDict):
+    """A row of QUARANTINE."""
+
+    key: str
+    id: str
+    uri: str
+    index: int
+    reason: str
+    reader: str | None
+    filter: str | None
+
+
+class RemovedRow(TypedDict):
+    """A row of REMOVED."""
+
+    id: str
+    uri: str
+    index: int
+
+
+class InstructionRow(TypedDict):
+    """A row of INSTRUCTIONS."""
+
+    text: str
+    encoder: str
+    encoder_digest: str
+    vector: list[float]
+
+
+READERS = 16  # tables read concurrently: on an object store each costs a round trip
 
 
 class DamagedError(Exception):
-    """Bytes of the store are not as they were written. Nobody who uses it did that: exit code 1."""
+    """Bytes in the store differ from those written: not a user's mistake, so exit code 1."""
 
 
 def parts(store: Any, group: str) -> list[str]:
-    """Names of a group's tables in the order of their commits; none of a group that an earlier version did not know.
+    """Return the names of a group's tables in commit order; none if the store predates the group.
 
-    ``store`` is a session's.
+    ``store`` is an Icechunk session's store.
     """
     root = zarr.open_group(store, mode="r")
     return sorted(zarr.open_group(store, path=group, mode="r").array_keys()) if group in root else []
 
 
-def write_table(store: Any, group: str, part: str, rows: list[dict[str, Any]]) -> None:
-    """Keep the rows as the table ``group/part``; nothing where there is none."""
+def write_table(store: Any, group: str, part: str, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write the rows as the table ``group/part``; without rows, write nothing."""
     if not rows:
         return
     sink = pa.BufferOutputStream()
@@ -125,15 +248,15 @@ def write_table(store: Any, group: str, part: str, rows: list[dict[str, Any]]) -
         dtype="uint8",
         compressors=None,
         attributes={"digest": _digest(data)},
-        overwrite=True,  # a commit that another one overtook writes its table again
+        overwrite=True,  # a commit that lost a race writes its table again
     )
     array[:] = data
 
 
 def read_tables(store: Any, group: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """All rows of a group, in the order of their commits; only the named columns, where any are named.
+    """Return all rows of a group in commit order, with all columns or the given ones.
 
-    Raises DamagedError where a table is not as it was written.
+    Raises DamagedError if a table is not as it was written.
     """
     schema = TABLES[group]
     wanted = [name for name in schema.names if columns is None or name in columns]
@@ -144,23 +267,23 @@ def read_tables(store: Any, group: str, columns: Sequence[str] | None = None) ->
 
 
 def read_table(store: Any, group: str, part: str, columns: Sequence[str]) -> pa.Table:
-    """These columns of one table. Raises DamagedError where it is not as it was written."""
+    """Return these columns of one table. Raises DamagedError if it is not as it was written."""
     try:
         array = zarr.open_array(store, path=f"{group}/{part}", mode="r")
         data = np.asarray(array[:])
         if _digest(data) != array.attrs["digest"]:
-            raise ValueError("its digest is another")
+            raise ValueError("its digest differs")
         written = pa.ipc.open_file(pa.py_buffer(data)).schema
         fields = [index for name in columns if (index := written.get_field_index(name)) >= 0]
         options = pa.ipc.IpcReadOptions(included_fields=fields)
         table = pa.ipc.open_file(pa.py_buffer(data), options=options).read_all()
-        for name in columns:  # an earlier version may have written fewer
+        for name in columns:  # earlier versions wrote fewer columns
             if written.get_field_index(name) < 0:
                 table = table.append_column(
                     TABLES[group].field(name), pa.nulls(len(table), TABLES[group].field(name).type)
                 )
         return table.select([*columns])
-    except Exception as error:  # zarr, Icechunk and Arrow each have their own for the same thing
+    except Exception as error:  # zarr, Icechunk and Arrow each raise their own
         raise DamagedError(f"table {group}/{part} is not as it was written: {error}") from None
 
 

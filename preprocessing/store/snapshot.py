@@ -1,4 +1,4 @@
-"""A pinned, read-only state of a latent store: what is in it, its bytes, and whether they are as they were written."""
+"""A pinned, read-only state of a latent store: its catalogue, its arrays, and the check of their checksums."""
 
 from __future__ import annotations
 
@@ -16,7 +16,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import zarr
 
-from preprocessing.store.catalogue import KINDS, TABLES, DamagedError, parts, read_table, read_tables
+from preprocessing.store.catalogue import (
+    KINDS,
+    TABLES,
+    BriefRow,
+    DamagedError,
+    InstructionRow,
+    LocationRow,
+    QuarantineRow,
+    StatisticsRow,
+    TrainingRow,
+    parts,
+    read_table,
+    read_tables,
+)
 from preprocessing.store.statistics import Statistics, merge
 from preprocessing.store.storage import parse
 
@@ -24,16 +37,16 @@ BYTES_AT_ONCE = 32 * 2**20
 
 
 class Snapshot:
-    """One commit of the store at ``uri``. Cheap to pickle: a uri and an id."""
+    """One commit of the store at ``uri``. Cheap to pickle: a URI and an id."""
 
     def __init__(self, uri: str, snapshot_id: str):
         self.uri = uri
         self.id = snapshot_id
 
     def episodes(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """The catalogue (CATALOGUE), one row an episode and encoding, in the order in which they were committed.
+        """Return the catalogue (CATALOGUE), one row per episode and encoding, in commit order.
 
-        ``columns`` leaves the others unread: with a few of them, 100,000 episodes are listed in a moment.
+        ``columns`` limits what is read: with a few columns, 100,000 episodes are listed in a moment.
         """
         table = read_tables(self._store, "catalogue", None if columns is None else [*columns, "id"])
         if gone := self.removed():
@@ -41,80 +54,84 @@ class Snapshot:
         return table if columns is None else table.select([*columns])
 
     def parts(self, group: str, commit: str = "") -> list[str]:
-        """Names of a group's tables in the order of their commits; those of one commit, where it is named."""
+        """Return the names of a group's tables in commit order, of one commit if it is named."""
         return [part for part in parts(self._store, group) if part.endswith(f"-{commit}" if commit else "")]
 
     def keys(self, part: str | None = None) -> set[str]:
-        """What makes each piece of finished work that work and no other, removed episodes too; of one part, or all."""
+        """Return the keys of all catalogue rows, removed episodes included, of one part or of all."""
         if part is not None:
             return set(read_table(self._store, "catalogue", part, ["key"])["key"].to_pylist())
         return set(read_tables(self._store, "catalogue", ["key"])["key"].to_pylist())
 
     def removed(self) -> set[str]:
-        """Ids of the episodes that were taken out for good."""
+        """Return the ids of the removed episodes."""
         return set(read_tables(self._store, "removed", ["id"])["id"].to_pylist())
 
-    def quarantine(self) -> list[dict[str, Any]]:
-        """Inputs refused so far and not ingested since, one row (QUARANTINE) each."""
+    def quarantine(self) -> list[QuarantineRow]:
+        """Return the inputs that were refused and not ingested since, one row (QUARANTINE) each."""
         ingested = set(self.episodes(["id"])["id"].to_pylist())
-        latest = {row["key"]: row for row in read_tables(self._store, "quarantine").to_pylist()}
+        latest: dict[str, QuarantineRow] = {
+            row["key"]: row for row in read_tables(self._store, "quarantine").to_pylist()
+        }
         return [row for row in latest.values() if row["id"] not in ingested]
 
-    def diff(self, older: Snapshot) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Catalogue rows that are here and not in ``older``, and those that are there and not here."""
-        columns = ("key", "id", "uri", "index", "frames", "encoder")
+    def diff(self, older: Snapshot) -> tuple[list[BriefRow], list[BriefRow]]:
+        """Return the catalogue rows that only this snapshot has, and those that only ``older`` has."""
+        columns = [*BriefRow.__annotations__]
+        mine: dict[str, BriefRow]
+        theirs: dict[str, BriefRow]
         mine, theirs = ({row["key"]: row for row in at.episodes(columns).to_pylist()} for at in (self, older))
         return (
             [row for key, row in mine.items() if key not in theirs],
             [row for key, row in theirs.items() if key not in mine],
         )
 
-    def rows(self, encoder_digest: str | None = None) -> list[dict[str, Any]]:
-        """Catalogue rows of one encoder, or of any; of an episode ingested several times over, the newest.
+    def rows(self, encoder_digest: str | None = None) -> list[TrainingRow]:
+        """Return the catalogue rows of one encoder, or of any, with the statistics of their steps.
 
-        Each has the statistics of its steps beside the catalogue's columns: ``statistics``, None where it has no steps.
+        Of an episode that was ingested several times, only the newest row is returned.
         """
         table = self.episodes()
         if encoder_digest is not None:
             table = table.filter(pc.equal(table["encoder_digest"], encoder_digest))
         newest = {row["id"]: row for row in table.to_pylist()}
         statistics = read_tables(self._store, "statistics")
-        of_steps = statistics.filter(pc.equal(statistics["array"], "steps")).to_pylist()
+        of_steps: list[StatisticsRow] = statistics.filter(pc.equal(statistics["array"], "steps")).to_pylist()
         steps = {row["key"]: Statistics.from_row(row) for row in of_steps}
         return [row | {"statistics": steps.get(row["key"])} for row in newest.values()]
 
-    def sentence_rows(self) -> list[dict[str, Any]]:
-        """Instructions' vectors (SENTENCES), of every text encoder."""
+    def instruction_rows(self) -> list[InstructionRow]:
+        """Return the instructions' vectors (INSTRUCTIONS) of every text encoder."""
         return read_tables(self._store, "sentences").to_pylist()
 
-    def sentences(self, encoder_digest: str) -> dict[str, np.ndarray]:
-        """Of one text encoder, float32 ``[E]`` by instruction."""
-        rows = self.sentence_rows()
+    def instruction_vectors(self, encoder_digest: str) -> dict[str, np.ndarray]:
+        """Return one text encoder's vectors, float32 ``[E]``, by instruction."""
+        rows = self.instruction_rows()
         return {r["text"]: np.array(r["vector"], np.float32) for r in rows if r["encoder_digest"] == encoder_digest}
 
     def statistics(self, keys: Iterable[str], array: str) -> Statistics | None:
-        """Of one array ("steps" or a camera) over all these catalogue rows; None where none of them has it."""
+        """Return the statistics of one array ("steps" or a camera) over these catalogue rows; None if none has it."""
         table, chosen = read_tables(self._store, "statistics"), set(keys)
         rows = table.filter(pc.equal(table["array"], array)).to_pylist()
         found = [Statistics.from_row(row) for row in rows if row["key"] in chosen]
         return merge(found) if found else None
 
-    def read(self, locations: list[dict[str, Any]]) -> np.ndarray:
-        """The rows of these locations as one array, e.g. a camera's segments -> float16 ``[T, C, h, w]``.
+    def read(self, locations: Sequence[LocationRow]) -> np.ndarray:
+        """Return the rows of these locations as one array, e.g. a camera's segments -> float16 ``[T, C, h, w]``.
 
-        Raises DamagedError where they are not as they were written.
+        Raises DamagedError if they are not as they were written.
         """
         pieces = dict(self.read_each(locations))
         return np.concatenate([pieces[i] for i in range(len(locations))])
 
-    def read_each(self, locations: Sequence[dict[str, Any]]) -> Iterator[tuple[int, np.ndarray]]:
-        """The rows of each location, with its place in ``locations``, in the order in which they lie in the store.
+    def read_each(self, locations: Sequence[LocationRow]) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (index into ``locations``, rows) in storage order, the fast way to read much.
 
-        That is how much is read quickly: no chunk twice, several at a time. Raises DamagedError like ``read``.
+        No chunk is read twice, and several are read at once. Raises DamagedError like ``read``.
         """
         order = sorted(range(len(locations)), key=lambda i: (locations[i]["array"], locations[i]["start"]))
         batches = [[order[i] for i in batch] for batch in _batches([locations[i] for i in order])]
-        with ThreadPoolExecutor(1) as pool:  # reads the next batch while this one is used
+        with ThreadPoolExecutor(1) as pool:  # reads the next batch while the caller uses this one
             ahead = deque([pool.submit(self._rows, locations, batch) for batch in batches[:1]])
             for number, batch in enumerate(batches):
                 data = ahead.popleft().result()
@@ -127,15 +144,15 @@ class Snapshot:
                         raise DamagedError(f"{self.uri}: {self._where(locations[i])} are not as they were written")
                     yield i, rows
 
-    def shape(self, location: dict[str, Any]) -> tuple[int, ...]:
-        """Of the rows of a location, without asking the store."""
+    def shape(self, location: LocationRow) -> tuple[int, ...]:
+        """Return the shape of a location's rows, without reading the store."""
         return (location["count"], *row_shape(location["array"]))
 
     def verify(self, progress: Callable[[list[Any]], Iterable[Any]] = iter) -> Iterator[str]:
-        """Read everything back and yield one line for each place whose bytes are not as written.
+        """Read everything back and yield one line for each location whose bytes are not as written.
 
-        A line names the episode, the camera (or "steps"), the array, and its rows and chunks. ``progress`` wraps the
-        list of pieces that are read.
+        A line names the episode, the camera (or "steps"), the array, its rows and its chunks. ``progress`` wraps the
+        list of batches that are read.
         """
         tables: dict[str, list[dict[str, Any]]] = {group: [] for group in TABLES}
         listed = 0
@@ -152,12 +169,12 @@ class Snapshot:
                 except DamagedError as error:
                     yield str(error)
         try:
-            if (written := self._tables()) != listed:  # a damaged list can be a shorter one
+            if (written := self._tables()) != listed:  # a damaged listing can be too short
                 yield f"{listed} tables are listed, but {written} were written"
         except Exception as error:
             yield f"snapshot {self.id} cannot be read: {error}"
         gone = {row["id"] for row in tables["removed"]}
-        places = []
+        places: list[tuple[LocationRow, str]] = []
         for row in tables["catalogue"]:
             if row["id"] not in gone:
                 segments = [(camera["name"], at) for camera in row["cameras"] for at in camera["segments"]]
@@ -169,11 +186,11 @@ class Snapshot:
         for batch in progress([*_batches(locations)]):
             try:
                 data = self._rows(locations, batch)
-            except Exception:  # which of its chunks it is shows below
+            except Exception:  # the loop below finds the broken chunk
                 data = None
             for i in batch:
                 at, what = places[i]
-                with contextlib.suppress(Exception):  # unreadable is as bad as different
+                with contextlib.suppress(Exception):  # unreadable counts as different
                     start = at["start"] - locations[batch[0]]["start"]
                     rows = self._rows(locations, [i]) if data is None else data[start : start + at["count"]]
                     if checksum(rows) == at["checksum"]:
@@ -181,24 +198,24 @@ class Snapshot:
                 yield f"{what}, {self._where(at)}"
 
     def _tables(self) -> int:
-        """How many tables there are, by the metadata of the commit."""
+        """Return the number of tables according to the commit's metadata."""
         repository = icechunk.Repository.open(parse(self.uri).storage())
         return next(iter(repository.ancestry(snapshot_id=self.id))).metadata.get("tables", 0)
 
-    def _rows(self, locations: Sequence[dict[str, Any]], batch: list[int]) -> np.ndarray:
-        """The rows of one array from the first of these locations to the last."""
+    def _rows(self, locations: Sequence[LocationRow], batch: list[int]) -> np.ndarray:
+        """Return the rows of one array from the first of these locations to the last."""
         start = locations[batch[0]]["start"]
         stop = max(locations[i]["start"] + locations[i]["count"] for i in batch)
         return np.asarray(self._array(locations[batch[0]]["array"])[start:stop])
 
-    def _where(self, at: dict[str, Any]) -> str:
+    def _where(self, at: LocationRow) -> str:
         stop = at["start"] + at["count"]
         try:
             length = self._array(at["array"]).chunks[0]
             first, last = at["start"] // length, (stop - 1) // length
             chunks = f"chunk {first}" if first == last else f"chunks {first} to {last}"
         except Exception:
-            chunks = "which cannot be opened"
+            chunks = "cannot be opened"
         return f"rows {at['start']} to {stop} of {at['array']} ({chunks})"
 
     def __getstate__(self) -> dict[str, str]:
@@ -219,8 +236,8 @@ class Snapshot:
         return self._arrays[path]
 
 
-def _batches(locations: Sequence[dict[str, Any]]) -> Iterator[list[int]]:
-    """Indices of neighbours in one array that are read together; the locations are in the order of the store."""
+def _batches(locations: Sequence[LocationRow]) -> Iterator[list[int]]:
+    """Yield the indices of neighbours in one array that are read together; ``locations`` are in storage order."""
     batch: list[int] = []
     for i, at in enumerate(locations):
         if batch:
@@ -235,7 +252,7 @@ def _batches(locations: Sequence[dict[str, Any]]) -> Iterator[list[int]]:
 
 
 def row_shape(path: str) -> tuple[int, ...]:
-    """Of an array's row, by the array's name: ``data/GROUP/latents_4x16x16``."""
+    """Return the shape of an array's rows, from the array's name: ``data/GROUP/latents_4x16x16``."""
     return tuple(map(int, path.rpartition("_")[2].split("x")))
 
 
@@ -245,5 +262,5 @@ def _row_bytes(path: str) -> int:
 
 
 def checksum(rows: np.ndarray) -> str:
-    """CRC-32C of an array's bytes, as the catalogue's locations carry it."""
+    """Return the CRC-32C of an array's bytes in hexadecimal, as in LocationRow."""
     return f"{google_crc32c.value(np.ascontiguousarray(rows).reshape(-1).view(np.uint8)):08x}"

@@ -1,11 +1,11 @@
-"""Where a store lives: a folder, or a prefix in an S3 bucket. One string says it on every machine.
+"""Where data lives: a folder, or a prefix in an S3 bucket, named by one string that works on every machine.
 
     /path   relative/path   ~/path   file:///path
     s3://bucket/prefix?endpoint=http://127.0.0.1:8333&path_style=true&region=eu-west-1
 
-What is special about a server rides in the URI, so a worker on another node needs no more than the string and
-credentials of its own. What the URI leaves open boto3 decides (environment, ~/.aws, SSO, instance roles), for us as for
-every other tool of the user. Secrets are never part of a URI, a pickle or a message.
+Server options are part of the URI, so a worker on another node needs only the string and its own credentials. What the
+URI leaves open is up to boto3 (environment, ~/.aws, SSO, instance roles), as for the user's other tools. Secrets are
+never part of a URI, a pickle or a message.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ HOW_TO_SIGN_IN = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or sign in wi
 
 
 def parse(uri: str) -> Place:
-    """The place that a user's string names; UserError in one line where it names none."""
+    """Return the place that a URI names. Raises UserError if it names none. Nothing is accessed."""
     if not uri.strip() or not uri.isprintable():
-        raise UserError(f"{uri!r}: no place for a store; give a folder or s3://bucket/prefix")
+        raise UserError(f"{uri!r}: not a place; give a folder or s3://bucket/prefix")
     scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*(?=:)", uri)
     if scheme is None:
         return Folder(_absolute(uri))
@@ -51,12 +51,12 @@ def parse(uri: str) -> Place:
         return Folder(_absolute(unquote(parsed.path)))
     if parsed.scheme == "s3":
         return _parse_s3(uri, parsed)
-    raise UserError(f"{_bare(uri)}: stores live in a folder or on S3; give /path, file:///path or s3://bucket/prefix")
+    raise UserError(f"{_bare(uri)}: neither a folder nor an S3 URI; give /path, file:///path or s3://bucket/prefix")
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder of a file system that all writers share."""
+    """A folder on a file system that all writers share."""
 
     path: Path
 
@@ -68,11 +68,11 @@ class Folder:
         return icechunk.local_filesystem_storage(str(self.path))
 
     def filesystem(self) -> tuple[pyarrow.fs.FileSystem, str]:
-        """For plain files, and where in it this place is."""
+        """Return a file system for plain files, and this place's path in it."""
         return pyarrow.fs.LocalFileSystem(), str(self.path)
 
     def content(self) -> Content:
-        """What is there now; UserError where nobody may look."""
+        """Return what is there now. Raises UserError if it may not be read."""
         try:
             if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
                 return "nothing"
@@ -81,15 +81,15 @@ class Folder:
         return "store" if self.path.is_dir() and icechunk.Repository.exists(self.storage()) else "something else"
 
     def now(self) -> datetime.datetime:
-        """The time of the clock that dates what is written there: a file server's may not be this machine's."""
+        """Return the time of the clock that dates files there: a file server's may differ from this machine's."""
         with tempfile.NamedTemporaryFile(dir=self.path.parent) as file:
             return datetime.datetime.fromtimestamp(os.fstat(file.fileno()).st_mtime, datetime.UTC)
 
     @contextlib.contextmanager
     def commit_lock(self) -> Iterator[None]:
-        """Held by one committer at a time. Makes the parent folder where it is missing."""
-        # Icechunk's commit on a local file system is not safe against concurrent committers (on S3 it is). Beside the
-        # store, not in it: Icechunk only makes a repository in an empty folder.
+        """Hold the lock that one committer at a time has. Makes the parent folder if it is missing."""
+        # Icechunk's commits to a local file system are not safe against concurrent committers (those to S3 are). The
+        # lock file is next to the store, not in it: Icechunk creates repositories only in empty folders.
         lock = FileLock(self.path.parent / f".{self.path.name}.lock")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,11 +104,11 @@ class Folder:
 
 @dataclass(frozen=True)
 class Bucket:
-    """A prefix in a bucket of S3 or of a server that speaks its protocol and honours conditional writes.
+    """A prefix in a bucket on S3 or on a compatible server that honours conditional writes.
 
-    None means: as boto3 finds it. Icechunk tries each request ten times, over about half a minute, and reads a chunk
-    again where its body breaks off. RepositoryConfig cannot change that: the client is made before it is read. For an
-    answer that never comes it waits without end.
+    None means boto3's default. Icechunk tries each request ten times, over about half a minute, and reads a chunk again
+    if its body breaks off; RepositoryConfig cannot change that, because the client is made before it is read. It waits
+    forever for an answer that never comes.
     """
 
     name: str
@@ -128,7 +128,7 @@ class Bucket:
         return f"s3://{self.name}/{self.prefix}" + (f"?{query}" if query else "")
 
     def storage(self) -> icechunk.Storage:
-        """Picklable without secrets: whoever unpickles it looks for credentials of its own."""
+        """Return Icechunk's storage. Its pickle holds no secrets: the process that unpickles it finds its own."""
         with self._one_line():
             server = _client(self).meta
         endpoint = server.endpoint_url
@@ -140,12 +140,15 @@ class Bucket:
             region=server.region_name,
             endpoint_url=endpoint,
             allow_http=endpoint.startswith("http://"),
-            force_path_style=style == "path" if is_aws else style != "virtual",  # as boto3 has it
+            force_path_style=style == "path" if is_aws else style != "virtual",  # like boto3
             get_credentials=_credentials,
         )
 
     def filesystem(self) -> tuple[pyarrow.fs.FileSystem, str]:
-        """For plain files, and where in it this place is. Its credentials are those of now: ask anew for each use."""
+        """Return a file system for plain files, and this place's path in it.
+
+        It holds the current credentials, which expire: call this again for each use.
+        """
         with self._one_line():
             server = _client(self).meta
         now, endpoint = _credentials(), urlsplit(server.endpoint_url)
@@ -163,19 +166,19 @@ class Bucket:
         return files, f"{self.name}/{self.prefix}"
 
     def content(self) -> Content:
-        """What is there now; UserError, within seconds, where the server, the bucket or the credentials are wrong."""
+        """Return what is there now. Raises UserError, within seconds, if server, bucket or credentials are wrong."""
         with self._one_line():
             if not self._list_one().get("KeyCount"):
                 return "nothing"
             return "store" if icechunk.Repository.exists(self.storage()) else "something else"
 
     def now(self) -> datetime.datetime:
-        """The time of the clock that dates what is written there: the server's."""
+        """Return the time of the clock that dates objects there: the server's."""
         with self._one_line():
             return email.utils.parsedate_to_datetime(self._list_one()["ResponseMetadata"]["HTTPHeaders"]["date"])
 
     def commit_lock(self) -> contextlib.AbstractContextManager[None]:
-        """Nothing to hold: conditional writes decide between committers."""
+        """Hold nothing: conditional writes decide between committers."""
         return contextlib.nullcontext()
 
     def _list_one(self) -> Any:
@@ -183,7 +186,7 @@ class Bucket:
 
     @contextlib.contextmanager
     def _one_line(self) -> Iterator[None]:
-        """Turns what S3, boto3 and Icechunk raise into one line each."""
+        """Turn the errors of S3, boto3 and Icechunk into a UserError of one line."""
         try:
             yield
         except boto.ClientError as error:
@@ -192,7 +195,7 @@ class Bucket:
         except (boto.ConnectionError, boto.HTTPClientError) as error:
             where = error.kwargs.get("endpoint_url", "the server").partition("?")[0]
             raise UserError(f"{self.uri}: no answer from {where}; is the server up and the endpoint right?") from None
-        except boto.BotoCoreError as error:  # a profile that is not there, a session that has ended
+        except boto.BotoCoreError as error:  # a missing profile, an expired login
             raise UserError(f"{self.uri}: {' '.join(str(error).split())}") from None
         except icechunk.IcechunkError as error:
             reason = str(error).strip().splitlines()[-1].strip("` |->")
@@ -200,14 +203,14 @@ class Bucket:
 
     def _complaint(self, code: str) -> str:
         if code == "NoSuchBucket":
-            return f"there is no bucket {self.name}; make it, or name one that is there"
+            return f"there is no bucket {self.name}; create it, or name an existing one"
         if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"):
             return f"the server refuses the credentials ({code}); {HOW_TO_SIGN_IN}"
         if code in ("AccessDenied", "403"):
             return "access denied; these credentials need to list, read, write and delete under this prefix"
         if code == "RequestTimeTooSkewed":
-            return "this machine's clock is not the server's; set it"
-        return f"the server answers {code}; is it an S3 server, and well?"
+            return "this machine's clock differs from the server's; set it"
+        return f"the server answers {code}; is it an S3 server, and healthy?"
 
 
 Place = Folder | Bucket
@@ -215,24 +218,24 @@ Place = Folder | Bucket
 
 def _parse_s3(uri: str, parsed: SplitResult) -> Bucket:
     if {"@", ":"} & set(parsed.netloc):
-        raise UserError(f"s3://...: a bucket's name holds no @ and no :, a URI no credentials; {HOW_TO_SIGN_IN}")
+        raise UserError(f"s3://...: a bucket name has no @ or :, and a URI no credentials; {HOW_TO_SIGN_IN}")
     uri = _bare(uri)
     prefix = parsed.path.strip("/")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{2,254}", parsed.netloc) or parsed.fragment:
         raise UserError(f"{uri}: not a bucket and a prefix; give s3://bucket/prefix")
     if not prefix or {"", ".", ".."} & set(prefix.split("/")):
-        raise UserError(f"{uri}: a store needs a plain prefix of its own; give s3://{parsed.netloc}/my-store")
+        raise UserError(f"{uri}: needs a plain prefix after the bucket; give s3://{parsed.netloc}/some/prefix")
     options = dict(parse_qsl(parsed.query, keep_blank_values=True))
-    # Values of unknown keys stay out of the message: they may be secrets.
+    # The message leaves out the values of unknown keys: they may be secrets.
     if unknown := sorted(options.keys() - {"endpoint", "path_style", "region"}):
-        raise UserError(f"{uri}: unknown {', '.join(unknown)}; a URI may say endpoint, path_style and region")
+        raise UserError(f"{uri}: unknown {', '.join(unknown)}; the options are endpoint, path_style and region")
     if (path_style := options.get("path_style")) not in (None, "true", "false"):
-        raise UserError(f"{uri}: path_style is true or false")
+        raise UserError(f"{uri}: path_style must be true or false")
     if not re.fullmatch(r"[A-Za-z0-9-]+", options.get("region", "none")):
-        raise UserError(f"{uri}: region is a name such as eu-west-1")
+        raise UserError(f"{uri}: region must be a name such as eu-west-1")
     endpoint = options.get("endpoint", "http://none").rstrip("/")
     if not re.fullmatch(r"https?://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:\d+)?", endpoint):
-        raise UserError(f"{uri}: endpoint is http:// or https://, a host and a port, no more; {HOW_TO_SIGN_IN}")
+        raise UserError(f"{uri}: endpoint must be http:// or https://, a host and a port, no more; {HOW_TO_SIGN_IN}")
     return Bucket(
         name=parsed.netloc,
         prefix=prefix,
@@ -243,7 +246,7 @@ def _parse_s3(uri: str, parsed: SplitResult) -> Bucket:
 
 
 def _bare(uri: str) -> str:
-    """The URI without what may be a secret: what is before an @, and the options."""
+    """Return the URI without what may be a secret: the part before an @, and the options."""
     return re.sub(r"(?<=:)(//)?.*@", r"\1", uri.partition("?")[0])
 
 
@@ -254,24 +257,24 @@ def _absolute(path: str) -> Path:
         raise UserError(f"{path}: {error}") from None
 
 
-@functools.lru_cache(maxsize=16)  # making one takes a quarter of a second
+@functools.lru_cache(maxsize=16)  # a client takes a quarter of a second
 def _client(bucket: Bucket) -> Any:
     session = boto3.Session()
     if session.get_credentials() is None:
         raise UserError(f"{bucket.uri}: no S3 credentials found; {HOW_TO_SIGN_IN}")
     style = None if bucket.path_style is None else {"addressing_style": "path" if bucket.path_style else "virtual"}
-    # In the worst case 15 seconds: a user's mistake is told before Icechunk goes on trying for half a minute.
+    # 15 seconds at worst, so that a user's mistake is reported before Icechunk retries for half a minute.
     retries = {"mode": "standard", "total_max_attempts": 3}
     patience = Config(connect_timeout=3, read_timeout=4, retries=retries, s3=style)
     return session.client("s3", endpoint_url=bucket.endpoint, region_name=bucket.region, config=patience)
 
 
 def _credentials() -> icechunk.S3StaticCredentials:
-    """What boto3 finds now. Icechunk pickles this function by its name and calls it where, and when, it needs them."""
+    """Return boto3's current credentials. Icechunk pickles this function by name and calls it when it needs them."""
     found = boto3.Session().get_credentials()
     if found is None:
         raise UserError(f"no S3 credentials found; {HOW_TO_SIGN_IN}")
     now = found.get_frozen_credentials()
-    # boto3 renews what has less than ten minutes left, so these last for eight.
+    # boto3 renews credentials with less than ten minutes left, so these last for eight.
     expiry = datetime.datetime.now(datetime.UTC) + datetime.timedelta(minutes=8)
     return icechunk.S3StaticCredentials(now.access_key, now.secret_key, now.token, expiry)

@@ -1,19 +1,20 @@
-"""The latent store: zarr v3 arrays under Icechunk transactions, with a catalogue of columns.
+"""The latent store: zarr v3 arrays under Icechunk transactions, with a columnar catalogue.
 
-Layout of one repository (everything is written once, by one commit, and never changed but by ``remove``):
+Layout of one repository (everything is written once, by one commit, and only ``remove`` changes it afterwards):
 
-    data/GROUP/latents_CxHxW   float16 [N, C, h, w]   segments one after the other, chunks of 4 MiB
-    data/GROUP/pixels_3xHxW    uint8 [N, 3, H, W]     frames as they are, of the encoder "pixels"
-    data/GROUP/steps_D         float32 [N, D]         columns of the action, of proprioception, of signals
-    catalogue/PART             uint8 [bytes]          an Arrow table, one row an episode and encoding
-    statistics/PART            uint8 [bytes]          one row an array of those: moments and quantiles
-    quarantine/PART            uint8 [bytes]          one row a refused input
-    removed/PART               uint8 [bytes]          one row an episode taken out for good
+    data/GROUP/latents_CxHxW   float16 [N, C, h, w]   concatenated segments, chunks of 4 MiB
+    data/GROUP/pixels_3xHxW    uint8 [N, 3, H, W]     unencoded frames, of the encoder "pixels"
+    data/GROUP/steps_D         float32 [N, D]         columns of the action, of proprio, of signals
+    catalogue/PART             uint8 [bytes]          an Arrow table, one row per episode and encoding
+    statistics/PART            uint8 [bytes]          one row per array of those: moments and quantiles
+    quarantine/PART            uint8 [bytes]          one row per refused input
+    removed/PART               uint8 [bytes]          one row per removed episode
+    sentences/PART             uint8 [bytes]          one row per instruction and text encoder: its vector
 
-A *group* is what one write task wrote, a *part* what one commit added; disjoint groups never conflict, so writers fork,
-and whoever commits merges the forks: a reader sees all of a commit or none of it. A *segment* is up to 64 consecutive
-frames of one camera. Every location carries a checksum of its bytes, which every read compares. The columns are in
-:mod:`preprocessing.store.catalogue`; the commit protocol and its reasons in docs/design/store.md.
+A *group* is the output of one write task, a *part* what one commit added. Disjoint groups never conflict, so writers
+fork and the committer merges the forks: a reader sees all of a commit or none of it. A *segment* is up to 64
+consecutive frames of one camera. Every location carries a checksum of its bytes, which every read verifies. The columns
+are in :mod:`preprocessing.store.catalogue`; the commit protocol and its reasons in docs/design/store.md.
 """
 
 from __future__ import annotations
@@ -25,72 +26,84 @@ import uuid
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import icechunk
 import numpy as np
 import zarr
 
 from preprocessing.errors import UserError
-from preprocessing.store.catalogue import KINDS, REMOVED, TABLES, parts, write_table
+from preprocessing.store.catalogue import (
+    KINDS,
+    TABLES,
+    EpisodeRow,
+    InstructionRow,
+    LocationRow,
+    QuarantineRow,
+    RemovedRow,
+    StatisticsRow,
+    parts,
+    write_table,
+)
 from preprocessing.store.snapshot import Snapshot, checksum
 from preprocessing.store.storage import Place, parse
 
-icechunk.set_logs_filter("error")  # it warns of concurrent local commits, which the lock around them rules out
-warnings.filterwarnings("ignore", module="zarr")  # its notices on unstabilised dtypes do not concern a user
+icechunk.set_logs_filter("error")  # it warns of concurrent local commits, which our lock prevents
+warnings.filterwarnings("ignore", module="zarr")  # its notices about unstable dtypes do not concern a user
 
-GC_MARGIN = datetime.timedelta(hours=24)  # younger objects may belong to an ingest that is still writing
-LARGEST_SKEW = datetime.timedelta(minutes=10)  # Icechunk accepts no commit whose clock and the storage's differ by more
-FIRST_SNAPSHOT = "1CECHNKREP0F1RSTCMT0"  # of every repository, by Icechunk's specification: there is nothing in it
-CHUNK_BYTES = 4 * 2**20  # large enough that reading is bound by the disk and not by the number of chunks
+GC_MARGIN = datetime.timedelta(hours=24)  # younger objects may belong to a running ingest
+LARGEST_SKEW = datetime.timedelta(minutes=10)  # Icechunk refuses commits if the clock and the storage's differ by more
+FIRST_SNAPSHOT = "1CECHNKREP0F1RSTCMT0"  # of every repository, by Icechunk's specification; it is empty
+CHUNK_BYTES = 4 * 2**20  # large enough that the disk bounds reading, not the number of chunks
 
 
 @dataclass(frozen=True)
 class Commit:
-    """What one commit added: fewer episodes than were offered, where another ingest had brought some in meanwhile."""
+    """What one commit added: less than was passed if another ingest added some of the episodes first."""
 
     snapshot: str
     keys: frozenset[str]  # of the catalogue rows
 
 
-@dataclass(frozen=True)
-class Location:
-    """Rows ``[start, start + count)`` of one array, and the CRC-32C of their bytes in hexadecimal."""
+class LogEntry(TypedDict):
+    """One snapshot in the history of a store."""
 
-    array: str
-    start: int
-    count: int
-    checksum: str
+    snapshot: str
+    parent: str
+    time: str  # ISO 8601
+    message: str
+    counts: dict[str, Any]
+    tags: list[str]
 
 
 class LatentStore:
     """A store at a URI (``/path``, ``file:///path``, ``s3://bucket/prefix``).
 
-    ``create`` makes an empty one where nothing is; ``open`` raises UserError where there is none.
+    ``create`` makes one if there is nothing yet; ``open`` raises UserError if there is none.
     """
 
     def __init__(self, place: Place, repository: icechunk.Repository):
         self.place = place
         self.uri = place.uri
         self.repository = repository
-        self._keys: dict[str, set[str]] = {}  # of catalogue parts, which never change
+        self._keys: dict[str, set[str]] = {}  # by catalogue part, which never changes
 
     @classmethod
     def open(cls, uri: str) -> LatentStore:
         place = parse(uri)
         match place.content():
             case "nothing":
-                raise UserError(f"{uri}: no store here; make one with: uwm ingest SOURCE --store {uri}")
+                raise UserError(f"{uri}: no store here; create one with: uwm ingest SOURCE --store {uri}")
             case "something else":
                 raise _not_a_store(uri)
         store = cls(place, icechunk.Repository.open(place.storage()))
         if store.repository.lookup_branch("main") == FIRST_SNAPSHOT:
-            raise UserError(f"{uri}: a store is being made here, or was left half-made; uwm ingest goes on with it")
+            raise UserError(f"{uri}: this store is being created, or was left half-made; uwm ingest completes it")
         return store
 
     @classmethod
     def create(cls, uri: str) -> LatentStore:
-        """Open the store at ``uri``, or make an empty one there if nothing is there yet."""
+        """Open the store at ``uri``; make an empty one if there is nothing yet."""
         place = parse(uri)
         with place.commit_lock():
             match place.content():
@@ -99,22 +112,22 @@ class LatentStore:
                 case "nothing":
                     try:
                         icechunk.Repository.create(place.storage())
-                    except icechunk.IcechunkError:  # somebody else was quicker, or the answer was lost
+                    except icechunk.IcechunkError:  # another process was faster, or the answer was lost
                         if place.content() != "store":
                             raise
             store = cls(place, icechunk.Repository.open(place.storage()))
-            # Made now, for two ingests that each made one would conflict.
+            # Created now: two ingests that each created them later would conflict.
             session = store.repository.writable_session("main")
             root = zarr.open_group(session.store, mode="a")
             for group in ("data", *TABLES):
                 root.require_group(group)
             if session.has_uncommitted_changes:
-                with contextlib.suppress(icechunk.ConflictError):  # likewise
+                with contextlib.suppress(icechunk.ConflictError):  # another process was faster
                     session.commit("new store")
         return store
 
     def snapshot(self, snapshot_id: str | None = None) -> Snapshot:
-        """The head of the store, or the pinned state of an id or a tag; UserError where there is neither."""
+        """Return the head of the store, or the snapshot of that id or tag. Raises UserError if there is none."""
         if snapshot_id is None:
             return Snapshot(self.uri, self.repository.lookup_branch("main"))
         if snapshot_id in self.repository.list_tags():
@@ -126,8 +139,8 @@ class LatentStore:
             raise UserError(message) from None
         return Snapshot(self.uri, snapshot_id)
 
-    def log(self) -> list[dict[str, Any]]:
-        """Snapshots from the newest to the first: id, parent, time (ISO 8601), message, counts, tags."""
+    def log(self) -> list[LogEntry]:
+        """Return the snapshots from the newest to the first."""
         tags: dict[str, list[str]] = {}
         for tag in sorted(self.repository.list_tags()):
             tags.setdefault(self.repository.lookup_tag(tag), []).append(tag)
@@ -141,66 +154,69 @@ class LatentStore:
                 "tags": tags.get(info.id, []),
             }
             for info in self.repository.ancestry(branch="main")
-            if info.parent_id is not None  # the first is Icechunk's own, of the empty repository
+            if info.parent_id is not None  # the first is Icechunk's own: the empty repository
         ]
 
     def rollback(self, snapshot_id: str) -> None:
-        """Move the head to an earlier snapshot. Later ones stay readable by id until collected.
+        """Move the head to an earlier snapshot. Later ones stay readable by id until garbage collection.
 
-        Raises UserError where that would bring removed episodes back.
+        Raises UserError if that would bring back removed episodes.
         """
         target = self.snapshot(snapshot_id)
         with self.place.commit_lock():
             head = self.snapshot()
             if returning := head.removed() - target.removed():
-                raise UserError(f"{self.uri}: {len(returning)} episodes were removed since {snapshot_id}; not undone")
+                raise UserError(
+                    f"{self.uri}: {len(returning)} episodes were removed since {snapshot_id}; choose a later one"
+                )
             try:
                 self.repository.reset_branch("main", target.id, from_snapshot_id=head.id)
-            except icechunk.IcechunkError:  # it may have been done, and the answer lost
+            except icechunk.IcechunkError:  # it may have succeeded with the answer lost
                 if self.snapshot().id != target.id:
                     raise
 
     def tag(self, name: str, snapshot_id: str | None = None) -> str:
-        """Give a snapshot (the head if None) a name that never moves; returns its id. UserError where it is taken."""
+        """Give a snapshot (the head if None) a name that never moves; return its id. UserError if the name is taken."""
         target = self.snapshot(snapshot_id).id
         try:
             self.repository.create_tag(name, target)
         except (icechunk.IcechunkError, ValueError) as error:
             taken = name in self.repository.list_tags()
-            if taken and self.repository.lookup_tag(name) == target:  # as asked for: by us, where the answer was lost
+            if taken and self.repository.lookup_tag(name) == target:  # by us, with the answer lost
                 return target
-            why = "names a snapshot already" if taken else f"is no tag ({error})"
+            why = "already names a snapshot" if taken else f"is not a valid tag ({error})"
             raise UserError(f"{self.uri}: {name} {' '.join(why.split())}; choose another name") from None
         return target
 
     def untag(self, name: str) -> None:
-        """Take a name away, so that its snapshot may be collected; the name cannot be given again."""
+        """Delete a tag, so that its snapshot may be garbage collected. The name cannot be used again."""
         if name not in self.repository.list_tags():
             raise UserError(f"{self.uri}: no tag {name}; list them with: uwm store log {self.uri}")
         self.repository.delete_tag(name)
 
     def fork(self) -> icechunk.ForkSession:
-        """A picklable session for one writer. What it writes is seen by nobody until ``commit`` gets it back."""
+        """Return a picklable session for one writer. Its writes are invisible until it is passed to ``commit``."""
         return self.repository.writable_session("main").fork()
 
     def commit(
         self,
         name: str,
         forks: Sequence[icechunk.ForkSession],
-        episodes: list[dict[str, Any]],
-        statistics: list[dict[str, Any]],
-        quarantine: list[dict[str, Any]],
-        unused: Sequence[dict[str, Any]] = (),
+        episodes: Sequence[EpisodeRow],
+        statistics: Sequence[StatisticsRow],
+        quarantine: Sequence[QuarantineRow],
+        unused: Sequence[LocationRow] = (),
     ) -> Commit:
-        """Make the writers' arrays and these rows (CATALOGUE, STATISTICS, QUARANTINE) visible at once.
+        """Make the writers' arrays and these rows (CATALOGUE, STATISTICS, QUARANTINE) visible in one transaction.
 
-        Episodes that somebody else brought in or took out since are left out, and blanked like ``unused`` locations.
-        ``name`` is unique to this commit: asked for again after an error that left its end unknown, it is made once.
+        Episodes that were added or removed meanwhile by others are left out, and blanked like ``unused`` locations.
+        ``name`` is unique to this commit: repeating it after an error with an unknown outcome commits only once.
         """
 
         def change(store: Any, head: Snapshot) -> tuple[str, dict[str, int]] | None:
             known, removed = self._known(head), head.removed()
-            new, blank = [], list(unused)
+            new: list[EpisodeRow] = []
+            blank = list(unused)
             for row in episodes:
                 if row["key"] in known or row["id"] in removed:
                     blank += _places(row)
@@ -224,29 +240,29 @@ class LatentStore:
         head = self._commit(name, change, forks)
         return Commit(head.id, frozenset(key for part in head.parts("catalogue", name) for key in head.keys(part)))
 
-    def add_sentences(self, rows: list[dict[str, Any]]) -> Snapshot:
-        """Keep instructions' vectors (SENTENCES) that are not there yet. Returns the snapshot that has them."""
+    def add_instruction_vectors(self, rows: Sequence[InstructionRow]) -> Snapshot:
+        """Add the instructions' vectors (INSTRUCTIONS) that are missing. Returns the snapshot that has them."""
 
         def change(store: Any, head: Snapshot) -> tuple[str, dict[str, int]] | None:
-            known = {(row["text"], row["encoder_digest"]) for row in head.sentence_rows()}
+            known = {(row["text"], row["encoder_digest"]) for row in head.instruction_rows()}
             new = [row for row in rows if (row["text"], row["encoder_digest"]) not in known]
             if not new:
                 return None
             write_table(store, "sentences", _part(store, name), new)
-            return f"{len(new)} sentences", {"sentences": len(new)}
+            return f"{len(new)} instruction vectors", {"sentences": len(new)}
 
         name = uuid.uuid4().hex
         return self._commit(name, change)
 
-    def remove(self, ids: list[str], sources: list[str]) -> list[dict[str, Any]]:
-        """Take episodes out for good, by id (or the beginning of one) and by source (a URI, or a folder of them).
+    def remove(self, ids: list[str], sources: list[str]) -> list[RemovedRow]:
+        """Remove episodes for good, by id (or a unique prefix of it) and by source (a URI, or a folder of them).
 
-        Returns a row (REMOVED) for each. Later ingests pass them by. Their latents and steps are blanked in the new
-        head; what earlier snapshots hold is theirs until they are collected. UserError where a name fits nothing.
+        Returns a row (REMOVED) for each. Later ingests skip them. Their latents and steps are blanked in the new head;
+        earlier snapshots keep them until they are garbage collected. Raises UserError if a name matches nothing.
         """
-        rows = self.snapshot().episodes().to_pylist()
+        rows: list[EpisodeRow] = self.snapshot().episodes().to_pylist()
         hint = f"list them with: uwm store episodes {self.uri}"
-        chosen: dict[str, dict[str, Any]] = {}
+        chosen: dict[str, EpisodeRow] = {}
         for start in ids:
             found = {row["id"]: row for row in rows if row["id"].startswith(start)}
             if len(found) != 1:
@@ -257,7 +273,9 @@ class LatentStore:
             if not found:
                 raise UserError(f"{self.uri}: no episode comes from {source}; {hint}")
             chosen |= found
-        removed = [{key: row[key] for key in REMOVED.names} for row in chosen.values()]
+        removed: list[RemovedRow] = [
+            {"id": row["id"], "uri": row["uri"], "index": row["index"]} for row in chosen.values()
+        ]
 
         name = uuid.uuid4().hex
 
@@ -271,8 +289,8 @@ class LatentStore:
         return removed
 
     def collect_garbage(self, keep: datetime.timedelta) -> tuple[int, int]:
-        """Forget snapshots older than ``keep`` (a day at least) that are neither the head nor tagged, then delete what
-        nothing reaches and is older than a day. Returns the snapshots forgotten and the bytes freed.
+        """Expire snapshots older than ``keep`` (at least a day), except the head and tagged ones; then delete
+        unreachable objects older than a day. Returns the number of snapshots expired and of bytes freed.
         """
         now = self.place.now()
         with self.place.commit_lock():
@@ -281,7 +299,7 @@ class LatentStore:
         return len(forgotten), freed
 
     def _known(self, head: Snapshot) -> set[str]:
-        """``head.keys()``, of which only those are read that came since the last time."""
+        """Return ``head.keys()``, reading only the parts added since the last call."""
         self._keys = {part: self._keys.get(part) or head.keys(part) for part in head.parts("catalogue")}
         return set().union(*self._keys.values())
 
@@ -291,10 +309,10 @@ class LatentStore:
         change: Callable[[Any, Snapshot], tuple[str, dict[str, int]] | None],
         forks: Sequence[icechunk.ForkSession] = (),
     ) -> Snapshot:
-        """Apply ``change`` (which gives message and counts, or None for nothing to do) to the head, whole or not.
+        """Apply ``change`` (which returns message and counts, or None if there is nothing to do) to the head.
 
-        Where another commit comes first, all is done again on top of it: what is known and removed may have changed. A
-        conflict may also be this commit itself, if the answer to it was lost on the way: its name tells.
+        If another commit comes first, start over on top of it: the known and removed episodes may have changed. The
+        conflicting commit may also be this one, if its answer was lost: the parts named ``name`` tell.
         """
         with self.place.commit_lock():
             while True:
@@ -319,31 +337,31 @@ class LatentStore:
                     raise
 
     def _wait_for(self, head: Snapshot) -> None:
-        """Icechunk refuses a commit older than its parent: where that one's clock is ahead, ours has to get there."""
+        """Wait until our clock passes the head's time: Icechunk refuses a commit older than its parent."""
         info = next(iter(self.repository.ancestry(snapshot_id=head.id)))
         ahead = info.written_at - datetime.datetime.now(datetime.UTC)
         if ahead > LARGEST_SKEW:
             self._compare_clocks()
             date = f"{info.written_at:%Y-%m-%d %H:%M}"
-            raise UserError(f"{self.uri}: its newest snapshot is of {date} UTC, which is to come; roll back to another")
+            raise UserError(f"{self.uri}: its newest snapshot is from the future, {date} UTC; roll back to another")
         time.sleep(max(ahead.total_seconds(), 0))
 
     def _compare_clocks(self) -> None:
         drift = datetime.datetime.now(datetime.UTC) - self.place.now()
         if abs(drift) > LARGEST_SKEW:
-            minutes, where = drift.total_seconds() / 60, "ahead" if drift > LARGEST_SKEW else "late"
+            minutes, where = drift.total_seconds() / 60, "fast" if drift > LARGEST_SKEW else "slow"
             message = f"{self.uri}: this machine's clock is {abs(minutes):.0f} minutes {where}; set it, then try again"
             raise UserError(message) from None
 
 
-def write_segments(fork: icechunk.ForkSession, arrays: list[np.ndarray]) -> list[Location]:
-    """Write latents (float16 ``[n, C, h, w]``), pixels (uint8) and steps (float32 ``[n, D]``) as one group; where each
-    went.
+def write_segments(fork: icechunk.ForkSession, arrays: list[np.ndarray]) -> list[LocationRow]:
+    """Write latents (float16 ``[n, C, h, w]``), pixels (uint8) and steps (float32 ``[n, D]``) as one group.
 
-    Arrays of one kind and shape lie one after the other in one zarr array, without gaps.
+    Returns their locations. Arrays of the same kind and shape are concatenated in one zarr array, without gaps.
     """
     group = f"data/{uuid.uuid4().hex}"
-    locations = [Location("", 0, 0, "")] * len(arrays)  # where an array is empty, nothing is written
+    # Empty arrays are not written.
+    locations: list[LocationRow] = [{"array": "", "start": 0, "count": 0, "checksum": ""} for _ in arrays]
     for dtype, shape in dict.fromkeys((array.dtype, array.shape[1:]) for array in arrays if array.size):
         kind = next(name for name, values in KINDS.items() if dtype == values)
         path = f"{group}/{kind}_{'x'.join(map(str, shape))}"
@@ -352,14 +370,15 @@ def write_segments(fork: icechunk.ForkSession, arrays: list[np.ndarray]) -> list
         start = 0
         for i in members:
             stop = start + len(arrays[i])
-            locations[i] = Location(path, start, stop - start, checksum(joined[start:stop]))
+            crc = checksum(joined[start:stop])
+            locations[i] = {"array": path, "start": start, "count": stop - start, "checksum": crc}
             start = stop
         chunks = -(-joined.nbytes // CHUNK_BYTES)
         array = zarr.create_array(
             fork.store,
             name=path,
             shape=joined.shape,
-            chunks=(-(-len(joined) // chunks), *shape),  # of one size, so that the last is not half empty
+            chunks=(-(-len(joined) // chunks), *shape),  # of equal size, so that the last is not half empty
             dtype=joined.dtype,
             compressors=None,  # float16 latents do not compress
         )
@@ -368,22 +387,22 @@ def write_segments(fork: icechunk.ForkSession, arrays: list[np.ndarray]) -> list
 
 
 def _not_a_store(uri: str) -> UserError:
-    return UserError(f"{uri}: not a latent store; give a place that uwm ingest made")
+    return UserError(f"{uri}: not a latent store; give one that uwm ingest created, or an empty place")
 
 
-def _places(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every location that a catalogue row names."""
+def _places(row: EpisodeRow) -> list[LocationRow]:
+    """Return every location in a catalogue row."""
     return [*(at for camera in row["cameras"] for at in camera["segments"]), row["steps"]]
 
 
-def _blank(store: Any, locations: list[dict[str, Any]]) -> None:
-    """Overwrite these rows with zeros: a chunk that holds nothing else is gone with that."""
+def _blank(store: Any, locations: Sequence[LocationRow]) -> None:
+    """Overwrite these rows with zeros. zarr deletes chunks that become all zeros."""
     for at in locations:
         if at["count"]:
             zarr.open_array(store, path=at["array"])[at["start"] : at["start"] + at["count"]] = 0
 
 
 def _part(store: Any, name: str) -> str:
-    """The part of this commit. It sorts behind every part that is there, whatever anybody's clock says."""
+    """Return the part name of this commit. It sorts after every existing part, whatever the clocks say."""
     last = max((names[-1] for names in (parts(store, group) for group in TABLES) if names), default="0")
     return f"{int(last.partition('-')[0]) + 1:08d}-{name}"

@@ -1,0 +1,1 @@
+"""Video files and other frame sources: decode, thin, excerpt."""

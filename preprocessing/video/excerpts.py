@@ -1,7 +1,7 @@
-"""Some consecutive frames of a film, by number: decoded and digested without the rest.
+"""Ranges of consecutive frames of a video, by number: decoded and digested without the rest.
 
-Frame k of a film is the one shown k frame times after the first. That it is so is checked, not assumed: an excerpt of
-a film whose frames come at other times is a BadEpisode.
+Frame k of a video is the one shown k frame times after the first. This is checked: an excerpt of a video whose frames
+have other timestamps raises BadEpisode.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from preprocessing.episode import Video
 from preprocessing.errors import BadEpisode
 from preprocessing.video.decode import best_stream, decode, open_container
 from preprocessing.video.frames import chunks
-from preprocessing.video.thinning import Seen
+from preprocessing.video.thinning import DecodeState
 
 
 def excerpt(path: Path, first: int, count: int, fps: float) -> Video:
-    """Frames ``[first, first + count)`` of a film of ``fps`` frames a second. Nothing is opened before iteration."""
+    """Frames ``[first, first + count)`` of a video of ``fps`` frames a second, opened only when iterated."""
 
     def frames(size: int | None) -> Iterator[np.ndarray]:
         return chunks(decode(path, size, partial(_between, first=first, count=count, fps=fps)))
@@ -32,9 +32,14 @@ def excerpt(path: Path, first: int, count: int, fps: float) -> Video:
 
 
 def _between(
-    container: av.container.InputContainer, stream: av.VideoStream, seen: Seen, first: int, count: int, fps: float
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    state: DecodeState,
+    first: int,
+    count: int,
+    fps: float,
 ) -> Iterator[tuple[av.VideoFrame, int]]:
-    seen.whole = False
+    state.whole = False
     number = _numbers(stream, fps)
     if first and stream.time_base:
         container.seek((stream.start_time or 0) + int(first / fps / stream.time_base), stream=stream)  # a key frame
@@ -42,19 +47,19 @@ def _between(
         at = number(frame.pts)
         if at < first:
             continue
-        if at != first + seen.frames:
-            raise BadEpisode(f"frame {first + seen.frames} of {Path(container.name).name} is not where its time says")
-        seen.frames += 1
+        if at != first + state.frames:
+            raise BadEpisode(f"frame {first + state.frames} of {Path(container.name).name} has an unexpected timestamp")
+        state.frames += 1
         yield frame, 1
-        if seen.frames == count:
+        if state.frames == count:
             return
-    raise BadEpisode(f"{Path(container.name).name} ends {count - seen.frames} frames before its episode")
+    raise BadEpisode(f"{Path(container.name).name} ends {count - state.frames} frames before its episode")
 
 
 def excerpt_digests(path: Path, excerpts: Sequence[tuple[int, int]], fps: float) -> list[tuple[str, int]]:
-    """The digest of the coded frames of each ``(first, count)``, and how many there are. Nothing is decoded.
+    """Digest the coded frames of each ``(first, count)``, and count those that exist. Nothing is decoded.
 
-    ``excerpts`` do not overlap and are in order. A film that grows at its end keeps the digests of what was there.
+    ``excerpts`` must be sorted and must not overlap. Appending frames to a video keeps the digests of earlier ones.
     """
     hashes = [hashlib.sha256() for _ in excerpts]
     found = [0] * len(excerpts)
@@ -85,7 +90,7 @@ def _numbers(stream: av.VideoStream, fps: float) -> Callable[[int | None], int]:
 
     def number(pts: int | None) -> int:
         if pts is None:
-            raise BadEpisode("holds a frame without a time")
+            raise BadEpisode("holds a frame without a timestamp")
         return round((pts - start) * tick)
 
     return number

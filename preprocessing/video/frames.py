@@ -1,7 +1,7 @@
-"""A camera's frames: out of pictures or arrays, in bounded memory, and what can be put around them.
+"""A camera's frames from images or arrays, in bounded memory, and wrappers around them.
 
-Everything becomes a :class:`preprocessing.episode.Video`, which reads only while somebody iterates and never holds more
-than ``FRAMES_PER_CHUNK`` frames. Films are decoded by :mod:`preprocessing.video.decode`.
+Each becomes a :class:`preprocessing.episode.Video`, which reads only while iterated and never holds more than
+``FRAMES_PER_CHUNK`` frames. Video files are decoded by :mod:`preprocessing.video.decode`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from preprocessing.video.thinning import kept_before, times_kept
 
 
 def images_video(images: Sequence[bytes]) -> Video:
-    """JPEG or PNG files, one a frame, all of one size."""
-    return pictures_video(len(images), images.__getitem__)
+    """A video of JPEG or PNG files, one per frame, all of one size."""
+    return indexed_images_video(len(images), images.__getitem__)
 
 
-def pictures_video(count: int, read: Callable[[int], bytes]) -> Video:
-    """The same, where ``read(index)`` gives each as it is needed."""
+def indexed_images_video(count: int, read: Callable[[int], bytes]) -> Video:
+    """A video of JPEG or PNG files that ``read(index)`` returns when they are needed."""
 
     def video(indices: Sequence[int]) -> Video:
         def frames(size: int | None) -> Iterator[np.ndarray]:
@@ -39,8 +39,10 @@ def pictures_video(count: int, read: Callable[[int], bytes]) -> Video:
 
 
 def sliced_video(length: int, read: Callable[[int, int], np.ndarray], at_once: int = FRAMES_PER_CHUNK) -> Video:
-    """``read(start, stop)`` gives uint8 ``[n, H, W, 3]``, n at most ``at_once``: an array's slices, or an HDF5 data
-    set's."""
+    """A video of slices, of an array or an HDF5 data set.
+
+    ``read(start, stop)`` returns uint8 ``[n, H, W, 3]`` with n <= ``at_once``.
+    """
 
     def frames(size: int | None) -> Iterator[np.ndarray]:
         for start in range(0, length, at_once):
@@ -51,7 +53,7 @@ def sliced_video(length: int, read: Callable[[int, int], np.ndarray], at_once: i
 
 
 def upside_down(video: Video) -> Video:
-    """The same camera with its rows in the opposite order."""
+    """The same camera with the order of its rows reversed."""
 
     def frames(size: int | None) -> Iterator[np.ndarray]:
         for chunk in video.frames(size):
@@ -61,7 +63,7 @@ def upside_down(video: Video) -> Video:
 
 
 def colours_exchanged(video: Video) -> Video:
-    """The same camera with red for blue and blue for red."""
+    """The same camera with red and blue swapped."""
 
     def frames(size: int | None) -> Iterator[np.ndarray]:
         for chunk in video.frames(size):
@@ -71,7 +73,7 @@ def colours_exchanged(video: Video) -> Video:
 
 
 def first_frames(video: Video, count: int) -> Video:
-    """At most the first ``count`` frames. The rest is decoded all the same, so that a break in it is found."""
+    """At most the first ``count`` frames. The rest is still decoded, to detect a break in it."""
 
     def frames(size: int | None) -> Iterator[np.ndarray]:
         left = count
@@ -86,8 +88,23 @@ def first_frames(video: Video, count: int) -> Video:
     return Video(frames, turned=video.turned, thin=thin)
 
 
-def until_broken(video: Video, said: list[str]) -> Video:
-    """The same camera up to where it breaks; why it does is added to ``said``. No frame at all is a BadEpisode."""
+def frames_to_use(declared: dict[str, int | None], rows: int, table: str) -> tuple[int, str | None]:
+    """How many steps the table and all cameras share, and a description of the mismatch, if any.
+
+    ``declared`` has each camera's number of frames as its container declares it, so nothing is decoded; a camera
+    without one is checked when it is decoded. One frame more or less than rows is a recorder's slip at the end; a
+    larger difference means that they are of different recordings, and raises BadEpisode.
+    """
+    counts = {camera: count or rows for camera, count in declared.items()}
+    for camera, count in counts.items():
+        if abs(count - rows) > 1:
+            raise BadEpisode(f"camera {camera} declares {count} frames, {table} has {rows} rows")
+    slips = [f"{camera} has {count}" for camera, count in counts.items() if count != rows]
+    return min([rows, *counts.values()]), f"{table} has {rows} rows, {', '.join(slips)} frames" if slips else None
+
+
+def until_broken(video: Video, reasons: list[str]) -> Video:
+    """The same camera up to its break, whose reason is appended to ``reasons``. Raises BadEpisode if no frame is left."""
 
     def frames(size: int | None) -> Iterator[np.ndarray]:
         some = False
@@ -98,36 +115,35 @@ def until_broken(video: Video, said: list[str]) -> Video:
         except BadEpisode as error:
             if not some:
                 raise
-            said.append(str(error))
+            reasons.append(str(error))
 
-    return Video(frames, video.turned, lambda share: until_broken(thinned(video, share), said))
+    return Video(frames, video.turned, lambda share: until_broken(thinned(video, share), reasons))
 
 
 def thinned(video: Video, share: float) -> Video:
-    """The same camera at a lower rate: ``share`` (above 0, at most 1) is that rate by the camera's own.
+    """The same camera at a lower rate, as a ``share`` of its own rate, in (0, 1].
 
-    The k-th frame is the one on screen k / share frame times after the first. A file says by itself when its frames
-    are shown, so a variable rate comes out regular, a frame that stays on screen more than once; elsewhere frame
-    i is shown at i.
+    Frame k is the one on screen k / share frame times after the first. Video files have timestamps, so a variable rate
+    becomes regular, and a frame that stays on screen is repeated; in other videos frame i is shown at time i.
     """
     if video.thin:
         return video.thin(share)
 
     def frames(size: int | None) -> Iterator[np.ndarray]:
         every = (frame for chunk in video.frames(size) for frame in chunk)
-        # A view would keep the whole chunk that it came in.
+        # A view would keep its whole chunk in memory.
         return chunks(frame.copy() for index, frame in enumerate(every) if times_kept(index, index + 1, share))
 
     return Video(frames, turned=video.turned)
 
 
 def decode_image(data: bytes) -> np.ndarray:
-    """A JPEG or PNG as uint8 ``[H, W, 3]``. Only these two decoders are tried on bytes from outside."""
+    """Decode a JPEG or PNG to uint8 ``[H, W, 3]``. Untrusted bytes reach no other decoder. Raises BadEpisode."""
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
             check_pixels(image.width, image.height)
-            if image.mode.startswith("I"):  # Pillow would cut off what is above 255
-                raise BadEpisode("an image has 16 bits of grey: that is depth")
+            if image.mode.startswith("I"):  # Pillow would clip values above 255
+                raise BadEpisode("an image is 16-bit greyscale: depth")
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except UnidentifiedImageError:
         raise BadEpisode(f"an image of {len(data)} bytes is neither JPEG nor PNG") from None
@@ -136,23 +152,23 @@ def decode_image(data: bytes) -> np.ndarray:
 
 
 def resize(frames: np.ndarray, size: int | None) -> np.ndarray:
-    """uint8 ``[T, H, W, 3]`` to ``[T, size, size, 3]``: averaged over areas when shrinking, bilinear when growing."""
+    """Resize uint8 ``[T, H, W, 3]`` to ``[T, size, size, 3]``: area averages when shrinking, else bilinear."""
     if size is None or frames.shape[1:3] == (size, size):
         return frames
-    # Pillow's filters widen with the reduction, so both average instead of skipping pixels; a box that grows
-    # would merely repeat them.
+    # Pillow widens its filters with the reduction, so both average instead of skipping pixels. When growing, a box
+    # filter would merely repeat pixels.
     method = Image.Resampling.BOX if size <= min(frames.shape[1:3]) else Image.Resampling.BILINEAR
     return np.stack([np.asarray(Image.fromarray(frame).resize((size, size), method)) for frame in frames])
 
 
 def chunks(frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """Frames ``[H, W, 3]`` as arrays ``[n, H, W, 3]``. Where they break, what was before the break comes first."""
+    """Stack frames ``[H, W, 3]`` into arrays ``[n, H, W, 3]``. Those before a BadEpisode are yielded first."""
     chunk: list[np.ndarray] = []
     try:
         for number, frame in enumerate(frames):
             _check_length(number)
             if chunk and frame.shape != chunk[0].shape:
-                raise BadEpisode(f"the picture size changes from {chunk[0].shape[:2]} to {frame.shape[:2]}")
+                raise BadEpisode(f"the frame size changes from {chunk[0].shape[:2]} to {frame.shape[:2]}")
             chunk.append(frame)
             if len(chunk) == FRAMES_PER_CHUNK:
                 yield np.stack(chunk)
@@ -166,9 +182,9 @@ def chunks(frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 def check_pixels(width: int, height: int) -> None:
-    """BadEpisode where a picture is larger than the limits of the recipe allow: a 30 kB PNG can unpack to gigabytes."""
+    """Raise BadEpisode if an image exceeds the recipe's limits: a 30 kB PNG can unpack to gigabytes."""
     if width * height > limits().picture_pixels:
-        raise BadEpisode(f"a picture of {width}x{height} pixels is more than limits.picture_pixels")
+        raise BadEpisode(f"an image of {width}x{height} pixels exceeds limits.picture_pixels")
 
 
 def _check_length(frames: int) -> None:

@@ -1,9 +1,8 @@
-"""Which frames of a stream come out at a lower rate, and which of the others have to be decoded for them.
+"""Choose the frames of a stream at a lower rate, and decode only what they need.
 
-The frame on screen at each tick of the lower rate is kept. Frames are chosen from the packets' times, one group of
-pictures (key frame to key frame) after the other: a group without a kept frame is not decoded at all, nothing behind
-its last kept frame is, and what no other frame leans on is left out. Where that could go wrong, all is decoded, and the
-same frames come out.
+The frame on screen at each tick of the lower rate is kept. Frames are chosen by packet timestamps, one group of
+pictures (key frame to key frame) at a time: a group without kept frames is not decoded, nor is anything after its last
+kept frame, nor are non-reference frames. Where that might be wrong, everything is decoded, and the result is the same.
 """
 
 from __future__ import annotations
@@ -22,43 +21,47 @@ from av.video.frame import PictureType
 
 from preprocessing.errors import BadEpisode
 
-IN_ORDER = {"libdav1d", "av1"}  # decoders that give a frame for each packet, in the packets' order
+IN_ORDER = {"libdav1d", "av1"}  # decoders that return one frame per packet, in packet order
 NO_TIMES = 0x80  # AVFMT_NOTIMESTAMPS
-MAX_GROUP = 4096  # packets held at once; a stream without key frames is decoded whole instead
-EARLY = 0.001  # seconds that a frame may come after its moment: Matroska rounds times to milliseconds
-# Where a frame that no other leans on can be left out. HEVC's mark holds within one temporal layer only, and VP9 hands
-# on probabilities from such a frame as well.
-LEAVES_OUT = {"h264", "mpeg4", "mpeg2video", "mpeg1video"}
-STANDING: tuple[PktSideDataT, ...] = ("new_extradata", "param_change", "palette")  # told once, for all that follows
+MAX_GROUP = 4096  # packets held at once; a stream with fewer key frames is decoded in full
+TOLERANCE = 0.001  # seconds a frame may be late: Matroska rounds times to milliseconds
+# Codecs whose non-reference frames can be skipped. HEVC marks them per temporal layer only, and VP9 carries
+# probabilities over from such frames, too.
+SKIPPABLE = {"h264", "mpeg4", "mpeg2video", "mpeg1video"}
+STANDING: tuple[PktSideDataT, ...] = (
+    "new_extradata",
+    "param_change",
+    "palette",
+)  # sent once, valid for all later packets
 
 
 @dataclass
-class Seen:
-    """How much of a stream has gone by."""
+class DecodeState:
+    """How much of a stream has been read."""
 
     frames: int = 0
     end: float | None = None  # when the last frame stops being shown, in seconds of the stream's clock
-    whole: bool = True  # all of it is to go by
+    whole: bool = True  # whether the stream is read to its end
 
 
-# The frames that are to come out, and how often each.
-Choice = Callable[[av.container.InputContainer, av.VideoStream, Seen], Iterator[tuple[av.VideoFrame, int]]]
+# Yields the frames to output, and how often each.
+Choice = Callable[[av.container.InputContainer, av.VideoStream, DecodeState], Iterator[tuple[av.VideoFrame, int]]]
 
 
 def all_frames(
-    container: av.container.InputContainer, stream: av.VideoStream, seen: Seen
+    container: av.container.InputContainer, stream: av.VideoStream, state: DecodeState
 ) -> Iterator[tuple[av.VideoFrame, int]]:
-    waiting: deque[int | None] = deque()  # times of packets whose frames are to come
+    waiting: deque[int | None] = deque()  # timestamps of packets whose frames are still to come
     for packet in container.demux(stream):
         if packet.size and not packet.is_discard and stream.codec_context.name in IN_ORDER:
             waiting.append(packet.pts)
         for frame in packet.decode():
-            lost = waiting and waiting.popleft() != frame.pts  # its error is not told where another frame came out
-            if lost or frame.is_corrupt:  # what its decoder made up for bytes that it could not read
-                raise BadEpisode(f"breaks after {seen.frames}: a picture is damaged")
+            lost = waiting and waiting.popleft() != frame.pts  # no error is raised if another frame is returned
+            if lost or frame.is_corrupt:  # the decoder concealed unreadable bytes
+                raise BadEpisode(f"breaks after {state.frames}: a frame is damaged")
             yield frame, 1
-            seen.frames += 1
-            seen.end = _end(frame, stream)
+            state.frames += 1
+            state.end = _end(frame, stream)
 
 
 def _end(frame: av.VideoFrame | av.Packet, stream: av.VideoStream) -> float | None:
@@ -71,7 +74,7 @@ def _end(frame: av.VideoFrame | av.Packet, stream: av.VideoStream) -> float | No
 
 
 def times_kept(begin: float, end: float, share: float) -> int:
-    """How many of the moments k / share fall to a frame that is shown from ``begin`` to ``end``, in frame times."""
+    """How many of the ticks k / share fall into ``[begin, end)``, in which a frame is shown, in frame times."""
     return kept_before(end, share) - kept_before(begin, share)
 
 
@@ -80,18 +83,18 @@ def kept_before(time: float, share: float) -> int:
 
 
 def frames_decoded(
-    container: av.container.InputContainer, stream: av.VideoStream, seen: Seen, share: float
+    container: av.container.InputContainer, stream: av.VideoStream, state: DecodeState, share: float
 ) -> Iterator[tuple[av.VideoFrame, int]]:
-    """Chosen among all frames. One without a time, or with a time that is past, comes a frame time after the last."""
-    scale, early = _clock(stream)
-    told = tells_times(container, stream)
+    """Decode all frames and choose. One with no timestamp or a past one is shown a frame time after its predecessor."""
+    scale, tolerance = _clock(stream)
+    has_times = has_timestamps(container, stream)
     first: float | None = None
     shown: av.VideoFrame | None = None
     begin = -1.0
-    for frame, _ in all_frames(container, stream, seen):
+    for frame, _ in all_frames(container, stream, state):
         end = begin + 1
-        if told and frame.pts is not None:
-            first = frame.pts + early if first is None else first
+        if has_times and frame.pts is not None:
+            first = frame.pts + tolerance if first is None else first
             end = time if (time := (frame.pts - first) * scale) > begin else end
         if shown is not None and (times := times_kept(begin, end, share)):
             yield shown, times
@@ -101,33 +104,33 @@ def frames_decoded(
 
 
 class _Unsure(BadEpisode):
-    """The packets do not tell which frames must be decoded."""
+    """The packets do not determine which frames must be decoded."""
 
 
 class _Coded(NamedTuple):
-    """A frame before it is decoded, and when it is shown, in the stream's ticks."""
+    """A frame before decoding, and its timestamp in the stream's ticks."""
 
     time: int
     packet: av.Packet
 
 
 def frames_needed(
-    container: av.container.InputContainer, stream: av.VideoStream, seen: Seen, share: float
+    container: av.container.InputContainer, stream: av.VideoStream, state: DecodeState, share: float
 ) -> Iterator[tuple[av.VideoFrame, int]]:
-    """Chosen by the times of packets, and decoded with what they lean on. Raises _Unsure."""
-    if not tells_times(container, stream):
+    """Choose frames by packet timestamps, and decode them with the frames they reference. Raises _Unsure."""
+    if not has_timestamps(container, stream):
         raise _Unsure
-    scale, early = _clock(stream)
+    scale, tolerance = _clock(stream)
     first: float | None = None
     for group, ahead in _groups(container.demux(stream)):
         coded = sorted((*group, *ahead[1:]))
         shown = [index for index, (_, packet) in enumerate(coded) if not packet.is_discard]
         if not shown:
-            continue  # an edit list hides them
+            continue  # hidden by an edit list
         last = coded[-1]
         until = ahead[0].time if ahead else last.time + (last.packet.duration or 1 / scale)
         ends = [*(time for time, _ in coded[1:]), until]
-        first = coded[shown[0]].time + early if first is None else first
+        first = coded[shown[0]].time + tolerance if first is None else first
         kept = {}
         for index in shown:
             begin = coded[index].time
@@ -135,21 +138,21 @@ def frames_needed(
                 kept[begin] = times
         if kept:
             yield from _decode_group(stream.codec_context, [*group, *ahead], kept)
-        seen.frames += len(shown)
-        seen.end = _end(coded[shown[-1]].packet, stream)
+        state.frames += len(shown)
+        state.end = _end(coded[shown[-1]].packet, stream)
 
 
 def _groups(packets: Iterable[av.Packet]) -> Iterator[tuple[list[_Coded], list[_Coded]]]:
-    """Each group of pictures, from a key frame to the next; and apart, that next one with the frames that it leads.
+    """Yield each group of pictures, and separately the next key frame with its leading frames.
 
-    Those follow it in the file but are shown before it. They may lean on the group before, which then is an open one:
-    they belong to that group, and every group can be decoded without the one before.
+    Leading frames follow a key frame in the file but are shown before it. They may reference the previous group (an
+    open group), so they are decoded with that one; every group then decodes without its predecessor.
     """
     group: list[_Coded] = []
     ahead: list[_Coded] = []
     for packet in packets:
         if not packet.size:
-            continue  # the end of the file; in AVI also a frame that is shown once more
+            continue  # the end of the file; in AVI also a repeated frame
         if packet.pts is None or packet.is_corrupt or any(map(packet.has_sidedata, STANDING)):
             raise _Unsure
         if len(group) + len(ahead) == MAX_GROUP:
@@ -166,7 +169,7 @@ def _groups(packets: Iterable[av.Packet]) -> Iterator[tuple[list[_Coded], list[_
 
 
 def _in_order(group: list[_Coded], ahead: list[_Coded]) -> tuple[list[_Coded], list[_Coded]]:
-    """The same, if all are shown between the two key frames, each at a time of its own."""
+    """Return the arguments if all frames are shown between the two key frames, at distinct times. Raises _Unsure."""
     times = [coded.time for coded in (*group, *ahead[1:])]
     until = ahead[0].time if ahead else math.inf
     if (
@@ -182,13 +185,13 @@ def _in_order(group: list[_Coded], ahead: list[_Coded]) -> tuple[list[_Coded], l
 def _decode_group(
     codec: av.VideoCodecContext, packets: list[_Coded], kept: dict[int, int]
 ) -> Iterator[tuple[av.VideoFrame, int]]:
-    """The frames of these times, in their order, and how often; nothing behind the last of them is decoded."""
+    """Yield the frames with these timestamps, in order, and how often; nothing after the last one is decoded."""
     last = max(index for index, coded in enumerate(packets) if coded.time in kept)
     frames = _decoded(codec, packets[: last + 1], kept)
     if not packets[0].packet.is_discard:
         key = next(frames, None)
         if key is None or key.pts != packets[0].time or key.pict_type in (PictureType.P, PictureType.B):
-            raise _Unsure  # a key frame by name only: refreshed by columns, or the index is broken
+            raise _Unsure  # not a real key frame: intra refresh by columns, or a broken index
         frames = chain([key], frames)
     for time, times in kept.items():
         for frame in frames:
@@ -196,14 +199,14 @@ def _decode_group(
                 yield frame, times
                 break
         else:
-            raise _Unsure  # a packet that shows nothing, such as VP8's hidden frames
+            raise _Unsure  # a packet without a displayed frame, such as VP8's hidden ones
     codec.flush_buffers()
 
 
 def _decoded(codec: av.VideoCodecContext, packets: list[_Coded], kept: Container[int]) -> Iterator[av.VideoFrame]:
-    """Without the frames that are neither kept nor needed for another."""
+    """Decode packets, skipping non-reference frames that are not kept."""
     for time, packet in packets:
-        spare = codec.name in LEAVES_OUT and time not in kept and not packet.is_keyframe
+        spare = codec.name in SKIPPABLE and time not in kept and not packet.is_keyframe
         codec.skip_frame = "NONREF" if spare else "DEFAULT"
         yield from map(_undamaged, codec.decode(packet))
     yield from map(_undamaged, codec.decode(None))
@@ -215,22 +218,22 @@ def _undamaged(frame: av.VideoFrame) -> av.VideoFrame:
     return frame
 
 
-def tells_times(container: av.container.InputContainer, stream: av.VideoStream) -> bool:
-    """AVI stores no time of presentation; where frames are reordered, what FFmpeg says of them is a guess."""
+def has_timestamps(container: av.container.InputContainer, stream: av.VideoStream) -> bool:
+    """Whether timestamps can be trusted. AVI has none for presentation; FFmpeg guesses those of reordered frames."""
     return container.format.name != "avi" or not stream.codec_context.has_b_frames
 
 
 def _clock(stream: av.VideoStream) -> tuple[float, float]:
-    """Frame times in a tick of the stream's clock, and ticks in ``EARLY``."""
+    """The length of a clock tick in frame times, and of ``TOLERANCE`` in ticks."""
     tick = stream.time_base or Fraction(1, 1000)
-    return float((rate_of(stream) or 25) * tick), float(EARLY / tick)
+    return float((rate_of(stream) or 25) * tick), float(TOLERANCE / tick)
 
 
 def rate_of(stream: av.VideoStream) -> Fraction | None:
-    """In Hz, as far as anything says. The average of a raw stream is FFmpeg's default, whatever the stream says."""
+    """The declared rate in Hz, if any. A raw stream's average rate is just FFmpeg's default."""
     return stream.guessed_rate if is_raw(stream) else stream.average_rate or stream.guessed_rate
 
 
 def is_raw(stream: av.VideoStream) -> bool:
-    """A stream without a container."""
+    """Whether the stream has no container."""
     return bool(stream.container.format.flags & NO_TIMES)

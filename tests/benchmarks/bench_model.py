@@ -36,7 +36,7 @@ from pipelines.models.data import dataset
 from pipelines.models.policy import Policy
 from pipelines.recipe import IngestRecipe, Recipe, load_recipe
 from pipelines.train.pretrain import plan
-from pipelines.train.worker import optimizer_settings
+from pipelines.train.setup import optimizer_settings
 from preprocessing.cache import cache_folder
 from uwm_model.augment import augment
 from uwm_model.optimizer import adamw
@@ -113,7 +113,7 @@ def measure(store: Path, variant: str, seed: int, folder: Path) -> dict[str, Any
     policy = Policy(folder)
     pictures = folder.with_name(f"{folder.name}-pictures")
     pictures.mkdir(exist_ok=True)
-    result = open_loop(policy, str(store), pictures)
+    result, _ = open_loop(policy, str(store), pictures)
     return {
         "variant": variant,
         "seed": seed,
@@ -161,7 +161,7 @@ def successes(policy: Policy, fast: bool, pictures: Path) -> dict[str, int]:
     """By task: in how many of ROLLOUTS episodes the policy succeeds."""
     folder, embodiment = policy.folder, policy.embodiment
     return {
-        task: sum(rollout(folder, embodiment, fast, f"metaworld:{task}", 1000, number, pictures) for number in range(ROLLOUTS))
+        task: sum(rollout(folder, embodiment, fast, f"metaworld:{task}", 1000, number, pictures)["success"] for number in range(ROLLOUTS))
         for task in TASKS
     }
 

@@ -32,7 +32,7 @@ from pipelines.models.checkpoint import Settings
 from pipelines.models.data import dataset
 from pipelines.recipe import Recipe, load_recipe
 from pipelines.train.pretrain import plan
-from pipelines.train.worker import optimizer_settings
+from pipelines.train.setup import optimizer_settings
 from preprocessing.store.store import LatentStore
 from uwm_model.optimizer import adamw
 

@@ -1,4 +1,4 @@
-"""The published model's numbers: a checkpoint in its layout, loaded here, must give them."""
+"""A checkpoint in the published layout, loaded here, reproduces the published model's numbers."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from uwm_model import published as official
+from uwm_model import published
 from uwm_model.batch import Batch
 from uwm_model.config import DiffusionConfig
 from uwm_model.objective import Noise
-from uwm_model.published import load_official
+from uwm_model.published import load_published
 from uwm_model.resnet import ResNet18
 from uwm_model.sampling import sample
 from uwm_model.schedule import DiffusionSchedule, squared_cosine
@@ -40,7 +40,7 @@ MODES = {  # ours: theirs
 
 
 def made(name: str, shape: Sequence[int]) -> Tensor:
-    """The vectors' rule: every weight follows from its name."""
+    """Return a weight from its name, as the script that made the test vectors does."""
     values = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
     last = name.rpartition(".")[2]
     if last in ("registers", "pos_embed"):
@@ -53,12 +53,12 @@ def made(name: str, shape: Sequence[int]) -> Tensor:
 
 
 def load(net: str, dtype: torch.dtype = torch.float32) -> UnifiedWorldModel:
-    """From the content of a checkpoint as it is published, the image encoder of no matter."""
+    """Load it from the content of a published checkpoint; the image encoder does not matter."""
     with safe_open(GOLDEN / f"net_{net}.safetensors", "pt") as file:
         heads = json.loads(file.metadata()["config"])["num_heads"]
         weights = {f"noise_pred_net.{name}": file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118
     weights |= {f"obs_encoder.img_encoder.model.{n}": t.to(dtype) for n, t in ResNet18(64).state_dict().items()}
-    return load_official({"model": weights, "step": 0}, heads=heads)
+    return load_published({"model": weights, "step": 0}, heads=heads)
 
 
 def swap(latents: np.ndarray | Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -129,20 +129,21 @@ def test_gradients() -> None:
     gradients = dict(model.named_parameters())
     with safe_open(GOLDEN / "net_a_grads.safetensors", "pt") as file:
         for name in file.keys():  # noqa: SIM118
-            ours, theirs = gradients[official.our_name(f"noise_pred_net.{name}")].grad, file.get_tensor(name)
+            ours, theirs = gradients[published.our_name(f"noise_pred_net.{name}")].grad, file.get_tensor(name)
             assert ours is not None
             close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-6)
             close(ours, theirs.reshape(ours.shape), msg=lambda m, n=name: f"{n} {m}")
 
 
-# Torch's float32 roots (MKL's) are off by a place here and there, elsewhere on each kind of CPU: after 50 steps that is
-# 1e-6. These are the vectors' CPU's, found from the vectors: at t, which of signal and share, up or down.
+# Torch's float32 square roots (MKL's) are sometimes off by one unit in the last place, at different values on each kind
+# of CPU; after 50 steps that is 1e-6. These are the deviations of the CPU that made the vectors, found from them: at t,
+# which of signal and share, up or down.
 ROUNDED = {(0, 0): -1, (2, 1): 1, (18, 0): 1, (25, 1): 1, (26, 0): -1, (28, 0): 1, (38, 0): -1, (52, 1): -1, (64, 1): 1}
 ROUNDED |= {(68, 0): 1, (68, 1): 1, (74, 0): -1, (84, 0): 1, (88, 1): -1, (92, 0): 1}
 
 
 def scales_of_the_vectors(t: float) -> tuple[Tensor, Tensor]:
-    """(signal, share) at t, float32 [], to the last place as the published code had them when the vectors were made."""
+    """Return (signal, share) at t, float32 [], bit for bit as the published code had them for the vectors."""
     alpha = squared_cosine(100).numpy()[int(t)]
     exact = np.sqrt(alpha), np.sqrt(1 - alpha)
     rounded = (np.nextafter(x, x + ROUNDED.get((int(t), which), 0)) for which, x in enumerate(exact))
@@ -150,7 +151,7 @@ def scales_of_the_vectors(t: float) -> tuple[Tensor, Tensor]:
     return signal, share
 
 
-def test_the_schedules_roots_are_the_vectors_to_a_place_or_two() -> None:
+def test_square_roots_of_the_schedule_are_within_two_units_in_the_last_place() -> None:
     schedule = DiffusionSchedule(DiffusionConfig())
     for t in range(100):
         torch.testing.assert_close(schedule.scales(t), scales_of_the_vectors(t), rtol=2.5e-7, atol=0)
@@ -220,12 +221,12 @@ def test_samplers(net: str, mode: str, steps: int, monkeypatch: pytest.MonkeyPat
             close(torch.stack(after), data[trajectory], tolerance)
 
 
-# The first steps of its training: images in, losses and gradients out
+# The first training steps: images in, losses and gradients out
 
 
 @cache
 def training() -> tuple[dict[str, np.ndarray], dict[str, Tensor], dict]:
-    """The vectors, the weights before the first step, and what is known of them and their gradients after it."""
+    """Return the vectors, the weights before the first step, and checksums of weights and gradients after it."""
     after = json.loads((GOLDEN / "train_tiny_plain_step1_checksums.json").read_text())
     weights = {name: made(name, known["shape"]) for name, known in after["per_tensor"].items()}
     for name, value in (("shift", 0.0), ("scale", 3.0)):
@@ -257,21 +258,21 @@ def training_batch(step: int) -> tuple[Batch, Noise]:
     return batch, noise
 
 
-def test_images_are_resized_cropped_and_seen() -> None:
+def test_images_are_resized_cropped_and_encoded() -> None:
     data, weights, _ = training()
-    cameras = ("agentview_rgb", "eye_in_hand_rgb")  # in the order of their names
+    cameras = ("agentview_rgb", "eye_in_hand_rgb")  # in alphabetical order
     for part, expected in (("obs", "curr_imgs"), ("next_obs", "next_imgs")):
         images = torch.stack([torch.from_numpy(data[f"{part}.{camera}"]) for camera in cameras], dim=1)
         small = images.permute(0, 1, 2, 5, 3, 4).flatten(0, 2).float() / 255
         large = F.interpolate(small, 72, mode="bilinear", antialias=True, align_corners=False)
         seen = large[..., 4:-4, 4:-4].reshape(3, 2, 2, 3, 64, 64).transpose(2, 3)
         close(seen, data[f"s0.{expected}"], 1e-5)
-    model = load_official(weights, heads=4)
+    model = load_published(weights, heads=4)
     with torch.inference_mode():
         close(model.condition(training_batch(0)[0]), data["s0.obs_feat"], 1e-5)
 
 
-def test_latents_are_the_vaes_standardised_and_divided() -> None:
+def test_latents_are_standardised_vae_latents_divided_by_the_divisor() -> None:
     data, weights, _ = training()
     prefix = "obs_encoder.vae.vae."
     vae = AutoencoderKL(
@@ -288,17 +289,17 @@ def test_latents_are_the_vaes_standardised_and_divided() -> None:
     with torch.inference_mode():
         posterior = vae.encode(images * 2 - 1).latent_dist
     sample = posterior.mean + posterior.std * torch.from_numpy(data["s0.vae_noise"])
-    divisor = load_official(weights, heads=4).diffusion_config.latent_divisor
+    divisor = load_published(weights, heads=4).diffusion_config.latent_divisor
     latents = (sample * vae.config.scaling_factor / divisor).reshape(3, 2, 2, 4, 8, 8)
     close(latents.transpose(2, 3), data["s0.next_latents"], 1e-5)
 
 
 def test_the_first_losses_and_gradients_of_training() -> None:
-    """In float64: rounding of float32 differs between kinds of CPU, and grows from step to step."""
+    """In float64: float32 rounding differs between kinds of CPU, and grows with every step."""
     data, weights, after = training()
-    model = load_official(weights, heads=4).train().double()
+    model = load_published(weights, heads=4).train().double()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-6)
-    ours = {official.our_name(name): known for name, known in after["grads"].items()}
+    ours = {published.our_name(name): known for name, known in after["grads"].items()}
     for step, expected in enumerate(data["losses"]):
         batch, noise = training_batch(step)
         noise = dataclasses.replace(noise, action=noise.action.double(), latents=noise.latents.double())
@@ -317,20 +318,20 @@ def test_the_first_losses_and_gradients_of_training() -> None:
         optimizer.step()
         if step == 0:
             _weights_are(model, after["per_tensor"])
-    # The action of a sample without any is counted there, and here only if one asks for it.
+    # The published code counts the action loss of action-free samples; here it is optional.
     batch, noise = training_batch(0)
-    masked = load_official(weights, heads=4, action_free_loss=False).loss(batch, noise=noise)
+    masked = load_published(weights, heads=4, action_free_loss=False).loss(batch, noise=noise)
     assert masked.action_per_sample[1].isnan()
     assert abs(masked.action - data["losses"][0, 1]) > 1e-3
 
 
 def _weights_are(model: UnifiedWorldModel, known: dict[str, dict]) -> None:
-    """Adam moves a weight by lr * sign(gradient): where that is rounding noise, it may go either way."""
+    """Adam moves a weight by lr * sign(gradient), in either direction if the gradient is rounding noise."""
     parameters, entries, off = dict(model.named_parameters()), 0, 0
     for name, expected in known.items():
         if name.startswith("obs_encoder.vae."):
             continue
-        ours = parameters[official.our_name(name)].detach().flatten().double()
+        ours = parameters[published.our_name(name)].detach().flatten().double()
         places = torch.linspace(0, len(ours) - 1, min(8, len(ours))).long()
         theirs = torch.tensor(expected["samples"], dtype=torch.float64)
         entries += len(theirs)

@@ -18,7 +18,7 @@ def fresh(kind: Any, config: ModelConfig = TINY, diffusion: DiffusionConfig | No
 
 
 def stirred(kind: str, config: ModelConfig = TINY) -> Model:
-    """A model whose zero-initialised weights are not: everything that can reach an output does."""
+    """A model without zero weights, so that everything that can affect an output does."""
     model = fresh(kind, config)
     for parameter in model.parameters():
         if not parameter.any():

@@ -1,4 +1,4 @@
-"""Small models and batches for tests of the mathematics."""
+"""Small models and batches."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def fresh(diffusion: DiffusionConfig | None = None, config: ModelConfig = TINY) 
 
 
 def stirred(config: ModelConfig = TINY) -> UnifiedWorldModel:
-    """A model whose zero-initialised weights are not: everything that can reach an output does."""
+    """A model without zero weights, so that everything that can affect an output does."""
     model = fresh(config=config)
     for parameter in model.parameters():
         if not parameter.any():
@@ -57,7 +57,7 @@ def stirred(config: ModelConfig = TINY) -> UnifiedWorldModel:
 
 
 def make_batch(size: int = 4, seed: int = 0, config: ModelConfig = TINY) -> Batch:
-    """Everything present; latents of unit deviation, smooth in no way."""
+    """Nothing masked; latents are unit noise."""
     generator = seeded(seed)
     B, V, h, w = size, config.cameras, *config.latent_size
 
@@ -98,7 +98,7 @@ def train(model: UnifiedWorldModel, batch: Batch, steps: int, learning_rate: flo
 
 
 def repeated(batch: Batch, times: int) -> Batch:
-    """More noise levels a step for the same few samples."""
+    """Repeat the samples, for more noise levels per step."""
     tensors = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     return Batch(**{name: tensor.repeat(times, *[1] * (tensor.ndim - 1)) for name, tensor in given.items()})

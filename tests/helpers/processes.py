@@ -9,8 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import infra.cluster  # noqa: F401  its settings come before Ray's import
-
 
 def wait_for(condition: Callable[[], Any], driver: subprocess.Popen[str]) -> Any:
     deadline = time.monotonic() + 120

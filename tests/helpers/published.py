@@ -26,7 +26,7 @@ torch.save({"model": torch.load(sys.argv[1]), "action_normalizer": normalizer, "
 def published(
     cameras: int = 2, grid: int = 4, registers: int = 4, layers: int = 2, width: int = 64
 ) -> dict[str, Tensor]:
-    """Weights of the published layout, of no meaning: latents of grid patches a side, frames of 32 features."""
+    """Random weights in the published layout: latents of grid x grid patches, 32 features per frame."""
     condition, tokens = cameras * 2 * 32 + 16, 16 + cameras * grid**2 + registers
     shapes: dict[str, tuple[int, ...]] = {
         "pos_embed": (1, tokens, width),

@@ -29,3 +29,8 @@ def frames_of(episode: Episode, camera: str, size: int | None = None) -> np.ndar
 
 def sizes(layout: tuple[ActionBlock, ...]) -> dict[str, int]:
     return {block.name: block.size for block in layout}
+
+
+def said(episode: Episode) -> list[str]:
+    """The texts of an episode's repairs."""
+    return [repair.text for repair in episode.repairs]

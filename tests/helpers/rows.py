@@ -41,7 +41,7 @@ def write_episodes(fork: Any, episodes: list[Made]) -> list[Written]:
     for one in episodes:
         arrays += [values[at : at + 64] for values in one.latents.values() for at in range(0, len(values), 64)]
         arrays.append(one.steps)
-    places = iter([vars(location) for location in write_segments(fork, arrays)])
+    places = iter(write_segments(fork, arrays))
     return [_described(one, places) for one in episodes]
 
 

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from helpers.formats import moving, numbered, write_video
 
-import infra.cluster  # noqa: F401  its settings come before Ray's import
 from preprocessing.store.store import LatentStore
 
 UWM = Path(sys.executable).with_name("uwm")

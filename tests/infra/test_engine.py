@@ -1,6 +1,6 @@
-"""A training goes on as if nothing had happened: with as many workers bit for bit, with others but for rounding.
+"""Training resumes bit for bit on the same number of workers, and up to rounding on another.
 
-Real process groups (gloo), real DeepSpeed, real checkpoints; a step is done as pipelines/train/worker.py does it.
+Real process groups (gloo), DeepSpeed and checkpoints; a step is done as in pipelines/train/worker.py.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from infra import engine
-from infra.engine import EngineSettings, OptimizerSettings
+from infra.engine import EngineSettings
 from pipelines.recipe import Recipe
-from pipelines.train.checkpoints import RunFolder, SavedState, save_state
-from pipelines.train.worker import prepare
+from pipelines.train.checkpoints import RunFolder
+from pipelines.train.setup import prepare
+from pipelines.train.state import SavedState, save_state
 from uwm_model.augment import augment
 from uwm_model.batch import Batch
 from uwm_model.config import AugmentConfig, DiffusionConfig, ModelConfig
-from uwm_model.objective import counted
+from uwm_model.optimizer import OptimizerSettings, adamw
 from uwm_model.randomness import SampleGenerators
 from uwm_model.world_model import UnifiedWorldModel
 
@@ -57,7 +58,7 @@ def fresh() -> UnifiedWorldModel:
 
 
 def global_batch(step: int) -> Batch:
-    """Latents larger than the model's; some samples are without actions, so that shares differ in what they hold."""
+    """Latents larger than the model's. Some samples have no actions, so the workers' shares differ in their counts."""
     draw = torch.Generator().manual_seed(step)
     mask = torch.ones(SIZE, 16, 3, dtype=torch.bool)
     mask[::4] = False
@@ -76,13 +77,13 @@ def global_batch(step: int) -> Batch:
 
 
 def train(deepspeed: Any, settings: EngineSettings, first: int, stop: int) -> list[float]:
-    """The global loss of each of these steps, and at last the gradient's norm."""
+    """Return the global loss of each step, then the last gradient norm."""
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     dtype = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
     found = []
     for step in range(first, stop):
         whole = global_batch(step)
-        counts = counted(whole, False) / (world * settings.passes)
+        counts = deepspeed.module.loss_counts(whole) / (world * settings.passes)
         random = SampleGenerators.of(7, step, range(rank, SIZE, world))
         mine = augment(whole[rank::world].to("cpu", dtype), MODEL.latent_size, AugmentConfig(), random)
         loss, share = torch.zeros(()), len(mine.embodiment)
@@ -97,12 +98,16 @@ def train(deepspeed: Any, settings: EngineSettings, first: int, stop: int) -> li
     return [*found, float(deepspeed.get_global_grad_norm())]
 
 
+def deepspeed_engine(model: UnifiedWorldModel, settings: EngineSettings) -> Any:
+    return engine.initialize(model, *adamw(model, OPTIMIZER), OPTIMIZER.gradient_clip, settings)
+
+
 def resumed(settings: EngineSettings, folder: RunFolder) -> Any:
     model = fresh()
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     with folder.fetched(HALF) as fetched, SavedState(fetched) as saved:
         model.load_state_dict({name: saved.read("weight", name).view(shapes[name]) for name in saved.names()})
-        deepspeed = engine.initialize(model, OPTIMIZER, settings)
+        deepspeed = deepspeed_engine(model, settings)
         engine.restore(deepspeed, HALF, saved.read)
     return deepspeed
 
@@ -116,7 +121,7 @@ def everything(deepspeed: Any) -> dict[tuple[str, str], Tensor]:
 
 
 def one_of(rank: int, world: int, port: int, root: Path, begins: bool, answers: Any) -> None:
-    """Each kind of engine: trained to the half, saved, trained to the end; or taken up from there."""
+    """For each kind of engine: train half, save and train to the end; or resume from the save."""
     address = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in address.items()})
     torch.set_num_threads(1)
@@ -124,10 +129,10 @@ def one_of(rank: int, world: int, port: int, root: Path, begins: bool, answers: 
     found: dict[str, Any] = {}
     for name, settings in KINDS.items():
         if world > 2 and settings.passes > 1:
-            continue  # a share of one sample
+            continue  # a share would be a single sample
         folder = RunFolder(str(root / name))
         if begins:
-            deepspeed = engine.initialize(fresh(), OPTIMIZER, settings)
+            deepspeed = deepspeed_engine(fresh(), settings)
             train(deepspeed, settings, 0, HALF)
             parts = [part.copied() for part in engine.parts(deepspeed)]
             folder.write(HALF, lambda made, parts=parts: save_state(made / f"state-{rank}.safetensors", parts))
@@ -149,7 +154,7 @@ def one_of(rank: int, world: int, port: int, root: Path, begins: bool, answers: 
         for stage in (1, 3):
             model = fresh()
             prepare(model, Recipe(steps=1, batch_size=2, learning_rate=1, activation_checkpointing=True))
-            deepspeed = engine.initialize(model, OPTIMIZER, EngineSettings(stage))
+            deepspeed = deepspeed_engine(model, EngineSettings(stage))
             train(deepspeed, EngineSettings(stage), 0, HALF)
             found[f"computed again, stage {stage}"] = train(deepspeed, EngineSettings(stage), HALF, END)
     if rank == 0:
@@ -167,7 +172,7 @@ def spawned(world: int, root: Path, begins: bool) -> dict[str, list[float]]:
 
 
 @pytest.mark.slow
-def test_two_workers_go_on_as_they_were_and_one_or_four_take_over(tmp_path: Path) -> None:
+def test_two_workers_resume_and_one_or_four_take_over(tmp_path: Path) -> None:
     two = spawned(2, tmp_path, begins=True)
     for other in ("from stage 1 to 3", "computed again, stage 1", "computed again, stage 3"):
         two[other] = two["float32, stage 1"]

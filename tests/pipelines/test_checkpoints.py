@@ -11,7 +11,7 @@ import torch
 from helpers.s3 import S3
 
 from infra.engine import ParameterSlice
-from pipelines.train.checkpoint_writer import Saver
+from pipelines.train.checkpoint_writer import CheckpointWriter
 from pipelines.train.checkpoints import RunFolder
 from pipelines.train.state import SavedState, save_state
 
@@ -83,7 +83,7 @@ def test_a_state_is_whole_again_however_it_was_shared_out(tmp_path: Path) -> Non
 
 def test_it_counts_when_all_workers_have_written(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path))
-    savers = [Saver(folder, leads=rank == 0, workers=2) for rank in range(2)]
+    savers = [CheckpointWriter(folder, leads=rank == 0, workers=2) for rank in range(2)]
 
     def settled() -> list[tuple[int | None, str | None]]:
         for saver in savers:

@@ -1,8 +1,7 @@
-"""What a user's mistakes get: one clear line, the right exit code, nothing half-written. And who may import whom."""
+"""What a user's mistakes get: one clear line, the right exit code, nothing half-written."""
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,6 @@ from pipelines.cli import contract as cli_contract
 from preprocessing import sources
 from preprocessing.store.store import LatentStore
 
-ROOT = Path(__file__).parents[2]
 VERBS = ("ingest", "pretrain", "finetune", "evaluate", "promote", "demo", "record", "train-vae", "store")
 
 
@@ -116,39 +114,6 @@ def test_evaluation_and_promotion_of_what_is_not_there(
     _one_clear_line(uwm("promote", "none", "1"), "none version 1")
 
 
-def test_a_process_that_decodes_needs_no_torch() -> None:
-    code = "import sys, pipelines.ingest.job; sys.exit(any(name in sys.modules for name in ('torch', 'mlflow')))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-
-
-def test_help_is_quick_to_import_and_names_every_verb() -> None:
-    code = "import sys, pipelines.cli; sys.exit(any(name in sys.modules for name in ('torch', 'ray', 'mlflow')))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+def test_help_names_every_verb() -> None:
     shown = subprocess.run([Path(sys.executable).with_name("uwm"), "--help"], capture_output=True, text=True)
     assert shown.returncode == 0 and all(verb in shown.stdout for verb in VERBS)
-
-
-ALLOWED = {
-    "uwm_model": set(),
-    "infra": set(),
-    "preprocessing": set(),
-    "pipelines": {"uwm_model", "infra", "preprocessing"},
-}
-
-
-@pytest.mark.parametrize("package", ALLOWED)
-def test_imports_run_one_way(package: str) -> None:
-    siblings = set(ALLOWED) - {package} - ALLOWED[package]
-    for path in (ROOT / package).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            for name in names:
-                top = name.partition(".")[0]
-                types = path.parent.name == "simulators" and name in (
-                    "preprocessing.episode",
-                    "preprocessing.contracts.interface",
-                )
-                assert top not in siblings or types, f"{path}: imports {name}"
-                if top == "ray":
-                    assert package == "pipelines" or path.name == "cluster.py", f"{path}: imports {name}"

@@ -51,7 +51,7 @@ def write(
 
 def speak(store: str, encoder: str, width: int) -> None:
     row = {"text": "close the drawer", "encoder": encoder, "encoder_digest": encoder * 2, "vector": [0.1] * width}
-    LatentStore.open(store).add_sentences([row])
+    LatentStore.open(store).add_instruction_vectors([row])
 
 
 @pytest.fixture(scope="module")
@@ -170,14 +170,14 @@ def test_pictures_of_another_size(trained: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.width=64", "model.width: 64, but the trained model's is 32, and stays"),
-        ("model.kind=dp", "model.kind: dp, but the trained model's is uwm, and stays"),
+        ("model.width=64", "model.width: 64, but the trained model has 32, which cannot change"),
+        ("model.kind=dp", "model.kind: dp, but the trained model has uwm, which cannot change"),
         ("diffusion.sampling_steps=3", "keeps its diffusion"),
         ("freeze=[denoiser.black.*]", r"freeze: denoiser.black.\* matches no parameter's name; .* denoiser.blocks.\*"),
         ("freeze=['*']", "nothing is left to learn"),
         ("lora.targets=['*.mlp.7']", r"lora.targets: \*.mlp.7 matches no linear layer's name"),
         ("lora.rang=3", "lora.rang"),
-        ("text_encoder=minilm", "of text encoder minilm it holds none"),
+        ("text_encoder=minilm", "of text encoder minilm: it holds none"),
     ],
 )
 def test_what_cannot_be_is_told_in_a_line(trained: Path, tmp_path: Path, override: str, message: str) -> None:

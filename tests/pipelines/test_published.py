@@ -26,7 +26,7 @@ from preprocessing.dataset.normalizer import MINIMUM_RANGE, Normalizer
 from preprocessing.dataset.selection import choose_encoder
 from preprocessing.errors import UserError
 from preprocessing.store.store import LatentStore
-from uwm_model.published import load_official
+from uwm_model.published import load_published
 
 
 def write(path: Path, scale: Any, offset: Any, actions: int = 7, **sizes: int) -> Path:
@@ -77,7 +77,7 @@ def test_it_answers_as_the_published_model_in_the_robots_units(place: Path, inve
     np.testing.assert_allclose(policy.spec.action_normalizer.offset, offset, atol=1e-6)
     assert policy.settings.step == 42 and policy.image_size == 80 and policy.spec.cameras == ("agentview",)
     batch = HeldOut(policy, str(place / "store")).batch
-    expected, _ = load_official(file).sample("policy", batch, generator=torch.Generator().manual_seed(0))
+    expected, _ = load_published(file).sample("policy", batch, generator=torch.Generator().manual_seed(0))
     answer = policy.ask(batch, torch.Generator().manual_seed(0))
     torch.testing.assert_close(answer, expected, rtol=0, atol=1e-4)
     assert adopt(file, str(place / "store")) == folder
@@ -92,7 +92,7 @@ def test_it_is_evaluated_and_finetuned(place: Path, uwm: Uwm, tmp_path: Path) ->
     assert report["open_loop"]["psnr_forward"] and report["open_loop"]["action_error_inverse"]
     store = LatentStore.open(str(place / "store"))
     seen_then = store.snapshot().id
-    store.add_sentences([{"text": "go", "encoder": "e", "encoder_digest": "e", "vector": [1.0]}])
+    store.add_instruction_vectors([{"text": "go", "encoder": "e", "encoder_digest": "e", "vector": [1.0]}])
     small = ["steps=2", "batch_size=4", "workers=1", "warmup_steps=0", "log_every=1", "--snapshot", seen_then]
     code, trained, err = uwm("finetune", "--from", file, "--store", place / "store", *runs, "--json", *small)
     assert code == 0, err

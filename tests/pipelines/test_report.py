@@ -17,11 +17,11 @@ from PIL import Image
 
 from infra import tracking
 from pipelines.evaluate.intervals import wilson_interval
-from pipelines.evaluate.rollouts import write_video
 from pipelines.registry.promote import Promotion
 from pipelines.report import page as report
 from pipelines.report.page import Stage, write_report
 from preprocessing.store.store import LatentStore
+from preprocessing.video.write import write_video
 
 HOSTILE = "<script>alert(1)</script>"
 PICTURE = np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3)
@@ -110,13 +110,17 @@ def _evaluation(folder: Path, successes: int, frames: bool) -> Path:
     rate = {"success_rate": successes / 3, "low": low, "high": high}
     numbers: dict[str, Any] = {"model": "m", "run_id": "r", "embodiment": "arm"}
     numbers["closed_loop"] = {"task": "toy:push", "episodes": 3, "successes": successes, **rate}
+    numbers["videos"] = []
     for number in range(3):
         outcome = "success" if number < successes else "failure"
-        write_video(folder / f"push_{number:02d}_{outcome}.mp4", [{"front": PICTURE, "wrist": PICTURE}] * 3, 10)
+        file = f"push_{number:02d}_{outcome}.mp4"
+        write_video(folder / file, [np.concatenate([PICTURE, PICTURE], axis=1)] * 3, 10, quality=26)
+        numbers["videos"].append({"file": file, "episode": number, "success": number < successes})
     if frames:
         errors = {"action_error_policy": 0.1, "action_error_inverse": 0.05, "action_error_mean": 0.4}
         quality = {"psnr_forward": 24.0, "psnr_floor": 21.0, "psnr_ceiling": 30.0}
         numbers["open_loop"] = {"windows": 64, **errors, **quality}
+        numbers["pictures"] = [{"file": "forward_0.png", "columns": ["now", "predicted", "true"]}]
         Image.fromarray(np.concatenate([PICTURE] * 3, axis=1)).save(folder / "forward_0.png")
     (folder / "evaluation.json").write_text(json.dumps(numbers))
     return folder

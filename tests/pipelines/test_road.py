@@ -20,11 +20,13 @@ from pipelines.evaluate.run import evaluate
 from pipelines.ingest.run import ingest
 from pipelines.models import checkpoint
 from pipelines.models.policy import Policy
+from pipelines.models.resolve import resolve
 from pipelines.recipe import IngestRecipe, load_recipe
 from pipelines.registry.promote import promote
 from pipelines.registry.register import register
 from pipelines.train.finetune import finetune
 from pipelines.train.pretrain import pretrain
+from pipelines.train.run import RunOptions
 from preprocessing.errors import UserError
 from preprocessing.store.store import LatentStore
 
@@ -46,8 +48,12 @@ def road(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Any:
         write_lerobot(raw / "lerobot", rows=24, episodes=4)
         write_video(raw / "videos" / "clip.mp4", numbered(90))
         first = ingest([str(raw)], store, IngestRecipe(image_size=64))
-        pre_run, pre = pretrain(store, load_recipe("small", ["steps=6", *SMALL, *TINY]), root / "runs")
-        fine_run, fine = finetune(str(pre), store, load_recipe("finetune", ["steps=4", *SMALL]), root / "runs")
+        pre_run, pre = pretrain(
+            store, load_recipe("small", ["steps=6", *SMALL, *TINY]), RunOptions(output=root / "runs")
+        )
+        fine_run, fine = finetune(
+            str(pre), store, load_recipe("finetune", ["steps=4", *SMALL]), RunOptions(output=root / "runs")
+        )
         yield {"root": root, "raw": raw, "store": store, "first": first, "pretrained": pre, "pretrain_run": pre_run,
                "finetuned": fine, "finetune_run": fine_run}  # fmt: skip
 
@@ -187,7 +193,7 @@ def test_evaluation_registration_and_the_gate(road: Any, tmp_path: Path, monkeyp
         promote("toy", two)
     tracking.log_metrics(road["pretrain_run"], {"success_rate.toy.task": 0.9}, 5)
     assert promote("toy", two).previous == one
-    assert checkpoint.load_settings(checkpoint.resolve("models:/toy@champion")).run_id == road["pretrain_run"]
+    assert checkpoint.load_settings(resolve("models:/toy@champion")).run_id == road["pretrain_run"]
 
 
 def test_a_registered_model_loads_through_mlflow_and_rejects_other_shapes(

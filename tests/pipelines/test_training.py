@@ -16,7 +16,7 @@ from helpers.rows import Made, commit, fill, write_episodes
 from infra import tracking
 from pipelines.models import checkpoint
 from pipelines.recipe import load_recipe
-from pipelines.train.validation import BATCHES, held_out
+from pipelines.train.validation import BATCHES
 from preprocessing.errors import UserError
 from preprocessing.store.store import LatentStore
 from uwm_model.randomness import SampleGenerators, unit_noise
@@ -106,9 +106,10 @@ def test_a_dry_run_says_what_it_takes(store: str, uwm: Uwm) -> None:
 
 
 def test_no_two_samples_share_their_noise() -> None:
-    steps = [*range(1, 5), *(held_out(number) for number in range(BATCHES))]
-    drawn = [unit_noise((4, 3), SampleGenerators.of(0, step, range(4)), torch.device("cpu")) for step in steps]
-    assert len(torch.cat(drawn).unique(dim=0)) == 4 * len(steps)
+    generators = [SampleGenerators.of(0, step, range(4)) for step in range(5)]
+    generators += [SampleGenerators.of(0, number, range(4), "held_out") for number in range(BATCHES)]
+    drawn = [unit_noise((4, 3), each, torch.device("cpu")) for each in generators]
+    assert len(torch.cat(drawn).unique(dim=0)) == 4 * len(generators)
 
 
 @pytest.mark.parametrize(

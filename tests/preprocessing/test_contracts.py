@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.formats import jpeg, numbered, quadrants, write_tfds
+from helpers.readers import said
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from preprocessing.contracts.contract import SHIPPED, DataContract, shipped_for
 from preprocessing.contracts.rotations import WIDTHS, convert_rotation, with_rotations
-from preprocessing.episode import ActionBlock, Episode, EpisodeRef
+from preprocessing.episode import ActionBlock, Episode, EpisodeRef, Repair
 from preprocessing.errors import BadEpisode, UserError
 from preprocessing.inspect.check import measure
 from preprocessing.inspect.infer import contract_yaml
@@ -158,8 +159,8 @@ def meant(layout: tuple[ActionBlock, ...]) -> list[tuple]:
 
 
 def guesses(episode: Episode) -> list[str]:
-    words = ("unknown", "assumed", "stands for", "read as found")
-    return [repair for repair in episode.repairs if any(word in repair for word in words)]
+    words = ("unknown", "assumed", "stands for", "read without it")
+    return [text for text in said(episode) if any(word in text for word in words)]
 
 
 # --------------------------------------------------------------------------------------------------------- shipped
@@ -201,10 +202,10 @@ def test_a_data_sets_own_name_finds_its_contracts(dataset, names):
 
 
 def test_bridge(tmp_path):
-    said = recorded(BRIDGE)
-    episode = one(write_tfds(tmp_path, "bridge_dataset", BRIDGE, [said], split="val"))
+    record = recorded(BRIDGE)
+    episode = one(write_tfds(tmp_path, "bridge_dataset", BRIDGE, [record], split="val"))
     check_cameras(episode, BRIDGE)
-    assert np.array_equal(episode.action, said["steps/action"])
+    assert np.array_equal(episode.action, record["steps/action"])
     assert meant(episode.action_layout) == [
         ("position", 3, "position", None, "delta", "base", None),
         ("rotation", 3, "rotation", "euler_xyz", "delta", "base", None),
@@ -217,14 +218,16 @@ def test_bridge(tmp_path):
 
 @pytest.mark.parametrize("name", ["bridge", "bridge_oxe"])
 def test_bridge_of_open_x_embodiment(tmp_path, name):
-    said = recorded(BRIDGE_OXE)
-    episode = one(write_tfds(tmp_path, name, BRIDGE_OXE, [said], split="test"))
+    record = recorded(BRIDGE_OXE)
+    episode = one(write_tfds(tmp_path, name, BRIDGE_OXE, [record], split="test"))
     check_cameras(episode, BRIDGE_OXE)
-    parts = [said[f"steps/action/{part}"] for part in ("world_vector", "rotation_delta")]
-    gripper = said["steps/action/open_gripper"][:, None]
+    parts = [record[f"steps/action/{part}"] for part in ("world_vector", "rotation_delta")]
+    gripper = record["steps/action/open_gripper"][:, None]
     assert np.array_equal(episode.action, np.concatenate([*parts, gripper], axis=1).astype(np.float32))
     assert [(b.name, b.gripper_one_means) for b in episode.action_layout][-1] == ("gripper", "open")
-    assert np.array_equal(episode.signals["action/terminate_episode"], said["steps/action/terminate_episode"][:, None])
+    assert np.array_equal(
+        episode.signals["action/terminate_episode"], record["steps/action/terminate_episode"][:, None]
+    )
     assert (episode.fps, episode.embodiment, episode.split) == (5, "widowx", "validation")
     assert episode.instruction == "steps/observation/natural_language_instruction says"
     assert guesses(episode) == []
@@ -251,12 +254,12 @@ def droid() -> dict:
 
 @pytest.mark.parametrize("name", ["droid", "droid_100"])
 def test_droid(tmp_path, name):
-    said = droid()
-    episode = one(write_tfds(tmp_path, name, DROID, [said]))
+    record = droid()
+    episode = one(write_tfds(tmp_path, name, DROID, [record]))
     check_cameras(episode, DROID)
-    pose = said["steps/action_dict/cartesian_position"].astype(np.float32)
+    pose = record["steps/action_dict/cartesian_position"].astype(np.float32)
     rows = Rotation.from_euler("xyz", pose[:, 3:]).as_matrix()[:, :2].reshape(STEPS, 6)
-    expected = np.concatenate([pose[:, :3], rows, said["steps/action_dict/gripper_position"]], axis=1)
+    expected = np.concatenate([pose[:, :3], rows, record["steps/action_dict/gripper_position"]], axis=1)
     assert episode.action.shape == (STEPS, 10) and episode.action.dtype == np.float32
     assert np.allclose(episode.action, expected, atol=1e-6)
     assert meant(episode.action_layout) == [
@@ -266,9 +269,9 @@ def test_droid(tmp_path, name):
     ]
     assert (episode.fps, episode.embodiment, episode.success) == (15, "panda", None)
     assert set(episode.proprio) == {"cartesian_position", "gripper_position", "joint_position"}
-    velocity = said["steps/action_dict/joint_velocity"].astype(np.float32)
+    velocity = record["steps/action_dict/joint_velocity"].astype(np.float32)
     assert np.array_equal(episode.signals["action_dict/joint_velocity"], velocity)
-    assert np.array_equal(episode.signals["action"], said["steps/action"].astype(np.float32))
+    assert np.array_equal(episode.signals["action"], record["steps/action"].astype(np.float32))
     assert "action_dict/cartesian_position" not in episode.signals
     assert episode.texts["language_instruction_3"] == "steps/language_instruction_3 says"
     assert episode.texts["recording_folderpath"] == "episode_metadata/recording_folderpath says"
@@ -281,11 +284,11 @@ def test_droid(tmp_path, name):
 )
 def test_the_path_of_a_recording_of_droid_tells_whether_it_succeeded(tmp_path, folder, success):
     path = f"gs://bucket/r2d2/{folder}/2023-07-07/Fri_Jul__7_09:42:23_2023/trajectory.h5"
-    said = droid() | {"episode_metadata/file_path": [path]}
-    assert one(write_tfds(tmp_path / "droid", "droid_101", DROID, [said])).success is success
+    record = droid() | {"episode_metadata/file_path": [path]}
+    assert one(write_tfds(tmp_path / "droid", "droid_101", DROID, [record])).success is success
     fields = {name: kind for name, kind in DROID.items() if name != "episode_metadata/recording_folderpath"}
-    said = {name: values for name, values in said.items() if name in fields}
-    assert one(write_tfds(tmp_path / "another", "another", fields, [said])).success is None
+    record = {name: values for name, values in record.items() if name in fields}
+    assert one(write_tfds(tmp_path / "another", "another", fields, [record])).success is None
 
 
 @pytest.mark.parametrize(
@@ -296,9 +299,9 @@ def test_the_path_of_a_recording_of_droid_tells_whether_it_succeeded(tmp_path, f
     ],
 )
 def test_droid_with_speeds(tmp_path, speeds, layout):
-    said = droid()
-    episode = one(write_tfds(tmp_path, "droid", DROID, [said]), DataContract.load(f"droid_{speeds}"))
-    expected = np.concatenate([said[f"steps/action_dict/{name}"] for name in (speeds, "gripper_position")], axis=1)
+    record = droid()
+    episode = one(write_tfds(tmp_path, "droid", DROID, [record]), DataContract.load(f"droid_{speeds}"))
+    expected = np.concatenate([record[f"steps/action_dict/{name}"] for name in (speeds, "gripper_position")], axis=1)
     assert np.array_equal(episode.action, expected.astype(np.float32))
     assert [(b.name, b.size, b.mode) for b in episode.action_layout] == layout
     assert guesses(episode) == []
@@ -312,11 +315,11 @@ def test_an_empty_sentence_is_no_instruction(tmp_path):
 
 
 def test_fractal(tmp_path):
-    said = recorded(FRACTAL, **{"aspects/has_aspects": np.array([1]), "aspects/success": np.array([1])})
-    episode = one(write_tfds(tmp_path, "fractal20220817_data", FRACTAL, [said]))
+    record = recorded(FRACTAL, **{"aspects/has_aspects": np.array([1]), "aspects/success": np.array([1])})
+    episode = one(write_tfds(tmp_path, "fractal20220817_data", FRACTAL, [record]))
     check_cameras(episode, FRACTAL)
     names = ("world_vector", "rotation_delta", "gripper_closedness_action")
-    assert np.array_equal(episode.action, np.concatenate([said[f"steps/action/{name}"] for name in names], axis=1))
+    assert np.array_equal(episode.action, np.concatenate([record[f"steps/action/{name}"] for name in names], axis=1))
     assert meant(episode.action_layout) == [
         ("position", 3, "position", None, "delta", "base", None),
         ("rotation", 3, "rotation", "euler_xyz", "delta", "base", None),
@@ -324,7 +327,7 @@ def test_fractal(tmp_path):
     ]
     assert (episode.fps, episode.embodiment, episode.success) == (3, "google-robot", True)
     assert np.array_equal(
-        episode.signals["action/base_displacement_vector"], said["steps/action/base_displacement_vector"]
+        episode.signals["action/base_displacement_vector"], record["steps/action/base_displacement_vector"]
     )
     assert episode.signals["action/terminate_episode"].shape == (STEPS, 3)
     assert episode.texts["attributes/env_name"] == "attributes/env_name says"
@@ -333,11 +336,11 @@ def test_fractal(tmp_path):
 
 
 def test_libero_of_openvla(tmp_path):
-    said = recorded(LIBERO)
-    episode = one(write_tfds(tmp_path, "libero_spatial_no_noops", LIBERO, [said]))
+    record = recorded(LIBERO)
+    episode = one(write_tfds(tmp_path, "libero_spatial_no_noops", LIBERO, [record]))
     check_cameras(episode, LIBERO)  # as they are recorded: its authors turned them
     assert not any(video.turned for video in episode.cameras.values())
-    assert np.array_equal(episode.action, said["steps/action"])
+    assert np.array_equal(episode.action, record["steps/action"])
     assert meant(episode.action_layout) == [
         ("position", 3, "position", None, "delta", "base", None),
         ("rotation", 3, "rotation", "axis_angle", "delta", "base", None),
@@ -370,23 +373,23 @@ def test_language_table_has_its_sentences_in_numbers(tmp_path):
     sentence = np.zeros(512, int)
     words = "push the blöck up".encode()
     sentence[: len(words)] = list(words)
-    said = recorded(LANGUAGE_TABLE, **{"steps/observation/instruction": np.stack([sentence] * STEPS)})
-    episode = one(write_tfds(tmp_path, "language_table_sim", LANGUAGE_TABLE, [said]))
+    record = recorded(LANGUAGE_TABLE, **{"steps/observation/instruction": np.stack([sentence] * STEPS)})
+    episode = one(write_tfds(tmp_path, "language_table_sim", LANGUAGE_TABLE, [record]))
     check_cameras(episode, LANGUAGE_TABLE)
     assert episode.instruction == episode.texts["observation/instruction"] == "push the blöck up"
     assert (episode.fps, episode.embodiment) == (10, "xarm")
-    assert not [repair for repair in episode.repairs if "instruction" in repair]
+    assert not [repair for repair in episode.repairs if repair.field == "instruction"]
     assert "observation/instruction" not in episode.signals
 
 
 def test_a_data_set_that_is_not_as_its_contract_says_is_read_as_found(tmp_path):
     fields = {name: kind for name, kind in DROID.items() if "action_dict" not in name}
-    said = {name: values for name, values in droid().items() if name in fields}
-    episode = one(write_tfds(tmp_path, "droid", fields, [said]))
-    assert np.array_equal(episode.action, said["steps/action"].astype(np.float32))
-    assert episode.fps == 10 and "control rate unknown; 10 Hz assumed" in episode.repairs
-    assert episode.repairs[-1].startswith("droid is not as the shipped contract droid says (contract: action:")
-    assert episode.repairs[-1].endswith("; read as found")
+    record = {name: values for name, values in droid().items() if name in fields}
+    episode = one(write_tfds(tmp_path, "droid", fields, [record]))
+    assert np.array_equal(episode.action, record["steps/action"].astype(np.float32))
+    assert episode.fps == 10 and "control rate unknown; 10 Hz assumed" in said(episode)
+    assert said(episode)[-1].startswith("the shipped contract droid does not fit droid (contract: action:")
+    assert said(episode)[-1].endswith("; read without it")
 
 
 @pytest.mark.parametrize(
@@ -394,8 +397,8 @@ def test_a_data_set_that_is_not_as_its_contract_says_is_read_as_found(tmp_path):
     [("fractal20220817_data", FRACTAL), ("droid", DROID), ("bridge", BRIDGE_OXE), ("bridge", BRIDGE), ("kuka", KUKA)],
 )
 def test_what_is_inferred_beside_a_shipped_contract_says_the_same(tmp_path, name, fields):
-    said = droid() if name == "droid" else recorded(fields)
-    write_tfds(tmp_path, name, fields, [said], split="test")
+    record = droid() if name == "droid" else recorded(fields)
+    write_tfds(tmp_path, name, fields, [record], split="test")
     refs = [ref for format, found in find(tmp_path) for ref in scan(format, found)]
     (tmp_path / "mine.yaml").write_text(contract_yaml(measure(refs, None, refs), name))
     shipped, mine = one(tmp_path), one(tmp_path, DataContract.load(tmp_path / "mine.yaml"))
@@ -432,11 +435,11 @@ def episode() -> Episode:
         success=None,
         embodiment="toy",
         repairs=(
-            "control rate unknown; 10 Hz assumed",
-            "robot unknown; the data set's name stands for it",
-            "images are stored bottom-up (opengl); turned upright",
-            "the instruction changes within the episode; the first one is kept",
-            "camera top is black in every frame",
+            Repair("fps", "control rate unknown; 10 Hz assumed"),
+            Repair("embodiment", "robot unknown; the data set's name stands for it"),
+            Repair("flip", "images are stored bottom-up (opengl); turned upright"),
+            Repair("instruction", "the instruction changes within the episode; the first one is kept"),
+            Repair("frames", "camera top is black in every frame"),
         ),
         signals={"target": rows(6), "hand": rows(1), "done": np.eye(STEPS, dtype=np.float32)[:, -1:]},
         texts={"said": "wipe it", "none": ""},

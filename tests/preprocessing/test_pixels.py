@@ -16,7 +16,8 @@ from pipelines.models import checkpoint
 from pipelines.models.data import dataset
 from pipelines.models.policy import Policy
 from pipelines.recipe import IngestRecipe, load_recipe
-from pipelines.train.pretrain import choose_encoder, plan
+from pipelines.train.pretrain import plan
+from preprocessing.dataset.selection import choose_encoder
 from preprocessing.errors import UserError
 from preprocessing.store.store import LatentStore
 

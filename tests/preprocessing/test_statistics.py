@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from preprocessing.store.statistics import Statistics, merge, normalizers
+from preprocessing.dataset.normalizer import normalizers
+from preprocessing.store.statistics import Statistics, merge
 
 
 def test_statistics_merge_to_those_of_all_data_together() -> None:

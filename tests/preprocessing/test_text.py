@@ -103,7 +103,7 @@ def test_a_model_hears_the_instruction_and_nothing_where_there_is_none() -> None
     assert (share[:3] - 0.5).abs().max() < 0.12 and share[3] == 0
     kept = augment(told, TINY.latent_size, AugmentConfig(untold=0), seeded(0))
     assert torch.equal(kept.instruction_mask, there)
-    with pytest.raises(ValueError, match="is told no instruction"):
+    with pytest.raises(ValueError, match="takes no instructions"):
         dataclasses.replace(TOLD, observation="pixels")
 
 
@@ -126,14 +126,15 @@ def test_instructions_go_from_the_data_to_the_policy(
     assert code == 0 and again["snapshot"] == report["snapshot"]
     snapshot = LatentStore.open(str(store)).snapshot()
     digest = text_encoder_digest(str(encoder))
-    assert {row["instruction"] for row in snapshot.rows()} == set(snapshot.sentences(digest))
+    assert {row["instruction"] for row in snapshot.rows()} == set(snapshot.instruction_vectors(digest))
     assert list(snapshot.verify()) == []
 
     recipe = load_recipe("small", small)
     settings, folder = plan(str(store), recipe), tmp_path / "checkpoint"
     data = dataset(settings, validation=False, recipe=recipe)
     gathered = data.gather(np.array([0]), np.array([3]))
-    np.testing.assert_array_equal(gathered["instruction"][0], snapshot.sentences(digest)[data.rows[0]["instruction"]])
+    vectors = snapshot.instruction_vectors(digest)
+    np.testing.assert_array_equal(gathered["instruction"][0], vectors[data.rows[0]["instruction"]])
     assert gathered["instruction_mask"].tolist() == [True]
     checkpoint.save(folder, train(settings, recipe)[0].state_dict(), settings)
     assert settings.model.text_width == 12 and settings.text_encoder_digest == digest

@@ -27,7 +27,6 @@ from helpers.processes import wait_for, workers
 from helpers.rows import commit, differences, fill, random_episode
 from helpers.s3 import S3, FaultyProxy
 
-import infra.cluster  # noqa: F401  its settings come before Ray's import
 from preprocessing.errors import UserError
 from preprocessing.store.store import LatentStore
 

@@ -23,7 +23,6 @@ from helpers.rows import fill
 from helpers.s3 import S3
 from safetensors.torch import load_file
 
-import infra.cluster  # noqa: F401  its settings come before Ray's import
 from infra import tracking
 from preprocessing.store.storage import parse
 from preprocessing.store.store import LatentStore
@@ -131,7 +130,7 @@ def test_workers_and_drivers_that_die_or_are_told_to(trainings: Trainings) -> No
     second.after(6)
     second.process.send_signal(signal.SIGINT)
     told = second.finish(130)
-    assert "going on with run" in told
+    assert "resuming run" in told
     stopped = re.search(r"interrupted; stopped at step (\d+)", told)
     assert stopped and int(stopped[1]) >= 6 * EVERY
 

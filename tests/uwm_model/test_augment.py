@@ -1,4 +1,4 @@
-"""Crops keep what belongs together together; colours change as far as asked."""
+"""Crops are the same for latents and pixels of a camera; colours change within their range."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIZE = (6, 8)  # of latents (8, 12)
 
 
 def places(batch: Batch) -> Batch:
-    """Every value of latents and pixels says where it lies: row * 100 + column, in latents."""
+    """Set every value of latents and pixels to its position, row * 100 + column, in latents."""
     h, w = TINY.latent_size
     grid = (torch.arange(h)[:, None] * 100.0 + torch.arange(w)).expand(*batch.current_latents.shape[:4], h, w)
     fine = grid.repeat_interleave(8, dim=-2).repeat_interleave(8, dim=-1)[:, :, :, :3] / 1000
@@ -25,11 +25,11 @@ def places(batch: Batch) -> Batch:
 
 
 def corners(maps: Tensor) -> Tensor:
-    """The place of the first value: [B, V]."""
+    """Return the position of the first value: [B, V]."""
     return maps[:, :, 0, 0, 0, 0]
 
 
-def test_a_crop_is_one_part_of_all_that_a_camera_shows() -> None:
+def test_a_crop_is_the_same_for_everything_of_a_camera() -> None:
     batch = places(make_batch(64))
     cut = augment(batch, SIZE, AugmentConfig(), seeded(0))
     assert cut.current_latents.shape[-2:] == cut.future_latents.shape[-2:] == SIZE
@@ -48,7 +48,7 @@ def test_a_crop_is_one_part_of_all_that_a_camera_shows() -> None:
     torch.testing.assert_close(again.current_latents, cut.current_latents, rtol=0, atol=0)
 
 
-def test_the_centre_is_the_middle_and_whole_frames_stay() -> None:
+def test_centre_crop_and_frames_that_need_none() -> None:
     batch = places(make_batch())
     cut = centre(batch, SIZE)
     assert (corners(cut.current_latents) == 102).all() and (corners(cut.future_latents) == 102).all()
@@ -59,7 +59,7 @@ def test_the_centre_is_the_middle_and_whole_frames_stay() -> None:
         centre(batch, (10, 12))
 
 
-def test_colours_change_as_far_as_asked_and_alike_in_all_frames() -> None:
+def test_colours_change_within_their_range_and_alike_in_all_frames() -> None:
     pixels = (
         torch.randint(0, 256, (64, 2, 1, 3, 64, 96), generator=seeded(0)).to(torch.uint8).expand(-1, -1, 2, -1, -1, -1)
     )
@@ -71,7 +71,7 @@ def test_colours_change_as_far_as_asked_and_alike_in_all_frames() -> None:
     dark = pixels < 200
     factor = torch.where(dark & (pixels > 0), brighter / (pixels / 255), 1)[:, :, 0].flatten(2)
     spread = factor.where(dark[:, :, 0].flatten(2) & (pixels[:, :, 0].flatten(2) > 0), factor.median(2)[0][..., None])
-    torch.testing.assert_close(spread.amax(2), spread.amin(2))  # one factor a sample and camera
+    torch.testing.assert_close(spread.amax(2), spread.amin(2))  # one factor per sample and camera
     assert 0.8 <= spread.min() < 0.85 and 1.15 < spread.max() <= 1.2001
 
     changed = augment(
@@ -83,9 +83,11 @@ def test_colours_change_as_far_as_asked_and_alike_in_all_frames() -> None:
     assert not torch.allclose(images, brighter, atol=0.01)
     greys = replace(batch, current_pixels=pixels[:, :, :, :1].expand(-1, -1, -1, 3, -1, -1))
     still = augment(greys, TINY.latent_size, AugmentConfig(saturation=0.2, hue=0.2), seeded(0)).current_pixels
-    torch.testing.assert_close(still, greys.current_pixels / 255, atol=2e-3, rtol=0)  # of grey nothing changes
+    torch.testing.assert_close(
+        still, greys.current_pixels / 255, atol=2e-3, rtol=0
+    )  # grey stays grey
 
 
-def test_a_wrong_setting_is_named() -> None:
+def test_an_invalid_setting_is_named() -> None:
     with pytest.raises(ValueError, match=r"hue: 0.6 is not from 0 to 0.5"):
         AugmentConfig(hue=0.6)

@@ -1,4 +1,4 @@
-"""The paper's comparisons: each learns what it can, refuses what it cannot, and sees nothing that is masked."""
+"""The paper's comparisons: what each learns, which modes it rejects, and that masked inputs have no effect."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ DEFAULT = ModelConfig(
 )
 
 
-# One face
+# The interface
 
 
-def test_the_kind_is_a_setting_and_without_it_a_model_is_uwm() -> None:
+def test_kind_selects_the_class_and_defaults_to_uwm() -> None:
     classes = {"uwm": UnifiedWorldModel, "dp": DiffusionPolicy, "pad": PredictionWithAction, "gr1": GR1}
     for kind, expected in classes.items():
         assert type(fresh(kind)) is expected
@@ -65,13 +65,13 @@ def test_the_kind_is_a_setting_and_without_it_a_model_is_uwm() -> None:
         dataclasses.replace(TINY, kind="act")  # type: ignore[arg-type]
 
 
-def test_a_model_names_its_modes() -> None:
+def test_modes_of_each_model() -> None:
     assert set(UnifiedWorldModel.modes) == set(ROLES) == set(get_args(Mode))
     assert {kind: list(fresh(kind).modes) for kind in MODES} == MODES
 
 
 @pytest.mark.parametrize(("kind", "mode"), HAS)
-def test_a_mode_gives_what_it_is_asked_for_from_the_observation_alone(kind: str, mode: Any) -> None:
+def test_a_mode_returns_its_outputs_from_the_observation_alone(kind: str, mode: Any) -> None:
     full = make_batch()
     batch = dataclasses.replace(full, action=None, future_latents=None)
     model = stirred(kind)
@@ -87,13 +87,13 @@ def test_a_mode_gives_what_it_is_asked_for_from_the_observation_alone(kind: str,
 
 
 @pytest.mark.parametrize(("kind", "mode"), HAS_NOT)
-def test_what_a_model_cannot_do_is_refused_by_name(kind: str, mode: Any) -> None:
+def test_a_mode_that_the_model_lacks_is_rejected(kind: str, mode: Any) -> None:
     with pytest.raises(ValueError, match=f"has no {mode}; it has {', '.join(MODES[kind])}"):
         fresh(kind).sample(mode, make_batch(1))
 
 
 @pytest.mark.parametrize("kind", MODES)
-def test_an_unknown_mode_and_a_batch_without_its_targets_are_refused(kind: str) -> None:
+def test_an_unknown_mode_and_a_batch_without_targets_are_rejected(kind: str) -> None:
     with pytest.raises(ValueError, match="mode: planner is unknown"):
         fresh(kind).sample("planner", make_batch(1))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"training needs batch.action"):
@@ -115,7 +115,7 @@ def test_every_parameter_is_trained(kind: str) -> None:
     model = stirred(kind, SEEING)
     model.loss(make_batch(), seeded(0)).total.backward()
     idle = {name for name, value in model.named_parameters() if value.grad is None or not value.grad.any()}
-    assert idle == {"observation.missing"}  # of a camera, which no sample here lacks
+    assert idle == {"observation.missing"}  # no sample here lacks a camera
 
 
 @pytest.mark.parametrize("kind", MODES)
@@ -130,7 +130,7 @@ def test_bfloat16_gives_about_the_same_loss(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", MODES)
-def test_it_observes_pixels_too(kind: str) -> None:
+def test_pixel_observation(kind: str) -> None:
     model = fresh(kind, dataclasses.replace(TINY, observation="pixels"))
     pixels = torch.randint(256, (2, 2, 2, 3, 64, 96), generator=seeded(0), dtype=torch.uint8)
     batch = dataclasses.replace(make_batch(2), current_pixels=pixels)
@@ -178,7 +178,7 @@ def test_a_missing_camera_changes_nothing(kind: str, mode: Any, config: ModelCon
 
 
 @pytest.mark.parametrize("kind", MODES)
-def test_what_is_masked_has_no_loss(kind: str) -> None:
+def test_masked_values_have_no_loss(kind: str) -> None:
     model, full = stirred(kind), make_batch()
     batch = dataclasses.replace(
         full,
@@ -195,7 +195,7 @@ def test_what_is_masked_has_no_loss(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", MODES)
-def test_an_action_free_sample_teaches_no_action_and_disturbs_nobody(kind: str) -> None:
+def test_an_action_free_sample_has_no_action_loss_and_does_not_affect_others(kind: str) -> None:
     model, full = stirred(kind), make_batch()
     free = dataclasses.replace(full, action_mask=changed(full.action_mask, (1,), False))
     losses, of_full = model.loss(free, seeded(0)), model.loss(full, seeded(0))
@@ -204,7 +204,7 @@ def test_an_action_free_sample_teaches_no_action_and_disturbs_nobody(kind: str) 
     torch.testing.assert_close(losses.action_per_sample[others], of_full.action_per_sample[others])
     torch.testing.assert_close(losses.action, of_full.action_per_sample[others].mean())
     torch.testing.assert_close(losses.video_per_sample[others], of_full.video_per_sample[others], equal_nan=True)
-    # Whatever lies where its action would be, its video is the same.
+    # The values in place of its action do not affect its video.
     junk = dataclasses.replace(free, action=changed(free.action, (1,), 5))
     torch.testing.assert_close(model.loss(junk, seeded(0)), losses, equal_nan=True)
 
@@ -219,10 +219,10 @@ def test_an_action_free_sample_teaches_no_action_and_disturbs_nobody(kind: str) 
     assert bool(trained) == (kind != "dp")
 
 
-# What makes each of them what it is
+# Characteristics of each
 
 
-def test_pad_has_one_time_for_both() -> None:
+def test_pad_uses_one_timestep_for_both_modalities() -> None:
     model, full = fresh("pad"), make_batch(64)
     batch = dataclasses.replace(full, action_mask=changed(full.action_mask, (slice(32),), False))
     times: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -251,12 +251,12 @@ def test_pad_hides_the_action_tokens_of_action_free_video() -> None:
     same = [torch.equal(one, other) for one, other in zip(*latents, strict=True)]
     assert same == [False, True, False, False]
     with torch.no_grad():
-        model.denoiser.position[:, : TINY.action_chunk] += 1  # whatever else the tokens carry
+        model.denoiser.position[:, : TINY.action_chunk] += 1  # the tokens' other content must not matter either
     moved = model.sample("video", free, 3, seeded(0), noise_action=noise)[1]
     assert torch.equal(moved[1], latents[1][1]) and not torch.equal(moved[0], latents[1][0])
 
 
-def test_gr1_reads_the_action_off_its_future_and_no_future_off_an_action() -> None:
+def test_gr1_action_depends_on_the_future_and_not_the_reverse() -> None:
     model, batch = stirred("gr1"), make_batch()
     action, latents = model.sample("joint", batch)
     futures = TINY.cameras * TINY.patches
@@ -272,7 +272,7 @@ def test_gr1_reads_the_action_off_its_future_and_no_future_off_an_action() -> No
     torch.testing.assert_close(other_latents, latents)
 
 
-def test_a_fresh_diffusion_predicts_no_noise_at_all() -> None:
+def test_an_untrained_model_predicts_zero_noise() -> None:
     assert fresh("dp").loss(make_batch(64), seeded(0)).total.item() == pytest.approx(1, abs=0.05)
     assert fresh("pad").loss(make_batch(64), seeded(0)).total.item() == pytest.approx(2, abs=0.1)
 
@@ -293,17 +293,21 @@ def test_it_learns_one_batch_in_every_mode(kind: str) -> None:
             assert error < 0.1 and error < before / 4, (mode, error, before)
         if latents is not None:
             error, before = ((guess - batch.future_latents).square().mean() for guess in (latents, latents_before))
-            assert error < 0.3 and error < before / 3, (mode, error, before)  # 1: always the mean
+            assert error < 0.3 and error < before / 3, (
+                mode,
+                error,
+                before,
+            )  # predicting the mean: 1
 
 
-# The road
+# End to end
 
 
 @pytest.mark.slow
-def test_it_goes_the_same_road_as_uwm(
+def test_training_and_evaluation_end_to_end(
     ray_cluster: None, tmp_path: Path, uwm: Uwm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One is trained and evaluated on robot data and video, as any model; the others are evaluated as they are."""
+    """One is trained and evaluated on robot data and video; the others are evaluated untrained."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     raw, store, runs = tmp_path / "raw", tmp_path / "store", ("--output", tmp_path / "runs")
     raw.mkdir()
@@ -338,7 +342,7 @@ def test_it_goes_the_same_road_as_uwm(
     assert measured <= logged and not {"action_error_inverse", "psnr_forward"} & logged
 
 
-def test_a_checkpoint_of_before_there_were_kinds_loads(tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_kind_loads(tmp_path: Path) -> None:
     where = {"encoder": "tiny", "encoder_digest": "0", "embodiments": {}, "store": "", "snapshot": "", "recipe": {}}
     settings = checkpoint.Settings(model=TINY, diffusion=DiffusionConfig(), **where)
     checkpoint.save(tmp_path / "old", settings.build().state_dict(), settings)

@@ -1,4 +1,4 @@
-"""The model by its promises: what each mode gives, what masks hide, and that it learns."""
+"""UWM: what each mode returns, that masked inputs have no effect, and that it learns."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def one_thread():
 
 
 @pytest.mark.parametrize("mode", list(ROLES))
-def test_a_mode_gives_what_it_is_asked_for_and_needs_only_what_it_is_given(mode) -> None:
+def test_a_mode_returns_its_outputs_and_needs_only_its_inputs(mode) -> None:
     of_action, of_video = ROLES[mode]
     full = make_batch()
     batch = dataclasses.replace(
@@ -69,7 +69,7 @@ def test_a_mode_gives_what_it_is_asked_for_and_needs_only_what_it_is_given(mode)
         ("joint", "last", range(90, -1, -10), range(90, -1, -10)),
     ],
 )
-def test_the_two_times_of_every_step(mode, marginal, action, video) -> None:
+def test_timesteps_of_every_step(mode, marginal, action, video) -> None:
     model = fresh(DiffusionConfig(marginal_timestep=marginal))
     times = []
     model.denoiser.register_forward_pre_hook(lambda _, given: times.append((int(given[2]), int(given[4]))))
@@ -77,7 +77,7 @@ def test_the_two_times_of_every_step(mode, marginal, action, video) -> None:
     assert times == list(zip(action, video, strict=True))
 
 
-def test_unknown_mode_and_wrong_steps_are_refused() -> None:
+def test_unknown_mode_and_invalid_steps_are_rejected() -> None:
     with pytest.raises(ValueError, match="known: policy, video"):
         fresh().sample("planner", make_batch(1))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="steps: 101"):
@@ -96,15 +96,15 @@ def test_unknown_mode_and_wrong_steps_are_refused() -> None:
         ("timestep_width", 33, "timestep_width: 33"),
     ],
 )
-def test_a_wrong_setting_is_named(key: str, value: object, message: str) -> None:
+def test_an_invalid_setting_is_named(key: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(TINY, **{key: value})
 
 
-def test_settings_survive_json_and_refuse_unknown_keys() -> None:
+def test_settings_round_trip_through_json_and_reject_unknown_keys() -> None:
     adapter = TypeAdapter(ModelConfig)
     assert adapter.validate_json(adapter.dump_json(TINY)) == TINY
-    assert dataclasses.replace(TINY, latent_size=[8, 12]) == TINY  # type: ignore[arg-type]  # YAML's lists
+    assert dataclasses.replace(TINY, latent_size=[8, 12]) == TINY  # type: ignore[arg-type]  # YAML gives lists
     with pytest.raises(ValidationError, match="dephth"):
         adapter.validate_python({**dataclasses.asdict(TINY), "dephth": 3})
 
@@ -129,7 +129,7 @@ def test_bfloat16_leaves_the_schedule_precise() -> None:
     assert model.schedule.alphas_cumprod.dtype == torch.float32
 
 
-def test_factored_positions_serve_another_horizon_and_more_cameras() -> None:
+def test_factored_positions_transfer_to_another_horizon_and_more_cameras() -> None:
     one = dataclasses.replace(TOKENS, cameras=1)
     weights, wide = stirred(one).state_dict(), stirred(TOKENS)
     longer = stirred(dataclasses.replace(one, action_chunk=12, latent_size=(16, 16), future_frames=4))
@@ -209,7 +209,7 @@ def test_masked_proprio_changes_nothing_and_masked_differs_from_zero() -> None:
     assert not torch.allclose(observation(zero), observation(masked))
 
 
-def test_what_is_masked_has_no_loss() -> None:
+def test_masked_values_have_no_loss() -> None:
     model, full = stirred(), make_batch()
     batch = dataclasses.replace(
         full,
@@ -224,7 +224,7 @@ def test_what_is_masked_has_no_loss() -> None:
     torch.testing.assert_close(model.loss(junk, seeded(0)), model.loss(batch, seeded(0)))
 
 
-def test_an_action_free_sample_teaches_no_action_and_disturbs_nobody() -> None:
+def test_an_action_free_sample_has_no_action_loss_and_does_not_affect_others() -> None:
     model, full = stirred(), make_batch()
     free = dataclasses.replace(
         full, action_mask=changed(full.action_mask, (1,), False), action=changed(full.action, (1,), 0)
@@ -256,7 +256,7 @@ def test_an_action_free_sample_teaches_no_action_and_disturbs_nobody() -> None:
 
 
 def test_golden_losses() -> None:
-    """Written by: PYTHONPATH=tests python tests/uwm_model/test_model.py. A change of the numbers is a change of the mathematics."""
+    """Regenerate with: PYTHONPATH=tests python tests/uwm_model/test_model.py. New numbers: the model changed."""
     expected = json.loads(GOLDEN_LOSSES.read_text())
     for step, (ours, golden) in enumerate(zip(golden_run(), expected, strict=True)):
         assert ours == pytest.approx(golden, abs=1e-4), f"step {step}"
@@ -272,7 +272,7 @@ def golden_run() -> list[dict[str, float]]:
     return train(fresh(), batch, steps=8, learning_rate=1e-3)
 
 
-def test_a_fresh_model_predicts_no_noise_at_all() -> None:
+def test_an_untrained_model_predicts_zero_noise() -> None:
     first = train(fresh(), make_batch(64), steps=1, learning_rate=0)[0]
     assert first == pytest.approx({"action": 1, "video": 1}, abs=0.05)
 
@@ -293,7 +293,7 @@ def test_it_learns_one_batch_in_every_mode(prediction, config: ModelConfig) -> N
             assert error < 0.1 and error < before / 5, mode
         if of_video is Role.ASKED:
             error, before = ((guess - batch.future_latents).square().mean() for guess in (latents, latents_before))
-            assert error < 0.3 and error < before / 10, mode  # 1: always the mean
+            assert error < 0.3 and error < before / 10, mode  # predicting the mean: 1
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "sample"])
@@ -308,12 +308,12 @@ def test_a_perfect_prediction_leads_back_to_the_clean_sample(prediction: str) ->
         torch.testing.assert_close(schedule.step(sample, answer, t, 20), expected, atol=1e-5, rtol=0)
 
 
-# The house
+# The package
 
 
-def test_the_mathematics_imports_no_sibling_and_reads_no_file() -> None:
-    known = {"__future__", "collections", "dataclasses", "einops", "enum", "math", "numpy", "torch", "typing"}
-    more = {"official.py": {"os", "re", "pickle"}, "augment.py": {"kornia"}, "query.py": {"copy"}}
+def test_the_package_imports_no_sibling_and_reads_no_file() -> None:
+    known = {"__future__", "abc", "collections", "dataclasses", "einops", "enum", "math", "numpy", "torch", "typing"}
+    more = {"published.py": {"os", "re", "pickle"}, "augment.py": {"kornia"}, "query.py": {"copy"}}
     folder = Path(uwm_model.__file__).parent
     for path in folder.rglob("*.py"):
         known_here = more.get(path.name, set())

@@ -1,4 +1,4 @@
-"""The fast policy query against the plain loop: the same answers where it promises them, near ones elsewhere."""
+"""The policy query against the plain sampling loop: equal where it is exact, close where it is approximate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from uwm_model.batch import Batch
 from uwm_model.config import DiffusionConfig, ModelConfig
 from uwm_model.query import PolicyQuery
-from uwm_model.schedule import Seen, make_schedule
+from uwm_model.schedule import Evaluation, make_schedule
 from uwm_model.world_model import UnifiedWorldModel
 
 ONE_BLOCK = dataclasses.replace(TINY, depth=1, registers=0, qkv_bias=False)
@@ -29,7 +29,7 @@ def one_thread():
 
 
 def made(config: ModelConfig = TINY, **diffusion: Any) -> UnifiedWorldModel:
-    """Everything that can reach an action does: no weight is left at zero."""
+    """A model without zero weights, so that everything that can affect an action does."""
     torch.manual_seed(0)
     model = UnifiedWorldModel(config, DiffusionConfig(**diffusion)).eval()
     for parameter in model.parameters():
@@ -39,7 +39,7 @@ def made(config: ModelConfig = TINY, **diffusion: Any) -> UnifiedWorldModel:
 
 
 def holes(config: ModelConfig = TINY) -> Batch:
-    """A missing camera, a padded action dimension and steps past the end, a sample without actions, and a whole one."""
+    """Samples with a missing camera, padded action dimension and steps, no actions, and nothing missing."""
     full = make_batch(4, config=config)
     mask = changed(changed(full.action_mask, (0, ..., -1), False), (1, slice(4, None)), False)
     return dataclasses.replace(
@@ -67,7 +67,7 @@ def plain(model: UnifiedWorldModel, batch: Batch, steps: int | None = None, seed
 )
 @pytest.mark.parametrize("marginal", ["last", "leading"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "sample"])
-def test_it_answers_as_the_plain_loop_does(prediction, marginal, config, dtype, tolerance) -> None:
+def test_it_equals_the_plain_loop(prediction, marginal, config, dtype, tolerance) -> None:
     model = made(config, prediction=prediction, marginal_timestep=marginal).to(dtype)
     batch = holes(config).to("cpu", dtype)
     expected = plain(model, batch)
@@ -78,7 +78,7 @@ def test_it_answers_as_the_plain_loop_does(prediction, marginal, config, dtype, 
     torch.testing.assert_close(PolicyQuery(model, 3)(batch, seeded(0)), plain(model, batch, 3), rtol=0, atol=tolerance)
 
 
-def test_pixels_are_seen() -> None:
+def test_pixel_observation() -> None:
     model, batch = made(PIXELS), holes(PIXELS)
     torch.testing.assert_close(PolicyQuery(model)(batch, seeded(0)), plain(model, batch), rtol=0, atol=1e-5)
     assert not torch.allclose(
@@ -87,13 +87,13 @@ def test_pixels_are_seen() -> None:
 
 
 @pytest.mark.parametrize("missing", [[0], [1], [0, 1]])
-def test_a_camera_that_nobody_has_is_left_out(missing: list[int]) -> None:
+def test_a_camera_that_the_whole_batch_lacks_is_dropped(missing: list[int]) -> None:
     model, full = made(TOKENS), make_batch(2, config=TOKENS)
     batch = dataclasses.replace(full, camera_mask=changed(full.camera_mask, (slice(None), missing), False))
     torch.testing.assert_close(PolicyQuery(model)(batch, seeded(0)), plain(model, batch), rtol=0, atol=1e-5)
 
 
-def test_noise_may_be_given() -> None:
+def test_noise_can_be_passed() -> None:
     model, batch = made(), holes()
     action = torch.randn((4, *TINY.action_shape), generator=seeded(1))
     latents = torch.randn((4, *TINY.latents_shape), generator=seeded(2))
@@ -102,7 +102,7 @@ def test_noise_may_be_given() -> None:
     torch.testing.assert_close(answer, expected, rtol=0, atol=1e-5)
 
 
-def test_a_sample_alone_is_answered_as_among_others() -> None:
+def test_a_sample_does_not_depend_on_the_others() -> None:
     model, batch = made(), holes()
     action = torch.randn((4, *TINY.action_shape), generator=seeded(1))
     latents = torch.randn((4, *TINY.latents_shape), generator=seeded(2))
@@ -116,7 +116,7 @@ def test_a_sample_alone_is_answered_as_among_others() -> None:
         torch.testing.assert_close(sampled, together[i : i + 1], rtol=0, atol=1e-5)
 
 
-def test_a_seed_says_it_all_and_nothing_is_kept_between_queries() -> None:
+def test_the_seed_determines_the_result_and_no_state_is_kept() -> None:
     query, one, two = PolicyQuery(made(), refresh=(0,)), holes(), make_batch(2, seed=1)
     first = query(one, seeded(0))
     assert query(two, seeded(0)).shape == (2, *TINY.action_shape)
@@ -124,7 +124,7 @@ def test_a_seed_says_it_all_and_nothing_is_kept_between_queries() -> None:
     assert not torch.equal(query(one, seeded(1)), first)
 
 
-def test_weights_may_change_under_it() -> None:
+def test_weights_may_change_between_queries() -> None:
     model, batch = made(), holes()
     query = PolicyQuery(model)
     before = query(batch, seeded(0))
@@ -146,16 +146,16 @@ def test_weights_may_change_under_it() -> None:
         ({"steps": 5, "refresh": (0, 5)}, r"refresh: \[0, 5\]; choose 0, and others of 0 to 4"),
     ],
 )
-def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_rejected(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PolicyQuery(made(), **settings)
 
 
-# The approximate ones
+# Approximate queries
 
 
 @pytest.mark.parametrize("config", [TINY, SEEING], ids=["paper", "patches"])
-def test_refreshed_at_every_step_it_is_exact_and_else_it_is_near(config: ModelConfig) -> None:
+def test_refresh_at_every_step_is_exact_and_otherwise_close(config: ModelConfig) -> None:
     model, batch = made(config), holes(config)
     exact = PolicyQuery(model)(batch, seeded(0))
     assert torch.equal(PolicyQuery(model, refresh=range(10))(batch, seeded(0)), exact)
@@ -166,8 +166,8 @@ def test_refreshed_at_every_step_it_is_exact_and_else_it_is_near(config: ModelCo
     assert 0 < often < seldom < spread / 4
 
 
-def test_keys_and_values_that_cannot_change_may_be_kept() -> None:
-    """With one block they follow the timestep alone; with a modulation blind to it, not even that."""
+def test_reusing_keys_and_values_that_cannot_change_is_exact() -> None:
+    """With one block they depend only on the timestep; with a modulation that ignores it, on nothing."""
     config = dataclasses.replace(SEEING, depth=1)
     model, batch = made(config), holes(config)
     with torch.no_grad():
@@ -177,18 +177,18 @@ def test_keys_and_values_that_cannot_change_may_be_kept() -> None:
 
 
 @pytest.mark.parametrize("refresh", [None, (0, 5)])
-def test_bfloat16_is_near(refresh: tuple[int, ...] | None) -> None:
+def test_bfloat16_is_close(refresh: tuple[int, ...] | None) -> None:
     model, batch = made(), holes()
     precise = PolicyQuery(model, refresh=refresh)(batch, seeded(0))
     spread = (PolicyQuery(model)(batch, seeded(1)) - precise).abs().mean()
-    coarse = PolicyQuery(model.bfloat16(), refresh=refresh)(batch, seeded(0))  # the batch is cast by itself
+    coarse = PolicyQuery(model.bfloat16(), refresh=refresh)(batch, seeded(0))  # the query casts the batch
     assert coarse.dtype == torch.float32
     assert 0 < (coarse - precise).abs().mean() < spread / 20
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "sample"])
 def test_bfloat16_weights_leave_the_schedule_precise(prediction: str) -> None:
-    """A fresh model answers 0 in any dtype: what is left is the sum of the steps."""
+    """An untrained model predicts 0 in any dtype, so only the arithmetic of the steps is left."""
     batch, diffusion = make_batch(2), DiffusionConfig(prediction=prediction, clip_sample=False)
     fresh = UnifiedWorldModel(TINY, diffusion)
     precise = PolicyQuery(fresh)(batch, seeded(0))
@@ -206,8 +206,8 @@ def test_bfloat16_weights_tell_neighbouring_timesteps_apart() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["squaredcos_cap_v2", "flow"])
-def test_the_solver_of_second_order_remembers_its_last_step(schedule) -> None:
-    """Step by step by hand, in the loop of sampling, and in the query: the same answer, and not one of first order."""
+def test_the_second_order_solver_uses_its_previous_step(schedule) -> None:
+    """Stepping by hand, the sampling loop and the query agree, and differ from a first-order solver."""
     model, batch = made(TINY), make_batch(2)
     settings = dataclasses.replace(model.diffusion_config, schedule=schedule, prediction="v", sampler="dpm_solver")
     model.diffusion_config, model.schedule = settings, make_schedule(settings)
@@ -219,7 +219,7 @@ def test_the_solver_of_second_order_remembers_its_last_step(schedule) -> None:
         for t, t_next in zip(times, [*times[1:], None], strict=True):
             at, last = torch.tensor(t), torch.tensor(model.schedule.last)
             mask, current = batch.camera_mask, batch.current_latents
-            seen = Seen(action, model.denoise(condition, action, at, latents, last, mask, current)[0], t)
+            seen = Evaluation(action, model.denoise(condition, action, at, latents, last, mask, current)[0], t)
             action, before = model.schedule.step(*seen, t_next, before), seen
             answer = model.denoise(condition, first_order, at, latents, last, mask, current)[0]
             first_order = model.schedule.step(first_order, answer, t, t_next)

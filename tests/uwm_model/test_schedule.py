@@ -1,4 +1,4 @@
-"""Diffusion and flow, DDIM and DPM-Solver++: what each promises of its times, its steps and where they end."""
+"""Diffusion and flow, DDIM and DPM-Solver++: timesteps, single steps and the result of sampling."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from uwm_model.config import DiffusionConfig
 from uwm_model.sampling import ROLES, Role
-from uwm_model.schedule import DiffusionSchedule, Schedule, Seen, make_schedule
+from uwm_model.schedule import DiffusionSchedule, Evaluation, Schedule, make_schedule
 from uwm_model.world_model import UnifiedWorldModel
 
 KINDS = [
@@ -32,11 +32,11 @@ def settings(schedule: str, prediction: str, sampler: str = "ddim", **others) ->
 
 
 def run(schedule: Schedule, sample: Tensor, steps: int, predict: Callable[[Tensor, float], Tensor]) -> list[Tensor]:
-    """The sample after every step."""
+    """Return the sample after every step."""
     before, after = None, []
     for t, t_next in itertools.pairwise([*schedule.timesteps(steps), None]):
         assert t is not None
-        seen = Seen(sample, predict(sample, t), t)
+        seen = Evaluation(sample, predict(sample, t), t)
         sample = schedule.step(*seen, t_next, before)
         before = seen
         after.append(sample)
@@ -44,7 +44,7 @@ def run(schedule: Schedule, sample: Tensor, steps: int, predict: Callable[[Tenso
 
 
 def answer(schedule: Schedule, clean: Tensor, noise: Tensor, t: float) -> Tensor:
-    """What the network would say of it at t."""
+    """Return the network's ideal prediction at t."""
     return schedule.target(clean, noise, torch.full((len(clean),), t))
 
 
@@ -64,12 +64,12 @@ def answer(schedule: Schedule, clean: Tensor, noise: Tensor, t: float) -> Tensor
         ({"video_steps": 2.5}, "video_steps: 2.5 is not a whole number above 0"),
     ],
 )
-def test_a_wrong_setting_is_named(wrong: dict, message: str) -> None:
+def test_an_invalid_setting_is_named(wrong: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DiffusionConfig(**wrong)
 
 
-def test_one_step_is_for_those_who_can() -> None:
+def test_which_settings_allow_a_single_step() -> None:
     for kind in KINDS:
         if kind[1] == "epsilon":
             with pytest.raises(ValueError, match="steps: 1; choose 2 to 100"):
@@ -81,14 +81,14 @@ def test_one_step_is_for_those_who_can() -> None:
 # Times
 
 
-def test_more_steps_of_the_diffusion_are_at_the_published_times() -> None:
+def test_diffusion_timesteps_are_the_published_ones() -> None:
     schedule, published = DiffusionSchedule(DiffusionConfig()), DDIMScheduler(100, timestep_spacing="leading")
     for steps in range(2, 101):
         published.set_timesteps(steps)
         assert schedule.timesteps(steps) == published.timesteps.tolist()
 
 
-def test_a_flow_goes_straight_from_noise_to_the_clean_sample() -> None:
+def test_a_flow_is_a_straight_line_from_noise_to_the_clean_sample() -> None:
     schedule = make_schedule(settings("flow", "v"))
     clean, noise = torch.randn(3, 2, 2, generator=seeded(0)), torch.randn(3, 2, 2, generator=seeded(1))
     assert torch.equal(schedule.noisy(clean, noise, torch.tensor([0, 0, 0])), clean)
@@ -104,14 +104,14 @@ def test_a_flow_goes_straight_from_noise_to_the_clean_sample() -> None:
     assert times.mean().item() == pytest.approx(49.5, abs=1)
 
 
-STAGES = {  # of ten steps
+STAGES = {  # with ten steps
     "squaredcos_cap_v2": [90, 80, 70, 60, 50, 40, 30, 20, 10, 0],
     "flow": [99, 89.1, 79.2, 69.3, 59.4, 49.5, 39.6, 29.7, 19.8, 9.9],
 }
 
 
 def visited(model: UnifiedWorldModel, mode: str) -> list[tuple[float, float]]:
-    """(t_action, t_video) of every evaluation."""
+    """Return (t_action, t_video) of every evaluation."""
     times = []
     hook = model.denoiser.register_forward_pre_hook(lambda _, given: times.append((float(given[2]), float(given[4]))))
     model.sample(mode, make_batch(1), generator=seeded(0))  # type: ignore[arg-type]
@@ -130,7 +130,7 @@ def test_asked_runs_down_given_is_clean_ignored_is_noise(schedule, prediction, s
 
 
 @pytest.mark.parametrize("schedule", ["squaredcos_cap_v2", "flow"])
-def test_the_video_may_take_fewer_steps_than_the_actions(schedule: str) -> None:
+def test_video_can_take_fewer_steps_than_actions(schedule: str) -> None:
     model = fresh(settings(schedule, "v", video_steps=4))
     slow = model.schedule.timesteps(4)
     action, video = zip(*visited(model, "joint"), strict=True)
@@ -143,8 +143,8 @@ def test_the_video_may_take_fewer_steps_than_the_actions(schedule: str) -> None:
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("schedule", ["squaredcos_cap_v2", "flow"])
-def test_a_waiting_video_stays_as_it_is_and_ends_clean(schedule: str, sampler: str) -> None:
-    """A network that knows the answer is asked: both arrive, whatever the number of steps."""
+def test_video_is_unchanged_while_it_waits_and_ends_clean(schedule: str, sampler: str) -> None:
+    """With a perfect network both modalities end clean, whatever the number of steps."""
     model = fresh(settings(schedule, "sample", sampler, video_steps=2))
     batch = make_batch(2)
     assert batch.action is not None and batch.future_latents is not None
@@ -181,7 +181,7 @@ def test_a_perfect_prediction_leads_back_to_the_clean_sample(kind, prediction, s
 
 
 def gaussian(schedule: Schedule, steps: int, mean: float, deviation: float) -> tuple[float, float]:
-    """(mean, deviation) of what comes out where the data are normally distributed, and so the best answer is known."""
+    """Return (mean, deviation) of the samples for normally distributed data, whose optimal prediction is known."""
     quantiles = (torch.arange(4001, dtype=torch.float64) + 0.5) / 4001
 
     def predict(sample: Tensor, t: float) -> Tensor:
@@ -195,14 +195,14 @@ def gaussian(schedule: Schedule, steps: int, mean: float, deviation: float) -> t
 
 
 def off(config: DiffusionConfig, steps: int) -> float:
-    """Wasserstein distance from N(0.3, 0.2)."""
+    """Return the Wasserstein distance from N(0.3, 0.2)."""
     mean, deviation = gaussian(make_schedule(dataclasses.replace(config, clip_sample=False)), steps, 0.3, 0.2)
     return ((mean - 0.3) ** 2 + (deviation - 0.2) ** 2) ** 0.5
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize(("kind", "prediction"), KINDS)
-def test_a_gaussian_is_found_as_steps_grow(kind, prediction, sampler) -> None:
+def test_sampling_a_gaussian_converges_with_more_steps(kind, prediction, sampler) -> None:
     config = settings(kind, prediction, sampler)
     few, some, many = (off(config, steps) for steps in (2, 10, 100))
     assert few > 2 * some > 10 * many
@@ -210,7 +210,7 @@ def test_a_gaussian_is_found_as_steps_grow(kind, prediction, sampler) -> None:
 
 
 @pytest.mark.parametrize(("kind", "prediction"), KINDS)
-def test_the_second_order_is_nearer_in_as_many_steps(kind, prediction) -> None:
+def test_second_order_is_more_accurate_at_equal_steps(kind, prediction) -> None:
     first, second = (off(settings(kind, prediction, sampler), 10) for sampler in SAMPLERS)
     assert second < first / 1.5
 
@@ -224,8 +224,8 @@ def test_one_step_gives_the_mean() -> None:
 @pytest.mark.parametrize("steps", [2, 3, 10, 20])
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize(("kind", "prediction"), KINDS)
-def test_dpm_solver_is_the_librarys(kind: str, prediction: str, clip: bool, steps: int) -> None:
-    """Theirs clips by the way: thresholding with a largest value of 1 is clipping to [-1, 1]."""
+def test_dpm_solver_equals_diffusers(kind: str, prediction: str, clip: bool, steps: int) -> None:
+    """In diffusers, thresholding with a maximum of 1 is clipping to [-1, 1]."""
     schedule = make_schedule(settings(kind, prediction, "dpm_solver", clip_sample=clip))
     flow = kind == "flow"
     theirs = DPMSolverMultistepScheduler(
@@ -244,7 +244,7 @@ def test_dpm_solver_is_the_librarys(kind: str, prediction: str, clip: bool, step
         theirs.sigmas = torch.tensor([*times, 0]) / 99
     else:
         theirs.set_timesteps(timesteps=times)
-    answers = torch.randn(steps, 4, 3, 5, generator=seeded(1))  # of a network that never agrees with itself
+    answers = torch.randn(steps, 4, 3, 5, generator=seeded(1))  # inconsistent predictions
     ours = run(schedule, torch.randn(4, 3, 5, generator=seeded(0)), steps, lambda _, t: answers[times.index(t)])
     sample = torch.randn(4, 3, 5, generator=seeded(0))
     for i, found in enumerate(ours):
@@ -257,7 +257,7 @@ def test_dpm_solver_is_the_librarys(kind: str, prediction: str, clip: bool, step
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize(("kind", "prediction"), KINDS)
-def test_the_seed_decides(kind, prediction, sampler) -> None:
+def test_the_seed_determines_the_sample(kind, prediction, sampler) -> None:
     model = stirred()
     model.schedule = make_schedule(settings(kind, prediction, sampler))
     batch = make_batch(2)
@@ -269,7 +269,7 @@ def test_the_seed_decides(kind, prediction, sampler) -> None:
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_action_free_video_goes_into_a_flow_with_pure_noise() -> None:
+def test_a_flow_shows_action_free_video_with_pure_noise() -> None:
     model, batch = fresh(settings("flow", "v")), make_batch(3)
     free = dataclasses.replace(batch, action_mask=batch.action_mask & torch.tensor([True, False, True])[:, None, None])
     shown: list[tuple[Tensor, Tensor]] = []
@@ -281,7 +281,7 @@ def test_action_free_video_goes_into_a_flow_with_pure_noise() -> None:
     assert losses[0].action_per_sample.isnan().tolist() == [False, True, False]
 
 
-def test_bfloat16_leaves_the_times_of_a_flow_precise() -> None:
+def test_bfloat16_leaves_flow_times_precise() -> None:
     model, batch = stirred(), make_batch(8)
     model.schedule = make_schedule(settings("flow", "v"))
     precise = model.loss(batch, seeded(0))

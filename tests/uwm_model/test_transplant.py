@@ -1,4 +1,4 @@
-"""Weights in a model that reads something else: what is carried, what is fresh, and that old inputs get old answers."""
+"""Weights in a model with other inputs: what is copied, what is fresh, and that predictions stay the same."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from uwm_model import observation
 from uwm_model.batch import Batch
 from uwm_model.config import DiffusionConfig, ModelConfig
 from uwm_model.kinds import Model, build
-from uwm_model.transplant import Inputs, Part, survey, transplant
+from uwm_model.transplant import Inputs, TransplantedPart, plan_transplant, transplant
 
 NAMES = ("front", "wrist", "top")
 FACTORED = dataclasses.replace(TINY, position="factored")
@@ -39,7 +39,7 @@ KINDS = {
 
 
 class Glance(torch.nn.Module):
-    """In place of ResNet-18, whose millions of weights depend on nothing here."""
+    """Replaces ResNet-18, whose millions of weights do not matter here."""
 
     def __init__(self, features: int):
         super().__init__()
@@ -58,7 +58,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def inputs(config: ModelConfig, cameras: Any = NAMES, text: str = "minilm", used: int = 99) -> Inputs:
-    """All places have names, or of each kind the first ``used``."""
+    """Name all places, or the first ``used`` of each kind."""
     kinds = {"embodiments": "embodiment", "actions": "action", "proprio": "proprio"}
     names = {key: [f"{word} {i}" for i in range(min(9, used))] for key, word in kinds.items()}
     return Inputs(config, cameras[: min(config.cameras, used)], **names, text=text)
@@ -69,15 +69,15 @@ def trained(config: ModelConfig) -> Model:
     return stirred(config.kind, config).eval()
 
 
-def moved(before: Inputs, after: Inputs) -> tuple[Model, Model, dict[str, Part]]:
-    """A trained model, the new one with its weights, and the table, whose numbers are held against the weights."""
+def moved(before: Inputs, after: Inputs) -> tuple[Model, Model, dict[str, TransplantedPart]]:
+    """Return a trained model, the new one with its weights, and the report, checked against the weights."""
     old = trained(before.config)
     torch.manual_seed(1)
     fresh = build(after.config, DiffusionConfig())
-    for parameter in fresh.parameters():  # nothing is zero, or anything else, by chance
+    for parameter in fresh.parameters():  # no value coincides by chance
         torch.nn.init.normal_(parameter, std=0.1)
     held, new = old.state_dict(), fresh.state_dict()
-    table = survey(held, before, new, after)
+    table = plan_transplant(held, before, new, after)
     assert sum(row.loaded + row.left for row in table) == sum(value.numel() for value in held.values())
     assert sum(row.loaded + row.fresh for row in table) == sum(value.numel() for value in new.values())
     marked = transplant({name: torch.full_like(value, 7) for name, value in held.items()}, before, new, after)
@@ -88,7 +88,7 @@ def moved(before: Inputs, after: Inputs) -> tuple[Model, Model, dict[str, Part]]
 
 
 def padded(tensor: Tensor | None, shape: tuple[int, ...], value: float) -> Tensor:
-    """The tensor in the first corner of a larger one."""
+    """Return the tensor in the first corner of a larger one."""
     assert tensor is not None
     larger = torch.full(shape, value, dtype=torch.float32).to(tensor.dtype)
     larger[tuple(slice(size) for size in tensor.shape)] = tensor
@@ -96,7 +96,7 @@ def padded(tensor: Tensor | None, shape: tuple[int, ...], value: float) -> Tenso
 
 
 def read_by(config: ModelConfig, batch: Batch, junk: float = 3.0) -> Batch:
-    """The same batch for a model that reads more: what is new is masked, and holds junk."""
+    """Return the batch for a model with more inputs; the new ones are masked, and hold junk."""
     B, V, L, A = len(batch.embodiment), config.cameras, config.action_chunk, config.action_dim
     To, Tf, P, latent = (
         config.observed_frames,
@@ -127,7 +127,7 @@ def seen_by(config: ModelConfig, size: int = 3) -> Batch:
 def assert_alike(
     old: Model, new: Model, batch: Batch, other: Batch, cameras: Callable[[Tensor], Tensor] = lambda latents: latents
 ) -> None:
-    """The answers to ``batch`` and to ``other`` are the same in every mode; ``cameras`` is of the new one's latents."""
+    """Assert equal outputs for ``batch`` and ``other`` in every mode; ``cameras`` selects the new model's latents."""
     of_action, of_latents = (
         torch.randn(shape, generator=seeded(1)) for shape in (batch.action.shape, batch.future_latents.shape)
     )
@@ -145,11 +145,11 @@ def assert_alike(
             torch.testing.assert_close(cameras(other_latents)[:, : latents.shape[1]], latents, atol=1e-4, rtol=1e-4)
 
 
-# What is the same for all kinds
+# All kinds
 
 
 @every_kind
-def test_nothing_changes_where_nothing_does(kind: str) -> None:
+def test_equal_inputs_copy_everything(kind: str) -> None:
     old, new, table = moved(inputs(KINDS[kind]), inputs(KINDS[kind]))
     assert not any(row.fresh or row.left or row.note or row.names for row in table.values())
     for name, value in old.state_dict().items():
@@ -157,12 +157,12 @@ def test_nothing_changes_where_nothing_does(kind: str) -> None:
 
 
 @every_kind
-def test_wider_actions_answer_as_before(kind: str) -> None:
+def test_wider_actions_predict_the_same(kind: str) -> None:
     config = KINDS[kind]
     wider = dataclasses.replace(config, action_dim=8, proprio_dim=4, embodiments=4)
     old, new, table = moved(inputs(config), inputs(wider))
     batch = seen_by(config)
-    batch.action_mask[1] = False  # of video, whose action tokens are noise throughout
+    batch.action_mask[1] = False  # action-free video: its action tokens are noise
     assert_alike(old, new, batch, read_by(wider, batch))
     row = table["action tokens"]
     hidden, reads = 4 * config.width, 0 if config.kind == "gr1" else 1
@@ -174,7 +174,7 @@ def test_wider_actions_answer_as_before(kind: str) -> None:
 
 
 @every_kind
-def test_narrower_actions_answer_as_before_where_there_were_no_more(kind: str) -> None:
+def test_narrower_actions_predict_the_same_if_the_rest_was_unused(kind: str) -> None:
     config = KINDS[kind]
     narrower = dataclasses.replace(config, action_dim=3, embodiments=1)
     old, new, table = moved(inputs(config), inputs(narrower))
@@ -186,12 +186,12 @@ def test_narrower_actions_answer_as_before_where_there_were_no_more(kind: str) -
 
 
 @every_kind
-def test_a_further_camera_changes_nothing_until_it_is_there(kind: str) -> None:
+def test_an_additional_camera_changes_nothing_while_it_is_missing(kind: str) -> None:
     config = KINDS[kind]
     wider = dataclasses.replace(config, cameras=3)
     old, new, table = moved(inputs(config), inputs(wider))
     batch = seen_by(config)
-    if config.kind != "gr1":  # whose sequence has more tokens of the observation, none of them masked
+    if config.kind != "gr1":  # its sequence gains observation tokens, which are never masked
         assert_alike(old, new, batch, read_by(wider, batch))
     fresh = {part for part, row in table.items() if row.fresh}
     assert fresh and all(table[part].note == "fresh: top" for part in fresh)
@@ -212,7 +212,7 @@ def test_a_further_camera_changes_nothing_until_it_is_there(kind: str) -> None:
 
 
 @every_kind
-def test_cameras_are_known_by_name_wherever_they_are(kind: str) -> None:
+def test_cameras_are_matched_by_name(kind: str) -> None:
     config = KINDS[kind]
     old, new, table = moved(inputs(config), inputs(config, ("wrist", "front")))
     assert not any(row.fresh or row.left for row in table.values())
@@ -229,7 +229,7 @@ def test_cameras_are_known_by_name_wherever_they_are(kind: str) -> None:
 
 
 @every_kind
-def test_a_camera_that_is_left_out_leaves_the_others_rows(kind: str) -> None:
+def test_removing_a_camera_keeps_the_rows_of_the_others(kind: str) -> None:
     config = KINDS[kind]
     narrower = dataclasses.replace(config, cameras=1)
     old, new, table = moved(inputs(config), inputs(narrower, ("wrist",)))
@@ -237,7 +237,7 @@ def test_a_camera_that_is_left_out_leaves_the_others_rows(kind: str) -> None:
     assert {row.note for row in table.values() if row.left} == {"left: front"}
     batch = seen_by(narrower)
     if config.kind == "gr1" or config.observation == "latents":
-        return  # a missing camera is told to these, by a vector of its own or by tokens
+        return  # these encode that a camera is missing, by a learned vector or by tokens
     both = read_by(config, batch)
     both = dataclasses.replace(both, **{
         name: getattr(both, name).flip(1) for name in ("current_latents", "future_latents", "camera_mask")
@@ -246,7 +246,7 @@ def test_a_camera_that_is_left_out_leaves_the_others_rows(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["uwm", "factored", "gr1"])
-def test_what_was_spare_is_fresh_once_it_is_used(kind: str) -> None:
+def test_a_spare_place_is_fresh_once_it_is_used(kind: str) -> None:
     config = KINDS[kind]
     spare, used = inputs(config, used=1), inputs(config)
     _, _, table = moved(spare, used)
@@ -258,11 +258,11 @@ def test_what_was_spare_is_fresh_once_it_is_used(kind: str) -> None:
     assert not any(row.fresh or row.left for row in table.values())
 
 
-# What some have
+# Some kinds only
 
 
 @pytest.mark.parametrize("kind", ["uwm", "shared", "tokens", "pad", "dp", "gr1"])
-def test_words_change_nothing_until_they_are_learned(kind: str) -> None:
+def test_new_instructions_change_nothing_before_training(kind: str) -> None:
     config = KINDS[kind]
     told = dataclasses.replace(config, text_width=6)
     old, new, table = moved(inputs(config), inputs(told))
@@ -276,7 +276,7 @@ def test_words_change_nothing_until_they_are_learned(kind: str) -> None:
     assert table["condition"].note == "left: instruction" and not any(row.fresh for row in table.values())
 
 
-def test_words_of_another_encoder_are_learned_anew_and_silence_is_known() -> None:
+def test_another_text_encoder_is_fresh_and_no_instruction_stays_known() -> None:
     told = KINDS["told"]
     for width in (6, 9):
         other = inputs(dataclasses.replace(told, text_width=width), text="clip")
@@ -289,7 +289,7 @@ def test_words_of_another_encoder_are_learned_anew_and_silence_is_known() -> Non
 
 
 @pytest.mark.parametrize("kind", ["uwm", "factored", "tokens", "pad, learned", "dp", "gr1"])
-def test_a_longer_horizon_keeps_what_was_learned_of_each_step(kind: str) -> None:
+def test_a_longer_horizon_keeps_the_weights_of_each_step(kind: str) -> None:
     config = KINDS[kind]
     longer = dataclasses.replace(config, action_chunk=8, future_frames=4)
     old, new, table = moved(inputs(config), inputs(longer))
@@ -311,7 +311,7 @@ def test_a_longer_horizon_keeps_what_was_learned_of_each_step(kind: str) -> None
 
 
 @pytest.mark.parametrize("kind", ["uwm", "tokens", "pixels", "gr1"])
-def test_other_pictures_keep_what_counts_no_places(kind: str) -> None:
+def test_another_frame_size_keeps_weights_without_positions(kind: str) -> None:
     config = KINDS[kind]
     larger = dataclasses.replace(config, latent_size=(16, 12))
     _, _, table = moved(inputs(config), inputs(larger))
@@ -328,7 +328,7 @@ def test_other_pictures_keep_what_counts_no_places(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["uwm", "tokens", "pixels", "gr1"])
-def test_a_longer_look_back_changes_nothing_until_it_is_learned(kind: str) -> None:
+def test_more_observed_frames_change_nothing_before_training(kind: str) -> None:
     config = KINDS[kind]
     longer = dataclasses.replace(config, observed_frames=3)
     old, new, table = moved(inputs(config), inputs(longer))
@@ -348,25 +348,25 @@ def test_a_longer_look_back_changes_nothing_until_it_is_learned(kind: str) -> No
         assert_alike(old, new, batch, wider)
 
 
-def test_positions_of_the_other_kind_are_fresh_and_named() -> None:
+def test_the_other_position_embedding_is_fresh_and_named() -> None:
     _, _, table = moved(inputs(TINY), inputs(FACTORED))
     assert table["positions"].loaded == 0 and table["positions"].note.endswith("left: denoiser.position")
     _, _, table = moved(inputs(TINY), inputs(dataclasses.replace(TINY, current_patches=True)))
     assert table["latent tokens"].note == "fresh: denoiser.latents.current.weight, denoiser.latents.current.bias"
 
 
-def test_what_a_model_is_cannot_change() -> None:
+def test_the_architecture_cannot_change() -> None:
     for key, value in (("width", 32), ("depth", 3), ("patch", (1, 4, 4)), ("kind", "dp"), ("observation", "tokens")):
         other = dataclasses.replace(TINY, **{key: value})
-        with pytest.raises(ValueError, match=f"{key}: .*, but the trained model's is .*, and stays"):
-            survey({}, inputs(TINY), {}, inputs(other))
+        with pytest.raises(ValueError, match=f"{key}: .*, but the trained model has .*, which cannot change"):
+            plan_transplant({}, inputs(TINY), {}, inputs(other))
 
 
-def test_a_table_needs_no_weights() -> None:
+def test_a_plan_needs_no_weights() -> None:
     def empty(config: ModelConfig) -> dict[str, Tensor]:
         with torch.device("meta"):
             return build(config, DiffusionConfig()).state_dict()
 
     wider = dataclasses.replace(SEEING, cameras=3, action_dim=9)
     *_, table = moved(inputs(SEEING), inputs(wider))
-    assert survey(empty(SEEING), inputs(SEEING), empty(wider), inputs(wider)) == tuple(table.values())
+    assert plan_transplant(empty(SEEING), inputs(SEEING), empty(wider), inputs(wider)) == tuple(table.values())

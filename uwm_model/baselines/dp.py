@@ -1,8 +1,8 @@
 """DP: Diffusion Policy (arXiv 2303.04137), as the UWM paper compares with it (arXiv 2504.02792, appendix B1).
 
-It is UWM's transformer without the image tokens, without their timestep and without the registers, all else the same:
-the condition still reaches every block through its modulation. What the future looks like it never learns, and
-action-free video teaches it nothing.
+It is UWM's transformer without the latent tokens, their timestep and the registers, all else the same: the condition
+still reaches every block through its modulation. It never learns what the future looks like, and learns nothing from
+action-free video.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from uwm_model import sampling
 from uwm_model.batch import Batch
 from uwm_model.blocks import Head, stack
 from uwm_model.config import DiffusionConfig, ModelConfig
-from uwm_model.objective import Losses, masked_mean, squared_error
+from uwm_model.model import Model
+from uwm_model.objective import Losses, loss_counts, masked_mean, squared_error
 from uwm_model.observation import observation
 from uwm_model.randomness import Random, unit_noise
 from uwm_model.sampling import Mode
@@ -24,24 +25,19 @@ from uwm_model.schedule import make_schedule
 from uwm_model.tokens import ActionTokens, TimestepEmbedding
 
 
-class DiffusionPolicy(nn.Module):
+class DiffusionPolicy(Model):
     """p(action | observation)."""
 
     modes: ClassVar[tuple[Mode, ...]] = ("policy",)
 
     def __init__(self, model: ModelConfig, diffusion: DiffusionConfig):
-        super().__init__()
-        self.model_config, self.diffusion_config = model, diffusion
+        super().__init__(model, diffusion)
         self.observation = observation(model)
         self.denoiser = ActionDenoiser(model)
         self.schedule = make_schedule(diffusion)
 
-    def forward(self, batch: Batch, random: Random = None, counts: Tensor | None = None) -> Losses:
-        """``loss``, under the name that training engines call."""
-        return self.loss(batch, random, counts=counts)
-
     def loss(self, batch: Batch, random: Random = None, counts: Tensor | None = None) -> Losses:
-        """The diffusion loss of the actions that there are; that of video is 0, and NaN of each sample."""
+        """Return the diffusion loss of the actions. The video loss is 0, and NaN per sample."""
         if batch.action is None:
             raise ValueError("training needs batch.action (zeros where masked)")
         action, device = batch.action, batch.action.device
@@ -49,14 +45,11 @@ class DiffusionPolicy(nn.Module):
         noise = unit_noise(action.shape, random, device)
         prediction = self._predict(batch, self.observation(batch), self.schedule.noisy(action, noise, t), t)
         error = squared_error(prediction, self.schedule.target(action, noise, t))
-        total, each = masked_mean(error, batch.action_mask, None if counts is None else counts[0])
-        return Losses(
-            total=total,
-            action=total.detach(),
-            video=torch.zeros_like(total),
-            action_per_sample=each.detach(),
-            video_per_sample=torch.full_like(each, torch.nan),
-        )
+        action_loss, each = masked_mean(error, batch.action_mask, None if counts is None else counts[0])
+        return Losses.of(action_loss, torch.zeros_like(action_loss), each, torch.full_like(each, torch.nan))
+
+    def loss_counts(self, batch: Batch) -> Tensor:
+        return loss_counts(batch.action_mask, batch.camera_mask)
 
     @torch.no_grad()
     def sample(
@@ -68,15 +61,11 @@ class DiffusionPolicy(nn.Module):
         noise_action: Tensor | None = None,
         noise_latents: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(action float32 [B, L, A], None), padding 0. ValueError for any mode but policy.
-
-        Noise shaped like the action may be given, and comes from ``generator`` otherwise; there is none of latents.
-        """
+        """Sample an action; ``noise_latents`` is ignored."""
         sampling.require(mode, self.modes, "Diffusion Policy")
         c, condition = self.model_config, self.observation(batch)
         if noise_action is None:
-            shape = (len(condition), c.action_chunk, c.action_dim)
-            noise_action = unit_noise(shape, generator, condition.device)
+            noise_action = unit_noise((len(condition), *c.action_shape), generator, condition.device)
         action, _ = sampling.sample(
             mode,
             lambda action, t, latents, _: (self._predict(batch, condition, action, t), latents),
@@ -93,7 +82,7 @@ class DiffusionPolicy(nn.Module):
 
 
 class ActionDenoiser(nn.Module):
-    """One token for each of the L actions; condition and timestep reach every block through its modulation."""
+    """One token per action of the chunk. Condition and timestep reach every block through its modulation."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

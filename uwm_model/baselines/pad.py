@@ -1,12 +1,12 @@
 """PAD, Prediction with Action (arXiv 2411.18179), as the UWM paper compares with it (arXiv 2504.02792, appendix B2).
 
-It is UWM's transformer, but actions and future latents are noised to one time and denoised together, so neither can
-be given or ignored: what it samples is always the joint.
-From PAD: the clean current latents go in with the noisy future ones at the same place (a linear layer over both side
-by side is ``current_patches``); of a sample without actions nobody attends to the action tokens, and there is no
-action loss. UWM's comparison puts a learned token in their place instead.
-From neither: the modulation carries the observation as in UWM, beside the timestep. Proprio and embodiment have no
-other way in, and the network stays as large as UWM's.
+It is UWM's transformer, but actions and future latents share one timestep and are denoised together, so neither can
+be given or ignored: it always samples the joint distribution.
+From PAD: the clean current latents enter with the noisy future ones at the same place (``current_patches``: a linear
+layer over both, concatenated); a sample without actions has its action tokens masked in attention, and no action loss.
+The UWM paper's version puts a learned token in their place instead.
+From neither: the modulation carries the observation as in UWM, together with the timestep. Proprio and embodiment have
+no other way in, and the network stays as large as UWM's.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import dataclasses
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from uwm_model import objective, sampling
 from uwm_model.batch import Batch
 from uwm_model.config import DiffusionConfig, ModelConfig
 from uwm_model.denoiser import Denoise, Denoiser
+from uwm_model.model import Model
 from uwm_model.objective import Losses, Noise
 from uwm_model.observation import observation
 from uwm_model.randomness import Random, unit_noise
@@ -28,24 +29,19 @@ from uwm_model.sampling import Mode
 from uwm_model.schedule import make_schedule
 
 
-class PredictionWithAction(nn.Module):
-    """p(action, future | observation), under one timestep. Latents are divided by ``latent_divisor`` inside."""
+class PredictionWithAction(Model):
+    """p(action, future | observation) with one timestep for both modalities."""
 
     modes: ClassVar[tuple[Mode, ...]] = ("policy", "video", "joint")
 
     def __init__(self, model: ModelConfig, diffusion: DiffusionConfig):
-        super().__init__()
-        self.model_config, self.diffusion_config = model, diffusion
+        super().__init__(model, diffusion)
         self.observation = observation(model)
         self.denoiser = Denoiser(dataclasses.replace(model, current_patches=True))
         self.schedule = make_schedule(diffusion)
 
-    def forward(self, batch: Batch, random: Random = None, counts: Tensor | None = None) -> Losses:
-        """``loss``, under the name that training engines call."""
-        return self.loss(batch, random, counts=counts)
-
     def loss(self, batch: Batch, random: Random = None, counts: Tensor | None = None) -> Losses:
-        """UWM's joint loss, both modalities at the time that is drawn for the video."""
+        """Return UWM's joint loss, with both modalities at the timestep that is drawn for the video."""
         if batch.action is None or batch.future_latents is None:
             raise ValueError("training needs batch.action and batch.future_latents (zeros where masked)")
         latents = batch.future_latents / self.diffusion_config.latent_divisor
@@ -62,6 +58,9 @@ class PredictionWithAction(nn.Module):
             counts,
         )
 
+    def loss_counts(self, batch: Batch) -> Tensor:
+        return objective.loss_counts(batch.action_mask, batch.camera_mask)
+
     @torch.no_grad()
     def sample(
         self,
@@ -72,19 +71,16 @@ class PredictionWithAction(nn.Module):
         noise_action: Tensor | None = None,
         noise_latents: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(action [B, L, A] or None, future latents [B, V, Tf, C, h, w] or None), float32: the joint, or a part of it.
+        """Sample the joint, and return it or one modality of it. The action is 0 where all of ``action_mask`` is False.
 
-        Noise shaped like the outputs may be given, and comes from ``generator`` otherwise. Padding comes out as 0, and
-        so does the action of a sample whose ``action_mask`` is False throughout. ValueError for forward and inverse
-        dynamics: with one timestep, nothing can be given.
+        Forward and inverse dynamics are impossible: with a single timestep, neither modality can be given.
         """
         sampling.require(mode, self.modes, "PAD")
         B, device, c = len(batch.embodiment), batch.embodiment.device, self.model_config
         if noise_action is None:
-            noise_action = unit_noise((B, c.action_chunk, c.action_dim), generator, device)
+            noise_action = unit_noise((B, *c.action_shape), generator, device)
         if noise_latents is None:
-            shape = (B, c.cameras, c.future_frames, c.latent_channels, *c.latent_size)
-            noise_latents = unit_noise(shape, generator, device)
+            noise_latents = unit_noise((B, *c.latents_shape), generator, device)
         action, latents = sampling.sample(
             "joint",
             self._denoiser_of(batch),
@@ -101,7 +97,7 @@ class PredictionWithAction(nn.Module):
         )
 
     def _denoiser_of(self, batch: Batch) -> Denoise:
-        """The network with this batch's observation and masks filled in. It has one time, the video's."""
+        """Bind this batch's observation and masks to the network. Its one timestep is the video's."""
         condition, shown = self.observation(batch), batch.action_mask.any(dim=(1, 2))
 
         def denoise(action: Tensor, _: Tensor, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from preprocessing.episode import ActionBlock, EpisodeRef, Representation, Video
+from preprocessing.episode import ActionBlock, EpisodeRef, Repair, RepairField, Representation, Video
 from preprocessing.errors import BadEpisode, UserError
 
 NOT_AN_INSTRUCTION = {"valid", "invalid", ""}  # GR00T annotates validity through the same table of sentences
@@ -54,7 +54,7 @@ class Files(Protocol):
 
     def tasks(self) -> dict[int, str]: ...
 
-    def repairs(self, index: int) -> list[str]: ...
+    def repairs(self, index: int) -> list[Repair]: ...
 
 
 TEMPLATE = re.compile(r"([^{}]|\{\w+(:0\dd)?\})*")  # a width of a billion would be a billion characters
@@ -159,6 +159,12 @@ def read_meta(root: Path) -> Meta:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: not a LeRobot info.json ({error}); mend or restore the file") from None
     return Meta(root, info)
+
+
+def wrong_template(name: str, found: str) -> Repair:
+    """The repair for a path template of info.json that leads nowhere, though its file was found."""
+    field: RepairField = "frames" if name == "video_path" else "steps"
+    return Repair(field, f"{name} in info.json leads to no file; {found}")
 
 
 def texts_of(table: pa.Table, tasks: dict[int, str]) -> dict[str, str]:

@@ -17,12 +17,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from preprocessing.episode import Episode, EpisodeRef, Video
+from preprocessing.episode import Episode, EpisodeRef, Repair, Video
 from preprocessing.errors import BadEpisode, UserError
 from preprocessing.sources.lerobot.meta import Files, Film, Meta, asked_in, matrix, read_meta, texts_of
 from preprocessing.sources.lerobot.v2 import FilesV2
 from preprocessing.sources.lerobot.v3 import FilesV3
-from preprocessing.video.frames import first_frames, images_video
+from preprocessing.video.frames import first_frames, frames_to_use, images_video
 
 STATE = "observation."
 SIMULATED = {"observation.environment_state"}  # where the objects are: what no robot sees
@@ -55,11 +55,13 @@ def load(ref: EpisodeRef) -> Episode:
         raise BadEpisode(f"{Path(ref.uri).name} has no row")
 
     table, ordered, skips = _in_order(table)
-    frames, counted = _frames_to_use(films, table.num_rows)
-    if counted and skips:
-        raise BadEpisode(f"{counted[0].rpartition(';')[0]}, and frame_index skips: rows are lost in the middle")
+    declared = {camera: film.frames for camera, film in films.items()}
+    frames, mismatch = frames_to_use(declared, table.num_rows, "the table")
+    if mismatch and skips:
+        raise BadEpisode(f"{mismatch}, and frame_index skips: rows are lost in the middle")
+    cut = [Repair("frames", f"{mismatch}; cut to {frames}")] if mismatch else []
     cameras: dict[str, Video] = {
-        camera: first_frames(film.video, frames) if counted else film.video for camera, film in films.items()
+        camera: first_frames(film.video, frames) if cut else film.video for camera, film in films.items()
     }
     for key, camera in meta.cameras("image"):
         if key in table.column_names:
@@ -88,16 +90,16 @@ def load(ref: EpisodeRef) -> Episode:
         instruction=texts[asked] if asked else None,
         success=_success(signals),
         embodiment=str(meta.info.get("robot_type") or "unknown"),
-        repairs=(*files.repairs(ref.index), *found, *ordered, *counted, *left_out),
+        repairs=(*files.repairs(ref.index), *found, *ordered, *cut, *left_out),
         signals={name: values[:frames] for name, values in signals.items()},
         texts=texts,
         split=meta.split(ref.index),
     )
 
 
-def _signals(table: pa.Table, others: set[str]) -> tuple[dict[str, np.ndarray], list[str]]:
+def _signals(table: pa.Table, others: set[str]) -> tuple[dict[str, np.ndarray], list[Repair]]:
     """All other columns of numbers or of vectors, and a sentence for each that is neither in every row."""
-    signals, repairs = dict[str, np.ndarray](), list[str]()
+    signals, repairs = dict[str, np.ndarray](), list[Repair]()
     for field in table.schema:
         is_list = pa.types.is_list(field.type) or pa.types.is_fixed_size_list(field.type)
         kind = field.type.value_type if is_list else field.type
@@ -107,54 +109,41 @@ def _signals(table: pa.Table, others: set[str]) -> tuple[dict[str, np.ndarray], 
         try:
             signals[field.name] = matrix(table, field.name)
         except BadEpisode as error:
-            repairs.append(f"{error}; left out")
+            repairs.append(Repair("streams", f"{error}; left out"))
     return signals, repairs
 
 
 def _repairs(
     meta: Meta, films: dict[str, Film], table: pa.Table, times: np.ndarray | None, asked: str | None
-) -> Iterator[str]:
+) -> Iterator[Repair]:
     for _, camera in meta.cameras("video"):
         if camera not in films:
-            yield f"camera {camera} is named in info.json, but has no file; dropped"
+            yield Repair("streams", f"camera {camera} is named in info.json, but has no file; dropped")
     if "frame_index" not in table.column_names:
-        yield "no frame_index; rows are taken in order"
+        yield Repair("steps", "no frame_index; rows are taken in order")
     if times is not None and (start := float(times[0, 0])) != 0:
-        yield f"timestamps start at {start:.3f} s; frames and rows are paired by order"
+        yield Repair("steps", f"timestamps start at {start:.3f} s; frames and rows are paired by order")
     step = float(np.median(np.diff(times[:, 0].astype(np.float64)))) if times is not None and len(times) > 1 else 0.0
     if step > 0 and abs(step * meta.fps - 1) > SLACK:
-        yield f"info.json says {meta.fps:g} Hz, the timestamps {1 / step:.3g} Hz; the former is taken"
+        text = f"info.json says {meta.fps:g} Hz, the timestamps {1 / step:.3g} Hz; the former is taken"
+        yield Repair("fps", text)
     sentences = "task_index" if asked == "task" else asked
     if sentences and pc.count_distinct(table[sentences], mode="all").as_py() > 1:
-        yield "the instruction changes within the episode; the first one is kept"
+        yield Repair("instruction", "the instruction changes within the episode; the first one is kept")
 
 
-def _in_order(table: pa.Table) -> tuple[pa.Table, list[str], bool]:
+def _in_order(table: pa.Table) -> tuple[pa.Table, list[Repair], bool]:
     """The rows by ``frame_index``, a sentence where they were not, and whether it skips."""
     if "frame_index" not in table.column_names or table["frame_index"].null_count:
         return table, [], False
     places = matrix(table, "frame_index")[:, 0]
     if len(np.unique(places)) < len(places):
-        return table, ["frame_index repeats; rows are taken in order"], False
+        return table, [Repair("steps", "frame_index repeats; rows are taken in order")], False
     skips = bool(np.ptp(places) != len(places) - 1)
     if (np.diff(places) > 0).all():
         return table, [], skips
-    return table.take(np.argsort(places)), ["rows are out of order; sorted by frame_index"], skips
-
-
-def _frames_to_use(films: dict[str, Film], rows: int) -> tuple[int, list[str]]:
-    """One frame more or less than rows is a recorder's slip at the end, and mended; more is another recording.
-
-    The counts are those of the containers, so nothing is decoded here; a container without one is left to whoever
-    decodes it.
-    """
-    counts = {camera: film.frames or rows for camera, film in films.items()}
-    for camera, count in counts.items():
-        if abs(count - rows) > 1:
-            raise BadEpisode(f"camera {camera} declares {count} frames, the table has {rows} rows")
-    frames = min([rows, *counts.values()])
-    slips = [f"{camera} has {count}" for camera, count in counts.items() if count != rows]
-    return frames, [f"the table has {rows} rows, {', '.join(slips)} frames; cut to {frames}"] if slips else []
+    resorted = Repair("steps", "rows are out of order; sorted by frame_index")
+    return table.take(np.argsort(places)), [resorted], skips
 
 
 def _success(signals: dict[str, np.ndarray]) -> bool | None:

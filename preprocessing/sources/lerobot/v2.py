@@ -20,9 +20,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from preprocessing.episode import EpisodeRef
+from preprocessing.episode import EpisodeRef, Repair
 from preprocessing.errors import BadEpisode, UserError
-from preprocessing.sources.lerobot.meta import Film, Meta
+from preprocessing.sources.lerobot.meta import Film, Meta, wrong_template
 from preprocessing.sources.scan_cache import Finding, file_digest, findings
 from preprocessing.video.decode import open_video, probe_video
 
@@ -76,11 +76,11 @@ class FilesV2:
     def tasks(self) -> dict[int, str]:
         return {int(row["task_index"]): str(row["task"]) for row in self._lines("tasks.jsonl")}
 
-    def repairs(self, index: int) -> list[str]:
+    def repairs(self, index: int) -> list[Repair]:
         videos = self._videos(index)
         found = [("data_path", self._table(index)), *(("video_path", file) for file in videos.values())]
         wrong = dict.fromkeys(name for name, file in found if not file.as_templated)
-        return [f"{template} in info.json leads to no file; found by searching" for template in wrong]
+        return [wrong_template(name, "found by searching") for name in wrong]
 
     def _indices(self) -> list[int]:
         """The episodes that episodes.jsonl names, and those that have a table all the same."""

@@ -22,9 +22,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from preprocessing.episode import EpisodeRef
+from preprocessing.episode import EpisodeRef, Repair
 from preprocessing.errors import BadEpisode, UserError
-from preprocessing.sources.lerobot.meta import Film, Meta, is_text
+from preprocessing.sources.lerobot.meta import Film, Meta, is_text, wrong_template
 from preprocessing.sources.scan_cache import Finding, file_digest, findings
 from preprocessing.video.excerpts import excerpt, excerpt_digests
 
@@ -106,9 +106,9 @@ class FilesV3:
             return {}
         return dict(zip(table["task_index"].to_pylist(), sentences.to_pylist(), strict=True))
 
-    def repairs(self, index: int) -> list[str]:
+    def repairs(self, index: int) -> list[Repair]:
         wrong = [self._table(index)[1], *self._films(index)[1]]
-        return [f"{name} in info.json leads to no file; found by default" for name in dict.fromkeys(wrong) if name]
+        return [wrong_template(name, "found by default") for name in dict.fromkeys(wrong) if name]
 
     @cached_property
     def _episodes(self) -> dict[int, dict[str, Any]]:

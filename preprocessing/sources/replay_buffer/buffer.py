@@ -1,7 +1,7 @@
-"""Where a replay buffer is, which rows of its arrays are an episode, and their digests.
+"""Find replay buffers, the rows of their arrays that make up each episode, and digests of those.
 
-Of a folder that may hold a chunk file a frame, what was found is remembered under the names, sizes, times and inodes of
-all its files: as good as those of one file, and it costs a look at each but the reading of none.
+A folder may hold one chunk file per frame. Its scan results are cached under the names, sizes, times and inodes of all
+its files: as safe as for a single file, and no file has to be read, only stat-ed.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
+from preprocessing.episode import Repair
 from preprocessing.errors import BadEpisode
 from preprocessing.limits import limits
 from preprocessing.sources.scan_cache import Finding, file_digest, findings, stamp_of
-from preprocessing.sources.untrusted.zarr_v2 import Folder, NoNumbersError, ZarrArray, Zip, open_array
+from preprocessing.sources.untrusted.zarr_v2 import ZarrFolder, NotNumericError, ZarrArray, ZarrZip, open_array
 
 ENDS = "meta/episode_ends"
 MARK = f"{ENDS}/.zarray"
@@ -28,56 +29,57 @@ MAX_EPISODES = 10**6
 
 
 def buffers(path: Path) -> Iterator[Path]:
-    """The path itself, or, of a folder, the zip files in it and those folders in it that have their films beside."""
+    """The path itself; or, in a folder, its zip files, and its subfolders if ``videos`` is next to them."""
     if path.is_file():
         if path.name.endswith(".zarr.zip") or _is_buffer(path):
             yield path
     elif (path / MARK).is_file():
         yield path
     else:
-        filmed = (path / "videos").is_dir()
+        has_videos = (path / "videos").is_dir()
         for child in sorted(path.iterdir()):
             if child.name.startswith("."):
                 continue
             if child.is_file():
                 yield from buffers(child)
-            elif filmed and (child / MARK).is_file():
+            elif has_videos and (child / MARK).is_file():
                 yield child
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """The arrays by name, in the order of their names, where the episodes end, and what is not read."""
+    """The arrays by name, sorted; the end of each episode; and repairs for arrays that are not read."""
 
     arrays: dict[str, ZarrArray]
     ends: list[int]
-    dropped: tuple[str, ...]
+    dropped: tuple[Repair, ...]
 
     @classmethod
     def open(cls, path: Path) -> Buffer:
-        store: Folder | Zip = Folder(path) if path.is_dir() else _zip(path)
+        store: ZarrFolder | ZarrZip = ZarrFolder(path) if path.is_dir() else _zip(path)
         names, arrays = store.names("data"), dict[str, ZarrArray]()
-        dropped = [f"data/{name} is a group of arrays, not one; dropped" for name in store.names("data", ".zgroup")]
+        groups = store.names("data", ".zgroup")
+        dropped = [Repair("streams", f"data/{name} is a group, not an array; dropped") for name in groups]
         if not 0 < len(names) <= MAX_ARRAYS:
             raise BadEpisode(f"data/ holds {len(names)} arrays")
         for name in names:
             try:
                 array = open_array(store, f"data/{name}")
-                arrays[name] = replace(array, needed=is_picture(array) or name == "action")
-            except NoNumbersError as error:
-                dropped.append(f"{error}; dropped")
+                arrays[name] = replace(array, needed=is_image(array) or name == "action")
+            except NotNumericError as error:
+                dropped.append(Repair("streams", f"{error}; dropped"))
         ends = replace(open_array(store, ENDS), needed=True)
         if len(ends.shape) != 1 or not 0 < ends.shape[0] <= MAX_EPISODES or ends.dtype.kind not in "iu":
-            raise BadEpisode(f"{ENDS} is no list of steps, but {ends.dtype} of shape {ends.shape}")
+            raise BadEpisode(f"{ENDS} is not a list of steps, but {ends.dtype} of shape {ends.shape}")
         listed = vectors(ends, 0, ends.shape[0])[:, 0].tolist()
         if not all(0 <= after - before <= limits().episode_steps for before, after in pairwise([0, *listed])):
-            raise BadEpisode(f"{ENDS} does not ascend from 0, or in steps larger than limits.episode_steps")
+            raise BadEpisode(f"{ENDS} does not ascend from 0, or an episode is longer than limits.episode_steps")
         return cls(arrays, listed, tuple(dropped))
 
     def rows(self, index: int) -> tuple[int, int]:
-        """The first row of an episode, and the one after its last."""
+        """The first row of an episode, and the row after its last."""
         if index >= len(self.ends):
-            raise BadEpisode(f"the buffer has {len(self.ends)} episodes now, fewer than when it was listed")
+            raise BadEpisode(f"the buffer now has only {len(self.ends)} episodes, fewer than when it was listed")
         start, stop = ([0, *self.ends])[index : index + 2]
         if start == stop:
             raise BadEpisode("holds no step")
@@ -88,12 +90,13 @@ class Buffer:
 
 
 def vectors(array: ZarrArray, start: int, stop: int) -> np.ndarray:
+    """Rows ``[start, stop)`` as ``[T, D]``."""
     rows = np.concatenate([array.slab(number)[part] for number, part in array.parts(start, stop)])
     return rows.reshape(stop - start, -1)
 
 
-def is_picture(array: ZarrArray) -> bool:
-    """Three colours, last or first, of at least 16 by 16 pixels: a small table of vectors is none."""
+def is_image(array: ZarrArray) -> bool:
+    """Whether rows are images: three channels, last or first, and at least 16 by 16, unlike a small table of vectors."""
     if len(array.shape) != 4:
         return False
     _, *sides = array.shape
@@ -101,13 +104,13 @@ def is_picture(array: ZarrArray) -> bool:
 
 
 def digests(buffer: Buffer, indices: Iterable[int]) -> list[Finding]:
-    """Of these episodes. Array by array, so that a chunk with rows of several of them is unpacked once."""
+    """Digest these episodes, array by array: a chunk with rows of several episodes is decompressed once."""
     hashes = {index: hashlib.sha256() for index in indices}
     problems: dict[int, str] = {}
     for name, array in buffer.arrays.items():
         slab, stored = lru_cache(maxsize=1)(array.slab), array.metadata
         head = f"{name} {stored.dtype} {stored.shape[1:]};"
-        if array.rows_per_slab == 1:  # what the stored bytes mean
+        if array.rows_per_slab == 1:  # which determines what the stored bytes mean
             compressor = (stored.compressor or {}).get("id")
             head += f"{stored.chunks} {stored.order} {stored.fill_value} {compressor};"
         for index, sha in hashes.items():
@@ -126,7 +129,7 @@ def digests(buffer: Buffer, indices: Iterable[int]) -> list[Finding]:
 
 
 def found_in(paths: list[Path]) -> Iterator[tuple[Path, list[Finding]]]:
-    """The buffers, each with the digests of its episodes, in order."""
+    """Yield each buffer with the findings of its episodes, in order: files first, then folders."""
     yield from findings("replay_buffer", [path for path in paths if path.is_file()], _read)
     for folder in (path for path in paths if path.is_dir()):
         if stamp := _stamp(folder):
@@ -146,7 +149,7 @@ def _read(path: Path) -> list[Finding]:
 
 
 def _stamp(folder: Path) -> str | None:
-    """Of all files that digests depend on; None where that cannot be told."""
+    """A stamp of all files that the digests depend on; None if a linked folder hides some."""
     files = []
     for array in [folder / ENDS, *sorted(folder.glob("data/*"))]:
         for root, below, names in os.walk(array):
@@ -159,17 +162,17 @@ def _stamp(folder: Path) -> str | None:
 
 def _is_buffer(file: Path) -> bool:
     with file.open("rb") as opened:
-        if opened.read(4) != b"PK\x03\x04" or file.suffix == ".npz":  # NumPy's files are zip files as well
+        if opened.read(4) != b"PK\x03\x04" or file.suffix == ".npz":  # NumPy's files are zip files, too
             return False
     try:
-        return bool(Zip(file).roots(MARK))
+        return bool(ZarrZip(file).roots(MARK))
     except BadEpisode:
         return False
 
 
-def _zip(path: Path) -> Zip:
-    """A folder may have been packed with its name, as PushT's is, or without."""
-    roots = Zip(path).roots(MARK)
+def _zip(path: Path) -> ZarrZip:
+    """Open the zip file; its members may start with the folder's name, as PushT's do, or not."""
+    roots = ZarrZip(path).roots(MARK)
     if len(roots) != 1:
-        raise BadEpisode(f"a zip file with {len(roots)} {MARK}, which is not one buffer")
-    return Zip(path, roots[0])
+        raise BadEpisode(f"a zip file with {len(roots)} {MARK} instead of one")
+    return ZarrZip(path, roots[0])

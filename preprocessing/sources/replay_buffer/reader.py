@@ -1,14 +1,13 @@
-"""Replay buffers of Diffusion Policy and UMI: all episodes one after the other in the arrays of a Zarr group.
+"""Replay buffers of Diffusion Policy and UMI: all episodes concatenated in the arrays of a Zarr group.
 
-``data/NAME`` has a row a step, ``meta/episode_ends`` the step after the last one of each episode, in a folder or in a
-zip file. The layout: https://github.com/real-stanford/diffusion_policy (``replay_buffer.py``). PushT stores pictures as
-float32, UMI (https://github.com/real-stanford/universal_manipulation_interface) as a JPEG XL file each, and no actions;
-Diffusion Policy's real robot stores films beside the buffer, ``videos/EPISODE/CAMERA.mp4``, which begin with their
-episode and have a rate of their own.
+``data/NAME`` has a row per step, ``meta/episode_ends`` the step after the last one of each episode, in a folder or in a
+zip file. The layout: https://github.com/real-stanford/diffusion_policy (``replay_buffer.py``). PushT stores images as
+float32. UMI (https://github.com/real-stanford/universal_manipulation_interface) stores each as JPEG XL, and no actions.
+Diffusion Policy's real robot stores videos next to the buffer, ``videos/EPISODE/CAMERA.mp4``, which start with their
+episode and have their own rate.
 
-An episode's digest covers its rows of all arrays, in the order of their names, and its films: the stored chunks where
-a chunk holds one row, elsewhere the values. So it is the same in a folder and in a zip file, and when episodes are
-added.
+An episode's digest covers its rows of all arrays, sorted by name, and its videos: the stored chunks if a chunk holds one
+row, else the values. It is the same in a folder and in a zip file, and does not change when episodes are added.
 """
 
 from __future__ import annotations
@@ -22,20 +21,20 @@ from pathlib import Path
 
 import numpy as np
 
-from preprocessing.episode import ActionBlock, Episode, EpisodeRef, Video
+from preprocessing.episode import ActionBlock, Episode, EpisodeRef, Repair, Video
 from preprocessing.errors import BadEpisode
 from preprocessing.limits import limits
-from preprocessing.sources.replay_buffer.buffer import Buffer, buffers, digests, found_in, is_picture, vectors
+from preprocessing.sources.replay_buffer.buffer import Buffer, buffers, digests, found_in, is_image, vectors
 from preprocessing.sources.scan_cache import Finding, file_digest, findings
 from preprocessing.sources.untrusted.zarr_v2 import ZarrArray
 from preprocessing.video.decode import open_video, probe_video
 from preprocessing.video.frames import chunks, first_frames, resize, thinned
 from preprocessing.video.thinning import kept_before
 
-WIDE = 1024  # numbers a step: point clouds and depth have more
+WIDE = 1024  # numbers per step; point clouds and depth have more
 PROPRIO = re.compile(r"(robot|agent_pos|state|qpos|qvel|eef|joint|gripper|proprio)(?!.*(demo_|action))")
-RATES = {"umi": (59.94, "a GoPro's"), "pusht": (10.0, "PushT's"), "unknown": (10.0, "Diffusion Policy's")}
-MAX_MISSING = 10  # steps that a film may end early, as in Diffusion Policy's own reader
+RATES = {"umi": (59.94, "a GoPro's"), "pusht": (10.0, "PushT's"), "unknown": (10.0, "Diffusion Policy's")}  # Hz
+MAX_MISSING = 10  # steps that a video may end early, as in Diffusion Policy's own reader
 
 
 def detect(path: Path) -> bool:
@@ -43,13 +42,13 @@ def detect(path: Path) -> bool:
 
 
 def encloses(path: Path) -> bool:
-    """Whether what lies below a folder is chunks, or films that belong to a buffer."""
+    """Whether everything below a folder belongs to buffers: their chunks or videos."""
     return any(buffer.is_dir() for buffer in buffers(path))
 
 
 def scan(path: Path) -> Iterator[EpisodeRef]:
     for buffer, found in found_in(list(buffers(path))):
-        yield from _with_films(buffer, found)
+        yield from _with_videos(buffer, found)
 
 
 def digest(ref: EpisodeRef) -> str:
@@ -59,8 +58,8 @@ def digest(ref: EpisodeRef) -> str:
     [found] = digests(buffer, [ref.index])
     if found.problem:
         raise BadEpisode(found.problem)
-    films = [] if _has_pictures(buffer) else _films(path, ref.index)
-    return _joined(found.digest, [(film, file_digest(film)) for film in films])
+    videos = [] if _has_images(buffer) else _videos(path, ref.index)
+    return _joined(found.digest, [(video, file_digest(video)) for video in videos])
 
 
 def load(ref: EpisodeRef) -> Episode:
@@ -73,36 +72,38 @@ def load(ref: EpisodeRef) -> Episode:
     fps = _rate(signals)
     if fps is None:
         fps, whose = RATES[robot]
-        repairs.append(f"the rate is not recorded; {fps:g} Hz assumed, as {whose} is")
+        repairs.append(Repair("fps", f"the rate is not recorded; {fps:g} Hz assumed, {whose} rate"))
     if robot == "unknown":
-        repairs.append("robot unknown")
+        repairs.append(Repair("embodiment", "robot unknown"))
     recorded = set(signals)
     action = signals.pop("action", None)
     proprio = {name: signals.pop(name) for name in list(signals) if PROPRIO.match(name)}
     layout: tuple[ActionBlock, ...] = ()
     if robot == "umi" and action is None:
         action, layout = _next_poses(proprio)
-        repairs.append("no actions are recorded; the next pose is taken for the action")
+        repairs.append(Repair("steps", "no actions are recorded; the next pose is used as the action"))
     elif action is None:
-        repairs.append("no actions are recorded")
+        repairs.append(Repair("action", "no actions are recorded"))
     elif robot == "pusht":
         signals["state"] = proprio.pop("state")
         proprio["agent_pos"] = signals["state"][:, :2]
-        repairs.append("of state, which tells where the block is as well, only the agent's place is proprioception")
+        text = "state also holds the block's pose; only the agent's position is kept as proprio"
+        repairs.append(Repair("proprio", text))
         layout = (ActionBlock(name="position", size=2, kind="position", mode="absolute"),)
     elif recorded >= {"robot_eef_pose", "timestamp", "stage"} and action.shape[1] == 6:
-        layout = _pose("")  # what the real robot's recorder sends
+        layout = _pose("")  # as the real robot's recorder commands it
     else:
         layout = (ActionBlock(name="action", size=action.shape[1]),)
 
-    if _has_pictures(buffer):
-        pictures = {name: _camera(array, start, stop) for name, array in buffer.arrays.items() if is_picture(array)}
-        cameras = {name: video for name, (video, _) in pictures.items()}
-        repairs += [f"{name} {mended}" for name, (_, done) in pictures.items() for mended in done]
+    if _has_images(buffer):
+        images = {name: _camera(array, start, stop) for name, array in buffer.arrays.items() if is_image(array)}
+        cameras = {name: video for name, (video, _) in images.items()}
+        repairs += [Repair("frames", f"{name} {mended}") for name, (_, done) in images.items() for mended in done]
     else:
-        cameras, steps = _film_cameras(_films(path, ref.index), stop - start, fps)
+        cameras, steps = _video_cameras(_videos(path, ref.index), stop - start, fps)
         if steps < stop - start:
-            repairs.append(f"the films end {stop - start - steps} steps before the log, which is cut there")
+            text = f"the videos end {stop - start - steps} steps before the log, which is cut there"
+            repairs.append(Repair("frames", text))
             action = None if action is None else action[:steps]
             proprio = {name: values[:steps] for name, values in proprio.items()}
             signals = {name: values[:steps] for name, values in signals.items()}
@@ -128,31 +129,34 @@ def _robot(buffer: Buffer) -> str:
     return "pusht" if "img" in widths and widths.get("action") == (2,) and widths.get("state") == (5,) else "unknown"
 
 
-def _numbers(buffer: Buffer, start: int, stop: int) -> tuple[dict[str, np.ndarray], list[str]]:
-    """What is no picture, by name, and what had to be done to it."""
-    repairs, numbers = list[str](), dict[str, ZarrArray]()
+def _numbers(buffer: Buffer, start: int, stop: int) -> tuple[dict[str, np.ndarray], list[Repair]]:
+    """Arrays that are not images, by name, and the repairs made to them."""
+    repairs, numbers = list[Repair](), dict[str, ZarrArray]()
     for name, array in buffer.arrays.items():
         if array.row_bytes > WIDE * array.dtype.itemsize:
-            if not is_picture(array):
-                repairs.append(f"{name} is {array.shape[1:]} numbers a step, neither RGB nor a vector; dropped")
-        elif not is_picture(array):
+            if not is_image(array):
+                text = f"{name} is {array.shape[1:]} numbers per step, neither RGB nor a vector; dropped"
+                repairs.append(Repair("streams", text))
+        elif not is_image(array):
             numbers[name] = array
     if sum(array.row_bytes for array in numbers.values()) * (stop - start) > limits().array_bytes:
         raise BadEpisode("its numbers unpack to more than limits.array_bytes")
     values = dict[str, np.ndarray]()
     for name, array in numbers.items():
         if lacking := array.not_stored(start, stop):
-            repairs.append(f"{lacking} chunks of {name} are not stored; its fill value is taken, as Zarr says")
+            text = f"{lacking} chunks of {name} are not stored; read as its fill value, as Zarr specifies"
+            repairs.append(Repair("steps", text))
         rows = vectors(array, start, stop)
         if name == "timestamp" and abs(float(rows[0, 0])) > 1e5:
             rows = rows.astype(np.float64) - float(rows[0, 0])
-            repairs.append("timestamp counts from the first step, for float32 cannot hold the time of day")
+            text = "timestamp now counts from the first step: float32 cannot hold the time of day"
+            repairs.append(Repair("steps", text))
         values[name] = rows.astype(np.float32)
     return values, repairs
 
 
 def _rate(signals: dict[str, np.ndarray]) -> float | None:
-    """Steps a second, where their times are recorded, and in seconds."""
+    """Steps per second, if timestamps in seconds are recorded."""
     clock = signals.get("timestamp", np.zeros((0, 1)))[:, 0]
     between = float(np.median(np.diff(clock))) if len(clock) > 1 else 0.0
     return round(1 / between, 2) if 0.001 <= between <= 100 else None
@@ -166,7 +170,7 @@ def _next_poses(proprio: dict[str, np.ndarray]) -> tuple[np.ndarray, tuple[Actio
     for robot in sorted(name.partition("_")[0] for name in proprio if re.fullmatch(r"robot\d+_eef_pos", name)):
         names = [f"{robot}_{part}" for part in ("eef_pos", "eef_rot_axis_angle", "gripper_width")]
         if [proprio[name].shape[1] if name in proprio else 0 for name in names] != [3, 3, 1]:
-            raise BadEpisode(f"{' or '.join(names)} is not recorded, or not as 3, 3 and 1 numbers")
+            raise BadEpisode(f"{', '.join(names)} are not all recorded as 3, 3 and 1 numbers")
         pose = np.concatenate([proprio[name] for name in names], axis=1)
         parts.append(np.concatenate([pose[1:], pose[-1:]]))
         width = ActionBlock(
@@ -194,91 +198,91 @@ def _pose(robot: str) -> tuple[ActionBlock, ...]:
 # ------------------------------------------------------------------------------------------------------- cameras
 
 
-def _has_pictures(buffer: Buffer) -> bool:
-    return any(map(is_picture, buffer.arrays.values()))
+def _has_images(buffer: Buffer) -> bool:
+    return any(map(is_image, buffer.arrays.values()))
 
 
 def _camera(array: ZarrArray, start: int, stop: int) -> tuple[Video, list[str]]:
-    """And what has to be done to its pictures."""
+    """The camera, and a description of each change to its frames."""
     first = array.shape[3] != 3
     scale = 1.0 if array.dtype.kind in "iu" or _exceeds_one(array, start, stop) else 255.0
 
     def frames(size: int | None) -> Iterator[np.ndarray]:
         slab = lru_cache(maxsize=1)(array.slab)
         rows = (row for number, part in array.parts(start, stop) for row in slab(number)[part])
-        return chunks(resize(_picture(row, first, scale, array.path)[None], size)[0] for row in rows)
+        return chunks(resize(_frame(row, first, scale, array.path)[None], size)[0] for row in rows)
 
-    repairs = ["has its colours in the first dimension; moved to the last"] if first else []
+    repairs = ["has its channels first; moved last"] if first else []
     if scale != 1:
-        repairs.append("is recorded from 0 to 1; made 0 to 255")
+        repairs.append("is recorded from 0 to 1; scaled to 0 to 255")
     return Video(frames), repairs
 
 
 def _exceeds_one(array: ZarrArray, start: int, stop: int) -> bool:
-    """Whether floats go from 0 to 255, which the first picture tells that is not black."""
+    """Whether any value exceeds 1, so that floats range from 0 to 255. Stops at the first image that tells."""
     return any(bool((array.slab(number)[part] > 1).any()) for number, part in array.parts(start, stop))
 
 
-def _picture(row: np.ndarray, first: bool, scale: float, name: str) -> np.ndarray:
+def _frame(row: np.ndarray, first: bool, scale: float, name: str) -> np.ndarray:
     if row.dtype != np.uint8:
         if not (np.isfinite(row).all() and row.min() >= 0 and row.max() * scale <= 255):
-            raise BadEpisode(f"{name} goes from {row.min()} to {row.max()}, which are no colours")
+            raise BadEpisode(f"{name} ranges from {row.min()} to {row.max()}, which are not colours")
         row = np.rint(row * scale).astype(np.uint8)
-    return np.array(row.transpose(1, 2, 0) if first else row, order="C")  # a view would keep the whole chunk
+    return np.array(row.transpose(1, 2, 0) if first else row, order="C")  # a view would keep its whole chunk in memory
 
 
-def _films(buffer: Path, index: int) -> list[Path]:
+def _videos(buffer: Path, index: int) -> list[Path]:
     return sorted((buffer.parent / "videos" / str(index)).glob("*.mp4"))
 
 
-def _film_cameras(films: list[Path], steps: int, rate: float) -> tuple[dict[str, Video], int]:
-    """And how many of the steps all of them show."""
-    if not films:
-        raise BadEpisode("has no pictures: no array of them under data/, and no film of the episode under videos/")
+def _video_cameras(videos: list[Path], steps: int, rate: float) -> tuple[dict[str, Video], int]:
+    """The cameras, and the number of steps that all of them show."""
+    if not videos:
+        raise BadEpisode("has no images: no array of them under data/, and no video of the episode under videos/")
     shown, shares = steps, dict[Path, float]()
-    for film in films:
-        info = probe_video(film)
+    for video in videos:
+        info = probe_video(video)
         if info.fps < 0.99 * rate:
-            raise BadEpisode(f"{film.name} has {info.fps:g} frames a second, fewer than the log's {rate:g} steps")
-        shares[film] = min(1.0, rate / info.fps)
+            raise BadEpisode(f"{video.name} has {info.fps:g} frames a second, fewer than the log's {rate:g} steps")
+        shares[video] = min(1.0, rate / info.fps)
         if info.declared_frames:
-            shown = min(shown, kept_before(info.declared_frames, shares[film]))
+            shown = min(shown, kept_before(info.declared_frames, shares[video]))
     if shown < steps - MAX_MISSING:
-        raise BadEpisode(f"the films show {shown} of {steps} steps")
-    cameras = {f"camera_{film.stem}": first_frames(thinned(open_video(film), shares[film]), shown) for film in films}
+        raise BadEpisode(f"the videos show only {shown} of {steps} steps")
+    cameras = {f"camera_{video.stem}": first_frames(thinned(open_video(video), shares[video]), shown) for video in videos}
     return cameras, shown
 
 
 # --------------------------------------------------------------------------------------------------------- scans
 
 
-def _with_films(buffer: Path, found: list[Finding]) -> Iterator[EpisodeRef]:
-    films = {index: _films(buffer, index) for index in range(len(found))} if _needs_films(buffer) else {}
-    every = [film for of_episode in films.values() for film in of_episode]
-    known = {film: one.digest for film, [one] in findings("film", every, _read_film)}
-    cameras = {film.name for film in every}
+def _with_videos(buffer: Path, found: list[Finding]) -> Iterator[EpisodeRef]:
+    videos = {index: _videos(buffer, index) for index in range(len(found))} if _needs_videos(buffer) else {}
+    every = [video for of_episode in videos.values() for video in of_episode]
+    known = {video: one.digest for video, [one] in findings("replay_buffer video", every, _read_video)}
+    cameras = {video.name for video in every}
     for index, one in enumerate(found):
-        own = films.get(index, [])
-        lacking = cameras - {film.name for film in own}
-        problem = one.problem or (f"there is no videos/{index}/{min(lacking)}" if lacking else None)
-        joined = _joined(one.digest, [(film, known[film]) for film in own])
+        own = videos.get(index, [])
+        lacking = cameras - {video.name for video in own}
+        problem = one.problem or (f"videos/{index}/{min(lacking)} is missing" if lacking else None)
+        joined = _joined(one.digest, [(video, known[video]) for video in own])
         yield EpisodeRef(str(buffer.absolute()), "replay_buffer", index, joined, problem)
 
 
-def _needs_films(buffer: Path) -> bool:
+def _needs_videos(buffer: Path) -> bool:
     if not (buffer.parent / "videos").is_dir():
         return False
     try:
-        return not _has_pictures(Buffer.open(buffer))
-    except (BadEpisode, OSError):  # which the findings say
+        return not _has_images(Buffer.open(buffer))
+    except (BadEpisode, OSError):  # reported by the findings
         return False
 
 
-def _read_film(film: Path) -> list[Finding]:
-    return [Finding(file_digest(film))]
+def _read_video(video: Path) -> list[Finding]:
+    return [Finding(file_digest(video))]
 
 
-def _joined(rows: str, films: list[tuple[Path, str]]) -> str:
-    if not films:
+def _joined(rows: str, videos: list[tuple[Path, str]]) -> str:
+    if not videos:
         return rows
-    return hashlib.sha256(json.dumps([rows, [(film.name, digest) for film, digest in films]]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([rows, [(video.name, digest) for video, digest in videos]]).encode()).hexdigest()

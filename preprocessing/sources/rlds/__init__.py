@@ -1,0 +1,1 @@
+"""RLDS data sets as TFDS writes them, read without TensorFlow."""

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from preprocessing.episode import ActionBlock, Episode, EpisodeRef, Video
+from preprocessing.episode import ActionBlock, Episode, EpisodeRef, Repair, Video
 from preprocessing.errors import BadEpisode
 from preprocessing.sources.rlds.tfds import SHARD, Leaf, dataset_and_split, missing_shards, read_leaves
 from preprocessing.sources.rlds.tfrecord import Feature, parse_example, read_record, records
@@ -64,26 +64,29 @@ def load(ref: EpisodeRef) -> Episode:
 
 def _episode(ref: EpisodeRef, features: dict[str, Feature], leaves: dict[str, Leaf]) -> Episode:
     name, split = dataset_and_split(Path(ref.uri))
-    repairs = ["control rate unknown; 10 Hz assumed", "robot unknown; the data set's name stands for it"]
+    repairs = [
+        Repair("fps", "control rate unknown; 10 Hz assumed"),
+        Repair("embodiment", "robot unknown; the data set's name stands for it"),
+    ]
     steps = _count_steps(features, leaves)
     images, dropped = _images(features, leaves, steps)
-    repairs += [f"camera {camera} is dropped: {why}" for camera, why in dropped.items()]
+    repairs += [Repair("streams", f"camera {camera} is dropped: {why}") for camera, why in dropped.items()]
     black = {camera for camera, files in images.items() if _is_black(files)}
-    repairs += [f"camera {camera} is black in every frame" for camera in sorted(black)]
+    repairs += [Repair("frames", f"camera {camera} is black in every frame") for camera in sorted(black)]
     for camera in sorted(images.keys() - black):
         said = features.get(f"episode_metadata/has_{camera}")
         if isinstance(said, np.ndarray) and said.size and not said.any():
-            repairs.append(f"has_{camera} is 0 although images exist; camera kept")
+            repairs.append(Repair("cameras", f"has_{camera} is 0 although images exist; camera kept"))
     is_last = features.get("steps/is_last")
     if isinstance(is_last, np.ndarray) and not is_last.any():
-        repairs.append("is_last is never 1; the last step is taken to be the end")
+        repairs.append(Repair("steps", "is_last is never 1; the last step is taken to be the end"))
 
     action, layout = _action(features, leaves, steps)
     proprio, signals = _vectors(features, leaves, steps)
     sentences = _sentences(features, leaves)
     instruction, changes = _instruction(sentences)
     if changes:
-        repairs.append("the instruction changes within the episode; the first one is kept")
+        repairs.append(Repair("instruction", "the instruction changes within the episode; the first one is kept"))
     cameras: dict[str, Video] = {camera: images_video(files) for camera, files in images.items()}
     return Episode(
         ref=ref,

@@ -1,11 +1,11 @@
-"""Topics that speak at rates of their own, brought to the frames of one camera.
+"""Align topics of different rates to the frames of one camera.
 
-A *track* is what one topic said and when. The camera with the fewest pictures is the reference: its pictures are the
-episode's frames, so that none of them comes twice. Everything else is taken as it was then: from the latest message
-that is not after the frame. Frames before every topic has spoken are dropped.
+A *track* is one topic's values and their times. The camera with the fewest images is the reference: its images are the
+episode's frames, so no frame repeats. Every other topic contributes its latest message that is not after the frame.
+Frames before the first message of any topic are dropped.
 
-Two clocks tell when: the sender's, in the message's header, and the recorder's. Mixed, they would set topics off
-against one another, so the senders' holds only where every topic has it and it agrees with the recorder's.
+There are two clocks: the sender's, in the message header, and the recorder's. Mixing them would shift topics against one
+another, so the senders' is used only if every topic has it and it agrees with the recorder's.
 """
 
 from __future__ import annotations
@@ -16,34 +16,35 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from preprocessing.episode import Repair
 from preprocessing.errors import BadEpisode
 
-APART = 10 * 10**9  # nanoseconds between sending and receiving; more is a clock that is not set,
-MOSTLY_APART = 10**9  # and more than this most of the time is a clock that goes wrong; a disk may stall once
-FEW = 0.1  # of the pictures of the busiest camera: what has less is no camera that films
+MAX_DELAY = 10 * 10**9  # nanoseconds between sending and receiving; more means that a clock is not set
+MAX_MEDIAN_DELAY = 10**9  # nanoseconds; more means that a clock is wrong; single delays are a stalled disk
+FEW = 0.1  # of the busiest camera's images; a topic with fewer is not recording a video
 STALE = 10**9  # nanoseconds
-UNEVEN = 0.5  # of the median interval
+UNEVEN = 0.5  # deviation relative to the median interval
 
 
 @dataclass
 class Track:
-    """When a topic spoke, and, of one that says numbers, the row that held from then on."""
+    """The times of a topic's messages and, for numbers, the row that is valid from each time on."""
 
     received: array[int] = field(default_factory=lambda: array("q"))
     stamped: array[int] = field(default_factory=lambda: array("q"))
     rows: array[float] = field(default_factory=lambda: array("f"))
     latest: dict[str | int, float] = field(default_factory=dict)
-    mapped: bool = False  # not every message had the same names in the same order
-    ragged: bool = False  # the count of numbers that have no names differs
+    mapped: bool = False  # the names or their order differ between messages
+    ragged: bool = False  # unnamed vectors differ in length
 
     def add(self, received: int, stamped: int, names: Sequence[str] = (), values: Sequence[float] = ()) -> None:
-        """Named values update those that were heard before: several senders may share one topic, a part each."""
+        """Add a message. Named values update earlier ones: several senders may share a topic, with a part each."""
         keys: Sequence[str | int] = names or range(len(values))
-        heard = [*self.latest]
-        if heard and [*keys] != heard:
+        known = [*self.latest]
+        if known and [*keys] != known:
             self.mapped = True
-            self.ragged |= not names or isinstance(heard[0], int)
-            if any(key not in self.latest for key in keys):  # the rows so far lack it
+            self.ragged |= not names or isinstance(known[0], int)
+            if any(key not in self.latest for key in keys):  # earlier rows lack it
                 self.received, self.stamped, self.rows = array("q"), array("q"), array("f")
         self.latest.update(zip(keys, values, strict=True))
         self.received.append(received)
@@ -51,82 +52,90 @@ class Track:
         self.rows.extend(self.latest.values())
 
     def why_not_stamped(self) -> str | None:
-        """Why the sender's clock is not to be used."""
+        """Why the sender's clock cannot be used; None if it can."""
         sent, received = np.array(self.stamped), np.array(self.received)
         if (sent <= 0).any():
             return "has no header stamps"
         if (np.diff(sent) < 0).any():
             return "has header stamps that run backwards"
-        apart = np.abs(sent - received)
-        far = apart.max() > APART or np.median(apart) > MOSTLY_APART
-        return "has header stamps far from its receipt" if far else None
+        delays = np.abs(sent - received)
+        far = delays.max() > MAX_DELAY or np.median(delays) > MAX_MEDIAN_DELAY
+        return "has header stamps far from its receive times" if far else None
 
 
 @dataclass(frozen=True)
 class Aligned:
-    """What holds at each frame: of a camera the number of its message, of a vector its row."""
+    """Values at each frame: of a camera the number of its message, of a vector its row."""
 
     fps: float
     cameras: dict[str, np.ndarray]  # int64 [T]
     vectors: dict[str, np.ndarray]  # float32 [T, D]
-    repairs: list[str]
+    repairs: list[Repair]
 
 
 def align(cameras: dict[str, Track], vectors: dict[str, Track]) -> Aligned:
-    """Raises BadEpisode where there are no two frames."""
-    repairs: list[str] = []
+    """Align all tracks to the slowest camera. Raises BadEpisode if fewer than two frames remain."""
+    repairs: list[Repair] = []
     most = max(len(track.received) for track in cameras.values())
     for name in [name for name, track in cameras.items() if len(track.received) < FEW * most]:
-        repairs.append(f"{name} has {len(cameras[name].received)} pictures, another camera {most}; left out")
+        few = f"{name} has only {len(cameras[name].received)} images, another camera {most}; left out"
+        repairs.append(Repair("streams", few))
         cameras = {other: track for other, track in cameras.items() if other != name}
-    repairs += [f"{name} changes its length; left out" for name, track in vectors.items() if track.ragged]
-    vectors = {name: track for name, track in vectors.items() if not track.ragged}
+    ragged = [name for name, track in vectors.items() if track.ragged]
+    repairs += [Repair("streams", f"{name} changes its length; left out") for name in ragged]
+    vectors = {name: track for name, track in vectors.items() if name not in ragged}
     for name in (name for name, track in vectors.items() if track.mapped):
-        repairs.append(f"{name} does not always name the same joints in the same order; mapped by name")
+        mapped = f"{name} does not always list the same joints in the same order; mapped by name"
+        repairs.append(Repair("steps", mapped))
 
     tracks = cameras | vectors
     against = next(((name, why) for name, track in tracks.items() if (why := track.why_not_stamped())), None)
-    repairs.append(f"times are those of receipt: {' '.join(against)}" if against else "times are the headers' stamps")
+    clock = f"receive times are used: {' '.join(against)}" if against else "header stamps are used as times"
+    repairs.append(Repair("steps", clock))
     times = {name: np.array(track.received if against else track.stamped) for name, track in tracks.items()}
     backwards = [name for name in tracks if (np.diff(times[name]) < 0).any()]
-    if film := next((name for name in backwards if name in cameras), None):
-        raise BadEpisode(f"the pictures of {film} are not in the order of their times; `mcap sort` mends that")
-    repairs += [f"messages of {name} are not in the order of their times; sorted" for name in backwards]
+    if camera := next((name for name in backwards if name in cameras), None):
+        raise BadEpisode(f"the images of {camera} are not sorted by time; run `mcap sort`")
+    unsorted = "are not sorted by time; sorted"
+    repairs += [Repair("steps", f"messages of {name} {unsorted}") for name in backwards]
     orders = {name: np.argsort(times[name], kind="stable") for name in tracks}
 
     frames = times[min(cameras, key=lambda name: len(times[name]))]
     for name in [name for name in tracks if times[name].min() > frames[len(frames) // 2]]:
-        repairs.append(f"{name} is not heard in full before half of the frames are over; left out")
+        late = f"{name} is incomplete until past half of the frames; left out"
+        repairs.append(Repair("streams", late))
         del times[name]
     held = {name: np.searchsorted(times[name][orders[name]], frames, side="right") - 1 for name in times}
     first = max(int((at < 0).sum()) for at in held.values())
     if first:
-        repairs.append(f"{first} frames before every topic had spoken are dropped")
+        repairs.append(Repair("frames", f"{first} frames before the first message of some topic are dropped"))
     if len(frames) - first < 2:
-        raise BadEpisode(f"{len(frames) - first} frames are left after every topic has spoken; at least 2 are needed")
+        raise BadEpisode(f"{len(frames) - first} frames are left once every topic has a message; at least 2 are needed")
     frames, held = frames[first:], {name: orders[name][at[first:]] for name, at in held.items()}
 
     steps = {name: _rows(vectors[name])[at] for name, at in held.items() if name in vectors}
-    endless = [name for name, rows in steps.items() if not np.isfinite(rows).all()]
-    repairs += [f"{name} is not a number at every frame; left out" for name in endless]
+    not_finite = [name for name, rows in steps.items() if not np.isfinite(rows).all()]
+    repairs += [Repair("streams", f"{name} is not finite at every frame; left out") for name in not_finite]
     for name, at in held.items():
         age = int((frames - times[name][at]).max())
-        if age > STALE and name not in endless:
-            repairs.append(f"{name} is up to {age / 1e9:.1f} s old at a frame")
+        if age > STALE and name not in not_finite:
+            stale = f"{name} is up to {age / 1e9:.1f} s old at a frame"
+            repairs.append(Repair("frames" if name in cameras else "steps", stale))
     fps = _fps(frames, repairs)
-    films = {name: at for name, at in held.items() if name in cameras}
-    return Aligned(fps, films, {name: rows for name, rows in steps.items() if name not in endless}, repairs)
+    shown = {name: at for name, at in held.items() if name in cameras}
+    return Aligned(fps, shown, {name: rows for name, rows in steps.items() if name not in not_finite}, repairs)
 
 
 def _rows(track: Track) -> np.ndarray:
     return np.frombuffer(track.rows, np.float32).reshape(len(track.received), -1)
 
 
-def _fps(frames: np.ndarray, repairs: list[str]) -> float:
+def _fps(frames: np.ndarray, repairs: list[Repair]) -> float:
     intervals = np.diff(frames) / 1e9
     median = float(np.median(intervals))
     if median <= 0:
-        raise BadEpisode("most of its pictures have the time of the one before")
+        raise BadEpisode("most images have the same time as the one before")
     if uneven := int((np.abs(intervals - median) > UNEVEN * median).sum()):
-        repairs.append(f"{uneven} of {len(intervals)} intervals between frames differ by half from {median:.3g} s")
-    return float(f"{1 / median:.4g}")  # of a clock, whose ticks differ
+        text = f"{uneven} of {len(intervals)} frame intervals differ by more than half from {median:.3g} s"
+        repairs.append(Repair("frames", text))
+    return float(f"{1 / median:.4g}")  # rounded: clock ticks vary

@@ -1,12 +1,12 @@
-"""Messages out of ROS recordings, in the order in which they were written: MCAP, ROS 2 bags, ROS 1 bags.
+"""Read messages from ROS recordings in the order they were written: MCAP, ROS 2 bags, ROS 1 bags.
 
-A recording is one file or one ROS 2 bag: a folder whose ``metadata.yaml`` lists its storage files, of which a split bag
-has several. A storage file is known by its first bytes: MCAP (https://mcap.dev/spec), SQLite with the tables ``topics``
+A recording is one file or one ROS 2 bag: a folder whose ``metadata.yaml`` lists its storage files; a split bag has
+several. A storage file is recognised by its first bytes: MCAP (https://mcap.dev/spec), SQLite with the tables ``topics``
 and ``messages`` (https://github.com/ros2/rosbag2, ``rosbag2_storage_sqlite3``), or ROS 1's format 2.0
 (https://wiki.ros.org/Bags/Format/2.0).
 
-Sizes that a file claims are not believed: what it packs is unpacked up to a limit and no further. The message
-definitions that it carries are not read (:mod:`preprocessing.sources.ros.messages` says why).
+Sizes that a file claims are not trusted: data is decompressed up to a limit and no further. The message definitions in
+a file are not read (:mod:`preprocessing.sources.ros.messages` says why).
 """
 
 from __future__ import annotations
@@ -35,37 +35,37 @@ from preprocessing.errors import BadEpisode
 
 METADATA, INFORMATION = "metadata.yaml", "rosbag2_bagfile_information"
 MCAP, BAG1, SQLITE = b"\x89MCAP0\r\n", b"#ROSBAG V2.0\n", b"SQLite format 3\0"
-MAX_BYTES = 2**27  # of a chunk or a message; recorders' chunks have a few MiB, a raw picture of 4K 25
+MAX_BYTES = 2**27  # of a chunk or a message; recorders' chunks have a few MiB, a raw 4K image 25
 MAX_METADATA = 2**22  # bytes
-MAX_MESSAGES = 10**7  # of one recording: a day at 100 a second
+MAX_MESSAGES = 10**7  # of one recording; a day at 100 Hz
 
 
 class Message(NamedTuple):
     topic: str
-    type: str  # as ROS 2 writes it: sensor_msgs/msg/Image
+    type: str  # in ROS 2's form: sensor_msgs/msg/Image
     encoding: str  # cdr, ros1, json, protobuf, ...
     received: int  # nanoseconds
     data: bytes
 
 
 def recordings(path: Path) -> Iterator[Path]:
-    """The bag that a folder is, or the recordings among its files; a file, if it is one."""
+    """The path itself if it is a bag or a recording; otherwise the recordings among a folder's files."""
     if _is_bag(path):
         yield path
         return
     for file in [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file()):
         kind = None if file.name.startswith(".") else _kind(file)
-        if kind and (kind is not _sqlite or file.suffix.lower() == ".db3"):  # SQLite holds anything
+        if kind and (kind is not _sqlite or file.suffix.lower() == ".db3"):  # SQLite files can be anything
             yield file
 
 
 def storage_files(recording: Path) -> list[Path]:
-    """The file itself, or those of a bag in their order. BadEpisode where its metadata name none."""
+    """The file itself, or a bag's files in order. Raises BadEpisode if its metadata is broken."""
     return _metadata(recording)[0] if recording.is_dir() else [recording]
 
 
 def problem_of(file: Path) -> str | None:
-    """What keeps a storage file from being read, as far as its ends tell."""
+    """Why a storage file cannot be read, judging by its first and last bytes; None if nothing is wrong."""
     kind = _kind(file)
     if kind is None:
         return "is neither MCAP nor SQLite"
@@ -73,16 +73,16 @@ def problem_of(file: Path) -> str | None:
         with file.open("rb") as opened:
             opened.seek(max(0, file.stat().st_size - len(MCAP)))
             if opened.read() != MCAP:
-                return "is cut off, as if its recorder was killed; `mcap recover` saves what is whole"
+                return "is truncated, its recorder may have been killed; run `mcap recover`"
     log = file.with_name(f"{file.name}-wal")
     if kind is _sqlite and log.is_file() and log.stat().st_size:
-        return f"was not closed: {log.name} holds messages; `sqlite3 {file.name} 'PRAGMA wal_checkpoint'` adds them"
+        return f"was not closed: {log.name} holds messages; run `sqlite3 {file.name} 'PRAGMA wal_checkpoint'`"
     return None
 
 
 def messages(recording: Path, topic: str | None = None) -> Iterator[Message]:
-    """All messages, or those of a topic. Raises BadEpisode where the bytes break."""
-    files, packed = _metadata(recording) if recording.is_dir() else ([recording], False)
+    """Yield all messages, or those of one topic. Raises BadEpisode where the bytes break."""
+    files, compressed = _metadata(recording) if recording.is_dir() else ([recording], False)
     number = 0
     try:
         for file in files:
@@ -90,17 +90,17 @@ def messages(recording: Path, topic: str | None = None) -> Iterator[Message]:
             if kind is None or problem:
                 raise BadEpisode(f"{file.name} {problem}")
             for message in kind(file, topic):
-                if packed:
+                if compressed:
                     message = message._replace(data=_zstd(message.data, MAX_BYTES))
                 number += 1
                 if number > MAX_MESSAGES:
                     raise BadEpisode(f"holds more than {MAX_MESSAGES} messages")
                 if not 0 <= message.received < 2**63:
-                    raise BadEpisode(f"a message of {message.topic} has the impossible time {message.received}")
+                    raise BadEpisode(f"a message of {message.topic} has the invalid time {message.received}")
                 yield message
     except BadEpisode:
         raise
-    except Exception as error:  # broken bytes lead the libraries into errors of every kind
+    except Exception as error:  # on broken bytes the libraries raise errors of every kind
         raise BadEpisode(f"breaks after {number} messages: {type(error).__name__}: {error}") from error
 
 
@@ -113,30 +113,29 @@ def _is_bag(path: Path) -> bool:
 
 
 def _metadata(bag: Path) -> tuple[list[Path], bool]:
-    """The storage files of a bag, and whether each message is packed.
+    """The storage files of a bag, and whether its messages are compressed one by one.
 
-    Before version 4 the files' names begin with the folder's; here they count without what precedes them, so that none
-    leads out of it.
+    Before version 4, file names include the folder. Only their last part is used, so none leads out of the bag.
     """
     try:
         with (bag / METADATA).open("rb") as file:
             text = file.read(MAX_METADATA + 1)
         if len(text) > MAX_METADATA:
             raise ValueError(f"more than {MAX_METADATA} bytes")
-        said = yaml.safe_load(text)[INFORMATION]
-        files = [bag / PurePosixPath(name).name for name in dict.fromkeys(said["relative_file_paths"])]
-        mode = str(said.get("compression_mode") or "none").lower()
-    except Exception as error:  # a damaged text may be any YAML
+        information = yaml.safe_load(text)[INFORMATION]
+        files = [bag / PurePosixPath(name).name for name in dict.fromkeys(information["relative_file_paths"])]
+        mode = str(information.get("compression_mode") or "none").lower()
+    except Exception as error:  # damaged text may be any YAML
         reason = " ".join(str(error).split())
         raise BadEpisode(f"{METADATA} cannot be read: {type(error).__name__}: {reason}") from None
     if mode == "file":
-        raise BadEpisode("its files are packed as a whole; unpack them (`ros2 bag convert`)")
+        raise BadEpisode("its files are compressed as a whole; decompress them (`ros2 bag convert`)")
     if mode not in ("none", "message"):
-        raise BadEpisode(f"compression_mode {mode} is not known")
+        raise BadEpisode(f"compression_mode {mode} is unknown")
     if missing := [file.name for file in files if not file.is_file()]:
-        raise BadEpisode(f"{METADATA} names {missing[0]}, which is not there")
+        raise BadEpisode(f"{METADATA} lists {missing[0]}, which is missing")
     if not files:
-        raise BadEpisode(f"{METADATA} names no file")
+        raise BadEpisode(f"{METADATA} lists no file")
     return files, mode == "message"
 
 
@@ -148,7 +147,7 @@ def _kind(file: Path) -> Callable[[Path, str | None], Iterator[Message]] | None:
 
 
 class _Bounded(io.BufferedReader):
-    """Makes no room for more than a record may have, whatever length the file gives."""
+    """A file that allocates no more than MAX_BYTES per read, whatever length a record claims."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         return super().read(MAX_BYTES if size is None or size < 0 else min(size, MAX_BYTES))
@@ -160,9 +159,9 @@ def _mcap(file: Path, topic: str | None) -> Iterator[Message]:
     with _Bounded(io.FileIO(file)) as opened:
         reader = StreamReader(opened, emit_chunks=True, validate_crcs=True, record_size_limit=MAX_BYTES)
         for outer in reader.records:
-            if isinstance(outer, records.DataEnd):  # what follows is a summary of what was said
+            if isinstance(outer, records.DataEnd):  # only a summary follows
                 return
-            chunk = _unpacked(outer) if isinstance(outer, records.Chunk) else None
+            chunk = _decompressed(outer) if isinstance(outer, records.Chunk) else None
             for record in breakup_chunk(chunk, validate_crc=True) if chunk else [outer]:
                 if isinstance(record, records.Schema):
                     schemas[record.id] = re.sub(r"^(\w+)/(\w+)$", r"\1/msg/\2", record.name)
@@ -175,11 +174,11 @@ def _mcap(file: Path, topic: str | None) -> Iterator[Message]:
                         yield Message(channel.topic, kind, encoding, record.log_time, record.data)
 
 
-def _unpacked(chunk: records.Chunk) -> records.Chunk:
-    """The library would unpack as much as there is."""
+def _decompressed(chunk: records.Chunk) -> records.Chunk:
+    """Decompress a chunk in bounded memory, which the library would not."""
     size = chunk.uncompressed_size
     if size > MAX_BYTES:
-        raise BadEpisode(f"a chunk unpacks to {size} bytes")
+        raise BadEpisode(f"a chunk decompresses to {size} bytes")
     match chunk.compression:
         case "zstd":
             data = _zstd(chunk.data, size)
@@ -188,7 +187,7 @@ def _unpacked(chunk: records.Chunk) -> records.Chunk:
         case "":
             data = chunk.data
         case other:
-            raise BadEpisode(f"a chunk is packed as {other!r}; zstd and lz4 are read")
+            raise BadEpisode(f"a chunk is compressed with {other!r}; zstd and lz4 are supported")
     if len(data) != size:
         raise BadEpisode(f"a chunk has {len(data)} bytes, not {size}")
     return replace(chunk, compression="", data=data)
@@ -198,18 +197,18 @@ def _sqlite(file: Path, topic: str | None) -> Iterator[Message]:
     with contextlib.closing(sqlite3.connect(f"file:{quote(str(file))}?mode=ro&immutable=1", uri=True)) as database:
         database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_BYTES)
         database.execute("PRAGMA trusted_schema = OFF")
-        millions = count()  # of steps: pages that lead to one another are read for ever
+        millions = count()  # of steps: pages may link in a cycle
         database.set_progress_handler(lambda: int(next(millions) > 100 * MAX_MESSAGES // 10**6), 10**6)
         own = "SELECT count(*) FROM sqlite_master WHERE name IN ('topics', 'messages') AND type = 'table' AND rootpage"
-        if database.execute(own).fetchone() != (2,):  # a view or virtual table would run what the file says
-            raise BadEpisode("holds no tables of topics and messages")
+        if database.execute(own).fetchone() != (2,):  # a view or virtual table would run code from the file
+            raise BadEpisode("has no tables topics and messages")
         rows = database.execute("SELECT id, name, type, serialization_format FROM topics").fetchall()
         topics = {number: row for number, *row in rows if topic in (None, row[0])}
         wanted = ",".join(str(int(number)) for number in topics)
         query = f"SELECT topic_id, timestamp, data FROM messages WHERE topic_id IN ({wanted}) ORDER BY rowid"
         for number, received, data in database.execute(query):
             if not isinstance(received, int) or not isinstance(data, bytes):
-                raise BadEpisode("a message is no bytes, or its time no number")
+                raise BadEpisode("a message is not bytes, or its time is not a number")
             name, kind, encoding = map(str, topics[number])
             yield Message(name, kind, encoding, received, data)
 
@@ -219,16 +218,16 @@ def _bag1(file: Path, topic: str | None) -> Iterator[Message]:
         for place, chunk in reader.chunks.items():
             if chunk.datasize > MAX_BYTES:
                 raise BadEpisode(f"a chunk has {chunk.datasize} bytes")
-            unpack = BOUNDED[chunk.decompressor]
-            reader.chunks[place] = chunk._replace(decompressor=partial(unpack, limit=MAX_BYTES))
+            decompress = BOUNDED[chunk.decompressor]
+            reader.chunks[place] = chunk._replace(decompressor=partial(decompress, limit=MAX_BYTES))
         if wanted := [connection for connection in reader.connections if topic in (None, connection.topic)]:
             for connection, received, data in reader.messages(wanted):
                 yield Message(connection.topic, connection.msgtype, "ros1", received, data)
 
 
 def _zstd(data: bytes, limit: int) -> bytes:
-    unpacked = zstandard.ZstdDecompressor().stream_reader(data).read(limit + 1)
-    return _checked(unpacked, limit)
+    data_out = zstandard.ZstdDecompressor().stream_reader(data).read(limit + 1)
+    return _checked(data_out, limit)
 
 
 def _lz4(data: bytes, limit: int) -> bytes:
@@ -239,13 +238,13 @@ def _bz2(data: bytes, limit: int) -> bytes:
     return _checked(bz2.BZ2Decompressor().decompress(data, max_length=limit + 1), limit)
 
 
-def _checked(unpacked: bytes, limit: int) -> bytes:
-    if len(unpacked) > limit:
-        raise BadEpisode(f"packed bytes are more than {limit} when unpacked")
-    return unpacked
+def _checked(data_out: bytes, limit: int) -> bytes:
+    if len(data_out) > limit:
+        raise BadEpisode(f"data decompresses to more than {limit} bytes")
+    return data_out
 
 
-# What the library has for each kind of chunk unpacks as much as there is.
+# Bounded replacements for the library's decompressors.
 BOUNDED: dict[Any, Callable[..., bytes]] = {
     decompressors["none"]: _checked,
     decompressors["bz2"]: _bz2,

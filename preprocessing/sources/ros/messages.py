@@ -1,8 +1,8 @@
-"""What ROS messages say: pictures, numbers, sentences and when.
+"""Decode ROS messages: images, numbers, text and their times.
 
-Messages are decoded by ROS's own definitions of the types in the tables below, which are the same in all its releases
-(only the header's counter went with ROS 1), and not by those in the recording: older bags carry none, and libraries
-make programs of them. Types: https://github.com/ros2/common_interfaces; ``foxglove.CompressedImage``:
+Messages are decoded with ROS's own definitions of the types in the tables below, which are the same in all its releases
+(ROS 2 dropped only the header's counter), not with those in the recording: older bags have none, and libraries compile
+them to code. Types: https://github.com/ros2/common_interfaces; ``foxglove.CompressedImage``:
 https://docs.foxglove.dev/docs/sdk/schemas/compressed-image.
 """
 
@@ -26,7 +26,7 @@ from preprocessing.limits import limits
 from preprocessing.sources.ros.bags import Message
 from preprocessing.video.frames import decode_image
 
-IMAGE, PACKED, JOINTS, TEXT = (
+IMAGE, COMPRESSED, JOINTS, TEXT = (
     "sensor_msgs/msg/Image",
     "sensor_msgs/msg/CompressedImage",
     "sensor_msgs/msg/JointState",
@@ -34,7 +34,7 @@ IMAGE, PACKED, JOINTS, TEXT = (
 )
 FOXGLOVE = "foxglove.CompressedImage"
 
-CHANNELS = {  # of an Image's encoding: where red, green and blue are among a pixel's bytes
+CHANNELS = {  # by an Image's encoding: bytes per pixel, and the places of red, green and blue among them
     "rgb8": (3, [0, 1, 2]),
     "bgr8": (3, [2, 1, 0]),
     "rgba8": (4, [0, 1, 2]),
@@ -44,8 +44,8 @@ CHANNELS = {  # of an Image's encoding: where red, green and blue are among a pi
     "8UC3": (3, [2, 1, 0]),
     "8UC4": (4, [2, 1, 0]),
 }
-UNNAMED = ("8UC3", "8UC4")  # no order of colours: what cv_bridge calls an array of OpenCV's that nobody named
-YUV = {  # where the two luminances, blue and red are among the four bytes of two pixels; the older names came first
+NO_CHANNEL_ORDER = ("8UC3", "8UC4")  # no channel order; cv_bridge's default for OpenCV arrays
+YUV = {  # the places of both Y, U and V among the four bytes of two pixels; older names first
     "yuv422": ([1, 3], 0, 2),
     "uyvy": ([1, 3], 0, 2),
     "yuv422_yuy2": ([0, 2], 1, 3),
@@ -63,7 +63,7 @@ def _below(member: str, paths: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"{member}.{path}" for path in paths)
 
 
-NUMBERS: dict[str, tuple[str, ...]] = {  # the members that make up each type's vector
+NUMBERS: dict[str, tuple[str, ...]] = {  # each type's vector is made of these members
     "geometry_msgs/msg/Point": _POINT,
     "geometry_msgs/msg/PointStamped": _below("point", _POINT),
     "geometry_msgs/msg/Vector3": _POINT,
@@ -92,103 +92,103 @@ NUMBERS: dict[str, tuple[str, ...]] = {  # the members that make up each type's 
 }
 
 
-def role_of(message: Message) -> Literal["picture", "numbers", "text"] | None:
-    """What a message is read as; None for one that is not."""
+def role_of(message: Message) -> Literal["image", "numbers", "text"] | None:
+    """What a message is read as; None if it is not read."""
     if message.type == FOXGLOVE:
-        return "picture" if message.encoding == "json" else None
+        return "image" if message.encoding == "json" else None
     if message.encoding not in ("cdr", "ros1"):
         return None
-    if message.type in (IMAGE, PACKED):
-        return "picture"
+    if message.type in (IMAGE, COMPRESSED):
+        return "image"
     if message.type == TEXT:
         return "text"
     return "numbers" if message.type == JOINTS or message.type in NUMBERS else None
 
 
 def decode(message: Message) -> Any:
-    """The message's members, with ROS's names. BadEpisode where the bytes are no message of its type."""
+    """The message's members, with ROS's names. Raises BadEpisode if the bytes are no message of its type."""
     try:
         if message.encoding == "json":
             return _from_json(json.loads(message.data))
         if message.encoding == "ros1":
             return _store(Stores.ROS1_NOETIC).deserialize_ros1(message.data, message.type)
         return _store(Stores.ROS2_HUMBLE).deserialize_cdr(message.data, message.type)
-    except Exception as error:  # bytes that are no message lead the library into errors of every kind
-        raise BadEpisode(f"a message of {message.topic} is no {message.type}: {error}") from error
+    except Exception as error:  # on broken bytes the library raises errors of every kind
+        raise BadEpisode(f"a message of {message.topic} is not a {message.type}: {error}") from error
 
 
-def stamp_of(said: Any) -> int:
-    """The header's time in nanoseconds, 0 where there is none."""
-    header = getattr(said, "header", None)
+def stamp_of(decoded: Any) -> int:
+    """The header's time in nanoseconds, 0 if there is none."""
+    header = getattr(decoded, "header", None)
     stamp = header.stamp.sec * 10**9 + header.stamp.nanosec if header else 0
     return stamp if 0 < stamp < 2**63 else 0
 
 
-def unfit(said: Any) -> str | None:
-    """Why a topic that begins with this picture is no camera for us."""
-    named = said.format if hasattr(said, "format") else said.encoding
-    if re.search(r"16|32|compressedDepth", named):
-        return f"{named!r} is depth or has more than 8 bits a colour"
-    if hasattr(said, "format"):
-        head = bytes(said.data[:26])
-        if head.startswith(b"\x89PNG") and head[24:] == b"\x10\x00":  # 16 bits of grey (PNG, 11.2.2)
-            return f"{named!r} is a PNG of 16 bits, which is depth"
-        return None if head.startswith((b"\xff\xd8", b"\x89PNG")) else f"{named!r} is neither JPEG nor PNG"
-    if named.startswith("bayer"):
-        return f"{named!r} is a Bayer mosaic; record the colour picture made of it"
-    return None if named in CHANNELS or named in YUV else f"encoding {named!r} is not known"
+def unfit(decoded: Any) -> str | None:
+    """Why a topic whose first image is this one is not read as a camera; None if it is."""
+    encoding = decoded.format if hasattr(decoded, "format") else decoded.encoding
+    if re.search(r"16|32|compressedDepth", encoding):
+        return f"{encoding!r} is depth or has more than 8 bits per channel"
+    if hasattr(decoded, "format"):
+        head = bytes(decoded.data[:26])
+        if head.startswith(b"\x89PNG") and head[24:] == b"\x10\x00":  # 16-bit greyscale (PNG, 11.2.2)
+            return f"{encoding!r} is a 16-bit PNG: depth"
+        return None if head.startswith((b"\xff\xd8", b"\x89PNG")) else f"{encoding!r} is neither JPEG nor PNG"
+    if encoding.startswith("bayer"):
+        return f"{encoding!r} is a Bayer mosaic; record its colour image instead"
+    return None if encoding in CHANNELS or encoding in YUV else f"encoding {encoding!r} is unknown"
 
 
-def picture_of(said: Any) -> np.ndarray:
-    """uint8 ``[H, W, 3]``."""
-    if hasattr(said, "format"):
-        return decode_image(bytes(said.data))
-    if said.encoding not in CHANNELS and said.encoding not in YUV:
-        raise BadEpisode(f"a picture's encoding is {said.encoding!r}")
-    channels, order = CHANNELS.get(said.encoding, (2, []))
-    height, width, step, data = said.height, said.width, said.step, said.data
+def image_of(decoded: Any) -> np.ndarray:
+    """Return the message's image, uint8 ``[H, W, 3]``."""
+    if hasattr(decoded, "format"):
+        return decode_image(bytes(decoded.data))
+    if decoded.encoding not in CHANNELS and decoded.encoding not in YUV:
+        raise BadEpisode(f"an image's encoding is {decoded.encoding!r}")
+    channels, order = CHANNELS.get(decoded.encoding, (2, []))
+    height, width, step, data = decoded.height, decoded.width, decoded.step, decoded.data
     if not 0 < height * width <= limits().picture_pixels:
-        raise BadEpisode(f"a picture of {width}x{height} pixels is empty or more than a camera records")
+        raise BadEpisode(f"an image of {width}x{height} pixels is empty or exceeds limits.picture_pixels")
     if step < width * channels or len(data) < step * height:
-        raise BadEpisode(f"a picture of {width}x{height} pixels has {len(data)} bytes, {step} a row")
-    rows = data[: step * height].reshape(height, step)  # a row may end in bytes that are no pixels
-    if said.encoding in YUV:
+        raise BadEpisode(f"an image of {width}x{height} pixels has {len(data)} bytes, {step} per row")
+    rows = data[: step * height].reshape(height, step)  # rows may be padded
+    if decoded.encoding in YUV:
         if width % 2:
             raise BadEpisode(
-                f"a picture of {width}x{height} pixels shares colours between two pixels, but has odd rows"
+                f"a YUV 4:2:2 image of {width}x{height} pixels has an odd width"
             )
-        return _rgb(rows[:, : width * channels].reshape(height, width // 2, 4), *YUV[said.encoding])
+        return _rgb(rows[:, : width * channels].reshape(height, width // 2, 4), *YUV[decoded.encoding])
     return rows[:, : width * channels].reshape(height, width, channels)[..., order]
 
 
 def _rgb(pairs: np.ndarray, luma: list[int], blue: int, red: int) -> np.ndarray:
-    """uint8 ``[H, W / 2, 4]`` in limited range to ``[H, W, 3]``, by BT.601, as OpenCV and cameras have it."""
+    """uint8 ``[H, W / 2, 4]`` in limited range to ``[H, W, 3]``, by BT.601 like OpenCV and cameras."""
     y = (pairs[..., luma].astype(np.float32) - 16) * (255 / 219)
     u, v = ((pairs[..., [place]].astype(np.float32) - 128) * (255 / 224) for place in (blue, red))
     colours = np.stack([y + 1.402 * v, y - 0.344136 * u - 0.714136 * v, y + 1.772 * u], axis=-1)
     return np.rint(colours).clip(0, 255).astype(np.uint8).reshape(len(pairs), -1, 3)
 
 
-def numbers_of(said: Any, kind: str) -> Iterator[tuple[str, Sequence[str], Sequence[float]]]:
-    """Vectors of a message: what each adds to the topic's name, its elements' names where they have any, its values.
+def numbers_of(decoded: Any, kind: str) -> Iterator[tuple[str, Sequence[str], Sequence[float]]]:
+    """Yield a message's vectors: the suffix to the topic's name, the elements' names if any, and the values.
 
-    A JointState leaves out what its robot does not measure.
+    A JointState omits quantities that its robot does not measure.
     """
     if kind != JOINTS:
-        values = [attrgetter(path)(said) for path in NUMBERS[kind]]
+        values = [attrgetter(path)(decoded) for path in NUMBERS[kind]]
         yield "", (), values[0].tolist() if isinstance(values[0], np.ndarray) else values
         return
     for name in ("position", "velocity", "effort"):
-        if len(values := getattr(said, name).tolist()):
-            named = len(set(said.name)) == len(said.name) == len(values)
-            yield f"/{name}", said.name if named else (), values
+        if len(values := getattr(decoded, name).tolist()):
+            encoding = len(set(decoded.name)) == len(decoded.name) == len(values)
+            yield f"/{name}", decoded.name if encoding else (), values
 
 
-def _from_json(said: dict[str, Any]) -> SimpleNamespace:
-    """foxglove.CompressedImage in the shape of ROS's."""
-    stamp = SimpleNamespace(sec=int(said["timestamp"]["sec"]), nanosec=int(said["timestamp"]["nsec"]))
-    data = base64.b64decode(said["data"], validate=True)
-    return SimpleNamespace(header=SimpleNamespace(stamp=stamp), format=str(said["format"]), data=data)
+def _from_json(decoded: dict[str, Any]) -> SimpleNamespace:
+    """foxglove.CompressedImage with the members of ROS's CompressedImage."""
+    stamp = SimpleNamespace(sec=int(decoded["timestamp"]["sec"]), nanosec=int(decoded["timestamp"]["nsec"]))
+    data = base64.b64decode(decoded["data"], validate=True)
+    return SimpleNamespace(header=SimpleNamespace(stamp=stamp), format=str(decoded["format"]), data=data)
 
 
 @cache

@@ -1,12 +1,13 @@
 """ROS recordings: an MCAP file, a ROS 2 bag or a ROS 1 bag is one episode.
 
-Cameras and vectors have their topics' names; a joint state's vectors are ``TOPIC/position``, ``TOPIC/velocity`` and
-``TOPIC/effort``. Nothing in a recording says which topic commands the robot, so a contract names those that make up the
-action; without one there is none. What is named like a command is a signal, so that no policy is shown it by mistake.
+Cameras and vectors are named after their topics; a joint state's vectors are ``TOPIC/position``, ``TOPIC/velocity`` and
+``TOPIC/effort``. Nothing in a recording says which topic commands the robot, so a contract has to name those that make
+up the action; without one there is no action. Topics named like commands become signals, so that no policy sees them as
+proprio by mistake.
 
-The frames are a camera's, everything else is as it was then (:mod:`preprocessing.sources.ros.align`). ``load`` goes
-through the recording once for the times and the numbers; each camera goes through it again when it is iterated, one
-message at a time. An episode's digest covers its storage files.
+All topics are aligned to one camera's frames (:mod:`preprocessing.sources.ros.align`). ``load`` reads the recording once
+for times and numbers; each camera reads it again when iterated, one message at a time. An episode's digest covers its
+storage files.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ from pathlib import Path
 
 import numpy as np
 
-from preprocessing.episode import Episode, EpisodeRef, Video
+from preprocessing.episode import Episode, EpisodeRef, Repair, Video
 from preprocessing.errors import BadEpisode
 from preprocessing.sources.ros.align import Track, align
 from preprocessing.sources.ros.bags import METADATA, Message, messages, problem_of, recordings, storage_files
-from preprocessing.sources.ros.messages import UNNAMED, decode, numbers_of, picture_of, role_of, stamp_of, unfit
+from preprocessing.sources.ros.messages import NO_CHANNEL_ORDER, decode, numbers_of, image_of, role_of, stamp_of, unfit
 from preprocessing.sources.scan_cache import Finding, file_digest, findings
 from preprocessing.video.frames import chunks, resize
 
-COMMANDS = (  # in a topic's name; and whom the robot follows
+COMMANDS = (  # in a topic's name; the second line names the leader arm in teleoperation
     *("command", "action", "target", "goal", "setpoint", "cmd", "desired"),
     *("leader", "master", "teleop", "gello"),
 )
 INSTRUCTIONS = ("instruction", "language", "task")
-PLUMBING = {  # types that nobody misses
+PLUMBING = {  # types that are skipped without a repair
     "rcl_interfaces/msg/Log",
     "rcl_interfaces/msg/ParameterEvent",
     "rosgraph_msgs/msg/Log",
@@ -43,7 +44,7 @@ PLUMBING = {  # types that nobody misses
     "sensor_msgs/msg/CameraInfo",
     "diagnostic_msgs/msg/DiagnosticArray",
 }
-MAX_WIDTH = 1024  # numbers of one message that are a robot's state and not a map
+MAX_WIDTH = 1024  # numbers per message; more is a map, not a robot's state
 MAX_NUMBERS = 2**27  # of one recording
 MAX_TEXT = 10_000  # characters
 
@@ -72,21 +73,24 @@ def digest(ref: EpisodeRef) -> str:
 
 def load(ref: EpisodeRef) -> Episode:
     path = Path(ref.uri)
-    heard = _Heard()
+    contents = _Contents()
     for message in messages(path):
-        heard.listen(message)
-    unread = _named(f"{topic} ({why})" for topic, why in heard.unread.items() if why)
-    if not heard.cameras:
-        others = _named(topic for topic in heard.types if topic not in heard.unread)
+        contents.add(message)
+    unread = _named(f"{topic} ({why})" for topic, why in contents.unread.items() if why)
+    if not contents.cameras:
+        others = _named(topic for topic in contents.types if topic not in contents.unread)
         raise BadEpisode(f"holds no camera: topics are {', '.join(filter(None, [unread, others])) or 'none'}")
-    aligned = align(heard.cameras, heard.vectors)
-    commands = {name for name in aligned.vectors if any(word in heard.topics[name].lower() for word in COMMANDS)}
-    spoken = {topic: text for topic, text in heard.texts.items() if any(word in topic.lower() for word in INSTRUCTIONS)}
-    repairs = [*aligned.repairs, "robot unknown"]
-    repairs += [f"{topic} names no order of its colours; blue first taken, as OpenCV has it" for topic in heard.unnamed]
-    repairs += [f"{topic} says other things later; its first sentence is taken" for topic in sorted(heard.changing)]
+    aligned = align(contents.cameras, contents.vectors)
+    commands = {name for name in aligned.vectors if any(word in contents.topics[name].lower() for word in COMMANDS)}
+    instructions = {topic: text for topic, text in contents.texts.items() if any(word in topic.lower() for word in INSTRUCTIONS)}
+    repairs = [*aligned.repairs, Repair("embodiment", "robot unknown")]
+    for topic in contents.unnamed:
+        repairs.append(Repair("bgr", f"{topic} does not declare its channel order; BGR assumed, OpenCV's default"))
+    for topic in sorted(contents.changing):
+        text = f"the text of {topic} changes; its first one is kept"
+        repairs.append(Repair("instruction" if topic in instructions else "streams", text))
     if unread:
-        repairs.append(f"not read: {unread}")
+        repairs.append(Repair("streams", f"not read: {unread}"))
     return Episode(
         ref=ref,
         fps=aligned.fps,
@@ -94,30 +98,30 @@ def load(ref: EpisodeRef) -> Episode:
         proprio={name: rows for name, rows in aligned.vectors.items() if name not in commands},
         action=None,
         action_layout=(),
-        instruction=next((spoken[topic] for topic in sorted(spoken) if spoken[topic]), None),
+        instruction=next((instructions[topic] for topic in sorted(instructions) if instructions[topic]), None),
         success=None,
         embodiment="unknown",
         repairs=tuple(repairs),
         signals={name: rows for name, rows in aligned.vectors.items() if name in commands},
-        texts=heard.texts,
+        texts=contents.texts,
     )
 
 
 @dataclass
-class _Heard:
-    """What one pass through a recording keeps: times, numbers, sentences."""
+class _Contents:
+    """What one pass through a recording collects: times, numbers, texts."""
 
     cameras: dict[str, Track] = field(default_factory=lambda: defaultdict(Track))
     vectors: dict[str, Track] = field(default_factory=lambda: defaultdict(Track))
     texts: dict[str, str] = field(default_factory=dict)
-    changing: set[str] = field(default_factory=set)  # texts of which there are several
-    unnamed: list[str] = field(default_factory=list)  # cameras that do not say which colour comes first
+    changing: set[str] = field(default_factory=set)  # text topics with different texts
+    unnamed: list[str] = field(default_factory=list)  # cameras that do not declare their channel order
     types: dict[str, str] = field(default_factory=dict)
     topics: dict[str, str] = field(default_factory=dict)  # of the vectors
-    unread: dict[str, str | None] = field(default_factory=dict)  # topics and why; None where nobody asks
+    unread: dict[str, str | None] = field(default_factory=dict)  # topics and the reason; None if it is not reported
     numbers: int = 0
 
-    def listen(self, message: Message) -> None:
+    def add(self, message: Message) -> None:
         topic, role = message.topic, role_of(message)
         if topic in self.unread:
             return
@@ -134,20 +138,20 @@ class _Heard:
             elif self.texts.setdefault(topic, text) != text:
                 self.changing.add(topic)
         else:
-            self._measure(message, role)
+            self._add_values(message, role)
 
-    def _measure(self, message: Message, role: str) -> None:
-        topic, said = message.topic, decode(message)
-        when = message.received, stamp_of(said)
-        if role == "picture":
-            if topic not in self.cameras and (why := unfit(said)):
+    def _add_values(self, message: Message, role: str) -> None:
+        topic, decoded = message.topic, decode(message)
+        when = message.received, stamp_of(decoded)
+        if role == "image":
+            if topic not in self.cameras and (why := unfit(decoded)):
                 self.unread[topic] = why
                 return
-            if topic not in self.cameras and getattr(said, "encoding", None) in UNNAMED:
+            if topic not in self.cameras and getattr(decoded, "encoding", None) in NO_CHANNEL_ORDER:
                 self.unnamed.append(topic)
             self.cameras[topic].add(*when)
             return
-        for part, names, values in numbers_of(said, message.type):
+        for part, names, values in numbers_of(decoded, message.type):
             if len(values) > MAX_WIDTH:
                 self.unread[topic] = f"{len(values)} numbers in a message"
                 self.vectors.pop(topic + part, None)
@@ -159,25 +163,25 @@ class _Heard:
             track.add(*when, names, values)
             self.numbers += len(track.latest)
             if self.numbers > MAX_NUMBERS or len(track.latest) > MAX_WIDTH:
-                raise BadEpisode(f"{topic} holds more numbers than a robot's state")
+                raise BadEpisode(f"{topic} holds too many numbers for a robot's state")
 
 
 def _frames(path: Path, topic: str, held: np.ndarray, size: int | None) -> Iterator[np.ndarray]:
-    """``held`` says of each frame which of the topic's messages it is; the numbers do not decrease."""
+    """``held`` is each frame's number among the topic's messages, in ascending order."""
 
-    def pictures() -> Iterator[np.ndarray]:
+    def images() -> Iterator[np.ndarray]:
         done = 0
         for number, message in enumerate(messages(path, topic)):
             if number == held[done]:
-                picture = resize(picture_of(decode(message))[None], size)[0]
+                image = resize(image_of(decode(message))[None], size)[0]
                 while done < len(held) and held[done] == number:
-                    yield picture
+                    yield image
                     done += 1
             if done == len(held):
                 return
-        raise BadEpisode(f"{topic} has fewer pictures than when it was listed")
+        raise BadEpisode(f"{topic} has fewer images than when it was listed")
 
-    return chunks(pictures())
+    return chunks(images())
 
 
 def _read(file: Path) -> list[Finding]:
@@ -185,7 +189,7 @@ def _read(file: Path) -> list[Finding]:
 
 
 def _named(topics: Iterable[str]) -> str:
-    """A list that stays short."""
+    """Join the names, at most eight of them."""
     every = list(topics)
     return ", ".join(every[:8]) + (f" and {len(every) - 8} more" if len(every) > 8 else "")
 

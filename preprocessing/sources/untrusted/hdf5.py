@@ -1,7 +1,7 @@
-"""HDF5 files from outside: which kind of recording they are, what is in them, and its digest.
+"""Untrusted HDF5 files: which kind of recording they hold, their contents and digests.
 
-A file decides nothing beyond itself: soft and external links, external storage and virtual data sets are not followed.
-A digest covers values, not bytes, so that a repacked file is the same.
+Nothing outside of a file is read: soft and external links, external storage and virtual data sets are not followed.
+A digest covers values, not bytes, so a repacked file keeps it.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from preprocessing.limits import limits
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 SUFFIXES = (".hdf5", ".h5")
 PIECE_BYTES = 2**24
-MAX_UNWRITTEN = 2**16  # chunks: they cost a file nothing, but whoever reads them time
-MAX_PACKED = 4096  # times smaller than unpacked; Deflate's best is 1032
-MAX_MEMBERS = 2**16  # of one episode; links among groups may make any number of few
+MAX_UNWRITTEN = 2**16  # chunks: they take no space in a file, but time to read
+MAX_PACKED = 4096  # compression ratio; Deflate's best is 1032
+MAX_MEMBERS = 2**16  # of one episode; a few linked groups can unfold to any number
 
 Kind = Literal["aloha", "droid", "demonstrations"]
 
 
 def hdf5_files(path: Path, kind: Kind) -> Iterator[Path]:
-    """The file itself, or the files directly in a folder: by name, or by the signature where the name says nothing.
+    """The file itself, or the files directly in a folder: by suffix, else by signature.
 
-    What nobody else knows is taken for demonstrations, whose reader says what is wrong with it.
+    Unknown files count as demonstrations; their reader reports what is wrong.
     """
     for file in [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file()):
         named = file.suffix.lower() in SUFFIXES
@@ -60,7 +60,7 @@ def _kind(path: Path) -> Kind:
 
 
 def child(group: h5py.Group, name: str, kind: type) -> Any:
-    """A member of this kind; BadEpisode where there is none."""
+    """The member of this type. Raises BadEpisode if there is none."""
     member = own(group, name)
     if not isinstance(member, kind):
         raise BadEpisode(f"no {'group' if kind is h5py.Group else 'data set'} {name!r} in {group.name}")
@@ -68,7 +68,7 @@ def child(group: h5py.Group, name: str, kind: type) -> Any:
 
 
 def own(group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset | None:
-    """A member stored in this very file; None for one that is absent or lies, or may lie, in another."""
+    """The member if it is stored in this file; None if it is absent, or is or might be in another file."""
     if not isinstance(group.get(name, getlink=True), h5py.HardLink):
         return None
     try:
@@ -81,30 +81,30 @@ def own(group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset | None:
 
 
 def numbers(dataset: h5py.Dataset) -> np.ndarray:
-    """Its values, unless it claims to hold more than memory does."""
+    """The values as float32. Raises BadEpisode if they are not numbers, or exceed the limits."""
     if dataset.dtype.kind not in "fiub" or 4 * dataset.size > limits().array_bytes:
-        raise BadEpisode(f"{dataset.name} is {dataset.shape} of {dataset.dtype}, not a number or a vector a step")
+        raise BadEpisode(f"{dataset.name} is {dataset.shape} of {dataset.dtype}, not a number or a vector per step")
     return dataset[()].astype(np.float32)
 
 
 def check_claims(dataset: h5py.Dataset) -> None:
-    """BadEpisode where it claims to hold what no file of its size does, or in larger pieces than memory may hold."""
-    most, is_picture = limits(), dataset.ndim == 4
-    if is_picture and dataset.shape[1] * dataset.shape[2] > most.picture_pixels:
-        raise BadEpisode(f"{dataset.name} holds pictures of {dataset.shape[1:3]}, more than limits.picture_pixels")
+    """Raise BadEpisode if the data set claims more than its file can hold, or has chunks beyond the limits."""
+    most, is_image = limits(), dataset.ndim == 4
+    if is_image and dataset.shape[1] * dataset.shape[2] > most.picture_pixels:
+        raise BadEpisode(f"{dataset.name} holds images of {dataset.shape[1:3]}, more than limits.picture_pixels")
     if math.prod(dataset.chunks or ()) * dataset.dtype.itemsize > most.array_bytes:
-        raise BadEpisode(f"{dataset.name} comes in pieces of {dataset.chunks}, more than limits.array_bytes")
+        raise BadEpisode(f"{dataset.name} has chunks of {dataset.chunks}, more than limits.array_bytes")
     unwritten = 0
     if dataset.chunks:
         parts = (math.ceil(size / part) for size, part in zip(dataset.shape, dataset.chunks, strict=True))
         unwritten = math.prod(parts) - dataset.id.get_num_chunks()
     stored = dataset.id.get_storage_size()
     if unwritten > MAX_UNWRITTEN or dataset.nbytes > max(most.array_bytes, MAX_PACKED * stored):
-        raise BadEpisode(f"{dataset.name} claims to hold {dataset.nbytes} bytes, but only {stored} are there")
+        raise BadEpisode(f"{dataset.name} claims to hold {dataset.nbytes} bytes, but stores only {stored}")
 
 
 def text(value: Any) -> str:
-    """HDF5 strings come as str, bytes or arrays of one; LIBERO also writes lists of words or of one sentence."""
+    """Return a string that is stored as str, bytes or an array; LIBERO also writes lists of words or of one string."""
     if isinstance(value, bytes):
         value = value.decode(errors="replace")
     elif isinstance(value, np.ndarray | list | tuple):
@@ -113,6 +113,7 @@ def text(value: Any) -> str:
 
 
 def json_of(value: Any) -> dict[str, Any]:
+    """Parse a JSON object; empty if it is none."""
     try:
         parsed = json.loads(text(value) or "{}")
     except ValueError:
@@ -121,7 +122,7 @@ def json_of(value: Any) -> dict[str, Any]:
 
 
 def digest_of(group: h5py.Group, attributes: dict[str, Any]) -> str:
-    """Of the values of all data sets below a group, and of these attributes, which change what they mean."""
+    """Digest the values of all data sets below a group, and these attributes, which change their meaning."""
     sha = hashlib.sha256()
     for name, value in attributes.items():
         if value is not None:
@@ -142,7 +143,7 @@ def digest_of(group: h5py.Group, attributes: dict[str, Any]) -> str:
 
 
 def datasets(group: h5py.Group) -> Iterator[tuple[str, h5py.Dataset]]:
-    """All below a group, by name."""
+    """Yield all data sets below a group, by path, sorted."""
     for number, (name, member) in enumerate(_members(group, "")):
         if number == MAX_MEMBERS:
             raise BadEpisode(f"{group.name} has more than {MAX_MEMBERS} members")
@@ -158,13 +159,14 @@ def _members(group: h5py.Group, prefix: str) -> Iterator[tuple[str, h5py.Group |
             yield from _members(member, f"{prefix}{key}/")
 
 
-def at_once(pictures: h5py.Dataset) -> int:
-    """How many raw pictures to hold."""
-    return max(1, min(FRAMES_PER_CHUNK, limits().array_bytes // max(1, math.prod(pictures.shape[1:]))))
+def at_once(images: h5py.Dataset) -> int:
+    """How many raw images to hold in memory."""
+    return max(1, min(FRAMES_PER_CHUNK, limits().array_bytes // max(1, math.prod(images.shape[1:]))))
 
 
 def frames_reader(path: Path, name: str) -> Callable[[int, int], np.ndarray]:
-    """The file is opened for each slice: an open handle would outlive the consumer and cannot be sent anywhere."""
+    """Read slices of a data set. Opens the file each time: an open handle would outlive its consumer and cannot be
+    pickled."""
 
     def read(start: int, stop: int) -> np.ndarray:
         try:

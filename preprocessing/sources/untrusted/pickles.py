@@ -1,13 +1,13 @@
-"""Pickles from outside, read as data: numbers, text, lists, tables and NumPy arrays. Nothing in them is executed.
+"""Untrusted pickles, read as data: numbers, strings, lists, dicts and NumPy arrays. Nothing in them is executed.
 
-A pickle is a program: it imports names and calls them. Here the few names that NumPy's arrays need lead to functions of
-this file, which check what they are given, and any other name is refused
-(https://docs.python.org/3/library/pickle.html#restricting-globals). The pure Python unpickler runs it, for that in C
-takes memory by numbers which the pickle chooses.
+A pickle is a program that imports names and calls them. The few names that NumPy's arrays need are mapped to functions
+of this module, which check their arguments; all others are refused
+(https://docs.python.org/3/library/pickle.html#restricting-globals). The pure Python unpickler is used because the C one
+allocates memory by sizes that the pickle chooses.
 
-What is harmless in itself may still take all time and memory: a pickle names one object many times, so that a few bytes
-unfold to more than any machine holds. Hence the bounds, and tables have keys of text alone: a tuple within a tuple
-within a tuple takes for ever to be hashed, or all of the stack.
+A harmless pickle can still exhaust time and memory: it may reference one object many times, so that a few bytes unfold
+beyond any machine's memory. Hence the bounds, and dict keys must be strings: deeply nested tuples take forever to hash,
+or overflow the stack.
 """
 
 from __future__ import annotations
@@ -24,21 +24,24 @@ import numpy as np
 from preprocessing.errors import BadEpisode
 from preprocessing.limits import limits
 
-PLAIN = re.compile(r"[?biufSUO]\d*")  # booleans, numbers, text, objects
-MAX_STEPS = 2**21  # that a pickle takes; the largest known, CALVIN's sentences, takes a third
+PLAIN = re.compile(r"[?biufSUO]\d*")  # booleans, numbers, strings, objects
+MAX_STEPS = 2**21  # of a pickle; the largest known, CALVIN's annotations, takes a third
 BROKEN = (ValueError, TypeError, SyntaxError, EOFError, OverflowError, RecursionError, MemoryError, tokenize.TokenError)
 
 
 def read_pickle(data: bytes) -> Any:
-    """What it holds, arrays as ``np.ndarray``. BadEpisode where it asks for anything else, or breaks."""
+    """Read a pickle, arrays as ``np.ndarray``. Raises BadEpisode if it needs anything else or breaks."""
     try:
         return _Arrays().of(_Unpickler(data).load())
-    except Exception as error:  # bytes from outside break an unpickler in a dozen ways
-        raise BadEpisode(f"a pickle that cannot be read: {type(error).__name__}: {str(error)[:200]}") from None
+    except Exception as error:  # foreign bytes break an unpickler in a dozen ways
+        raise BadEpisode(f"the pickle cannot be read: {type(error).__name__}: {str(error)[:200]}") from None
 
 
 def read_npy(data: bytes) -> Any:
-    """A ``.npy`` file, of objects as well: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html."""
+    """Read a ``.npy`` file, of objects as well. Raises BadEpisode.
+
+    The format: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html.
+    """
     file = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(file)
@@ -47,15 +50,15 @@ def read_npy(data: bytes) -> Any:
         if kind.hasobject:
             values = read_pickle(data[file.tell() :])
             return values.item() if shape == () else values
-        # NumPy itself would take memory for as many values as the header says, before it reads one.
+        # NumPy itself would allocate as many values as the header declares before reading one.
         return np.frombuffer(data, kind, offset=file.tell()).reshape(shape, order="F" if fortran else "C")
     except BROKEN as error:
         why = f"{type(error).__name__}: {' '.join(str(error)[:200].split())}"
-        raise BadEpisode(f"a .npy file that cannot be read: {why}") from None
+        raise BadEpisode(f"the .npy file cannot be read: {why}") from None
 
 
 class _DType:
-    """``numpy.dtype(code, ...)``, whose state then names the order of its bytes."""
+    """``numpy.dtype(code, ...)``; its state sets the byte order."""
 
     def __init__(self, code: str, *_: Any):
         if not PLAIN.fullmatch(code):
@@ -68,7 +71,7 @@ class _DType:
 
 
 class _Array:
-    """``numpy._reconstruct(ndarray, (0,), b"b")``, whose state then is all of it."""
+    """``numpy._reconstruct(ndarray, (0,), b"b")``; its state holds the contents."""
 
     def __init__(self, *_: Any):
         self.shape: tuple[int, ...] = (0,)
@@ -95,7 +98,7 @@ class _Scalar(_Array):
 
 
 def _no_bytes() -> bytes:
-    return b""  # how protocols before 3 write them
+    return b""  # how protocols before 3 write b""
 
 
 def _no_items() -> dict[str, Any]:
@@ -119,14 +122,14 @@ for package in ("numpy.core", "numpy._core"):  # before NumPy 2 and since
 
 
 _Python: Any = pickle._Unpickler
-# Sets have keys of any kind, copyreg's extensions need no name, and arrays are made by REDUCE alone.
+# Sets have keys of any type, copyreg's extensions bypass find_class, and arrays need REDUCE only.
 REFUSED = {pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET, pickle.EXT1, pickle.EXT2, pickle.EXT4}
 REFUSED |= {pickle.INST, pickle.OBJ, pickle.NEWOBJ, pickle.NEWOBJ_EX}
-MAX_ARGUMENTS = 4  # of what is called
+MAX_ARGUMENTS = 4  # of a call
 
 
 class _Steps(dict[int, Any]):
-    """What to do at each byte, for as many steps as are allowed."""
+    """The unpickler's dispatch table, which counts steps."""
 
     left = MAX_STEPS
 
@@ -151,7 +154,7 @@ class _Unpickler(_Python):
         return KNOWN[module, name]
 
     def _encode(self, text: str, *_: Any) -> bytes:
-        """How protocols before 3 write bytes: each text once, or a long one could be asked for over and over."""
+        """How protocols before 3 write bytes. Bounded: a pickle could ask for one long string over and over."""
         self._unwritten -= len(text)
         if self._unwritten < 0:
             raise ValueError("it asks for more bytes than it holds")
@@ -163,14 +166,14 @@ class _Unpickler(_Python):
         super().load_reduce()
 
     def load_build(self) -> None:
-        """A state is given to arrays alone: else a pickle could change the functions above."""
+        """Only arrays may have a state: otherwise a pickle could change the functions above."""
         state = self.stack.pop()
         if not isinstance(self.stack[-1], _Array | _DType):
             raise ValueError(f"it gives {type(self.stack[-1]).__name__} a state")
         self.stack[-1].__setstate__(state)
 
     def load_bytearray8(self) -> None:
-        """No memory for more bytes than there are."""
+        """Allocates no more bytes than exist."""
         (size,) = struct.unpack("<Q", self.read(8))
         self.append(bytearray(self.read(size)))
 
@@ -190,7 +193,7 @@ class _Unpickler(_Python):
     def _set(self, items: list[Any]) -> None:
         table, keys = self.stack[-1], items[::2]
         if not isinstance(table, dict) or not all(isinstance(key, str) for key in keys):
-            raise ValueError("it has a table with keys that are no text")
+            raise ValueError("it has a dict with keys that are not strings")
         table.update(zip(keys, items[1::2], strict=True))
 
 
@@ -205,13 +208,13 @@ STEPS = {code: load for code, load in _Python.dispatch.items() if bytes([code]) 
 
 
 class _Arrays:
-    """Puts arrays in place of what was kept of them. What is there several times is looked at once, and counted as
-    often as it is there: it will be so large where it is written out."""
+    """Replaces placeholders with arrays. A shared object is converted once, but counted each time: that is the size of
+    the result when written out."""
 
     def __init__(self) -> None:
         self._done: dict[int, tuple[Any, int]] = {}
-        self._kept: list[Any] = []  # as long as an id stands for an object, that object must live
-        self._size = 0  # numbers, texts and so on
+        self._kept: list[Any] = []  # an id is valid only while its object lives
+        self._size = 0  # in numbers, strings and so on
 
     def of(self, value: Any) -> Any:
         if not isinstance(value, dict | list | tuple | _Array | _DType):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.formats import REAL, jpeg, moving, write_video
-from helpers.readers import frames_of, refs_of
+from helpers.readers import frames_of, refs_of, said
 
 from preprocessing.contracts.contract import DataContract
 from preprocessing.episode import Episode
@@ -112,7 +112,7 @@ def test_pictures_in_the_order_of_their_numbers_and_every_row_with_its_own(tmp_p
     assert episode.signals["eef_transform"].shape == (11, 16)
     assert episode.signals["delta_robot_transform"][2, 0] == 2
     assert episode.texts == {"lang_0": "put the spoon in the pot", "lang_1": "move the spoon"}
-    assert episode.instruction == "put the spoon in the pot" and episode.repairs == ()
+    assert episode.instruction == "put the spoon in the pot" and said(episode) == []
     position, rotation, gripper = episode.action_layout
     assert [(block.size, block.mode, block.frame, block.unit) for block in (position, rotation)] == [
         (3, "delta", "base", "m"),
@@ -133,14 +133,14 @@ def test_cameras_that_were_late(tmp_path):
     assert np.array_equal(late.proprio["state"], in_time.proprio["state"][1:])
     assert np.array_equal(late.signals["qpos"], in_time.signals["qpos"][1:])
     assert np.array_equal(late.signals["delta_robot_transform"], in_time.signals["delta_robot_transform"][:10])
-    assert one(toy(tmp_path / "2021-01-01_00-00-00")).repairs == ()  # of the copy, not of the recording
-    assert late.id != in_time.id and "a picture late" in late.repairs[0] and in_time.repairs == ()
+    assert said(one(toy(tmp_path / "2021-01-01_00-00-00"))) == []  # of the copy, not of the recording
+    assert late.id != in_time.id and "a picture late" in said(late)[0] and said(in_time) == []
 
 
 def test_a_folder_without_a_date(tmp_path):
     episode = one(toy(tmp_path, dated="mine"))
     assert len(episode.action) == 11
-    assert episode.repairs == ("no folder tells the date; cameras taken to be in time, as since 2021-07-23",)
+    assert said(episode) == ["no folder tells the date; cameras taken to be in time, as since 2021-07-23"]
 
 
 def test_only_numbers_are_signals(tmp_path):

@@ -39,15 +39,15 @@ def test_calvin(tmp_path):
 
 
 def test_stretches_with_a_sentence(tmp_path):
-    said = {(5, 40): "push the blöck", (30, 94): "open the drawer"}
-    episodes = episodes_of(write_calvin(tmp_path / "x", numbered(100, 16), first=0, sentences=said))
+    instructions = {(5, 40): "push the blöck", (30, 94): "open the drawer"}
+    episodes = episodes_of(write_calvin(tmp_path / "x", numbered(100, 16), first=0, sentences=instructions))
     assert [(episode.instruction, len(episode.action)) for episode in episodes] == [
         ("push the blöck", 36),
         ("open the drawer", 65),
     ]
-    assert [(e.texts, e.split) for e in episodes] == [({"language/ann": text}, None) for text in said.values()]
+    assert [(e.texts, e.split) for e in episodes] == [({"language/ann": text}, None) for text in instructions.values()]
     assert np.array_equal(frames_of(episodes[1], "static"), numbered(100, 16)[30:95])
-    again = write_calvin(tmp_path / "y", numbered(100, 16), first=0, sentences={**said, (5, 40): "pull"})
+    again = write_calvin(tmp_path / "y", numbered(100, 16), first=0, sentences={**instructions, (5, 40): "pull"})
     first, second = refs_of(again)
     assert first.digest != episodes[0].ref.digest and second.digest == episodes[1].ref.digest
 

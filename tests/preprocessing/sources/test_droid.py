@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 import pytest
 from helpers.formats import REAL, numbered, quadrants, write_aloha, write_demos
-from helpers.readers import frames_of, refs_of
+from helpers.readers import frames_of, refs_of, said
 from scipy.spatial.transform import Rotation
 
 from preprocessing.contracts.contract import DataContract
@@ -60,11 +60,12 @@ class Recorded:
             file.attrs["user"], file.attrs["success"] = "Somebody", True
             for name, values in self.rows.items():
                 file.create_dataset(name, data=values, maxshape=(None, *values.shape[1:]))
-        said = {"uuid": self.uuid, "lab": "IRIS", "current_task": TASK, "success": True, "left_mp4_path": "LAB/x.mp4"}
-        said |= {f"{role}_cam_serial": serial for role, serial in SERIALS.items()}
-        said |= {f"{role}_mp4_path": f"success/elsewhere/{serial}.mp4" for role, serial in SERIALS.items()}
-        said |= {"trajectory_length": len(next(iter(self.rows.values())))} | self.metadata
-        (folder / f"metadata_{self.uuid}.json").write_text(json.dumps(said))
+        metadata = {"uuid": self.uuid, "lab": "IRIS", "current_task": TASK, "success": True}
+        metadata |= {"left_mp4_path": "LAB/x.mp4"}
+        metadata |= {f"{role}_cam_serial": serial for role, serial in SERIALS.items()}
+        metadata |= {f"{role}_mp4_path": f"success/elsewhere/{serial}.mp4" for role, serial in SERIALS.items()}
+        metadata |= {"trajectory_length": len(next(iter(self.rows.values())))} | self.metadata
+        (folder / f"metadata_{self.uuid}.json").write_text(json.dumps(metadata))
         return folder
 
 
@@ -206,7 +207,7 @@ def test_real_episodes_come_out_as_they_went_in(tmp_path, number):
         "language_instruction2": "Move the marker into the pot",
         "current_task": TASK,
     }
-    assert episode.success is True and episode.repairs == ()
+    assert episode.success is True and said(episode) == []
 
 
 def test_everything_recorded_each_step_is_a_signal(tmp_path):
@@ -280,8 +281,8 @@ def test_one_frame_more_or_less_is_mended(tmp_path, frames):
         recorded_rows = recorded.rows[joints if name == "action/" else name + joints]
         assert np.array_equal(kept[joints], recorded_rows[:count].astype(np.float32))
     slips = f"wrist has {frames}, exterior_1 has {frames}, exterior_2 has {frames}"
-    mended = (f"the trajectory has 6 rows, {slips} frames; cut to {count}",)
-    assert episode.repairs == (() if frames == 6 else mended)
+    mended = [f"the trajectory has 6 rows, {slips} frames; cut to {count}"]
+    assert said(episode) == ([] if frames == 6 else mended)
 
 
 @pytest.mark.parametrize("frames", [4, 8])
@@ -296,10 +297,10 @@ def test_a_missing_camera_is_dropped_and_said(tmp_path):
     episode = one(folder)
     assert list(episode.cameras) == ["exterior_1"]
     assert np.allclose(frames_of(episode, "exterior_1")[0], 60, atol=1.2)
-    assert episode.repairs == (
+    assert said(episode) == [
         "camera wrist has no film for its wrist_cam_serial, 31177322; dropped",
         "camera exterior_2 has no film for its ext2_cam_serial, which is not named; dropped",
-    )
+    ]
     shutil.rmtree(folder / "recordings" / "MP4")
     assert problem_of(folder).startswith("holds no film in recordings/MP4")
 
@@ -316,10 +317,10 @@ def test_what_misfits_is_left_out_and_said(tmp_path):
     recorded.rows["observation/controller_info/success"] = np.zeros(4, bool)
     recorded.rows["action/note"] = np.array([b"words"] * 6, "S5")
     episode = one(recorded.write(place(tmp_path)))
-    assert episode.repairs == (
+    assert said(episode) == [
         "action/note is (6,) of |S5, not a number or a vector for each of 6 steps; left out",
         "observation/controller_info/success is (4,) of bool, not a number or a vector for each of 6 steps; left out",
-    )
+    ]
     assert "observation/controller_info/success" not in episode.signals
 
 
@@ -423,14 +424,14 @@ def test_digests(tmp_path):
     write_mp4(moved / "recordings" / "MP4" / f"{SERIALS['ext1']}.mp4", numbered(6, 32))
     assert changed()
     restore()
-    said = json.loads((moved / "metadata_x.json").read_text())
+    metadata = json.loads((moved / "metadata_x.json").read_text())
     swapped = {"wrist_cam_serial": SERIALS["ext1"], "ext1_cam_serial": SERIALS["wrist"]}
     for other in (swapped, {"success": False}, {"current_task": "Press button"}):
-        (moved / "metadata_x.json").write_text(json.dumps(said | other))
+        (moved / "metadata_x.json").write_text(json.dumps(metadata | other))
         assert changed()
     restore()
     (moved / "recordings" / "MP4" / f"{SERIALS['ext1']}-stereo.mp4").unlink()
-    (moved / "metadata_x.json").write_text(json.dumps(said | {"building": "moved"}))
+    (moved / "metadata_x.json").write_text(json.dumps(metadata | {"building": "moved"}))
     assert not changed()
     annotate(tmp_path / "two", {UUID: {**SENTENCES, "language_instruction3": "Pot!"}})
     assert changed()

@@ -17,8 +17,10 @@ import pytest
 from av.video.reformatter import ColorRange
 from helpers.formats import REAL, jpeg, quadrants
 from helpers.mp4 import TURNS, patch_mp4
+from helpers.readers import said
 from PIL import Image
 
+from preprocessing.contracts.contract import DataContract
 from preprocessing.episode import Episode, EpisodeRef
 from preprocessing.errors import BadEpisode, UserError
 from preprocessing.limits import Limits, use
@@ -145,7 +147,7 @@ def test_every_frame_is_the_one_it_should_be(tmp_path, name):
     frames = frames_of(episode)
     assert numbers_in(frames) == list(range(COUNT))
     assert psnr(frames, np.stack([drawn(index) for index in range(COUNT)])).min() > kind.worst
-    assert episode.fps == pytest.approx(rate, rel=0.01) and episode.repairs == ()
+    assert episode.fps == pytest.approx(rate, rel=0.01) and said(episode) == []
     half = frames_of(episode_of(path, fps=rate / 2))
     assert numbers_in(half) == list(range(0, COUNT, 2))
     assert np.array_equal(half, frames[::2])
@@ -195,7 +197,7 @@ def test_irregular_times_become_regular(tmp_path, times, suffix):
     mean = 1000 * (COUNT - 1) / (times[-1] - times[0])
     episode = episode_of(path)
     assert episode.fps == pytest.approx(mean, rel=0.01)
-    assert episode.repairs == (f"frames come at irregular times; resampled to {episode.fps:g} Hz, their mean rate",)
+    assert said(episode) == [f"frames come at irregular times; resampled to {episode.fps:g} Hz, their mean rate"]
     found = numbers_in(frames_of(episode))
     wanted = shown_at(times, episode.fps)
     assert found == wanted[: len(found)] and abs(len(found) - len(wanted)) <= 1 and found[-1] == COUNT - 1
@@ -211,7 +213,7 @@ LATE = [50 * index + 50 * (index >= 9) for index in range(20)]
 def test_small_jitter_is_left_alone(tmp_path, times):
     episode = episode_of(write(tmp_path / "a.mkv", times=times, count=len(times)))
     assert numbers_in(frames_of(episode)) == list(range(len(times)))
-    assert episode.fps == 20 and episode.repairs == ()
+    assert episode.fps == 20 and said(episode) == []
 
 
 def held(path: Path) -> Path:
@@ -247,7 +249,7 @@ def test_a_declared_rate_gives_way_to_that_of_the_frames(tmp_path, make, name):
     assert abs(declared - 20) > 5
     episode = episode_of(path)
     assert episode.fps == pytest.approx(20) and numbers_in(frames_of(episode)) == list(range(COUNT))
-    assert episode.repairs == (f"declares {declared:g} Hz; 20 Hz by the times of its frames",)
+    assert said(episode) == [f"declares {declared:g} Hz; 20 Hz by the times of its frames"]
     half = numbers_in(frames_of(episode_of(path, fps=10)))
     last = COUNT - 1
     assert half[: COUNT // 2] == list(range(0, COUNT, 2)) and set(half[COUNT // 2 :]) <= {last}
@@ -314,7 +316,7 @@ def test_of_interlaced_films_two_packets_may_be_a_frame(tmp_path):
     data = path.read_bytes()
     at = data.index(b"\x23\xe3\x83\x84") + 4
     path.write_bytes(data[:at] + struct.pack(">I", 100_000_000) + data[at + 4 :])
-    assert (episode_of(path).fps, episode_of(path).repairs) == (10, ())
+    assert (episode_of(path).fps, said(episode_of(path))) == (10, [])
 
 
 def test_cover_art_is_no_film(tmp_path):
@@ -329,7 +331,7 @@ def test_cover_art_is_no_film(tmp_path):
     with av.open(str(tmp_path / "a.mkv")) as container:
         assert [stream.width for stream in container.streams.video] == [WIDTH, 400]
     episode = episode_of(tmp_path / "a.mkv")
-    assert numbers_in(frames_of(episode)) == list(range(COUNT)) and episode.repairs == ()
+    assert numbers_in(frames_of(episode)) == list(range(COUNT)) and said(episode) == []
 
 
 def test_a_film_that_changes_its_size_keeps_its_first(tmp_path):
@@ -379,8 +381,17 @@ def test_raw_streams_that_tell_no_times(tmp_path):
         path = path.rename(tmp_path / name)
         episode = episode_of(path)
         assert numbers_in(frames_of(episode)) == list(range(COUNT))
-        assert (episode.fps, episode.repairs) == (20, ("frames carry no times; 20 Hz assumed",))
+        assert (episode.fps, said(episode)) == (20, ["frames carry no times; 20 Hz assumed"])
         assert numbers_in(frames_of(episode_of(path, fps=10))) == list(range(0, COUNT, 2))
+
+
+@pytest.mark.parametrize("make, name", [(write, "a.h264"), (misdeclared, "a.mkv")])
+def test_a_contract_settles_the_rate(tmp_path, make, name):
+    """Whether the frames carry no times or the declared rate is not theirs."""
+    [ref] = scan("video", make(tmp_path / name))
+    assert [repair.field for repair in load(ref).repairs] == ["fps"]
+    episode = load(ref, DataContract(fps=12))
+    assert episode.fps == 12 and said(episode) == []
 
 
 @pytest.mark.parametrize("default", [None, 0, 1])
@@ -406,7 +417,7 @@ def test_the_best_of_several_streams(tmp_path, default):
     frames = frames_of(episode)[:, :: best + 1, :: best + 1]
     assert numbers_in(frames) == [index + 100 * best for index in range(COUNT)]
     size = "192x128" if best else "96x64"
-    assert episode.repairs == (f"2 video streams; the one of {size} is read",)
+    assert said(episode) == [f"2 video streams; the one of {size} is read"]
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])

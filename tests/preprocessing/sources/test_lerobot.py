@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers.formats import REAL, as_lerobot_v3, numbered, quadrants, rlds_episode, write_lerobot, write_video
-from helpers.readers import episodes_of, frames_of, real, refs_of, sizes
+from helpers.readers import episodes_of, frames_of, real, refs_of, said, sizes
 
 from preprocessing.episode import Episode
 from preprocessing.errors import BadEpisode
@@ -31,7 +31,7 @@ def test_lerobot(tmp_path):
     assert np.array_equal(second.action, rng.normal(size=(12, 7)).astype(np.float32))
     assert sizes(first.action_layout) == {"position": 3, "rotation": 3, "gripper": 1}
     assert (first.instruction, first.fps, first.embodiment) == ("push the cube", 20, "so100-follower")
-    assert first.repairs == () and first.success is None
+    assert said(first) == [] and first.success is None
     assert first.id != second.id
 
 
@@ -68,8 +68,8 @@ def test_lerobot_keeps_what_is_recorded_beside_the_action(tmp_path):
     }  # fmt: skip
     assert (first.split, second.split, first.dataset) == ("train", "val", None)
     assert first.instruction == "push the cube"
-    assert "column ragged has rows of different lengths; left out" in first.repairs
-    assert "column holes has 1 empty rows; left out" in first.repairs
+    assert "column ragged has rows of different lengths; left out" in said(first)
+    assert "column holes has 1 empty rows; left out" in said(first)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_one_frame_too_many_or_few_is_cut(tmp_path):
     for frames, steps in ((13, 12), (11, 11)):
         (episode,) = episodes_of(write_lerobot(tmp_path / str(frames), frames=frames, episodes=1))
         assert len(episode.action) == len(episode.proprio["state"]) == len(frames_of(episode, "top")) == steps
-        assert episode.repairs == (f"the table has 12 rows, top has {frames} frames; cut to {steps}",)
+        assert said(episode) == [f"the table has 12 rows, top has {frames} frames; cut to {steps}"]
     for frames in (10, 14):
         (ref,) = refs_of(write_lerobot(tmp_path / str(frames), frames=frames, episodes=1))
         with pytest.raises(BadEpisode, match=f"top declares {frames} frames, the table has 12 rows"):
@@ -132,11 +132,11 @@ def test_files_are_believed_over_info_json(tmp_path):
     info["features"]["observation.images.wrist"] = {"dtype": "video", "shape": [8, 8, 3]}
     (folder / "meta" / "info.json").write_text(json.dumps(info))
     first, _ = episodes_of(folder)
-    assert first.repairs == (
+    assert said(first) == [
         "data_path in info.json leads to no file; found by searching",
         "video_path in info.json leads to no file; found by searching",
         "camera wrist is named in info.json, but has no file; dropped",
-    )
+    ]
 
 
 def test_lost_and_broken_files_cost_their_episode_only(tmp_path):
@@ -185,10 +185,10 @@ def test_rows_out_of_order_are_sorted(tmp_path):
     (episode,) = episodes_of(folder)
     assert np.array_equal(episode.action, sorted_.action)
     assert np.array_equal(episode.proprio["state"], sorted_.proprio["state"])
-    assert "rows are out of order; sorted by frame_index" in episode.repairs
+    assert "rows are out of order; sorted by frame_index" in said(episode)
     edit_table(folder, lambda table: table.drop_columns("frame_index").append_column("frame_index", [[0] * 12]))
     (episode,) = episodes_of(folder)
-    assert "frame_index repeats; rows are taken in order" in episode.repairs
+    assert "frame_index repeats; rows are taken in order" in said(episode)
 
 
 def test_a_row_lost_in_the_middle_is_no_slip_at_the_end(tmp_path):
@@ -207,7 +207,7 @@ def test_an_instruction_that_changes_is_told(tmp_path):
     edit_table(folder, lambda t: t.drop_columns("task_index").append_column("task_index", [[0] * 6 + [1] * 6]))
     (episode,) = episodes_of(folder)
     assert episode.instruction == "push"
-    assert episode.repairs == ("the instruction changes within the episode; the first one is kept",)
+    assert said(episode) == ["the instruction changes within the episode; the first one is kept"]
 
 
 def test_where_objects_are_is_not_proprioception(tmp_path):
@@ -227,14 +227,14 @@ def test_success_with_holes_is_unknown(tmp_path):
     edit_table(folder, lambda table: table.append_column("next.success", pa.array([None] + [True] * 11)))
     (episode,) = episodes_of(folder)
     assert episode.success is None
-    assert episode.repairs == ("column next.success has 1 empty rows; left out",)
+    assert said(episode) == ["column next.success has 1 empty rows; left out"]
 
 
 def test_timestamps_of_another_rate_are_told(tmp_path):
     folder = write_lerobot(tmp_path / "x", episodes=1, fps=30)  # its timestamps step by 1 / 20 s
     (episode,) = episodes_of(folder)
     assert episode.fps == 30
-    assert episode.repairs == ("info.json says 30 Hz, the timestamps 20 Hz; the former is taken",)
+    assert said(episode) == ["info.json says 30 Hz, the timestamps 20 Hz; the former is taken"]
 
 
 def test_cameras_whose_short_names_are_one_keep_their_own(tmp_path):
@@ -339,7 +339,7 @@ def test_many_episodes_in_a_file(tmp_path):
     apart = episodes_of(write_lerobot(tmp_path / "v2", rows=70, episodes=5))
     joined = episodes_of(as_lerobot_v3(tmp_path / "v2", tmp_path / "v3", per_file=3))
     assert all(same(one, other) for one, other in zip(apart, joined, strict=True))
-    assert [episode.repairs for episode in joined] == [()] * 5
+    assert [said(episode) for episode in joined] == [[]] * 5
     assert all(digest(episode.ref) == episode.ref.digest for episode in joined)
 
 
@@ -377,7 +377,7 @@ def test_path_templates_of_joined_files(tmp_path):
     for wrong in ("{chunk_index:9999999999d}.parquet", "{chunk_index.real}.parquet", "../v2/meta/info.json", None):
         (folder / "meta" / "info.json").write_text(json.dumps(info | {"data_path": wrong}))
         (episode,) = episodes_of(folder)
-        assert episode.repairs == ("data_path in info.json leads to no file; found by default",)
+        assert said(episode) == ["data_path in info.json leads to no file; found by default"]
 
 
 def test_joined_files_that_lie_cost_their_episodes_only(tmp_path):
@@ -467,10 +467,10 @@ def test_real_gr1():
         assert episode.instruction.startswith("pick the ") and episode.instruction.endswith("in the plate")
         assert (episode.fps, episode.embodiment, episode.success) == (20, "gr1-arms-only", True)
         assert sizes(episode.action_layout) | {"waist": 3, "left_arm": 7} == sizes(episode.action_layout)
-        assert "camera egoview is named in info.json, but has no file; dropped" in episode.repairs
-        assert "no frame_index; rows are taken in order" in episode.repairs
-        assert "timestamps start at 0.050 s; frames and rows are paired by order" in episode.repairs
-    assert "video_path in info.json leads to no file; found by searching" in episodes[1].repairs
+        assert "camera egoview is named in info.json, but has no file; dropped" in said(episode)
+        assert "no frame_index; rows are taken in order" in said(episode)
+        assert "timestamps start at 0.050 s; frames and rows are paired by order" in said(episode)
+    assert "video_path in info.json leads to no file; found by searching" in said(episodes[1])
 
 
 @real

@@ -21,11 +21,12 @@ import numpy as np
 import pytest
 import zarr
 from helpers.formats import REAL, numbered, quadrants, write_video
-from helpers.readers import episodes_of, frames_of, real, refs_of
+from helpers.readers import episodes_of, frames_of, real, refs_of, said
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from imagecodecs.numcodecs import Jpegxl
 
+from preprocessing.contracts.contract import DataContract
 from preprocessing.errors import BadEpisode, UserError
 from preprocessing.sources import digest, find, load
 
@@ -134,8 +135,15 @@ def test_pusht(tmp_path):
         assert (episode.embodiment, episode.fps) == ("pusht", 10.0)
     assert frames_of(first, "img", 32).shape == (9, 32, 32, 3)
     assert [block.mode for block in first.action_layout] == ["absolute"]
-    assert any("10 Hz assumed" in repair for repair in first.repairs)
-    assert any("only the agent's place" in repair for repair in first.repairs)
+    assert any("10 Hz assumed" in repair for repair in said(first))
+    assert any("only the agent's place" in repair for repair in said(first))
+
+
+def test_a_contract_settles_rate_and_robot(tmp_path):
+    [ref] = refs_of(write_buffer(tmp_path / "a.zarr", {"img": numbered(6), "agent_pos": np.zeros((6, 2))}, [6]))
+    assert [repair.field for repair in load(ref).repairs] == ["fps", "embodiment", "action"]
+    episode = load(ref, DataContract(fps=12, embodiment="arm"))
+    assert episode.fps == 12 and said(episode) == ["no actions are recorded"]
 
 
 @real
@@ -165,8 +173,8 @@ def test_umi(tmp_path, robots):
             assert block.kind == "gripper" or block.frame == "base"
             assert block.kind != "gripper" or block.gripper_one_means == "open"
         assert (episode.embodiment, episode.fps) == ("umi", 59.94)
-        assert "no actions are recorded; the next pose is taken for the action" in episode.repairs
-        assert "the rate is not recorded; 59.94 Hz assumed, as a GoPro's is" in episode.repairs
+        assert "no actions are recorded; the next pose is taken for the action" in said(episode)
+        assert "the rate is not recorded; 59.94 Hz assumed, as a GoPro's is" in said(episode)
 
 
 @real
@@ -207,7 +215,7 @@ def test_films_beside_a_buffer(tmp_path):
         assert np.allclose(episode.proprio["robot_joint"], data["robot_joint"][rows])
         assert np.allclose(episode.signals["timestamp"][:, 0], np.arange(steps[number]) * 0.1, atol=1e-5)
         assert [block.kind for block in episode.action_layout] == ["position", "rotation"]
-        assert not any("rate" in repair for repair in episode.repairs)
+        assert not any("rate" in repair for repair in said(episode))
 
     before = refs_of(tmp_path)
     assert [digest(ref) for ref in before] == [ref.digest for ref in before]
@@ -216,7 +224,7 @@ def test_films_beside_a_buffer(tmp_path):
     assert after[0].digest == before[0].digest and after[1].digest != before[1].digest
     episode = load(after[1])
     assert len(frames_of(episode, "camera_2")) == len(episode.action) == len(episode.signals["stage"]) == 6
-    assert "the films end 2 steps before the log, which is cut there" in episode.repairs
+    assert "the films end 2 steps before the log, which is cut there" in said(episode)
     write_video(tmp_path / "real/videos/1/0.mp4", numbered(8), fps=5)
     with pytest.raises(BadEpisode, match=r"0\.mp4 has 5 frames a second, fewer than the log's 10 steps"):
         load(refs_of(tmp_path)[1])
@@ -250,7 +258,7 @@ def test_pictures_of_other_kinds(tmp_path):
     assert (episode.action, episode.action_layout, episode.embodiment) == (None, (), "unknown")
     assert list(episode.proprio) == ["agent_pos"] and list(episode.signals) == ["corners"]
     assert np.array_equal(episode.signals["corners"], data["corners"].reshape(12, 48))
-    for said in (
+    for text in (
         "first has its colours in the first dimension; moved to the last",
         "share is recorded from 0 to 1; made 0 to 255",
         "depth is (48, 48) numbers a step, neither RGB nor a vector; dropped",
@@ -258,7 +266,7 @@ def test_pictures_of_other_kinds(tmp_path):
         "data/words holds no numbers, but <U4; dropped",
         "no actions are recorded",
     ):
-        assert said in episode.repairs
+        assert text in said(episode)
 
 
 @pytest.mark.parametrize(
@@ -532,9 +540,9 @@ def test_chunks_that_unpack_to_more(tmp_path):
         write_buffer(path, {"img": numbered(2, 16)}, [2], {"img": (1, 16, 16, 3)}, {"img": codec})
         (path / "data/img/1.0.0.0").write_bytes(packed)
     command = [sys.executable, "-c", READ, str(tmp_path)]
-    said, kilobytes = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    assert len(said) == 9 and kilobytes < 2**14
-    for name, reason in said.items():
+    reasons, kilobytes = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert len(reasons) == 9 and kilobytes < 2**14
+    for name, reason in reasons.items():
         assert "1.0.0.0 of data/img cannot be unpacked" in reason or "1.0.0.0 is longer than" in reason, name
 
 
@@ -543,8 +551,8 @@ def test_what_is_not_stored(tmp_path):
     (path / "data/state/2.0").unlink()  # rows 8 to 11
     first, second = episodes_of(path)
     assert not second.signals["state"][2:].any() and first.signals["state"].all()
-    said = "1 chunks of state are not stored; its fill value is taken, as Zarr says"
-    assert said in second.repairs and said not in first.repairs
+    text = "1 chunks of state are not stored; its fill value is taken, as Zarr says"
+    assert text in said(second) and text not in said(first)
     (path / "data/action/1.0").unlink()  # rows 7 to 11
     assert [ref.problem for ref in refs_of(path)] == [None, "chunk data/action/1.0 is lost"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.formats import REAL, encode_example, jpeg, quadrants, rlds_episode, write_rlds, write_tfds
-from helpers.readers import episodes_of, frames_of, real, refs_of, sizes
+from helpers.readers import episodes_of, frames_of, real, refs_of, said, sizes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +29,7 @@ def test_rlds(tmp_path):
     assert np.allclose(second.action, rng.normal(size=(6, 2)))
     assert np.abs(frames_of(second, "image")[5].astype(int) - quadrants(32)).mean() < 4
     assert (first.embodiment, first.fps) == ("toy", 10)
-    assert "control rate unknown; 10 Hz assumed" in first.repairs
+    assert "control rate unknown; 10 Hz assumed" in said(first)
 
 
 TOY = {
@@ -73,15 +73,15 @@ def toy_episode(steps: int = 3, **changed: object) -> dict:
 
 
 def test_rlds_keeps_what_is_recorded_beside_the_action(tmp_path):
-    said = toy_episode()
-    (episode,) = episodes_of(write_tfds(tmp_path, "toy_set", TOY, [said], split="val"))
+    record = toy_episode()
+    (episode,) = episodes_of(write_tfds(tmp_path, "toy_set", TOY, [record], split="val"))
     assert (episode.dataset, episode.split, episode.success) == ("toy_set", "val", True)
     assert list(episode.proprio) == ["state"]
     expected = {"observation/contact": 1, "action_dict/joint_velocity": 7, "reward": 1, "is_last": 1}
     assert {name: values.shape[1] for name, values in episode.signals.items()} == expected
     for name, values in episode.signals.items():
         assert values.dtype == np.float32
-        assert np.allclose(values, said[f"steps/{name}"].reshape(3, -1)), name
+        assert np.allclose(values, record[f"steps/{name}"].reshape(3, -1)), name
     assert episode.texts == {
         "file_path": "/a/b.npy",
         "language_instruction": "lift",
@@ -89,7 +89,7 @@ def test_rlds_keeps_what_is_recorded_beside_the_action(tmp_path):
         "observation/natural_language_instruction": "wipe",
     }
     assert episode.instruction == "lift"
-    assert "robot unknown; the data set's name stands for it" in episode.repairs
+    assert "robot unknown; the data set's name stands for it" in said(episode)
 
 
 @pytest.mark.parametrize(
@@ -109,10 +109,10 @@ def test_rlds_pictures_and_actions_of_another_kind(tmp_path, fields, changed, ol
 
 
 def test_rlds_says_that_an_instruction_changes(tmp_path):
-    said = toy_episode(**{"steps/language_instruction": ["lift", "lift", "drop"]})
-    (episode,) = episodes_of(write_tfds(tmp_path, "toy", TOY, [said]))
+    record = toy_episode(**{"steps/language_instruction": ["lift", "lift", "drop"]})
+    (episode,) = episodes_of(write_tfds(tmp_path, "toy", TOY, [record]))
     assert episode.instruction == "lift"
-    assert "the instruction changes within the episode; the first one is kept" in episode.repairs
+    assert "the instruction changes within the episode; the first one is kept" in said(episode)
 
 
 @pytest.mark.parametrize(
@@ -127,8 +127,8 @@ def test_rlds_says_that_an_instruction_changes(tmp_path):
 def test_rlds_success_where_it_was_judged(tmp_path, field, more, success):
     fields = {name: kind for name, kind in TOY.items() if name != "episode_metadata/success"}
     judged = {field: np.array([0]), **{name: np.array([value]) for name, value in more.items()}}
-    said = {name: values for name, values in toy_episode().items() if name in fields} | judged
-    (episode,) = episodes_of(write_tfds(tmp_path, "toy", fields | dict.fromkeys(judged, "bool"), [said]))
+    record = {name: values for name, values in toy_episode().items() if name in fields} | judged
+    (episode,) = episodes_of(write_tfds(tmp_path, "toy", fields | dict.fromkeys(judged, "bool"), [record]))
     assert episode.success is success
 
 
@@ -307,10 +307,10 @@ def test_real_bridge():
         assert episode.instruction
         assert (episode.embodiment, episode.fps) == ("widowx", 5)
         assert sizes(episode.action_layout) == {"position": 3, "rotation": 3, "gripper": 1}
-        assert "camera image_3 is black in every frame" in episode.repairs
-        assert "has_image_0 is 0 although images exist; camera kept" in episode.repairs
-        assert any("is_last is never 1" in repair for repair in episode.repairs)
-        assert not [repair for repair in episode.repairs if "unknown" in repair]
+        assert "camera image_3 is black in every frame" in said(episode)
+        assert "has_image_0 is 0 although images exist; camera kept" in said(episode)
+        assert any("is_last is never 1" in repair for repair in said(episode))
+        assert not [repair for repair in said(episode) if "unknown" in repair]
         assert episode.action_layout[2].gripper_one_means == "open"
         assert 0 <= episode.action[:, 6].min() <= episode.action[:, 6].max() <= 1
         assert set(episode.signals) == {"discount", "is_first", "is_last", "is_terminal", "reward"}

@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 from helpers.formats import moving, numbered, write_aloha, write_demos
-from helpers.readers import episodes_of, frames_of, refs_of, sizes
+from helpers.readers import episodes_of, frames_of, refs_of, said, sizes
 
 from preprocessing.contracts.contract import DataContract
 from preprocessing.errors import BadEpisode
@@ -21,14 +21,14 @@ from preprocessing.sources import digest, find, load, scan
 def test_hdf5_comes_out_upright(tmp_path, opengl):
     first, second = episodes_of(write_demos(tmp_path / "a.hdf5", opengl=opengl))
     assert np.array_equal(frames_of(first, "agentview"), moving(5))
-    assert any("bottom-up" in repair for repair in first.repairs) == opengl
+    assert any("bottom-up" in repair for repair in said(first)) == opengl
     rng = np.random.default_rng(1)
     assert np.allclose(second.action, rng.normal(size=(5, 7)))
     assert np.allclose(second.proprio["joint_states"], rng.normal(size=(5, 7)))
     assert second.proprio["height"].shape == (5, 1)
     assert (first.instruction, first.embodiment, first.success, first.fps) == ("open the drawer", "panda", True, 20)
     assert [block.kind for block in first.action_layout] == ["position", "rotation", "gripper"]
-    assert "control rate unknown; 20 Hz assumed" in first.repairs
+    assert "control rate unknown; 20 Hz assumed" in said(first)
 
 
 def test_demonstrations_in_natural_order_and_repacked(tmp_path):
@@ -52,7 +52,7 @@ def test_an_environment_that_tells_nothing(tmp_path, kwargs):
     with h5py.File(path, "a") as file:
         file["data"].attrs["env_args"] = json.dumps({"env_kwargs": kwargs})
     (episode,) = episodes_of(path)
-    assert (episode.fps, episode.embodiment) == (20, "unknown") and "robot unknown" in episode.repairs
+    assert (episode.fps, episode.embodiment) == (20, "unknown") and "robot unknown" in said(episode)
 
 
 @pytest.mark.parametrize(
@@ -85,9 +85,9 @@ def test_replayed_libero_that_does_not_say_which_way_up(tmp_path):
     with h5py.File(path, "a") as file:
         file["data/demo_0/obs/eye_in_hand_rgb"] = moving(5)
     (ref,) = refs_of(path)
-    assert any("this one does not tell" in repair for repair in load(ref).repairs)
+    assert any("this one does not tell" in repair for repair in said(load(ref)))
     told = load(ref, DataContract(flip=("agentview", "eye_in_hand")))
-    assert not any("this one does not tell" in repair for repair in told.repairs)
+    assert not any("this one does not tell" in repair for repair in said(told))
     assert np.array_equal(frames_of(told, "agentview"), moving(5)[:, ::-1])
 
 
@@ -99,7 +99,7 @@ def test_what_is_observed_and_is_no_camera_or_vector_is_told(tmp_path):
         obs["serial_number"] = np.arange(12)
     (episode,) = episodes_of(path)
     for name in ("agentview_depth", "serial_number"):
-        assert f"obs/{name} is neither pictures of colours nor a vector a frame; left out" in episode.repairs
+        assert f"obs/{name} is neither pictures of colours nor a vector a frame; left out" in said(episode)
     assert episode.proprio["touches"].ravel().tolist() == [0, 1, 2, 3, 4]
 
 
@@ -129,7 +129,7 @@ def test_recorded_rate_robot_and_four_numbers(tmp_path):
 def test_the_frame_after_the_last_action_is_dropped(tmp_path):
     (episode,) = episodes_of(write_demos(tmp_path / "a.hdf5", demos=1, frames=6))
     assert len(frames_of(episode, "agentview")) == len(episode.proprio["height"]) == len(episode.action) == 5
-    assert any("one frame more than actions" in repair for repair in episode.repairs)
+    assert any("one frame more than actions" in repair for repair in said(episode))
     (ref,) = refs_of(write_demos(tmp_path / "b.hdf5", demos=1, frames=9))
     with pytest.raises(BadEpisode, match=r"5 actions, but observations of lengths \[9\]"):
         load(ref)
@@ -151,9 +151,9 @@ def test_libero_stores_what_is_seen_after_each_action(tmp_path):
     assert episode.signals["states"].ravel().tolist() == [1, 2, 3, 4, 5]  # from which action 1, 2, ... was taken
     assert episode.signals["robot_states"].ravel().tolist() == [0, 1, 2, 3, 4]
     assert episode.signals["rewards"].ravel().tolist() == [0, 0, 0, 0, 1] and episode.success
-    assert "LIBERO stores what is seen after each action; actions are moved up by a row" in episode.repairs
+    assert "LIBERO stores what is seen after each action; actions are moved up by a row" in said(episode)
     assert (episode.dataset, episode.fps, episode.embodiment) == ("libero_90", 20, "panda")
-    assert not [repair for repair in episode.repairs if "unknown" in repair]  # LIBERO's contract tells
+    assert not [repair for repair in said(episode) if "unknown" in repair]  # LIBERO's contract tells
     assert [block.unit for block in episode.action_layout[:2]] == ["scaled", "scaled"]
 
 
@@ -179,8 +179,8 @@ def test_hdf5_keeps_what_is_recorded_beside_the_action(tmp_path):
     assert np.array_equal(first.signals["states"], states[:5].astype(np.float32))
     assert np.array_equal(first.signals["actions_abs"], absolute.astype(np.float32))
     assert first.signals["rewards"].ravel().tolist() == [0, 0, 0, 1, 0]
-    assert "states has one row more than actions; the last one is dropped" in first.repairs
-    assert "short has 3 rows for 5 actions; left out" in first.repairs
+    assert "states has one row more than actions; the last one is dropped" in said(first)
+    assert "short has 3 rows for 5 actions; left out" in said(first)
     assert [episode.split for episode in (first, second, third)] == ["train", "valid", "train"]
     assert first.texts == {"problem_info/language_instruction": "open the drawer", "ep_meta/lang": "open it"}
 
@@ -221,7 +221,7 @@ def test_links_to_other_files_are_not_followed(tmp_path):
         file["data/demo_9"] = h5py.ExternalLink(str(other), "data/demo_0")
     (episode,) = episodes_of(path)
     assert "secret" not in episode.proprio
-    assert "obs/secret is a link and not followed" in episode.repairs
+    assert "obs/secret is a link and not followed" in said(episode)
 
 
 def test_broken_hdf5(tmp_path):
@@ -258,8 +258,8 @@ def test_aloha(tmp_path, compress):
     assert episode.action_layout[1].gripper_one_means == episode.action_layout[3].gripper_one_means == "open"
     assert (episode.fps, episode.embodiment) == (50, "aloha")
     assert list(episode.signals) == ["rewards"] and episode.signals["rewards"][69] == 69
-    assert not [r for r in load(ref, DataContract(fps=25)).repairs if "control rate" in r]
-    assert any("blue for red" in repair for repair in episode.repairs) == compress
+    assert not [r for r in said(load(ref, DataContract(fps=25))) if "control rate" in r]
+    assert any("blue for red" in repair for repair in said(episode)) == compress
     assert digest(ref) == ref.digest
 
 
@@ -271,7 +271,7 @@ def test_what_aloha_observes_beside_its_joints(tmp_path):
     (episode,) = episodes_of(path)
     assert list(episode.proprio) == ["qpos", "qvel", "time"]
     assert episode.proprio["time"].ravel().tolist() == [0, 1, 2, 3, 4]
-    left_out = [repair for repair in episode.repairs if "left out" in repair]
+    left_out = [repair for repair in said(episode) if "left out" in repair]
     assert left_out == [f"observations/{name} is no vector of numbers; left out" for name in ("depth", "note")]
 
 
@@ -294,6 +294,6 @@ def test_aloha_pictures_that_are_none_of_colours(tmp_path):
     }
     (episode,) = episodes_of(write_aloha(tmp_path / "episode_0.hdf5", numbered(5), **more))
     assert list(episode.cameras) == ["cam_high"]
-    told = [repair for repair in episode.repairs if "no pictures of colours" in repair]
+    told = [repair for repair in said(episode) if "no pictures of colours" in repair]
     assert told[0] == "observations/images/deep is (5, 8, 8) of float64, no pictures of colours; left out"
     assert told[1].startswith("observations/images/first is (5, 3, 8, 8) of uint8")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from av import VideoFrame
 from helpers.formats import REAL, jpeg, quadrants
-from helpers.readers import frames_of
+from helpers.readers import frames_of, said
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mcap.writer import CompressionType
@@ -171,26 +171,26 @@ FRONT, WRIST, ARM = every(20, 0, 2), every(30, 0.013, 2.013), every(50, 0.203, 2
 
 def scene() -> list[Said]:
     """A front camera of 20 pictures a second, a wrist camera of 30, and joints that say when they were measured."""
-    said = filmed("/front/image_raw", FRONT, padding=5)
-    said += [
+    sent = filmed("/front/image_raw", FRONT, padding=5)
+    sent += [
         Said("/wrist/image/compressed", PACKED, t, t + 0.03, packed(jpeg(numbered(i)))) for i, t in enumerate(WRIST)
     ]
-    said += [Said("/joint_states", JOINTS, t, t + 0.001, joints(["a", "b"], [t, -t], [2 * t, 0])) for t in ARM]
-    said.append(Said("/instruction", TEXT, None, 0.5, text("lift the blöck")))
-    return sorted(said, key=lambda message: message.received)
+    sent += [Said("/joint_states", JOINTS, t, t + 0.001, joints(["a", "b"], [t, -t], [2 * t, 0])) for t in ARM]
+    sent.append(Said("/instruction", TEXT, None, 0.5, text("lift the blöck")))
+    return sorted(sent, key=lambda message: message.received)
 
 
 # -------------------------------------------------------------------------------------------------------- writers
 
 
-def write_mcap(path: Path, said: list[Said], ros: int = 2, **options: object) -> Path:
+def write_mcap(path: Path, sent: list[Said], ros: int = 2, **options: object) -> Path:
     """As ROS 2 records it, or as ROS 1's bags are converted."""
     store = get_typestore(Stores.ROS2_HUMBLE if ros == 2 else Stores.ROS1_NOETIC)
     with path.open("wb") as file:
         writer = McapWriter(file, chunk_size=20_000, **options)  # type: ignore[arg-type]
         writer.start(profile=f"ros{ros}")
         channels: dict[tuple[str, str], int] = {}
-        for message in said:
+        for message in sent:
             if (key := (message.topic, message.type)) not in channels:
                 definition = store.generate_msgdef(message.type, ros_version=ros)[0]
                 name = message.type if ros == 2 else message.type.replace("/msg/", "/")
@@ -203,36 +203,36 @@ def write_mcap(path: Path, said: list[Said], ros: int = 2, **options: object) ->
     return path
 
 
-def write_bag2(folder: Path, said: list[Said], storage: str = "SQLITE3", mode: str | None = None) -> Path:
+def write_bag2(folder: Path, sent: list[Said], storage: str = "SQLITE3", mode: str | None = None) -> Path:
     store = get_typestore(Stores.ROS2_HUMBLE)
     writer = rosbag2.Writer(folder, version=9, storage_plugin=rosbag2.StoragePlugin[storage])
     if mode:
         writer.set_compression(rosbag2.CompressionMode[mode], rosbag2.CompressionFormat.ZSTD)
     with writer:
         connections = {}
-        for message in said:
+        for message in sent:
             if message.topic not in connections:
                 connections[message.topic] = writer.add_connection(message.topic, message.type, typestore=store)
             writer.write(connections[message.topic], message.log_time, message.data())
     return folder
 
 
-def write_bag1(path: Path, said: list[Said], packing: str | None = None) -> Path:
+def write_bag1(path: Path, sent: list[Said], packing: str | None = None) -> Path:
     store = get_typestore(Stores.ROS1_NOETIC)
     writer = rosbag1.Writer(path)
     if packing:
         writer.set_compression(rosbag1.Writer.CompressionFormat[packing])
     with writer:
         connections = {}
-        for message in said:
+        for message in sent:
             if message.topic not in connections:
                 connections[message.topic] = writer.add_connection(message.topic, message.type, typestore=store)
             writer.write(connections[message.topic], message.log_time, message.data(ros1=True))
     return path
 
 
-def lone_db3(folder: Path, said: list[Said]) -> Path:
-    return shutil.move(next(write_bag2(folder / "bag", said).glob("*.db3")), folder / "lone.db3")
+def lone_db3(folder: Path, sent: list[Said]) -> Path:
+    return shutil.move(next(write_bag2(folder / "bag", sent).glob("*.db3")), folder / "lone.db3")
 
 
 def old_metadata(folder: Path) -> Path:
@@ -244,20 +244,20 @@ def old_metadata(folder: Path) -> Path:
 
 
 CONTAINERS: dict[str, Callable[[Path, list[Said]], Path]] = {
-    "mcap-zstd": lambda folder, said: write_mcap(folder / "a.mcap", said),
-    "mcap-lz4": lambda folder, said: write_mcap(folder / "a.mcap", said, compression=CompressionType.LZ4),
-    "mcap-plain": lambda folder, said: write_mcap(folder / "a", said, compression=CompressionType.NONE),
-    "mcap-unchunked": lambda folder, said: write_mcap(folder / "a.mcap", said, use_chunking=False),
-    "mcap-ros1": lambda folder, said: write_mcap(folder / "a.mcap", said, ros=1),
-    "bag2-sqlite": lambda folder, said: write_bag2(folder / "bag", said),
-    "bag2-sqlite-old": lambda folder, said: old_metadata(write_bag2(folder / "bag", said)),
-    "bag2-sqlite-zstd": lambda folder, said: write_bag2(folder / "bag", said, mode="MESSAGE"),
-    "bag2-mcap": lambda folder, said: write_bag2(folder / "bag", said, "MCAP"),
-    "bag2-mcap-zstd": lambda folder, said: write_bag2(folder / "bag", said, "MCAP", "STORAGE"),
+    "mcap-zstd": lambda folder, sent: write_mcap(folder / "a.mcap", sent),
+    "mcap-lz4": lambda folder, sent: write_mcap(folder / "a.mcap", sent, compression=CompressionType.LZ4),
+    "mcap-plain": lambda folder, sent: write_mcap(folder / "a", sent, compression=CompressionType.NONE),
+    "mcap-unchunked": lambda folder, sent: write_mcap(folder / "a.mcap", sent, use_chunking=False),
+    "mcap-ros1": lambda folder, sent: write_mcap(folder / "a.mcap", sent, ros=1),
+    "bag2-sqlite": lambda folder, sent: write_bag2(folder / "bag", sent),
+    "bag2-sqlite-old": lambda folder, sent: old_metadata(write_bag2(folder / "bag", sent)),
+    "bag2-sqlite-zstd": lambda folder, sent: write_bag2(folder / "bag", sent, mode="MESSAGE"),
+    "bag2-mcap": lambda folder, sent: write_bag2(folder / "bag", sent, "MCAP"),
+    "bag2-mcap-zstd": lambda folder, sent: write_bag2(folder / "bag", sent, "MCAP", "STORAGE"),
     "lone-db3": lone_db3,
-    "bag1": lambda folder, said: write_bag1(folder / "a.bag", said),
-    "bag1-bz2": lambda folder, said: write_bag1(folder / "a.bag", said, "BZ2"),
-    "bag1-lz4": lambda folder, said: write_bag1(folder / "a.bag", said, "LZ4"),
+    "bag1": lambda folder, sent: write_bag1(folder / "a.bag", sent),
+    "bag1-bz2": lambda folder, sent: write_bag1(folder / "a.bag", sent, "BZ2"),
+    "bag1-lz4": lambda folder, sent: write_bag1(folder / "a.bag", sent, "LZ4"),
 }
 
 
@@ -271,8 +271,8 @@ def before(times: list[float], at: float) -> int:
     return max(i for i, t in enumerate(times) if t <= at)
 
 
-def heard(tmp_path: Path, said: list[Said], contract: DataContract | None = None) -> Episode:
-    return episode_of(write_mcap(tmp_path / "a.mcap", said), contract)
+def heard(tmp_path: Path, sent: list[Said], contract: DataContract | None = None) -> Episode:
+    return episode_of(write_mcap(tmp_path / "a.mcap", sent), contract)
 
 
 # ---------------------------------------------------------------------------------------------------------- tests
@@ -297,8 +297,8 @@ def test_every_container_holds_the_same_episode(tmp_path, container):
     assert np.allclose(episode.proprio["/joint_states/velocity"], [[2 * t, 0] for t in measured])
     assert (episode.action, episode.signals, episode.fps) == (None, {}, pytest.approx(20))
     assert episode.instruction == episode.texts["/instruction"] == "lift the blöck"
-    assert "times are the headers' stamps" in episode.repairs
-    assert "5 frames before every topic had spoken are dropped" in episode.repairs
+    assert "times are the headers' stamps" in said(episode)
+    assert "5 frames before every topic had spoken are dropped" in said(episode)
     assert frames_of(episode, "/wrist/image/compressed", 8).shape == (35, 8, 8, 3)
     assert digest(episode.ref) == episode.ref.digest
 
@@ -317,12 +317,12 @@ def test_real_frames_come_out_as_they_went_in(tmp_path):
         "/jpeg": [packed(jpeg(picture)) for picture in pictures],
         "/png": [packed(png.getvalue(), "png")] * 30,
     }
-    said = [
+    sent = [
         Said(topic, PACKED if topic in ("/jpeg", "/png") else IMAGE, t, t, write)
         for topic, all_writes in writes.items()
         for t, write in zip(times, all_writes, strict=True)
     ]
-    bag = write_bag2(tmp_path / "bag", sorted(said, key=lambda message: message.received), "MCAP")
+    bag = write_bag2(tmp_path / "bag", sorted(sent, key=lambda message: message.received), "MCAP")
     episode = episode_of(bag)
     assert np.array_equal(frames_of(episode, "/bgr"), pictures)
     assert np.array_equal(frames_of(episode, "/rgb"), pictures)
@@ -349,8 +349,8 @@ def test_an_encoding_that_names_no_colours_is_opencvs_and_said_so(tmp_path, enco
     episode = heard(tmp_path, cameras)
     for camera in ("/cam", "/side"):
         assert np.array_equal(frames_of(episode, camera), np.stack([numbered(i) for i in range(10)]))
-    said = [repair for repair in episode.repairs if "colours" in repair]
-    assert said == ["/cam names no order of its colours; blue first taken, as OpenCV has it"]
+    sent = [repair for repair in said(episode) if "colours" in repair]
+    assert sent == ["/cam names no order of its colours; blue first taken, as OpenCV has it"]
 
 
 @pytest.mark.parametrize(
@@ -374,8 +374,8 @@ def test_two_pixels_that_share_their_colours(tmp_path, encoding, pix_fmt, paddin
 
         return write
 
-    said = [Said("/cam", IMAGE, t, t, yuv(picture)) for t, picture in zip(every(10, 0, 1), pictures, strict=True)]
-    frames = frames_of(heard(tmp_path, said), "/cam")
+    sent = [Said("/cam", IMAGE, t, t, yuv(picture)) for t, picture in zip(every(10, 0, 1), pictures, strict=True)]
+    frames = frames_of(heard(tmp_path, sent), "/cam")
     assert frames.shape == (10, 24, 24, 3) and numbers_in(frames) == list(range(10))
     assert np.abs(frames.astype(int) - np.stack(pictures)).max() <= 4
 
@@ -385,8 +385,8 @@ def test_pictures_that_lie_about_their_bytes(tmp_path, step, size):
     def write(wire: Wire, at: float | None) -> Wire:
         return wire.header(at).put("I", 24, 24).text("rgb8").put("B", 0).put("I", step).blob(bytes(size))
 
-    said = [Said("/cam", IMAGE, t, t, write) for t in (0, 1)]
-    assert f"24x24 pixels has {size} bytes, {step} a row" in problem_of(write_mcap(tmp_path / "a.mcap", said))
+    sent = [Said("/cam", IMAGE, t, t, write) for t in (0, 1)]
+    assert f"24x24 pixels has {size} bytes, {step} a row" in problem_of(write_mcap(tmp_path / "a.mcap", sent))
 
 
 def test_pixels_in_pairs_are_even(tmp_path):
@@ -423,7 +423,7 @@ def test_what_is_no_camera_is_named(tmp_path, why):
     assert why in str(refused.value)
     episode = heard(tmp_path, [*odd, *filmed("/cam", every(10, 0, 1))])
     assert list(episode.cameras) == ["/cam"]
-    assert any("not read: /odd" in repair and why in repair for repair in episode.repairs)
+    assert any("not read: /odd" in repair and why in repair for repair in said(episode))
 
 
 def test_a_recording_without_a_camera_is_refused(tmp_path):
@@ -435,32 +435,30 @@ def test_a_recording_without_a_camera_is_refused(tmp_path):
 
 def test_joints_are_mapped_by_name(tmp_path):
     times = every(10, 0, 2)
-    said = filmed("/cam", times, late=0)
+    sent = filmed("/cam", times, late=0)
     for i, t in enumerate(times):
         names = ["a", "b"] if i % 2 else ["b", "a"]
-        said.append(Said("/joint_states", JOINTS, t, t, joints(names, [{"a": t, "b": -t}[name] for name in names])))
+        sent.append(Said("/joint_states", JOINTS, t, t, joints(names, [{"a": t, "b": -t}[name] for name in names])))
         if i >= 3:  # another driver, for the gripper alone
-            said.append(Said("/joint_states", JOINTS, t, t, joints(["grip"], [10 + t])))
-    episode = heard(tmp_path, said)
+            sent.append(Said("/joint_states", JOINTS, t, t, joints(["grip"], [10 + t])))
+    episode = heard(tmp_path, sent)
     assert numbers_in(frames_of(episode, "/cam")) == list(range(3, 20))
     assert np.allclose(episode.proprio["/joint_states/position"], [[-t, t, 10 + t] for t in times[3:]])
-    assert any("/joint_states/position does not always name the same joints" in repair for repair in episode.repairs)
+    assert any("/joint_states/position does not always name the same joints" in repair for repair in said(episode))
 
 
 def test_commands_are_kept_from_the_policy_and_become_the_action_by_contract(tmp_path):
     commanded = every(8, 0.3, 2)
-    said = scene() + [Said("/cmd_vel", TWIST, None, t, twist(t, 0, 0, 0, 0, 1)) for t in commanded]
-    said += [Said("/gripper/Target", FLOATS, None, t, floats([t])) for t in every(3, 0, 2)]
-    said.sort(key=lambda message: message.received)
-    episode = heard(tmp_path, said)
+    sent = scene() + [Said("/cmd_vel", TWIST, None, t, twist(t, 0, 0, 0, 0, 1)) for t in commanded]
+    sent += [Said("/gripper/Target", FLOATS, None, t, floats([t])) for t in every(3, 0, 2)]
+    sent.sort(key=lambda message: message.received)
+    episode = heard(tmp_path, sent)
     assert episode.action is None
     assert sorted(episode.proprio) == ["/joint_states/position", "/joint_states/velocity"]
     assert sorted(episode.signals) == ["/cmd_vel", "/gripper/Target"]
 
     received = [t + 0.004 for t in FRONT if t + 0.004 >= 0.3]  # no header, so no header counts
-    assert any(
-        repair == "times are those of receipt: /gripper/Target has no header stamps" for repair in episode.repairs
-    )
+    assert any(repair == "times are those of receipt: /gripper/Target has no header stamps" for repair in said(episode))
     assert numbers_in(frames_of(episode, "/front/image_raw")) == list(range(6, 40))
     assert numbers_in(frames_of(episode, "/wrist/image/compressed")) == [
         before([t + 0.03 for t in WRIST], t) for t in received
@@ -486,8 +484,8 @@ def test_commands_are_kept_from_the_policy_and_become_the_action_by_contract(tmp
 
 @pytest.mark.parametrize("topic", ["/joint_states_desired", "/master/joint_left", "/leader/arm", "/gello/state"])
 def test_whom_the_robot_follows_is_kept_from_the_policy(tmp_path, topic):
-    said = [Said(name, JOINTS, t, t, joints(["a"], [t])) for t in every(10, 0, 1) for name in (topic, "/puppet/joint")]
-    episode = heard(tmp_path, filmed("/cam", every(10, 0, 1), late=0) + said)
+    sent = [Said(name, JOINTS, t, t, joints(["a"], [t])) for t in every(10, 0, 1) for name in (topic, "/puppet/joint")]
+    episode = heard(tmp_path, filmed("/cam", every(10, 0, 1), late=0) + sent)
     assert (list(episode.signals), list(episode.proprio)) == ([f"{topic}/position"], ["/puppet/joint/position"])
 
 
@@ -511,32 +509,32 @@ def test_types_of_numbers(tmp_path):
         "/flag": ("std_msgs/msg/Bool", lambda wire, at: wire.put("B", 1), [1]),
         "/unnamed/position": (JOINTS, joints([], [1.0, 2.0]), [1, 2]),
     }
-    said = filmed("/cam", times, late=0)
-    said += [Said(topic, kind, t, t, write) for topic, (kind, write, _) in topics.items() for t in times]
-    said += [Said("/ragged", FLOATS, t, t, floats([1.0] * (i + 1))) for i, t in enumerate(times)]
-    said += [Said("/map", FLOATS, t, t, floats([1.0] * 2000)) for t in times]
-    said += [Said("/torque", JOINTS, t, t, joints(["a"], [t], [], [float("nan")])) for t in times]
-    said += [Said("/rosout", "rcl_interfaces/msg/Log", t, t, text("hello")) for t in times]
-    said += [Said("/robot_description", TEXT, None, t, text("<robot/>")) for t in times]
-    episode = heard(tmp_path, said)
+    sent = filmed("/cam", times, late=0)
+    sent += [Said(topic, kind, t, t, write) for topic, (kind, write, _) in topics.items() for t in times]
+    sent += [Said("/ragged", FLOATS, t, t, floats([1.0] * (i + 1))) for i, t in enumerate(times)]
+    sent += [Said("/map", FLOATS, t, t, floats([1.0] * 2000)) for t in times]
+    sent += [Said("/torque", JOINTS, t, t, joints(["a"], [t], [], [float("nan")])) for t in times]
+    sent += [Said("/rosout", "rcl_interfaces/msg/Log", t, t, text("hello")) for t in times]
+    sent += [Said("/robot_description", TEXT, None, t, text("<robot/>")) for t in times]
+    episode = heard(tmp_path, sent)
     expected = {
         topic.replace("/unnamed/position", "/unnamed/position/position"): v for topic, (_, _, v) in topics.items()
     }
     assert sorted(episode.proprio) == sorted([*expected, "/torque/position"])
     for name, row in expected.items():
         assert np.allclose(episode.proprio[name], [row] * 10), name
-    assert "/ragged changes its length; left out" in episode.repairs
-    assert "/torque/effort is not a number at every frame; left out" in episode.repairs
-    assert "not read: /map (2000 numbers in a message)" in episode.repairs
-    assert episode.texts == {} and not any("rosout" in repair for repair in episode.repairs)
+    assert "/ragged changes its length; left out" in said(episode)
+    assert "/torque/effort is not a number at every frame; left out" in said(episode)
+    assert "not read: /map (2000 numbers in a message)" in said(episode)
+    assert episode.texts == {} and not any("rosout" in repair for repair in said(episode))
 
 
 def test_what_is_mended_is_said(tmp_path):
     times = [*every(10, 0, 1), *every(10, 1.5, 2.5)]  # a gap of half a second
-    said = filmed("/cam", times) + filmed("/snapshot", [0.1]) + filmed("/frozen", every(20, 0, 1))
-    said += [Said("/late", FLOATS, None, t, floats([t])) for t in every(10, 2, 2.5)]
-    said += [Said("/task", TEXT, None, t, text(f"step {t}")) for t in (0.3, 1.3)]
-    episode = heard(tmp_path, sorted(said, key=lambda message: message.received))
+    sent = filmed("/cam", times) + filmed("/snapshot", [0.1]) + filmed("/frozen", every(20, 0, 1))
+    sent += [Said("/late", FLOATS, None, t, floats([t])) for t in every(10, 2, 2.5)]
+    sent += [Said("/task", TEXT, None, t, text(f"step {t}")) for t in (0.3, 1.3)]
+    episode = heard(tmp_path, sorted(sent, key=lambda message: message.received))
     assert sorted(episode.cameras) == ["/cam", "/frozen"]
     assert not episode.proprio and episode.instruction == "step 0.3"
     assert numbers_in(frames_of(episode, "/frozen"))[-8:] == [19] * 8
@@ -547,7 +545,7 @@ def test_what_is_mended_is_said(tmp_path):
         "1 of 19 intervals between frames differ by half from 0.1 s",
         "/task says other things later; its first sentence is taken",
     ):
-        assert said_so in episode.repairs
+        assert said_so in said(episode)
 
 
 def test_clocks(tmp_path):
@@ -559,19 +557,19 @@ def test_clocks(tmp_path):
         received = every(10, 0.01, 1.01)
         odd = [Said(m.topic, m.type, m.sent, t, m.write) for m, t in zip(odd, received, strict=True)]
         episode = heard(tmp_path, sorted(front + odd, key=lambda message: message.received))
-        assert f"times are those of receipt: {says}" in episode.repairs
+        assert f"times are those of receipt: {says}" in said(episode)
         assert len(frames_of(episode, "/side")) == len(frames_of(episode, "/front"))
 
     slow = [Said("/side", IMAGE, t - 3, t, raw(numbered(i))) for i, t in enumerate(every(10, 0, 1))]
     episode = heard(tmp_path, sorted(front + slow, key=lambda message: message.received))
-    assert "times are those of receipt: /side has header stamps far from its receipt" in episode.repairs
+    assert "times are those of receipt: /side has header stamps far from its receipt" in said(episode)
     assert len(frames_of(episode, "/side")) == 9  # one camera is heard after the other
     stalled = [Said(m.topic, m.type, m.sent, m.received + 4 * (i >= 7), m.write) for i, m in enumerate(front)]
-    assert "times are the headers' stamps" in heard(tmp_path, stalled).repairs
+    assert "times are the headers' stamps" in said(heard(tmp_path, stalled))
 
     arm = [Said("/arm", FLOATS, None, t, floats([t])) for t in every(20, 0, 1)]
     episode = heard(tmp_path, arm[::-1] + front)
-    assert "messages of /arm are not in the order of their times; sorted" in episode.repairs
+    assert "messages of /arm are not in the order of their times; sorted" in said(episode)
     assert np.allclose(episode.proprio["/arm"][:, 0], every(10, 0, 1))
     with pytest.raises(BadEpisode, match="the pictures of /front are not in the order of their times; `mcap sort`"):
         heard(tmp_path, front[::-1])
@@ -594,19 +592,19 @@ def test_foxglove(tmp_path):
             channel = writer.register_channel("/cam", encoding, writer.register_schema(FOXGLOVE, "jsonschema", b"{}"))
             for i in range(5):
                 at = START + i * 10**8
-                said = {
+                sent = {
                     "timestamp": {"sec": at // 10**9, "nsec": at % 10**9},
                     "frame_id": "cam",
                     "data": base64.b64encode(jpeg(numbered(i))).decode(),
                     "format": "jpeg",
                 }
-                writer.add_message(channel, at + 10**6, json.dumps(said).encode(), at)
+                writer.add_message(channel, at + 10**6, json.dumps(sent).encode(), at)
             writer.finish()
         return tmp_path / "a.mcap"
 
     episode = episode_of(write("json"))
     assert numbers_in(frames_of(episode, "/cam")) == [0, 1, 2, 3, 4]
-    assert (episode.fps, episode.repairs[0]) == (10, "times are the headers' stamps")
+    assert (episode.fps, said(episode)[0]) == (10, "times are the headers' stamps")
     with pytest.raises(BadEpisode, match=r"holds no camera: topics are /cam \(foxglove.CompressedImage in protobuf\)"):
         episode_of(write("protobuf"))
 
@@ -622,11 +620,11 @@ def test_no_type_that_is_read_differs_between_releases():
 # ------------------------------------------------------------------------------------------ digests, broken files
 
 
-def split_bag(folder: Path, said: list[Said]) -> Path:
+def split_bag(folder: Path, sent: list[Said]) -> Path:
     """Two storage files, as `ros2 bag record --max-bag-size` leaves them."""
-    half = len(said) // 2
-    write_bag2(folder, said[:half])
-    rest = write_bag2(folder.with_name("rest"), said[half:])
+    half = len(sent) // 2
+    write_bag2(folder, sent[:half])
+    rest = write_bag2(folder.with_name("rest"), sent[half:])
     (first,), (second,) = folder.glob("*.db3"), rest.glob("*.db3")
     shutil.move(second, folder / "part_1.db3")
     shutil.rmtree(rest)
@@ -732,24 +730,24 @@ def test_metadata_that_lie(tmp_path, change, says):
 
 
 def test_what_says_too_much_is_refused_or_left_out(tmp_path, monkeypatch):
-    said = filmed("/cam", every(10, 0, 1)) + [Said("/arm", FLOATS, None, t, floats([t] * 100)) for t in every(10, 0, 1)]
+    sent = filmed("/cam", every(10, 0, 1)) + [Said("/arm", FLOATS, None, t, floats([t] * 100)) for t in every(10, 0, 1)]
     wordy = [Said("/say", TEXT, None, t, text("x" * 10_001)) for t in every(10, 0, 1)]
-    episode = heard(tmp_path, said + wordy)
-    assert episode.texts == {} and "not read: /say (a text of 10001 characters)" in episode.repairs
-    other = [*said, Said("/arm", TWIST, None, 1, twist(*range(6)))]
+    episode = heard(tmp_path, sent + wordy)
+    assert episode.texts == {} and "not read: /say (a text of 10001 characters)" in said(episode)
+    other = [*sent, Said("/arm", TWIST, None, 1, twist(*range(6)))]
     (tmp_path / "bag").mkdir()
-    with sqlite3.connect(lone_db3(tmp_path / "bag", said)) as database:
+    with sqlite3.connect(lone_db3(tmp_path / "bag", sent)) as database:
         database.execute("UPDATE messages SET timestamp = -1 WHERE rowid = 3")
     database.close()
     assert "the impossible time -1" in problem_of(tmp_path / "bag" / "lone.db3")
     with monkeypatch.context() as patch:
         patch.setattr("preprocessing.sources.ros.reader.MAX_NUMBERS", 999)
         with pytest.raises(BadEpisode, match="/arm holds more numbers than a robot's state"):
-            heard(tmp_path, said)
+            heard(tmp_path, sent)
     with monkeypatch.context() as patch:
         patch.setattr("preprocessing.sources.ros.bags.MAX_MESSAGES", 19)
         with pytest.raises(BadEpisode, match="holds more than 19 messages"):
-            heard(tmp_path, said)
+            heard(tmp_path, sent)
     with pytest.raises(BadEpisode, match=r"/arm has messages of type .*MultiArray and of type .*Twist"):
         heard(tmp_path, other)
 
@@ -768,9 +766,9 @@ def test_sqlite_runs_nothing(tmp_path):
 def test_bombs_are_not_unpacked(tmp_path, monkeypatch):
     monkeypatch.setattr("preprocessing.sources.ros.bags.MAX_BYTES", 2**20)
     black = np.zeros((1000, 1000, 3), np.uint8)
-    said = [Said("/cam", IMAGE, t, t, raw(black)) for t in every(10, 0, 0.3)]
+    sent = [Said("/cam", IMAGE, t, t, raw(black)) for t in every(10, 0, 0.3)]
     refused = {
-        name: problem_of(CONTAINERS[name](tmp_path / name, said))
+        name: problem_of(CONTAINERS[name](tmp_path / name, sent))
         for name in CONTAINERS
         if (tmp_path / name).mkdir() is None
     }
@@ -794,11 +792,11 @@ def test_bombs_are_not_unpacked(tmp_path, monkeypatch):
 
 def small(container: str, folder: Path) -> Path:
     times = every(10, 0, 0.4)
-    said = [Said("/cam", IMAGE, t, t, raw(numbered(i, 6))) for i, t in enumerate(times)]
-    said += [Said("/arm", JOINTS, t, t, joints(["a", "b"], [t, t], [t, t])) for t in times]
-    said += [Said("/say", TEXT, t, t, text("go")) for t in times]
-    said += [Said("/jpeg", PACKED, t, t, packed(jpeg(numbered(i, 6)))) for i, t in enumerate(times)]
-    return CONTAINERS[container](folder, sorted(said, key=lambda message: message.received))
+    sent = [Said("/cam", IMAGE, t, t, raw(numbered(i, 6))) for i, t in enumerate(times)]
+    sent += [Said("/arm", JOINTS, t, t, joints(["a", "b"], [t, t], [t, t])) for t in times]
+    sent += [Said("/say", TEXT, t, t, text("go")) for t in times]
+    sent += [Said("/jpeg", PACKED, t, t, packed(jpeg(numbered(i, 6)))) for i, t in enumerate(times)]
+    return CONTAINERS[container](folder, sorted(sent, key=lambda message: message.received))
 
 
 @pytest.mark.parametrize("container", ["mcap-zstd", "mcap-unchunked", "bag2-sqlite", "bag1"])

@@ -49,7 +49,7 @@ def test_content_tells_where_the_name_does_not(tmp_path):
     "name, format, says",
     [
         ("missing", "auto", "no such file or folder"),
-        ("empty", "auto", "empty folder"),
+        ("empty", "auto", "the folder is empty"),
         ("text", "auto", "no known format; expected one of rlds, lerobot, .*, video"),
         ("text/a.txt", "auto", "no known format"),
         ("text", "hdf5", "holds nothing of format hdf5"),
@@ -66,7 +66,7 @@ def test_one_line_for_a_wrong_path(tmp_path, name, format, says):
 
 
 def test_other_schemes_are_named():
-    with pytest.raises(UserError, match="local paths and file:// only"):
+    with pytest.raises(UserError, match="local paths or file:// URLs"):
         find("s3://bucket/raw")
 
 
@@ -134,7 +134,7 @@ def test_a_digest_is_read_anew(tmp_path):
         digest(refs["hdf5"])
     for ref in refs.values():
         Path(ref.uri).unlink()
-        with pytest.raises(BadEpisode, match=r"has gone since|there is no episode_000001\.parquet"):
+        with pytest.raises(BadEpisode, match=r"was deleted after|there is no episode_000001\.parquet"):
             digest(ref)
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.formats import REAL, jpeg, moving, numbered, quadrants, write_video
-from helpers.readers import refs_of
+from helpers.readers import refs_of, said
 from test_films import UNEVEN
 from test_films import write as irregular
 
+from preprocessing.contracts.contract import DataContract
 from preprocessing.episode import Episode, EpisodeRef
 from preprocessing.errors import BadEpisode, UserError
 from preprocessing.limits import Limits, use
@@ -112,15 +113,22 @@ def test_pictures_with_numbers_are_a_clip(tmp_path, inside):
     episode = load(clip)
     quality = psnr(frames_of(episode)[:, None], source[None])  # each frame against each one that went in
     assert quality.argmax(axis=1).tolist() == list(range(12)) and np.diag(quality).min() > 28
-    assert (episode.fps, episode.instruction, episode.repairs) == (5, "a square", ())
+    assert (episode.fps, episode.instruction, said(episode)) == (5, "a square", [])
     assert len(frames_of(load(other))) == 5
 
 
 def test_pictures_without_a_rate(tmp_path):
     members = {f"a.{i}.png": png(picture) for i, picture in enumerate(moving(3))}
     episode = one(shard(tmp_path / "a.tar", members))
-    assert episode.repairs == ("the rate of pictures is not recorded; 10 Hz assumed",) and episode.fps == 10
+    assert said(episode) == ["the rate of pictures is not recorded; 10 Hz assumed"] and episode.fps == 10
     assert np.array_equal(frames_of(episode), moving(3))
+
+
+def test_a_contract_settles_the_rate(tmp_path):
+    members = {f"a.{i}.png": png(picture) for i, picture in enumerate(moving(3))}
+    [ref] = refs_of(shard(tmp_path / "a.tar", members))
+    episode = load(ref, DataContract(fps=25))
+    assert episode.fps == 25 and said(episode) == []
 
 
 @pytest.mark.parametrize("rate", [0, -5, 1e9, "30"])
@@ -133,7 +141,7 @@ def test_a_rate_that_is_none(tmp_path, rate):
 def test_what_is_mended_of_a_film_is_said(tmp_path):
     path = irregular(tmp_path / "a.mkv", times=UNEVEN)
     episode = one(shard(tmp_path / "a.tar", {"k.top.mkv": path.read_bytes()}))
-    assert [repair.split(";")[0] for repair in episode.repairs] == ["top: frames come at irregular times"]
+    assert [repair.split(";")[0] for repair in said(episode)] == ["top: frames come at irregular times"]
 
 
 def test_limits_and_links(tmp_path, monkeypatch):
@@ -179,8 +187,8 @@ def test_captions(tmp_path, words, texts, repairs):
     data = film(tmp_path, numbered(3))
     episode = one(shard(tmp_path / "a.tar", {f"k.{name}": word for name, word in words.items()} | {"k.mp4": data}))
     assert episode.texts == texts and episode.instruction == next(iter(texts.values()), None)
-    assert len(episode.repairs) == len(repairs)
-    assert all(found.startswith(said) for found, said in zip(episode.repairs, repairs, strict=True))
+    assert len(said(episode)) == len(repairs)
+    assert all(found.startswith(text) for found, text in zip(said(episode), repairs, strict=True))
 
 
 def joined(folder: Path, *parts: dict[str, bytes]) -> Path:

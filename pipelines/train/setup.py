@@ -1,0 +1,81 @@
+"""What a worker trains: the model, its optimizer and its engine, restored from a checkpoint if there is one."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint as recompute
+
+from infra import engine
+from infra.engine import EngineSettings
+from pipelines.models import checkpoint
+from pipelines.models.checkpoint import Settings
+from pipelines.recipe import Recipe
+from pipelines.train.checkpoints import RunFolder
+from pipelines.train.state import SavedState
+from pipelines.train.trainable import adapt
+from uwm_model.blocks import Block
+from uwm_model.optimizer import OptimizerSettings, adamw
+
+
+@dataclass
+class Training:
+    """``averaged`` is a plain float32 copy of the model that is given the averaged weights at each checkpoint."""
+
+    engine: Any
+    averaged: Any
+
+
+def passes(recipe: Recipe, world: int) -> int:
+    """Return how many forward and backward passes a worker makes for one step of the optimizer."""
+    return math.ceil(max(1, recipe.batch_size // world) / (recipe.micro_batch_size or recipe.batch_size))
+
+
+def set_up(settings: Settings, recipe: Recipe, folder: RunFolder, step: int, world: int) -> Training:
+    """Build the model and its engine as they were after ``step``; 0: as training starts."""
+    torch.manual_seed(recipe.seed)
+    if 0 in folder.complete():  # the weights that finetuning starts from
+        with folder.fetched(0) as start:
+            model = checkpoint.load(start)[0].train()
+    else:
+        model = settings.build()
+    adapt(model, recipe, settings.fresh)
+    with contextlib.ExitStack() as opened:
+        saved = None
+        if step:
+            saved = opened.enter_context(SavedState(opened.enter_context(folder.fetched(step))))
+            shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+            weights = {name: saved.read("weight", name).view(shapes[name]) for name in saved.names()}
+            model.load_state_dict(weights, strict=False)
+        averaged = copy.deepcopy(model)
+        prepare(model, recipe)
+        trained = engine.initialize(
+            model,
+            *adamw(model, optimizer_settings(recipe)),
+            recipe.gradient_clip,
+            EngineSettings(recipe.zero_stage, recipe.precision, recipe.offload, passes(recipe, world)),
+        )
+        if saved:
+            engine.restore(trained, step, saved.read)
+    return Training(trained, averaged.to(trained.device).eval())
+
+
+def optimizer_settings(recipe: Recipe) -> OptimizerSettings:
+    names = [field.name for field in dataclasses.fields(OptimizerSettings)]
+    return OptimizerSettings(**{name: getattr(recipe, name) for name in names})
+
+
+def prepare(model: Any, recipe: Recipe) -> None:
+    """Apply activation checkpointing and compilation to the transformer blocks, in place."""
+    for block in [module for module in model.modules() if isinstance(module, Block)]:
+        if recipe.activation_checkpointing:
+            block.forward = functools.partial(recompute, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        if recipe.compile:
+            block.compile()
