@@ -1,0 +1,1 @@
+"""``uwm evaluate``: open loop on held-out episodes, closed loop in simulators."""

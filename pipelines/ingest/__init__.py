@@ -1,0 +1,1 @@
+"""``uwm ingest``: raw robot logs and videos into a latent store."""

@@ -1,0 +1,1 @@
+"""Trained models: checkpoints, what MODEL names, policies."""

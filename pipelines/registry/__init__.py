@@ -1,0 +1,1 @@
+"""The registry: registering policies, promoting them."""

@@ -1,0 +1,1 @@
+"""``uwm pretrain`` and ``uwm finetune``."""
