@@ -12,7 +12,6 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from uwm_model.batch import Batch
 from uwm_model.denoiser import Denoise
 from uwm_model.randomness import Random, unit_noise
 from uwm_model.schedule import Schedule
@@ -110,8 +109,3 @@ def masked_mean(error: Tensor, mask: Tensor, total: Tensor | None = None) -> tup
 def loss_counts(action_counted: Tensor, camera_mask: Tensor) -> Tensor:
     """Return the number of True entries of each mask, float32 [2]: the divisors of the action and video losses."""
     return torch.stack([action_counted.sum(), camera_mask.sum()]).float()
-
-
-def counted(batch: Batch, action_free_loss: bool) -> Tensor:
-    """Deprecated: use the model's ``loss_counts(batch)``."""
-    return loss_counts(batch.action_visible if action_free_loss else batch.action_mask, batch.camera_mask)

@@ -32,8 +32,6 @@ class SampleGenerators:
 
         Streams are independent of each other. In "held_out", ``step`` is the number of the held-out batch.
         """
-        if step < 0:  # the held-out batches' former numbering: -2, -3, ...
-            step, stream = -2 - step, "held_out"
         shared, *each = (_generator(seed, STREAMS[stream], step, place) for place in (0, *(1 + p for p in positions)))
         return cls(each, shared)
 

@@ -83,9 +83,7 @@ def test_colours_change_within_their_range_and_alike_in_all_frames() -> None:
     assert not torch.allclose(images, brighter, atol=0.01)
     greys = replace(batch, current_pixels=pixels[:, :, :, :1].expand(-1, -1, -1, 3, -1, -1))
     still = augment(greys, TINY.latent_size, AugmentConfig(saturation=0.2, hue=0.2), seeded(0)).current_pixels
-    torch.testing.assert_close(
-        still, greys.current_pixels / 255, atol=2e-3, rtol=0
-    )  # grey stays grey
+    torch.testing.assert_close(still, greys.current_pixels / 255, atol=2e-3, rtol=0)  # grey stays grey
 
 
 def test_an_invalid_setting_is_named() -> None:
