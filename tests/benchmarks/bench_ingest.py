@@ -1,9 +1,9 @@
-"""``make bench-ingest``: how near an ingest comes to its slower half, and what memory it takes. Writes
+"""``make bench-ingest``: throughput of an ingest compared with its slower half, and its memory. Writes
 docs/benchmarks/ingest.md.
 
-Decoding alone and encoding alone run on the same cores, frames and batches and with the same number of processes as the
-ingest; before and after each, since a machine's speed drifts. An ingest's rate is read off its own progress line, while
-it goes steadily: what its start costs (Ray, the encoders) is told apart.
+Decoding alone and encoding alone run on the same cores, frames and batches, with as many processes as the ingest, and
+before and after each ingest, because a machine's speed drifts. An ingest's steady rate is read from its progress line;
+the cost of starting Ray and the encoders is reported separately.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from preprocessing.video.decode import open_video
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks" / "ingest.md"
 UWM = Path(sys.executable).with_name("uwm")
 SIZE = 128
-FILMS, FRAMES, ROUNDS = 16, 900, 3  # films of half a minute
+VIDEOS, FRAMES, ROUNDS = 16, 900, 3  # videos of half a minute
 MINUTES = 1, 40, 120  # of video at 30 frames a second
 
 
-def film(path: Path, frames: int, size: tuple[int, int], seed: int) -> Path:
-    """H.264, 30 frames a second, a moving picture with some noise, as a camera gives."""
+def make_video(path: Path, frames: int, size: tuple[int, int], seed: int) -> Path:
+    """Write H.264 at 30 frames/s: a moving scene with some noise, like a camera's."""
     random = np.random.default_rng(seed)
     width, height = size
     scene = random.integers(0, 256, (height // 8 + 64, width // 8 + 64, 3)).repeat(8, 0).repeat(8, 1).astype(np.int16)
@@ -48,8 +48,8 @@ def film(path: Path, frames: int, size: tuple[int, int], seed: int) -> Path:
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for number in range(frames):
             x = number % 256
-            picture = scene[x : x + height, x : x + width] + random.integers(-6, 6, (height, width, 1))
-            frame = av.VideoFrame.from_ndarray(picture.clip(0, 255).astype(np.uint8), "rgb24")
+            pixels = scene[x : x + height, x : x + width] + random.integers(-6, 6, (height, width, 1))
+            frame = av.VideoFrame.from_ndarray(pixels.clip(0, 255).astype(np.uint8), "rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path
@@ -60,7 +60,7 @@ def decode(path: Path) -> int:
 
 
 def encode(path: Path) -> float:
-    """Seconds that one process of one thread takes for a film, in passes as the ingest's actors make them."""
+    """Return the seconds that one single-threaded process takes for a video, in passes as large as the ingest's."""
     torch.set_num_threads(1)
     encoder = load_encoder("tiny")
     frames = np.concatenate([*open_video(path).frames(SIZE)])
@@ -72,9 +72,9 @@ def encode(path: Path) -> float:
 
 
 def alone(files: list[Path], processes: int) -> tuple[float, float]:
-    """Seconds a frame of decoding and of encoding, by as many processes at once."""
+    """Return the seconds per frame of decoding and of encoding, with this many processes."""
     with get_context("spawn").Pool(processes) as pool:
-        pool.map(len, [()] * processes)  # processes are up
+        pool.map(len, [()] * processes)  # start the processes
         began = time.perf_counter()
         decoded = sum(pool.imap_unordered(decode, files))
         decoding = (time.perf_counter() - began) / decoded
@@ -84,7 +84,7 @@ def alone(files: list[Path], processes: int) -> tuple[float, float]:
 
 
 def plain_loop(path: Path, folder: Path, frames: int) -> float:
-    """Frames a second of a script: decode, encode in float32 with all threads, append, one frame after the other."""
+    """Return the frames/s of a script: decode, encode in float32 with all threads, append, one frame at a time."""
     encoder = load_encoder("tiny")
     array = zarr.create_array(folder, shape=(0, 4, 16, 16), chunks=(64, 4, 16, 16), dtype="float16")
     began, done = time.perf_counter(), 0
@@ -99,15 +99,15 @@ def plain_loop(path: Path, folder: Path, frames: int) -> float:
 
 @dataclass
 class Ingest:
-    """``uwm ingest``: its answer; seconds, frames and CPU seconds by kind at each update of its progress line; and the
-    largest sum of what Ray's workers hold of their own and of its object store, bytes."""
+    """One ``uwm ingest``: its JSON result; seconds, frames and CPU seconds by kind at each update of its progress line;
+    and the peak memory of Ray's workers and object store, in bytes."""
 
     report: dict[str, Any] = field(default_factory=dict)
     moments: list[tuple[float, int, Counter[str]]] = field(default_factory=list)
     peak: int = 0
 
     def steady(self) -> tuple[float, dict[str, float]]:
-        """Frames a second between the first and the last tenth of all frames, and cores in use by kind."""
+        """Return the frames/s between the first and the last tenth of all frames, and the cores in use by kind."""
         last = self.moments[-1][1]
         seconds, frames, cpu = zip(*(at for at in self.moments if 0.1 < at[1] / last < 0.9), strict=True)
         rate = float(np.polyfit(seconds, frames, 1)[0])
@@ -121,7 +121,7 @@ def ingest(raw: Path, store: Path, size: int = SIZE) -> Ingest:
     run, cpu, used = Ingest(), Counter[str](), dict[str, float]()
     for line in process.stderr:
         working, memory = processes_now()
-        for pid, (kind, seconds) in working.items():  # a worker decodes now and writes later
+        for pid, (kind, seconds) in working.items():  # a worker may decode first and write later
             cpu[kind] += seconds - used.get(pid, seconds)
             used[pid] = seconds
         run.peak = max(run.peak, memory)
@@ -133,14 +133,14 @@ def ingest(raw: Path, store: Path, size: int = SIZE) -> Ingest:
 
 
 def processes_now() -> tuple[dict[str, tuple[str, float]], int]:
-    """What each process of this machine is at, and its CPU seconds so far; the memory of Ray's workers, bytes."""
+    """Return each process's kind of work and CPU seconds so far, and the memory of Ray's workers in bytes."""
     working, own, shared = dict[str, tuple[str, float]](), 0, 0
     for process in Path("/proc").glob("[0-9]*"):
         try:
             title = (process / "cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
             times = (process / "stat").read_text().rpartition(")")[2].split()[11:13]  # user, system
             fields = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             continue
         kind = "encoding" if "Encode" in title else "decoding" if "decode" in title else "all else"
         working[process.name] = kind, sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
@@ -151,14 +151,14 @@ def processes_now() -> tuple[dict[str, tuple[str, float]], int]:
 
 
 def throughput(folder: Path, processes: int) -> list[str]:
-    (folder / "films").mkdir()
-    for number in range(FILMS):
-        film(folder / "films" / f"{number}.mp4", FRAMES, (320, 240), seed=number)
-    files = sorted((folder / "films").iterdir())[: FILMS // 2]
+    (folder / "videos").mkdir()
+    for number in range(VIDEOS):
+        make_video(folder / "videos" / f"{number}.mp4", FRAMES, (320, 240), seed=number)
+    files = sorted((folder / "videos").iterdir())[: VIDEOS // 2]
     torch.set_num_threads(processes)
     apart, loops, ingests = [alone(files, processes)], [], []
     for number in range(ROUNDS):
-        ingests.append(ingest(folder / "films", folder / f"store-{number}"))
+        ingests.append(ingest(folder / "videos", folder / f"store-{number}"))
         loops.append(plain_loop(files[0], folder / f"plain-{number}.zarr", 300))
         apart.append(alone(files, processes))
     rates, cores = zip(*(run.steady() for run in ingests), strict=True)
@@ -174,16 +174,18 @@ def throughput(folder: Path, processes: int) -> list[str]:
         f"| encoding alone | {encoding:.0f} | {rate / encoding:.2f} times as fast |",
         f"| a plain loop of decode, encode, append | {loop:.0f} | {rate / loop:.1f} times as fast |",
         f"| **ingest**, while it goes steadily | {rate:.0f} | |",
-        f"| ingest of {FILMS * FRAMES:,} frames, start and end included | {whole:.0f} | |",
+        f"| ingest of {VIDEOS * FRAMES:,} frames, start and end included | {whole:.0f} | |",
+        "",
+        "The plain loop encodes one frame at a time.",
         "",
         f"Means of {ROUNDS} rounds. The ingests: {', '.join(f'{each:.0f}' for each in rates)} frames/s; encoding "
         f"alone, before, between and after them: {', '.join(f'{1 / each:.0f}' for _, each in apart)}.",
         "",
-        f"The cores' time meanwhile: {shares}. Decoding and encoding on the same cores, with nothing else, would be "
-        f"{1 / (1 + encoding / decoding):.2f} times as fast as encoding alone. All else is Ray: its driver, a dozen "
-        "small processes, and this machine's own; their number does not grow with the cores.",
+        f"CPU time during the ingests: {shares}. Decoding and encoding on the same cores, with nothing else, would be "
+        f"{1 / (1 + encoding / decoding):.2f} times as fast as encoding alone. All else is Ray's driver, a dozen "
+        "small processes of Ray, and the system's own; their number does not grow with the cores.",
         "",
-        f"Of their time waited: {waits}.",
+        f"Share of time spent waiting: {waits}.",
     ]
 
 
@@ -192,7 +194,7 @@ def memory(folder: Path) -> list[str]:
     peaks = []
     for minutes in MINUTES:
         (folder / f"{minutes} min").mkdir()
-        film(folder / f"{minutes} min" / "film.mp4", minutes * 60 * 30, (64, 64), seed=0)
+        make_video(folder / f"{minutes} min" / "video.mp4", minutes * 60 * 30, (64, 64), seed=0)
         run = ingest(folder / f"{minutes} min", folder / f"store of {minutes} min", size=32)
         assert run.report["frames"] == minutes * 60 * 30
         peaks.append(run.peak)
@@ -201,8 +203,8 @@ def memory(folder: Path) -> list[str]:
     return [
         *lines,
         "",
-        f"The longest takes {last / middle:.2f} times the memory of the middle one and {last / first:.2f} times that "
-        "of the shortest, which ends before Ray's buffers are full.",
+        f"The longest video takes {last / middle:.2f} times the memory of the middle one and {last / first:.2f} times "
+        "that of the shortest, which ends before Ray's buffers are full.",
     ]
 
 
@@ -211,12 +213,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         os.environ["UWM_CACHE"] = str(folder / "cache")
-        heading = (
-            f"# Ingesting\n\n`make bench-ingest` on {processes} CPU cores, torch {torch.__version__}, encoder tiny."
-        )
-        films = f"{FILMS} films of 320 x 240, H.264, {FRAMES} frames each, at {SIZE} x {SIZE}."
+        heading = f"# Ingest\n\n`make bench-ingest` on {processes} CPU cores, torch {torch.__version__}, encoder tiny."
+        videos = f"{VIDEOS} H.264 videos of 320 x 240, {FRAMES} frames each, resized to {SIZE} x {SIZE}."
         speed = throughput(folder, processes)
-        lines = [heading, "", "## Throughput", "", films, "", *speed, "", "## Memory", "", *memory(folder), ""]
+        lines = [heading, "", "## Throughput", "", videos, "", *speed, "", "## Memory", "", *memory(folder), ""]
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text("\n".join(lines))
     print(PAGE.read_text())

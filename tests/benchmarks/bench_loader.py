@@ -1,16 +1,16 @@
-"""``make bench-loader``: what a sample costs before a model sees it. Writes docs/benchmarks/loader.md.
+"""``make bench-loader``: the cost of loading a sample. Writes docs/benchmarks/loader.md.
 
 Random windows of the same shape (two cameras of 128 x 128, 2 current and 2 future frames, 16 actions) in batches of 64,
-by two loader processes each way, one way after the other, from the page cache:
+with two loader processes each, one way after the other, from the page cache:
 
 - ours, from stores in a folder and on an S3 server (SeaweedFS on loopback), once their shards are on this node
-- a replay buffer of frames, read as the published code does: 19 frames of each camera, of which 4 are used
-- an MP4 file an episode and camera, as LeRobot keeps them (a key frame every other frame), by PyAV: look for the key
-  frame, decode up to the last frame, keep 4
-- the same latents by zarr-python, sample by sample
+- a replay buffer of frames, read as in the published code: 19 frames of each camera, of which 4 are used
+- one MP4 file per episode and camera, as in LeRobot (a key frame every other frame), with PyAV: seek to the key frame,
+  decode up to the last frame, keep 4
+- the same latents with zarr-python, sample by sample
 
-The last three are given to torch's DataLoader. CPU time is user and system time of all processes of a way, in a window
-after its first batches. Latents are random numbers (reading does not look at them), frames a texture that drifts.
+The last three go through torch's DataLoader. CPU time is the user and system time of all processes, measured after the
+first batches. Latents are random numbers (their values do not affect reading), frames a drifting texture.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ from preprocessing.store.store import LatentStore
 
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks" / "loader.md"
 EPISODES, FRAMES, CAMERAS, SIZE, FPS = 40, 150, 2, 128, 10
-LARGE = 300  # episodes, to time how they come to this node
+LARGE = 300  # episodes, to time copying to this node
 LATENT, BATCH, LOADERS = (4, 16, 16), 64, 2
-OFFSETS = (0, 1, 17, 18)  # of a window's frames from its first
-SECONDS = 4.0  # of wall time, for each way
+OFFSETS = (0, 1, 17, 18)  # of a window's frames, from the first
+SECONDS = 4.0  # wall time per way
 SHAPE = WindowShape(CAMERAS, 2, 2, 16, 7, 8)
 MB = 1e6
 
 
 @dataclass
 class Cost:
-    """Of one way: CPU ms a sample, samples a second of wall time, and the largest process in MB."""
+    """CPU ms per sample, samples per second of wall time, and the largest process in MB."""
 
     cpu: float
     rate: float
@@ -61,19 +61,19 @@ class Cost:
 
 
 def textures() -> Iterator[np.ndarray]:
-    """uint8 [FRAMES, SIZE, SIZE, 3] of each episode and camera."""
+    """Yield the frames of each episode and camera, uint8 [FRAMES, SIZE, SIZE, 3]."""
     random = np.random.default_rng(0)
     for _ in range(EPISODES * CAMERAS):
         coarse = torch.from_numpy(random.random((1, 3, 40, 40), np.float32))
         large = torch.nn.functional.interpolate(coarse, size=(2 * SIZE, 2 * SIZE), mode="bicubic")[0].clamp(0, 1)
-        picture = (large.numpy().transpose(1, 2, 0) * 255).astype(np.uint8)
+        scene = (large.numpy().transpose(1, 2, 0) * 255).astype(np.uint8)
         speed = random.uniform(-0.4, 0.4, 2)
         at = (SIZE / 2 + np.arange(FRAMES)[:, None] * speed).astype(int).clip(0, SIZE)
-        yield np.stack([picture[y : y + SIZE, x : x + SIZE] for y, x in at])
+        yield np.stack([scene[y : y + SIZE, x : x + SIZE] for y, x in at])
 
 
 class Windows(Dataset[dict[str, np.ndarray]]):
-    """Windows at random places; ``read`` says how the frames of one come: [cameras, 4, ...]."""
+    """Windows at random positions; ``read(episode, frame)`` returns the frames of one, [cameras, 4, ...]."""
 
     def __init__(self, read: Callable[[int, int], np.ndarray]):
         self.read = read
@@ -89,7 +89,7 @@ class Windows(Dataset[dict[str, np.ndarray]]):
 
 
 class Replay:
-    """19 frames of a row of frames, of which 4 are used."""
+    """Reads 19 consecutive frames and keeps 4."""
 
     def __init__(self, cameras: list[Any]):
         self.cameras = cameras
@@ -100,7 +100,7 @@ class Replay:
 
 
 class Latents(Replay):
-    """4 frames of a row of latents."""
+    """Reads the latents of 4 frames."""
 
     def __call__(self, episode: int, frame: int) -> np.ndarray:
         first = episode * FRAMES + frame
@@ -109,8 +109,8 @@ class Latents(Replay):
         )
 
 
-class Films:
-    """Of an MP4 file for each camera, the frames at their timestamps."""
+class Videos:
+    """Reads frames by timestamp from one MP4 file per episode and camera."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -118,8 +118,8 @@ class Films:
     def __call__(self, episode: int, frame: int) -> np.ndarray:
         return np.stack([self._frames(episode * CAMERAS + camera, frame) for camera in range(CAMERAS)])
 
-    def _frames(self, film: int, frame: int) -> np.ndarray:
-        with av.open(str(self.folder / f"{film}.mp4")) as container:
+    def _frames(self, video: int, frame: int) -> np.ndarray:
+        with av.open(str(self.folder / f"{video}.mp4")) as container:
             stream = container.streams.video[0]
             stream.thread_count = 1
             assert stream.time_base is not None
@@ -127,23 +127,23 @@ class Films:
             container.seek(frame * ticks, stream=stream)
             wanted = {frame + offset for offset in OFFSETS}
             found = []
-            for picture in container.decode(stream):
-                assert picture.pts is not None
-                if (number := round(picture.pts / ticks)) in wanted:
-                    found.append(picture.to_ndarray(format="rgb24"))
+            for decoded in container.decode(stream):
+                assert decoded.pts is not None
+                if (number := round(decoded.pts / ticks)) in wanted:
+                    found.append(decoded.to_ndarray(format="rgb24"))
                 if number >= frame + OFFSETS[-1]:
                     break
         return np.stack(found)
 
 
-def write_films(folder: Path, codec: str, options: dict[str, str], frames: list[np.ndarray]) -> Path:
+def write_videos(folder: Path, codec: str, options: dict[str, str], videos: list[np.ndarray]) -> Path:
     folder.mkdir()
-    for number, film in enumerate(tqdm(frames, codec, leave=False, disable=None)):
+    for number, frames in enumerate(tqdm(videos, codec, leave=False, disable=None)):
         with av.open(str(folder / f"{number}.mp4"), "w") as container:
             stream = container.add_stream(codec, rate=FPS, options={"g": "2", "crf": "30", **options})
             stream.width, stream.height, stream.pix_fmt = SIZE, SIZE, "yuv420p"
-            for picture in film:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             container.mux(stream.encode())
     return folder
 
@@ -173,7 +173,7 @@ def _dataloader(read: Callable[[int, int], np.ndarray], pipe: Any) -> None:
 
 
 def by_ours(uri: str, cache: Path) -> Cost:
-    """Two processes of ours, each its share of the global batches."""
+    """Run two processes, each of which loads its share of the global batches."""
     os.environ["UWM_CACHE"] = str(cache)
     context = get_context("spawn")
     pipes = [context.Pipe() for _ in range(LOADERS)]
@@ -211,7 +211,7 @@ def dataset(uri: str) -> LatentDataset:
 
 
 def cpu(processes: list[int]) -> float:
-    """Seconds of user and system time that they have used."""
+    """Return the seconds of user and system time that the processes have used."""
     ticks = 0
     for process in processes:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
@@ -220,13 +220,13 @@ def cpu(processes: list[int]) -> float:
 
 
 def resident(process: int) -> float:
-    """The most memory that it has had, in MB."""
+    """Return the process's peak memory in MB."""
     [line] = [line for line in Path(f"/proc/{process}/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024 / MB
 
 
 def filled(uri: str, cache: Path) -> str:
-    """MB/s at which shards that are not on this node come from a store."""
+    """Return the MB/s at which shards are copied from a store to this node."""
     os.environ["UWM_CACHE"] = str(cache)
     data = dataset(uri)
     began = time.perf_counter()
@@ -248,8 +248,8 @@ def main() -> None:
                 add(store, range(at, at + 60), FRAMES, CAMERAS, LATENT)
             fills[place] = filled(uri, folder / f"cache-{place}")
 
-        films = [*tqdm(textures(), "frames", EPISODES * CAMERAS, leave=False, disable=None)]
-        rows = [np.concatenate(films[camera::CAMERAS]) for camera in range(CAMERAS)]
+        videos = [*tqdm(textures(), "frames", EPISODES * CAMERAS, leave=False, disable=None)]
+        rows = [np.concatenate(videos[camera::CAMERAS]) for camera in range(CAMERAS)]
         zarrs, latents = [], []
         for camera, frames in enumerate(rows):
             chunks = (1, *frames.shape[1:])
@@ -257,16 +257,16 @@ def main() -> None:
             numbers = np.random.default_rng(0).standard_normal((len(frames), *LATENT), np.float32).astype(np.float16)
             where = str(folder / f"latents-{camera}.zarr")
             latents.append(zarr.create_array(where, data=numbers, chunks=(16, *LATENT), compressors=None))
-        os.environ["SVT_LOG"] = "1"  # errors alone
-        h264 = write_films(folder / "h264", "libx264", {"preset": "veryfast"}, films)
-        av1 = write_films(folder / "av1", "libsvtav1", {"preset": "10", "svtav1-params": "lp=1"}, films)
+        os.environ["SVT_LOG"] = "1"  # errors only
+        h264 = write_videos(folder / "h264", "libx264", {"preset": "veryfast"}, videos)
+        av1 = write_videos(folder / "av1", "libsvtav1", {"preset": "10", "svtav1-params": "lp=1"}, videos)
         ways: dict[str, Callable[[], Cost]] = {
             **{f"ours, {place}": partial(by_ours, uri, folder / f"cache-{place}") for place, uri in stores.items()},
             f"ours, folder, {LARGE} episodes": partial(by_ours, large["folder"], folder / "cache-folder"),
             "replay buffer, numpy, all in memory": partial(by_dataloader, Replay(rows)),
             "replay buffer, zarr, a chunk a frame": partial(by_dataloader, Replay(zarrs)),
-            "MP4, h264, PyAV": partial(by_dataloader, Films(h264)),
-            "MP4, AV1, PyAV": partial(by_dataloader, Films(av1)),
+            "MP4, h264, PyAV": partial(by_dataloader, Videos(h264)),
+            "MP4, AV1, PyAV": partial(by_dataloader, Videos(av1)),
             "the same latents, zarr-python, a sample at a time": partial(by_dataloader, Latents(latents)),
         }
         costs: dict[str, Cost] = {}
@@ -274,10 +274,10 @@ def main() -> None:
             costs[way] = measure()
     own = next(iter(costs.values())).cpu
     lines = [
-        "# From a store to batches",
+        "# Loading samples",
         "",
         f"`make bench-loader` on {os.cpu_count()} CPU cores, torch {torch.__version__}.",
-        f"Random windows of two cameras of {SIZE} x {SIZE} in batches of {BATCH}, two loader processes each way,",
+        f"Random windows of two cameras of {SIZE} x {SIZE}, in batches of {BATCH}, with two loader processes each;",
         f"{EPISODES} episodes of {FRAMES} frames.",
         "",
         "| way | CPU ms a sample | times ours | samples/s | largest process, MB |",
@@ -286,6 +286,11 @@ def main() -> None:
     lines += [
         f"| {way} | {cost.cpu:.3f} | {cost.cpu / own:.1f} | {cost.rate:,.0f} | {cost.resident:.0f} |"
         for way, cost in costs.items()
+    ]
+    lines += [
+        "",
+        "The ways do not read the same amount: per camera, ours gathers 4 latents of 2 KB; the replay buffer reads",
+        "19 frames of 49 KB and uses 4 of them. All ways but ours go through torch's DataLoader.",
     ]
     nbytes = LARGE * FRAMES * (CAMERAS * 2048 + 60) / MB
     lines += ["", f"| {nbytes:.0f} MB that are not on this node | rate |", "|---|---|"]

@@ -1,8 +1,8 @@
-"""``make bench-query``: how long a robot waits for one chunk of actions. Writes docs/benchmarks/query.md.
+"""``make bench-query``: latency of one policy query. Writes docs/benchmarks/query.md.
 
-One process of one thread asks in turn, round after round, and counts its own CPU time, so that whatever else the
-machine does is left out or shared fairly; a ratio is the median of the rounds' own. Weights are random: time asks for
-no more.
+One single-threaded process runs all ways in turn, round after round, and counts its own CPU time, so that other load
+on the machine is excluded or affects all alike. A ratio is the median over rounds. Weights are random, because they do
+not affect time.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ LIBERO = ModelConfig(
     observation="pixels",
     frame_width=768,
 )
-SIZES = {"the demo's model": (DEMO, 30), "the paper's LIBERO model": (LIBERO, 3)}  # what: (sizes, rounds)
+SIZES = {"the demo's model": (DEMO, 30), "the paper's LIBERO model": (LIBERO, 3)}  # title: (sizes, rounds)
 PLAIN = "plain loop, float32, 10 steps"
 
 
 def batch_of(config: ModelConfig, B: int = 1) -> Batch:
-    """B samples, nothing missing, what training needs included."""
+    """Return B complete samples, including what training needs."""
     V, To, (h, w) = config.cameras, config.observed_frames, config.latent_size
     return Batch(
         current_latents=torch.randn(B, V, To, config.latent_channels, h, w),
@@ -115,8 +115,9 @@ def main() -> None:
     lines = [
         "# A policy query",
         "",
-        f"`make bench-query`, one thread of {os.cpu_count()} CPU cores, torch {torch.__version__}. One sample.",
-        "The exact query answers as the plain loop does, to rounding. What the others cost a trained policy: model.md.",
+        f"`make bench-query`, one thread of {os.cpu_count()} CPU cores, torch {torch.__version__}. Batch size 1.",
+        "The exact query equals the plain loop up to rounding. For the error of the others on a trained policy, see",
+        "[model.md](model.md#ways-to-query).",
     ]
     for title, (config, rounds) in SIZES.items():
         lines += measure(title, config, rounds)

@@ -1,7 +1,7 @@
-"""``make bench-store``: what a store costs in time and space. Writes docs/benchmarks/store.md.
+"""``make bench-store``: time and space that a store takes. Writes docs/benchmarks/store.md.
 
-Ratios are taken within one run: reading beside the same bytes in plain files, or in plain objects of the same S3 server
-(SeaweedFS on loopback), and beside chunks of 64 frames; space beside the latents and numbers themselves.
+Comparisons are within one run: reading is compared with the same bytes in plain files or in plain objects of the same
+S3 server (SeaweedFS on loopback), and with chunks of 64 frames; space is compared with the numbers themselves.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def timed(work: Callable[[], Any]) -> float:
 
 
 def add(store: LatentStore, names: range, frames: int, cameras: int, shape: tuple[int, ...]) -> float:
-    """Commit episodes of random numbers, written by tasks of 60 each; seconds that the commit took."""
+    """Commit episodes of random numbers, written by tasks of 60 each; return the seconds of the commit."""
     random = np.random.default_rng(names.start)
     forks, rows, statistics = [], [], []
     for at in range(names.start, names.stop, 60):
@@ -62,7 +62,7 @@ def add(store: LatentStore, names: range, frames: int, cameras: int, shape: tupl
 
 
 def catalogue(folder: Path) -> list[tuple[str, str]]:
-    """Commits and listings of many tiny episodes."""
+    """Commit and list many tiny episodes."""
     store = LatentStore.create(str(folder / "many"))
     found = []
     for count in (10_000, 100_000):
@@ -85,7 +85,7 @@ def catalogue(folder: Path) -> list[tuple[str, str]]:
 
 
 def reading(folder: Path) -> list[tuple[str, str]]:
-    """1 GB of latents: bulk reads of a pinned snapshot, and what the space is used for."""
+    """Read 1 GB of latents in bulk from a pinned snapshot, and measure the space they take."""
     store = LatentStore.create(str(folder / "large"))
     for at in tqdm(range(0, 1680, 60), "1 GB of latents", leave=False, disable=None):
         add(store, range(at, at + 60), 150, 2, LATENT)
@@ -107,7 +107,7 @@ def reading(folder: Path) -> list[tuple[str, str]]:
 
 
 def bulk(store: LatentStore) -> tuple[int, float]:
-    """(bytes, best seconds of three) of all latents and steps through ``read_each``."""
+    """Read all latents and steps through ``read_each``; return (bytes, best of three in seconds)."""
     rows = store.snapshot().episodes().to_pylist()
     places = [at for row in rows for camera in row["cameras"] for at in camera["segments"]]
     places += [row["steps"] for row in rows]
@@ -124,7 +124,7 @@ def flat(path: Path, nbytes: int) -> Path:
 
 
 def aligned(folder: Path, chunks: int) -> float:
-    """MB/s of a zarr array of 64 frames a chunk, read in pieces of 4 chunks."""
+    """Return the MB/s of a zarr array with 64 frames per chunk, read 4 chunks at a time."""
     repository = icechunk.Repository.create(icechunk.local_filesystem_storage(str(folder)))
     session = repository.writable_session("main")
     shape, chunk = (chunks * 64, *LATENT), (64, *LATENT)
@@ -162,11 +162,11 @@ def remote(folder: Path) -> list[tuple[str, str]]:
 
 
 def known(folder: Path, count: int = 10_000) -> list[tuple[str, str]]:
-    """A second ingest of many files, by the command line."""
+    """Ingest many files repeatedly, on the command line."""
     raw, store = folder / "raw", folder / "known"
     raw.mkdir()
     clip = write_video(folder / "clip.mp4", numbered(2)).read_bytes()
-    for number in range(count):  # a ``free`` box behind the film makes each file one of its own (ISO 14496-12, 8.1.2)
+    for number in range(count):  # a ``free`` box at the end makes each file unique (ISO 14496-12, 8.1.2)
         (raw / f"{number:05d}.mp4").write_bytes(clip + (16).to_bytes(4, "big") + b"free" + number.to_bytes(8, "big"))
     command = [UWM, "ingest", raw, "--store", store, "--image-size", "32", "--json"]
     environment = os.environ | {"UWM_CACHE": str(folder / "cache")}
@@ -178,7 +178,7 @@ def known(folder: Path, count: int = 10_000) -> list[tuple[str, str]]:
 
     first, seconds = run()
     assert first["episodes"]["new"] == count
-    time.sleep(3)  # a file is remembered once it has been at rest for two seconds
+    time.sleep(3)  # a scan is cached only for files unmodified for two seconds
     shutil.rmtree(folder / "cache", ignore_errors=True)
     forgot, slow = run()
     again, quick = run()

@@ -1,10 +1,10 @@
-"""``make bench-train``: what Ray, DeepSpeed, curves and checkpoints cost. Writes docs/benchmarks/training.md.
+"""``make bench-train``: overhead of Ray, DeepSpeed, metrics and checkpoints. Writes docs/benchmarks/training.md.
 
-The demo's pretraining on random latents of its shape, on workers of one thread each, with its curves and checkpoints,
-beside a bare loop of torch alone: as many processes, DistributedDataParallel, the same optimizer with its average of
-the weights, batches that lie in memory. No machine is equally fast at all times, so each training is held against the
-bare loops just before and just after it. (Stopping one for the other's turn would not do: Ray's processes wake a
-hundred times a second, and make up for what they were stopped for.)
+The demo's pretraining on random latents, on single-threaded workers, with its metrics and checkpoints, is compared with
+a bare loop in torch: as many processes, DistributedDataParallel, the same optimizer with its average of the weights,
+batches in memory. A machine's speed drifts, so each training is compared with the bare loops just before and just after
+it. (Pausing one while the other runs would not work: Ray's processes wake a hundred times a second and catch up after a
+pause.)
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from uwm_model.optimizer import adamw
 
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks" / "training.md"
 EPISODES, FRAMES = 32, 100
-FIRST, STEPS = 100, 600  # from the one to the other, a checkpoint among them, is what is measured
+FIRST, STEPS = 100, 600  # measured from the first to the second, with one checkpoint in between
 BARE_FIRST, BARE_STEPS = 20, 220
 ROUNDS = 2
 WAYS = {
@@ -68,7 +68,7 @@ def make_store(root: Path) -> str:
 
 
 def bare(rank: int, port: int, settings: Settings, recipe: Recipe, answers: Any) -> None:
-    """Plain torch, in one of the processes; the first answers with its seconds a step."""
+    """Train with plain torch, in one of the processes; the first one reports its seconds per step."""
     world = recipe.most_workers
     address = {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in address.items()})
@@ -103,7 +103,7 @@ def bare_step(settings: Settings, recipe: Recipe) -> float:
 
 
 def whole_step(store: str, root: Path, overrides: list[str]) -> tuple[float, float]:
-    """Seconds a step of a whole training, and the share of its time that it waits for data."""
+    """Return a training's seconds per step, and the share of its time spent waiting for data."""
     command = [sys.executable, "-c", "from pipelines.cli import main; main()", "pretrain", "--store", store, "--json"]
     command += ["--recipe", "demo_pretrain", "--output", str(root / "runs"), "--new", *overrides]
     training = subprocess.run(command, capture_output=True, text=True)
@@ -115,7 +115,7 @@ def whole_step(store: str, root: Path, overrides: list[str]) -> tuple[float, flo
 
 
 def measure(way: str, store: str, root: Path, bar: tqdm) -> str:
-    """The row of the page."""
+    """Return the row of the page."""
     overrides = [*WAYS[way], f"steps={STEPS}"]
     recipe = load_recipe("demo_pretrain", overrides)
     settings = plan(store, recipe)
@@ -144,18 +144,18 @@ def main() -> None:
             bar.write(rows[-1], file=sys.stderr)
     recipe = load_recipe("demo_pretrain", [])
     lines = [
-        "# A training",
+        "# Training overhead",
         "",
-        f"`make bench-train` on {os.cpu_count()} CPU cores, torch {torch.__version__}. The recipe demo_pretrain, a",
-        f"batch of {recipe.batch_size} on two workers of one thread, {STEPS - FIRST} steps and a checkpoint.",
-        f"Each of {ROUNDS} trainings is compared with the bare loops of torch (DDP) just before and just after it.",
+        f"`make bench-train` on {os.cpu_count()} CPU cores, torch {torch.__version__}. Recipe demo_pretrain, a batch",
+        f"of {recipe.batch_size} on two single-threaded workers, {STEPS - FIRST} steps with one checkpoint. Each of",
+        f"{ROUNDS} trainings is compared with bare torch loops (DDP) just before and just after it.",
         "",
         "| how | ms a step of the bare loops | ms a step | over them | waiting for data |",
         "|---|---|---|---|---|",
         *rows,
         "",
-        "Two workers fill two cores: what Ray's own processes and a checkpoint's pictures take, they take from them.",
-        "One worker leaves them a core, as there are many beside a GPU.",
+        "Two workers fill both cores, so Ray's own processes and the frames drawn at a checkpoint slow them down. One",
+        "worker leaves a core free, as is usual next to a GPU.",
     ]
     PAGE.write_text("\n".join([*lines, ""]))
     print(PAGE.read_text())

@@ -1,8 +1,8 @@
-"""``make bench-vae``: what the shipped VAE loses and how fast it is. Writes docs/benchmarks/vae.md.
+"""``make bench-vae``: quality and speed of the shipped VAE. Writes docs/benchmarks/vae.md.
 
-Speed is measured side by side with TAESD's full width and with SDXL's shape (random weights: speed asks for no more).
-Quality is PSNR of reconstructed frames: the held-out ones of its training, Meta-World demonstrations from initial
-states that no recording has, and all folders named on the command line.
+Speed is compared with TAESD's full width and with SDXL's shape (random weights, which do not affect speed). Quality is
+the PSNR of reconstructed frames: those held out in its training, Meta-World demonstrations from initial states that
+were never recorded, and all folders named on the command line.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ROUNDS = 3
 
 
 def rate(folder: str, frames: int) -> float:
-    """Frames a second encoded by one process of one thread, the best of some rounds."""
+    """Return the frames/s that one single-threaded process encodes; the best of several rounds."""
     torch.set_num_threads(1)
     encoder = load_encoder(folder)
     images = np.random.default_rng(0).integers(0, 256, (frames, 128, 128, 3), dtype=np.uint8)
@@ -62,15 +62,15 @@ def simulated() -> dict[str, np.ndarray]:
     found = {}
     for task in TASKS:
         simulator = MetaWorld(task, 128)
-        pictures: dict[str, list[np.ndarray]] = {}
+        frames: dict[str, list[np.ndarray]] = {}
         for episode in range(4):
             simulator.reset(seed=episode_seed(12345, episode))
             for step in range(64):
                 simulator.rendering = step % 8 == 0
                 observation, *_ = simulator.step(simulator.expert_action())
-                for camera, picture in observation["images"].items():
-                    pictures.setdefault(camera, []).append(picture)
-        found |= {f"Meta-World {task}, {camera}": np.stack(images) for camera, images in pictures.items()}
+                for camera, frame in observation["images"].items():
+                    frames.setdefault(camera, []).append(frame)
+        found |= {f"Meta-World {task}, {camera}": np.stack(images) for camera, images in frames.items()}
     return found
 
 
@@ -81,13 +81,13 @@ def main(places: list[Path]) -> None:
     quality = ["| frames | PSNR, dB |", "|---|---|"]
     for name, score in json.loads((SHIPPED / "reconstruction.json").read_text()).items():
         quality.append(f"| held out in training: {name} | {score:.1f} |")
-    pictures = simulated()
+    frames = simulated()
     for place in places:
         cameras: dict[str, list[np.ndarray]] = {}
         for _, camera, images in frames_of(place):
             cameras.setdefault(camera, []).append(images)
-        pictures |= {f"{place.name} {camera}": np.concatenate(parts) for camera, parts in cameras.items()}
-    for name, images in pictures.items():
+        frames |= {f"{place.name} {camera}": np.concatenate(parts) for camera, parts in cameras.items()}
+    for name, images in frames.items():
         score = np.mean(psnr(encoder.decode(encoder.encode(images)), images))
         quality.append(f"| {name} ({len(images)} frames) | {score:.1f} |")
     command = "make bench-vae" + (f' PLACES="{" ".join(place.name for place in places)}"' if places else "")
