@@ -1,4 +1,4 @@
-"""A connection to Ray: the cluster at an address, or one started on this machine."""
+"""Connect to Ray: to the cluster at an address, or to one started on this machine."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import ray
 
 @contextlib.contextmanager
 def cluster(address: str | None = None, verbose: bool = False) -> Iterator[None]:
-    """A connection to Ray for as long as the block runs; nested use keeps the outer one.
+    """Connect to Ray inside the ``with`` block; nested blocks use the outer connection.
 
-    Without ``address`` and RAY_ADDRESS a cluster of this machine's cores is started and ended with the block.
-    Raises ConnectionError where nobody answers at the address.
+    Without ``address`` and RAY_ADDRESS, the block starts a cluster on this machine's cores and stops it at the end.
+    Raises ConnectionError if no cluster answers at the address.
     """
     if ray.is_initialized():
         yield
@@ -27,10 +27,10 @@ def cluster(address: str | None = None, verbose: bool = False) -> Iterator[None]
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         for name in ("ray", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it logs as an error, it raises too
-    # "local", not None: after a crash a stale file would send us to a cluster that is gone.
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are also raised
+    # "local", not None: after a crash a stale file would point to a cluster that is gone.
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    _knock(address)
+    _check_reachable(address)
     with _silent_start(verbose):
         ray.init(
             address=address,
@@ -46,7 +46,7 @@ def cluster(address: str | None = None, verbose: bool = False) -> Iterator[None]
 
 @contextlib.contextmanager
 def data_context() -> Iterator[Any]:
-    """Ray Data settings for the datasets that the block makes: a copy, without Ray's own progress bars."""
+    """Provide a copy of the Ray Data settings, without progress bars, for datasets created inside the block."""
     from ray.data import DataContext  # imported lazily: slow
 
     context = DataContext.get_current().copy()
@@ -56,8 +56,8 @@ def data_context() -> Iterator[Any]:
         yield context
 
 
-def _knock(address: str) -> None:
-    """Ray itself goes on trying for minutes before it says that nobody is there."""
+def _check_reachable(address: str) -> None:
+    """Raise ConnectionError if nothing listens at the address. Ray itself would retry for minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not (colon and port.isdigit()):  # local, auto
         return
@@ -71,7 +71,7 @@ def _knock(address: str) -> None:
 
 @contextlib.contextmanager
 def _silent_start(verbose: bool) -> Iterator[None]:
-    """Ray's C++ core announces on file descriptor 2 that it was told to be quiet; failures come as exceptions."""
+    """Discard file descriptor 2 while Ray's C++ core starts and logs there; failures are raised as exceptions."""
     if verbose:
         yield
         return

@@ -1,4 +1,4 @@
-"""Progress from Ray's workers to a line on the driver's terminal."""
+"""Report progress from Ray workers to the driver's terminal."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 def on_this_node() -> NodeAffinitySchedulingStrategy:
-    """For an actor that no other node's end is to take away."""
+    """Return a strategy that places an actor on the driver's node, so that it survives the loss of other nodes."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 @ray.remote(num_cpus=0)
 class Meter:
-    """Sums and latest values that workers send and the driver's progress line reads; and what either is to be told."""
+    """Sums, latest values and messages that workers and driver send each other.
+
+    The driver's progress line reads them.
+    """
 
     def __init__(self) -> None:
         self._values: dict[str, float] = {}
@@ -39,18 +42,18 @@ class Meter:
         self._values["said"] = len(self._said)
 
     def said(self, since: int) -> list[str]:
-        """The lines after the first ``since``."""
+        """Return the messages after the first ``since``."""
         return self._said[since:]
 
 
 @contextlib.contextmanager
 def watch(meter: Any, show: Callable[[dict[str, float]], None], every: float = 0.5) -> Iterator[None]:
-    """Call ``show`` with the meter's values every so many seconds while the block blocks."""
+    """Call ``show`` with the meter's values every ``every`` seconds while the block runs, and once at its end."""
     done = threading.Event()
 
     def loop() -> None:
         while not done.wait(every):
-            with contextlib.suppress(Exception):  # a progress line is never worth a failed run
+            with contextlib.suppress(Exception):  # a progress line must not fail the run
                 show(ray.get(meter.read.remote(), timeout=10))
 
     thread = threading.Thread(target=loop, daemon=True)

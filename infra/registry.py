@@ -1,4 +1,4 @@
-"""The MLflow model registry: versions of policies, their evaluations, and the alias that names the champion."""
+"""The MLflow model registry: versions of policies, their metrics, and the alias of the champion."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def register(
     model_config: dict[str, Any],
     tags: dict[str, str],
 ) -> str:
-    """Log the checkpoint as a model of its run and register it; returns the version.
+    """Log the checkpoint as a model of its run and register it; return the version number.
 
-    ``code`` is a models-from-code file; ``inputs`` gives (dtype, shape) by name, so that MLflow refuses any other;
-    ``parameters`` are texts that may come with them.
+    ``code`` is a models-from-code file. ``inputs`` gives (dtype, shape) by name; MLflow refuses others. ``parameters``
+    names optional strings of a request.
     """
     signature = ModelSignature(
         inputs=Schema([TensorSpec(np.dtype(dtype), shape, key) for key, (dtype, shape) in inputs.items()]),
@@ -40,7 +40,7 @@ def register(
         params=ParamSchema([ParamSpec(name, DataType.string, "") for name in parameters]),
     )
     with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it would have predict's type hints, in place of the signature
+        warnings.simplefilter("ignore")  # MLflow asks for type hints in predict, which would replace the signature
         info = mlflow.pyfunc.log_model(
             name="policy",
             python_model=str(code),
@@ -49,15 +49,15 @@ def register(
             signature=signature,
             pip_requirements=["unified-world-models"],
         )
-    client = MlflowClient()  # MLflow's own way through log_model prints to stderr, and sets tags one by one
-    with contextlib.suppress(MlflowException):  # it is there already
+    client = MlflowClient()  # registering through log_model prints to stderr, and sets tags one by one
+    with contextlib.suppress(MlflowException):  # it exists already
         client.create_registered_model(name)
     created = client.create_model_version(name, f"models:/{info.model_id}", run_id, tags, model_id=info.model_id)
     return str(created.version)
 
 
 def version_of(name: str, version_or_alias: str) -> tuple[str, str] | None:
-    """(version, run id) of NAME at a version number or an alias; None where there is none."""
+    """Return (version, run id) of a model's version number or alias, None if there is no such version."""
     client = MlflowClient()
     try:
         if version_or_alias.isdigit():
@@ -74,7 +74,7 @@ def metrics(run_id: str) -> dict[str, float]:
 
 
 def move_alias(name: str, alias: str, version: str, notes: dict[str, str]) -> None:
-    """Point the alias at the version, with notes (the previous champion among them) on the version first."""
+    """Set notes as tags of the version, then point the alias at it."""
     client = MlflowClient()
     for key, value in notes.items():
         client.set_model_version_tag(name, version, key, value)
@@ -82,12 +82,12 @@ def move_alias(name: str, alias: str, version: str, notes: dict[str, str]) -> No
 
 
 def promotion_lock(name: str) -> FileLock:
-    """Held while a gate is judged and the alias moved: MLflow itself lets the last of two writers win."""
+    """Return the lock to hold while the gate decides and the alias moves: in MLflow the last of two writers wins."""
     return FileLock(Path(tempfile.gettempdir()) / f"uwm-promote-{name.replace('/', '_')}.lock")
 
 
 def download(model: str) -> Path | None:
-    """The checkpoint folder inside ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION``; None where there is none."""
+    """Download the checkpoint of ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION``; None if there is none."""
     try:
         return Path(mlflow.artifacts.download_artifacts(f"{model}/artifacts/checkpoint"))
     except (MlflowException, OSError):

@@ -1,4 +1,4 @@
-"""MLflow tracking: where runs go, and one run's metrics, settings and files."""
+"""MLflow tracking: the server or database, and a run's metrics, settings and files."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from mlflow.tracking import MlflowClient
 
 
 def connect() -> str:
-    """Use MLFLOW_TRACKING_URI, or an SQLite file ``mlflow.db`` in the current folder; returns the URI."""
+    """Use MLFLOW_TRACKING_URI, or the SQLite file ``mlflow.db`` in the current folder; return the URI."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
     mlflow.set_tracking_uri(uri)
-    for name in ("mlflow", "mlflow.store.db.utils", "alembic"):  # a fresh database is announced in many lines
+    for name in ("mlflow", "mlflow.store.db.utils", "alembic"):  # creating a database logs many lines
         logging.getLogger(name).setLevel(logging.ERROR)
     return uri
 
 
 def start_run(experiment: str, name: str, tags: dict[str, str]) -> str:
-    """A new run's id. With SQLite, files go to ``mlartifacts`` beside the database."""
+    """Start a run and return its id. With SQLite, artifacts go to ``mlartifacts`` next to the database."""
     uri = connect()
     client = MlflowClient()
     found = client.get_experiment_by_name(experiment)
@@ -39,7 +39,7 @@ def start_run(experiment: str, name: str, tags: dict[str, str]) -> str:
 
 
 def resume_run(run_id: str) -> None:
-    """A run that was cut off goes on under its id."""
+    """Mark an interrupted run as running again."""
     MlflowClient().update_run(run_id, status="RUNNING")
 
 
@@ -48,7 +48,7 @@ def end_run(run_id: str, status: str = "FINISHED") -> None:
 
 
 def log_settings(run_id: str, settings: dict[str, Any]) -> None:
-    """Nested settings as flat parameters, ``model.width`` and the like."""
+    """Log nested settings as flat parameters, such as ``model.width``."""
     client = MlflowClient()
 
     def walk(prefix: str, value: Any) -> None:
@@ -66,13 +66,13 @@ def log_metrics(run_id: str, metrics: dict[str, float], step: int) -> None:
     MlflowClient().log_batch(run_id, metrics=[Metric(name, float(value), now, step) for name, value in metrics.items()])
 
 
-def log_picture(run_id: str, picture: Any, name: str, step: int) -> None:
-    """A picture, uint8 array [H, W, 3], of the series ``name``."""
-    MlflowClient().log_image(run_id, picture, key=name, step=step)
+def log_image(run_id: str, image: Any, name: str, step: int) -> None:
+    """Log an image, uint8 array [H, W, 3], of the series ``name``."""
+    MlflowClient().log_image(run_id, image, key=name, step=step)
 
 
 def system_metrics(run_id: str) -> Any:
-    """A monitor of this machine, started; ``finish()`` ends it. A run that goes on has one series."""
+    """Start a monitor of this machine; ``finish()`` stops it. A resumed run continues its series."""
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
     logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
@@ -90,12 +90,12 @@ def log_folder(run_id: str, folder: Path, name: str) -> None:
 
 
 def history(run_id: str, metric: str) -> list[tuple[int, float]]:
-    """(step, value) of every logging of a metric."""
+    """Return (step, value) of every logged point of a metric."""
     return [(point.step, point.value) for point in MlflowClient().get_metric_history(run_id, metric)]
 
 
 def download(run_id: str, name: str) -> Path | None:
-    """A run's folder of files, or None where there is no such run or folder."""
+    """Download an artifact folder of a run; None if there is no such run or folder."""
     connect()
     try:
         return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=name))

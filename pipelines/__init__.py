@@ -1,3 +1,3 @@
-"""The verbs: plan, run on Ray, record. Only this package imports all the others."""
+"""The verbs of the command line. Only this package imports all the others."""
 
-import infra  # noqa: F401  its environment defaults have to come before any import of Ray
+import infra  # noqa: F401  its environment defaults must be set before Ray is imported

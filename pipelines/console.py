@@ -1,4 +1,7 @@
-"""What a verb answers: lines for people on stderr, and with ``--json`` one JSON value as the last line of stdout."""
+"""What a verb prints: results for people on stdout, progress and notes on stderr.
+
+With ``--json`` stdout holds one JSON line, as its last line, and results for people go to stderr.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ from typing import Any, TextIO
 import typer
 
 
-class Lasting:
-    """A stderr that may lose its reader, as where a terminal is closed or a pipe ends: nothing but its text is lost.
+class ResilientStream:
+    """A stderr that survives the loss of its reader, such as a closed terminal or pipe; the text is lost.
 
-    Else the thread that draws the progress would die of it with tqdm's lock in its hands.
+    Otherwise the progress thread dies holding tqdm's lock.
     """
 
     def __init__(self, stream: TextIO):
@@ -32,15 +35,21 @@ class Lasting:
 
 
 def say(line: str) -> None:
-    """Print progress or a note, on stderr."""
+    """Print progress or a note on stderr."""
     typer.echo(line, err=True)
 
 
-def show(line: str) -> None:
-    """Print a result for people, on stdout."""
-    typer.echo(line)
+class Printer:
+    """Prints one verb's result: lines for people, or one JSON value with the lines on stderr."""
 
+    def __init__(self, as_json: bool = False):
+        self._as_json = as_json
 
-def answer(value: Any, as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(value))
+    def show(self, line: str) -> None:
+        """Print a line of the result for people."""
+        typer.echo(line, err=self._as_json)
+
+    def answer(self, value: Any) -> None:
+        """Print the result as one JSON line, if that was asked for."""
+        if self._as_json:
+            typer.echo(json.dumps(value))

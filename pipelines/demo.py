@@ -1,7 +1,7 @@
-"""``uwm demo``: the whole road on this machine, from simulated robot logs to a promoted policy and a report.
+"""``uwm demo``: every stage on this machine, from simulated robot logs to a promoted policy and a report.
 
-Every stage is the verb a user would call, on data that a robot lab would have. Running it again keeps the raw data,
-encodes nothing, trains again, and lets the gate judge the new policy against the champion of before.
+Each stage is the verb a user would call, on data that a robot lab would have. A second run keeps the raw data, encodes
+nothing, trains again, and lets the gate compare the new policy with the earlier champion.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from infra import tracking
 from infra.cluster import cluster
-from pipelines.console import say, show
+from pipelines.console import Printer, say
 from pipelines.errors import Refused
 from pipelines.evaluate.run import evaluate
 from pipelines.ingest.run import ingest
@@ -30,7 +30,7 @@ from pipelines.train.pretrain import pretrain
 from pipelines.train.run import RunOptions
 
 TASKS = ["drawer-close", "button-press-topdown", "door-open"]
-TASK = "button-press-topdown"  # the one that is finetuned, evaluated and promoted
+TASK = "button-press-topdown"  # the task for finetuning, evaluation and promotion
 EPISODES_PER_TASK = 24
 VIDEOS_PER_TASK = 8
 ROLLOUTS = 20
@@ -38,7 +38,7 @@ NAME = f"uwm-{TASK}"
 
 
 def demo(output: Path, verbose: bool = False) -> None:
-    """Run every stage into ``output``; ends with a table and the path of the report."""
+    """Run every stage into ``output``, then print a table and the path of the report."""
     output = output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{output / 'mlflow.db'}")
@@ -86,7 +86,7 @@ def demo(output: Path, verbose: bool = False) -> None:
         promotion = promote(NAME, version)
         verdict = f"{NAME} version {version} is champion; {promotion.reason}"
     except Refused as refusal:
-        verdict = f"the champion stays: {refusal}"
+        verdict = f"not promoted: {refusal}"
     done("promote", began, verdict)
 
     page = output / "report.html"
@@ -100,13 +100,14 @@ def demo(output: Path, verbose: bool = False) -> None:
         evaluations=evaluations,
         promotion=promotion,
     )
+    printer = Printer()
     for line in _table(stages, untrained, closed, opened, verdict):
-        show(line)
-    show(f"report: {page}")
+        printer.show(line)
+    printer.show(f"report: {page}")
 
 
 def _untrained(finetuned: Path) -> Path:
-    """The same model with fresh weights, as a checkpoint without a run: what success means without training."""
+    """Save the same model with fresh weights as a checkpoint without a run: the baseline for the success rate."""
     settings = checkpoint.load_settings(finetuned).model_copy(update={"run_id": None, "step": 0})
     torch.manual_seed(0)
     folder = finetuned.with_name("untrained")
@@ -119,11 +120,11 @@ def _table(
 ) -> list[str]:
     rows = [(stage.name, f"{stage.seconds:.0f} s") for stage in stages]
     rows += [
-        ("whole road", f"{sum(stage.seconds for stage in stages):.0f} s"),
+        ("total", f"{sum(stage.seconds for stage in stages):.0f} s"),
         ("success, finetuned", _rate(closed)),
         ("success, untrained", _rate(untrained)),
         ("action error", f"{opened['action_error_policy']:.3f} policy, {opened['action_error_inverse']:.3f} inverse "
-         f"dynamics, {opened['action_error_mean']:.3f} always the mean"),
+         f"dynamics, {opened['action_error_mean']:.3f} constant mean action"),
         ("future frames", f"{opened['psnr_forward']:.1f} dB (copied frame {opened['psnr_floor']:.1f}, "
          f"VAE {opened['psnr_ceiling']:.1f})"),
         ("verdict", verdict),

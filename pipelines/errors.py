@@ -1,4 +1,4 @@
-"""How a verb ends when it neither fails nor is done; the command line turns these into exit codes."""
+"""Exceptions that end a verb without a failure; the command line turns them into exit codes."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ class Refused(Exception):
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM ended a training, after a checkpoint; exit code 130."""
+    """Ctrl-C or SIGTERM stopped a training after it saved a checkpoint; exit code 130."""

@@ -1,4 +1,4 @@
-"""Recipes: all that an ingest or a training run is set by, typed, from YAML and ``KEY=VALUE``, unknown keys refused."""
+"""Recipes: the typed settings of an ingest or a training run, from YAML and ``KEY=VALUE``. Unknown keys are refused."""
 
 from __future__ import annotations
 
@@ -20,24 +20,30 @@ Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class IngestRecipe(BaseModel):
-    """One ingest: which encoders, of which frames, and what is not worth encoding."""
+    """Settings of one ingest: encoders, frame size and rate, quality filters and limits."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = "ingest"
-    encoder: list[str] = Field(default=["tiny"], min_length=1, description="all of them in one pass over the frames")
+    encoder: list[str] = Field(
+        default=["tiny"], min_length=1, description="frame encoders, all run in one pass over the frames"
+    )
     precision: Precision = "float32"
-    text_encoder: str | None = Field(default=None, description="whose vectors of the instructions are kept, too")
-    image_size: int = Field(default=128, ge=16, description="pixels a side, a multiple of the encoders' stride (8)")
-    fps: float | None = Field(default=None, ge=0.01, description="thin videos without actions to this rate")
-    max_bad: float = Field(default=0.5, ge=0, le=1, description="stop when more than this share is bad")
-    keep_broken: bool = Field(default=False, description="of a broken video, keep what comes before the break")
+    text_encoder: str | None = Field(default=None, description="text encoder whose instruction vectors are stored")
+    image_size: int = Field(
+        default=128, ge=16, description="side of a frame in pixels, a multiple of the encoders' stride (8)"
+    )
+    fps: float | None = Field(default=None, ge=0.01, description="maximum frame rate of videos without actions, in Hz")
+    max_bad: float = Field(
+        default=0.5, ge=0, le=1, description="stop if more than this share of the new episodes is bad"
+    )
+    keep_broken: bool = Field(default=False, description="keep the readable beginning of a broken video")
     quality: Filters = Filters()
     limits: Limits = Limits()
 
 
 class Lora(BaseModel):
-    """Low-rank adapters (arXiv 2106.09685) in the linear layers of these names; the layers themselves stay."""
+    """Low-rank adapters (arXiv 2106.09685) in the linear layers that match ``targets``; their weights stay frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -46,17 +52,17 @@ class Lora(BaseModel):
     targets: list[str] = Field(
         default=["*.blocks.*.attention.qkv", "*.blocks.*.attention.out", "*.blocks.*.mlp.[02]"],
         min_length=1,
-        description="patterns of modules' names",
+        description="patterns of module names",
     )
 
 
-# What each key of a training recipe decides. A key must be in one of these (a test holds it).
+# Keys of a training recipe that affect the result. Every key is in this set or in WORK_KEYS; a test checks that.
 RESULT_KEYS = {
     "name", "seed", "steps", "batch_size", "learning_rate", "weight_decay", "warmup_steps", "betas", "decay",
     "gradient_clip", "ema_decay", "precision", "validation_share", "encoder", "text_encoder", "instructions",
     "normalise", "mixture", "shuffle_windows", "model", "diffusion", "augment", "freeze", "lora", "statistics",
 }  # fmt: skip
-# Keys that change how the work is done but not its result, but for rounding: a cut-off run may resume with other values.
+# Keys that do not affect the result except through rounding: an interrupted run may resume with other values.
 WORK_KEYS = {
     "workers", "micro_batch_size", "zero_stage", "activation_checkpointing", "offload", "compile", "checkpoint_every",
     "keep_last", "worker_price", "log_every",
@@ -64,10 +70,10 @@ WORK_KEYS = {
 
 
 class Recipe(BaseModel):
-    """One training run. ``model`` and ``diffusion`` override the defaults of uwm_model/config.py.
+    """Settings of one training run. ``model`` and ``diffusion`` override the defaults of uwm_model/config.py.
 
-    What the data decides (cameras, latent size, action and proprio width) is filled in from the store unless the
-    recipe says otherwise.
+    Sizes that depend on the data (cameras, latent size, action and proprio width) come from the store unless the
+    recipe sets them.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -75,53 +81,61 @@ class Recipe(BaseModel):
     name: str = "pretrain"
     seed: int = 0
     steps: int = Field(gt=0)
-    batch_size: int = Field(gt=0, description="over all workers together")
+    batch_size: int = Field(gt=0, description="samples per step over all workers")
     learning_rate: float = Field(gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     warmup_steps: int = Field(default=100, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
-    decay: Literal["cosine", "none"] = Field(default="cosine", description="of the learning rate, down to a tenth")
-    gradient_clip: float = Field(default=1.0, ge=0, description="of the gradient's norm; 0: none")
+    decay: Literal["cosine", "none"] = Field(
+        default="cosine", description="learning rate schedule; cosine ends at a tenth"
+    )
+    gradient_clip: float = Field(default=1.0, ge=0, description="maximum gradient norm; 0: no clipping")
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
-    workers: int | tuple[int, int] = Field(default=2, description="or the least and the most, as machines come and go")
+    workers: int | tuple[int, int] = Field(default=2, description="number of workers, or [least, most]")
     micro_batch_size: int | None = Field(
-        default=None, gt=0, description="samples that a worker holds at once; None: all"
+        default=None, gt=0, description="samples per forward pass of a worker; null: its whole share of the batch"
     )
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["float32", "bfloat16"] = "float32"
-    activation_checkpointing: bool = Field(default=False, description="less memory for a second forward pass")
-    offload: bool = Field(default=False, description="the optimizer lives in the host's memory")
-    compile: bool = Field(default=False, description="the blocks, by torch.compile")
-    checkpoint_every: int = Field(default=500, gt=0, description="steps; held-out losses and pictures come with it")
-    keep_last: int = Field(default=2, gt=0, description="checkpoints, besides the best")
-    worker_price: float = Field(default=0.0, ge=0, description="of a worker's hour, for --dry-run")
+    activation_checkpointing: bool = Field(
+        default=False, description="save memory at the cost of a second forward pass"
+    )
+    offload: bool = Field(default=False, description="keep the optimizer in host memory")
+    compile: bool = Field(default=False, description="compile the transformer blocks with torch.compile")
+    checkpoint_every: int = Field(
+        default=500, gt=0, description="steps between checkpoints, validation losses and predicted frames"
+    )
+    keep_last: int = Field(default=2, gt=0, description="newest checkpoints to keep, besides the best")
+    worker_price: float = Field(default=0.0, ge=0, description="price of a worker-hour, for --dry-run")
     validation_share: float = Field(default=0.05, ge=0, lt=1)
     log_every: int = Field(default=20, gt=0)
-    encoder: str | None = Field(default=None, description="which latents, where a store holds several encoders'")
-    text_encoder: str | None = Field(default=None, description="the model is told the instruction, as this one has it")
-    instructions: list[str] | None = Field(default=None, description="train on episodes with these alone")
-    normalise: Literal["extremes", "quantiles"] = Field(default="extremes", description="what of actions is -1 and 1")
+    encoder: str | None = Field(default=None, description="encoder whose latents to use, if the store holds several")
+    text_encoder: str | None = Field(default=None, description="condition the model on instructions, encoded by this")
+    instructions: list[str] | None = Field(default=None, description="train only on episodes with these instructions")
+    normalise: Literal["extremes", "quantiles"] = Field(
+        default="extremes", description="action values that map to -1 and 1"
+    )
     mixture: dict[str, Share] = Field(
         default_factory=dict,
-        description="share of the samples by source (its folder, or that folder's name) or embodiment, 0 to leave it "
-        "out; if there are none, each embodiment has that of its windows",
+        description="share of the samples by source (its folder, or that folder's name) or embodiment; 0 leaves it "
+        "out. If empty, embodiments are drawn in proportion to their windows",
     )
-    shuffle_windows: int = Field(default=SHUFFLE_WINDOWS, gt=0, description="that samples are drawn from at a time")
+    shuffle_windows: int = Field(default=SHUFFLE_WINDOWS, gt=0, description="windows in the shuffle buffer")
     model: dict[str, Any] = Field(default_factory=dict)
     diffusion: dict[str, Any] = Field(default_factory=dict)
     augment: AugmentConfig = AugmentConfig()
-    freeze: list[str] = Field(default_factory=list, description="patterns of parameters' names that do not learn")
-    # Of finetuning alone.
+    freeze: list[str] = Field(default_factory=list, description="name patterns of parameters to freeze")
+    # For finetuning only.
     lora: Lora | None = None
     statistics: Literal["pretrained", "data"] = Field(
-        default="pretrained", description="whose normalisation a known embodiment has"
+        default="pretrained", description="statistics that normalise an embodiment the model already knows"
     )
 
     @field_validator("mixture")
     @classmethod
     def _of_something(cls, value: dict[str, float]) -> dict[str, float]:
         if value and not any(value.values()):
-            raise ValueError("give a source a share above 0")
+            raise ValueError("give at least one source a share above 0")
         return value
 
     @field_validator("model", "diffusion")
@@ -139,17 +153,17 @@ class Recipe(BaseModel):
     def _some(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
         least, most = (value, value) if isinstance(value, int) else value
         if not 0 < least <= most:
-            raise ValueError("choose a number above 0, or the least and the most, e.g. [1, 4]")
+            raise ValueError("choose a number above 0, or [least, most], e.g. [1, 4]")
         return value
 
     @model_validator(mode="after")
     def _fit(self) -> Recipe:
         if self.zero_stage == 0 and (self.offload or self.precision == "bfloat16"):
-            raise ValueError("zero_stage 0 is for float32 without offload; choose 1")
+            raise ValueError("zero_stage 0 needs float32 and no offload; choose 1")
         if self.compile and self.zero_stage == 3:
-            raise ValueError("compile is not for zero_stage 3; choose 2, or compile=false")
+            raise ValueError("compile does not work with zero_stage 3; choose 2, or compile=false")
         if self.batch_size < self.most_workers:
-            raise ValueError(f"batch_size {self.batch_size} is not enough for {self.most_workers} workers")
+            raise ValueError(f"batch_size {self.batch_size} is too small for {self.most_workers} workers")
         return self
 
     @property
@@ -165,18 +179,18 @@ Kind = TypeVar("Kind", Recipe, IngestRecipe)
 
 
 def load_recipe(recipe: str | Path, overrides: list[str], kind: type[Kind] = Recipe) -> Kind:  # type: ignore[assignment]
-    """A shipped recipe's name or a YAML file, with ``KEY=VALUE`` on top (dots go into sections)."""
+    """Load a shipped recipe by name or a YAML file, with ``KEY=VALUE`` overrides (dots lead into sections)."""
     shipped = Path(__file__).parent / "recipes" / f"{recipe}.yaml"
     path = shipped if shipped.is_file() else Path(recipe)
     if not path.is_file():
         names = sorted(entry.stem for entry in (Path(__file__).parent / "recipes").iterdir())
-        raise UserError(f"{recipe}: no such recipe file, and not one of the shipped: {', '.join(names)}")
+        raise UserError(f"{recipe}: neither a recipe file nor a shipped recipe; shipped: {', '.join(names)}")
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{recipe}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
-        raise UserError(f"{recipe}: a recipe is a mapping of keys to values")
+        raise UserError(f"{recipe}: a recipe must be a mapping of keys to values")
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -186,7 +200,7 @@ def load_recipe(recipe: str | Path, overrides: list[str], kind: type[Kind] = Rec
         for parent in parents:
             section = section.setdefault(parent, {})
             if not isinstance(section, dict):
-                raise UserError(f"{override}: {parent} is a value, not a section with keys of its own")
+                raise UserError(f"{override}: {parent} is a value, not a section")
         try:
             section[last] = yaml.safe_load(text)
         except yaml.YAMLError:

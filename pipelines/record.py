@@ -1,8 +1,8 @@
-"""Raw data as a robot lab has it, from Meta-World's scripted experts.
+"""``uwm record``: raw data as a robot lab has it, from Meta-World's scripted experts.
 
 The first half of each task's demonstrations goes into an HDF5 file as LIBERO writes them, the second half into one
-LeRobot data set, and further ones become plain MP4 videos without actions. The robot is disturbed while the expert's
-own action is what is recorded, so that a policy sees how to come back from its mistakes (Laskey et al. 2017, DART).
+LeRobot data set; additional ones become MP4 videos without actions. The robot executes a noisy action while the
+expert's own is recorded, so that a policy sees how to recover from mistakes (Laskey et al. 2017, DART).
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from infra.simulators.metaworld import ACTION_REPEAT, CAMERAS, FPS, INSTRUCTIONS
 from preprocessing.errors import UserError
 from preprocessing.video.write import write_video
 
-DISTURBANCE = 0.3  # deviation of the noise on executed actions
+DISTURBANCE = 0.3  # standard deviation of the noise on executed actions
 AFTER_SUCCESS = 5  # steps recorded beyond the first success
 ATTEMPTS = 20
 PROCESSES = 2
-QUALITY = 16  # x264's CRF: the camera, not the codec, is what is learned from
+QUALITY = 16  # x264's CRF: few artefacts, so that models learn from the camera and not the codec
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Demonstration:
 
 
 def record(out: Path, tasks: list[str], episodes: int, videos: int, image_size: int = 128, seed: int = 0) -> str:
-    """Write ``out/hdf5``, ``out/lerobot`` and ``out/videos``; returns a summary. What is there already is kept."""
+    """Write ``out/hdf5``, ``out/lerobot`` and ``out/videos``; return a summary. Does nothing if already recorded."""
     settings = {
         "tasks": tasks,
         "episodes": episodes,
@@ -58,9 +58,9 @@ def record(out: Path, tasks: list[str], episodes: int, videos: int, image_size: 
     summary = f"{len(tasks) * episodes} demonstrations and {len(tasks) * videos} videos of {', '.join(tasks)}"
     done = out / "recording.json"
     if done.exists() and json.loads(done.read_text()) == settings:
-        return f"{summary}, recorded before"
+        return f"{summary}, already recorded"
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UserError(f"{out}: holds something else than this recording; choose another folder, or remove it")
+        raise UserError(f"{out}: holds something other than this recording; choose another folder, or remove it")
     building = out.with_name(f".{out.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     wanted = [(task, number, image_size, seed) for task in tasks for number in range(episodes + videos)]
@@ -68,7 +68,7 @@ def record(out: Path, tasks: list[str], episodes: int, videos: int, image_size: 
     with ProcessPoolExecutor(PROCESSES, get_context("spawn")) as pool:
         jobs = [pool.submit(demonstrate, *one) for one in wanted]
         try:
-            # In order, so that the same settings give the same bytes; popped, so that pictures do not pile up.
+            # In order, so that the same settings give the same bytes; popped, to free the frames.
             for _, number, *_ in tqdm(wanted, "record", unit="ep", mininterval=0.5):
                 demonstration = jobs.pop(0).result()
                 if number >= episodes:
@@ -89,11 +89,11 @@ def record(out: Path, tasks: list[str], episodes: int, videos: int, image_size: 
 
 @cache
 def _simulator(task: str, image_size: int) -> MetaWorld:
-    return MetaWorld(task, image_size)  # a process keeps its simulators: making one takes a second
+    return MetaWorld(task, image_size)  # cached per process: making one takes a second
 
 
 def demonstrate(task: str, number: int, image_size: int, seed: int) -> Demonstration:
-    """One successful demonstration, a function of its arguments alone."""
+    """Return one successful demonstration. It depends on the arguments only."""
     simulator = _simulator(task, image_size)
     for attempt in range(ATTEMPTS):
         random = np.random.default_rng((seed, number, attempt))
@@ -104,7 +104,7 @@ def demonstrate(task: str, number: int, image_size: int, seed: int) -> Demonstra
         while not truncated and left != 0:
             action = simulator.expert_action()
             steps.append((observation, action))
-            disturbed = action + random.normal(0, DISTURBANCE, 4) * [1, 1, 1, 0]  # the gripper is not shaken open
+            disturbed = action + random.normal(0, DISTURBANCE, 4) * [1, 1, 1, 0]  # noise must not open the gripper
             observation, _, _, truncated, info = simulator.step(disturbed)
             left = left - 1 if left is not None else AFTER_SUCCESS if info["success"] else None
         if left is not None:
@@ -118,7 +118,7 @@ def demonstrate(task: str, number: int, image_size: int, seed: int) -> Demonstra
 
 
 class _Writer:
-    """The three kinds of raw data under one folder."""
+    """Writes the three kinds of raw data under one folder."""
 
     def __init__(self, folder: Path, tasks: list[str]):
         self._hdf5, self._lerobot, self._videos = (folder / name for name in ("hdf5", "lerobot", "videos"))
@@ -132,7 +132,7 @@ class _Writer:
         write_video(path, demonstration.images["agentview"], FPS, QUALITY)
 
     def hdf5(self, demonstration: Demonstration, number: int) -> None:
-        """robomimic's layout with LIBERO's conventions: pictures bottom-up, the instruction in ``problem_info``."""
+        """Write robomimic's layout with LIBERO's conventions: frames bottom-up, instruction in ``problem_info``."""
         with h5py.File(self._hdf5 / f"{demonstration.task}_demo.hdf5", "a") as file:
             data = file.require_group("data")
             data.attrs["macros_image_convention"] = "opengl"
@@ -150,7 +150,7 @@ class _Writer:
                 demo.create_dataset(f"obs/{camera}_rgb", data=images[:, ::-1], chunks=(1, *images.shape[1:]))
 
     def lerobot(self, demonstration: Demonstration) -> None:
-        """LeRobot v2.1: a parquet file and a video of each camera, an episode."""
+        """Write LeRobot v2.1: per episode a Parquet file and one video per camera."""
         index, length = len(self._episodes), len(demonstration.action)
         task = self._tasks.index(demonstration.task)
         start = sum(episode["length"] for episode in self._episodes)

@@ -1,8 +1,9 @@
-"""``uwm train-vae``: a small VAE of one's own, from any frames that ``uwm ingest`` can read.
+"""``uwm train-vae``: train a small VAE on any frames that ``uwm ingest`` can read.
 
-The shape is TAESD's (diffusers' AutoencoderTiny: 4 channels, stride 8), half as wide and without blocks at full
-resolution, so that a CPU encodes at the rate a demo needs. Trained on random crops with L1 and squared error; a
-penalty keeps each latent channel near zero mean and unit deviation, which the decoder's tanh and diffusion both want.
+The architecture is TAESD's (diffusers' AutoencoderTiny: 4 channels, stride 8), half as wide and without blocks at full
+resolution, so that a CPU encodes at the rate a demo needs. It trains on random crops with L1 and squared error; a
+penalty keeps each latent channel near zero mean and unit standard deviation, which suits both the decoder's tanh and
+diffusion.
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ ENCODER_BLOCKS = (0, 1, 3, 3)
 DECODER_BLOCKS = (3, 3, 2, 0)
 IMAGE_SIZE = 128
 CROP = 64
-PEAK = 1.5e-3  # learning rate
+PEAK_LEARNING_RATE = 1.5e-3
 BATCH = 8
-EVERY = 4  # neighbours in a video are nearly the same picture
+EVERY = 4  # use every fourth frame: neighbouring frames are nearly the same
 FRAMES_PER_CAMERA = 256
 HELD_OUT = 0.1
 
 
 @dataclass
 class Frames:
-    """uint8 ``[n, S, S, 3]``: to train on, an array for each place; held out, by place and camera."""
+    """Arrays uint8 ``[n, S, S, 3]``: one per source path for training; held out, by source path and camera."""
 
     training: list[np.ndarray]
     held_out: dict[str, np.ndarray]
@@ -48,16 +49,17 @@ class Frames:
 def train_vae(
     places: list[Path], output: Path, steps: int = 3000, initial: Path | None = None, seed: int = 0
 ) -> dict[str, float]:
-    """Train on the frames at ``places``, each drawn equally often, from the weights in ``initial`` if it is given.
+    """Train on the frames at ``places``, each drawn equally often, from fresh weights or those in ``initial``.
 
-    Writes a diffusers folder; returns held-out PSNR in dB by place and camera.
+    Write a diffusers folder; return the held-out PSNR in dB by place and camera. Raises UserError if a place has no
+    frame to train on.
     """
     frames = _frames(places)
     torch.manual_seed(seed)
     random = np.random.default_rng(seed)
     vae = _fresh() if initial is None else _load(initial)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=PEAK, betas=(0.9, 0.99), weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK, total_steps=steps, pct_start=0.05)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LEARNING_RATE, total_steps=steps, pct_start=0.05)
     with tqdm(range(steps), "train-vae", unit="step", mininterval=0.5) as bar:
         for step in bar:
             images = _crops(frames.training, random)
@@ -96,7 +98,7 @@ def _load(folder: Path) -> Any:
 
 
 def frames_of(place: Path) -> Iterator[tuple[EpisodeRef, str, np.ndarray]]:
-    """(episode, camera, some of its frames as uint8 [n, S, S, 3]) of everything readable at a place."""
+    """Yield (episode, camera, some of its frames, uint8 [n, S, S, 3]) for everything readable at ``place``."""
     refs = [ref for kind, at in sources.find(place) for ref in sources.scan(kind, at)]
     for ref in tqdm(refs, f"frames of {place.name}", unit=" episodes", leave=False):
         try:
@@ -108,7 +110,7 @@ def frames_of(place: Path) -> Iterator[tuple[EpisodeRef, str, np.ndarray]]:
 
 
 def _frames(places: list[Path]) -> Frames:
-    """A robot's episodes are held out by their ids; of a video file, which may be the only one, its last tenth is."""
+    """Hold out robot episodes by id, and the last tenth of each video file, as it may be the only one."""
     training: list[np.ndarray] = []
     held_out: dict[str, list[np.ndarray]] = {}
     for place in places:
@@ -138,7 +140,7 @@ def _some(video: Video) -> np.ndarray:
 
 
 def _crops(places: list[np.ndarray], random: np.random.Generator) -> torch.Tensor:
-    """float [BATCH, 3, CROP, CROP] in [-1, 1]: from random places and positions, half of them mirrored."""
+    """Return random crops, float [BATCH, 3, CROP, CROP] in [-1, 1], half of them mirrored."""
     crops = []
     for place in random.integers(len(places), size=BATCH):
         frame = places[place][random.integers(len(places[place]))]
@@ -158,7 +160,7 @@ def _save(vae: Any, frames: Frames, output: Path) -> dict[str, float]:
     sample = np.concatenate([images[:: max(1, len(images) // 128)] for images in frames.training])
     latents = torch.cat([vae.encode(part).latents for part in _images(sample).split(32)])
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
-    vae.register_to_config(_name_or_path="")  # else it keeps the path of the weights it began with
+    vae.register_to_config(_name_or_path="")  # otherwise it keeps the path of the initial weights
     building = output.with_name(f".{output.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     vae.half().save_pretrained(building, safe_serialization=True)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from helpers.command import Uwm
 
-torch.set_num_threads(1)  # two cores; the tests' own processes want the other
+torch.set_num_threads(1)  # of two cores; the processes that tests start need the other
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing is left in, or taken from, the cache of whoever runs the tests."""
+    """Keep the tests off the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UWM_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -23,7 +23,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """One local Ray for all tests: starting it takes seconds."""
+    """One local Ray cluster for all tests: starting it takes seconds."""
     from infra.cluster import cluster
 
     with cluster():
@@ -32,7 +32,10 @@ def ray_cluster() -> Iterator[None]:
 
 @pytest.fixture
 def uwm(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Uwm:
-    """Runs the command line in this process: (exit code, last line of stdout as JSON, stderr)."""
+    """Run the command line in this process.
+
+    Returns (exit code, last line of stdout as JSON with --json, text for people: the rest of stdout, then stderr).
+    """
     from pipelines.cli import main
 
     def run(*arguments: str | Path) -> tuple[int, Any, str]:
@@ -45,6 +48,7 @@ def uwm(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> U
             code = stop.code
         out, err = capfd.readouterr()
         lines = out.strip().splitlines()
-        return int(code or 0), json.loads(lines[-1]) if "--json" in arguments and lines else None, err
+        answer = json.loads(lines.pop()) if "--json" in arguments and lines else None
+        return int(code or 0), answer, "".join(f"{line}\n" for line in lines) + err
 
     return run

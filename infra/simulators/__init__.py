@@ -1,1 +1,1 @@
-"""Simulators behind one face."""
+"""Simulators behind one interface."""

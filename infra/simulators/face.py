@@ -1,4 +1,4 @@
-"""What every simulator shows: Gymnasium's ``reset`` and ``step``, and the observations of a real robot.
+"""The interface of every simulator: Gymnasium's ``reset`` and ``step``, with the observations of a real robot.
 
 To add a suite, write a module that satisfies :class:`Suite` and name it in ``SUITES``.
 """
@@ -16,7 +16,7 @@ SUITES = {"metaworld": "infra.simulators.metaworld"}
 
 
 class Observation(TypedDict):
-    """What the robot knows, never the state of an object.
+    """What a real robot observes; never the state of objects.
 
     ``images`` uint8 ``[H, W, 3]`` upright by camera, empty while rendering is off; ``proprio`` float32 ``[D]`` by name.
     """
@@ -29,18 +29,18 @@ class Simulator(Protocol):
     """One task, with the signatures of ``gymnasium.Env`` (https://gymnasium.farama.org/api/env/)."""
 
     instruction: str
-    rendering: bool  # rendering can be switched off between steps: it costs ten times the physics
+    rendering: bool  # may be switched off between steps: rendering costs ten times the physics
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
-        """Start an episode. The initial state is a function of ``seed`` alone; None draws a new one."""
+        """Start an episode. The initial state depends on ``seed`` only; None draws a new one."""
         ...
 
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """Carry out an action float32 ``[A]``; return (observation, reward, terminated, truncated, info).
+        """Execute an action float32 ``[A]``; return (observation, reward, terminated, truncated, info).
 
-        ``info["success"]`` says whether the task is solved at this step.
+        ``info["success"]`` tells whether the task is solved at this step.
         """
         ...
 
@@ -56,7 +56,7 @@ class Suite(Protocol):
 
     @property
     def INTERFACE(self) -> Interface:
-        """What a policy has to read and command."""
+        """The observations a policy must read, and the actions it must output."""
 
     @property
     def HORIZON(self) -> int:
@@ -68,11 +68,11 @@ class Suite(Protocol):
 
 
 def load_suite(name: str) -> Suite:
-    """Return the suite ``name``. Raises KeyError for an unknown one, ModuleNotFoundError if its packages are missing."""
+    """Return the suite ``name``. Raises KeyError if it is unknown, ModuleNotFoundError if its packages are missing."""
     suite: Suite = importlib.import_module(SUITES[name])
     return suite
 
 
 def episode_seed(seed: int, episode: int) -> int:
-    """Return the seed of an episode's initial state: a function of the evaluation's seed and the episode's number."""
+    """Return the seed of an episode's initial state, from the evaluation's seed and the episode's number."""
     return int(np.random.SeedSequence([seed, episode]).generate_state(1)[0])

@@ -1,11 +1,11 @@
-"""Meta-World: a Sawyer arm, two cameras, 50 tasks, and scripted experts that make demonstrations.
+"""Meta-World: a Sawyer arm, two cameras, 50 tasks, and scripted experts for demonstrations.
 
-Observations hold frames and proprioception only, so a policy that works here has looked. The expert sees everything.
+Observations hold frames and proprioception only, so a policy has to use the cameras. The expert uses the full state.
 
 Notable:
 - One step is ``ACTION_REPEAT`` of Meta-World's 80 Hz steps, in recording and in evaluation, so that a policy runs at
   the rate it was trained on.
-- An initial state is a function of the seed given to ``reset``, whatever was simulated before.
+- The initial state depends only on the seed passed to ``reset``, not on earlier episodes.
 - Rendering costs ten times the physics, so shadows, reflections and multisampling are off.
 """
 
@@ -29,7 +29,7 @@ from preprocessing.episode import ActionBlock
 os.environ.setdefault("MUJOCO_GL", "egl")
 os.environ.setdefault("LP_NUM_THREADS", "1")
 if os.environ["MUJOCO_GL"] == "egl" and find_library("EGL") is None:
-    raise ModuleNotFoundError("Meta-World has nothing to render with: apt install libegl1 libgl1 libgl1-mesa-dri")
+    raise ModuleNotFoundError("Meta-World needs EGL to render: apt install libegl1 libgl1 libgl1-mesa-dri")
 
 try:
     with warnings.catch_warnings():
@@ -115,7 +115,7 @@ INSTRUCTIONS = {
 class MetaWorld:
     """One task. Actions are float32 ``[4]`` in [-1, 1]: dx, dy, dz of the hand, and the gripper (> 0 closes).
 
-    Proprioception is {"state": float32 [4]}: position of the hand in metres, and how far the gripper is open (0 ... 1).
+    Proprioception is {"state": float32 [4]}: position of the hand in metres, and opening of the gripper (0 to 1).
 
     >>> env = MetaWorld("drawer-close")
     >>> observation, _ = env.reset(seed=0)
@@ -127,7 +127,7 @@ class MetaWorld:
     def __init__(self, task: str, image_size: int = 128):
         self.task = task.removesuffix("-v3")
         if self.task not in INSTRUCTIONS:
-            raise ValueError(f"{task}: no such Meta-World task; one of {', '.join(INSTRUCTIONS)}")
+            raise ValueError(f"{task}: no such Meta-World task; choose from {', '.join(INSTRUCTIONS)}")
         self.instruction = INSTRUCTIONS[self.task]
         self.rendering = True
         self._steps = 0
@@ -140,8 +140,8 @@ class MetaWorld:
         self._expert = expert()
         self._env.model.vis.quality.offsamples = 0  # read when the renderer is made
         self._renderer = mujoco.Renderer(self._env.model, image_size, image_size)
-        # At exit mujoco shuts EGL down, and a renderer still open then prints a traceback. What is registered last runs
-        # first; weakref.finalize would not do, since its place is that of the process's first finalizer.
+        # At exit mujoco shuts EGL down, and a renderer that is still open prints a traceback. atexit runs the last
+        # registered function first; weakref.finalize would run at the position of the process's first finalizer.
         alive = weakref.ref(self._renderer)
         atexit.register(lambda: (renderer := alive()) and renderer.close())
 
@@ -160,11 +160,11 @@ class MetaWorld:
             self._full_state, reward, _, _, info = self._env.step(np.clip(action, -1, 1))
             success = success or bool(info["success"])
         self._steps += 1
-        # A task that is solved does not end by itself: demonstrations hold a few steps more.
+        # Success does not terminate the episode: demonstrations contain a few more steps.
         return self._observe(), float(reward), False, self._steps >= HORIZON, {"success": success}
 
     def expert_action(self) -> np.ndarray:
-        """Return the scripted expert's action float32 ``[4]`` for the present state. It knows where everything is."""
+        """Return the scripted expert's action float32 ``[4]`` for the current state. It sees the full state."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it warns of gains that the clipping below makes harmless
             action = self._expert.get_action(self._full_state)
@@ -175,7 +175,7 @@ class MetaWorld:
         self._env.close()
 
     def _observe(self) -> Observation:
-        # Of Meta-World's observation the first four numbers are the robot's own: hand position and finger opening.
+        # The first four numbers of Meta-World's observation are proprioception: hand position and gripper opening.
         state = self._full_state[:4].astype(np.float32)
         return {"images": self._frames() if self.rendering else {}, "proprio": {"state": state}}
 
@@ -185,7 +185,7 @@ class MetaWorld:
 
     def _render(self, camera: str) -> np.ndarray:
         self._renderer.update_scene(self._env.data, camera=camera)
-        flags = self._renderer.scene.flags  # update_scene sets them anew
+        flags = self._renderer.scene.flags  # update_scene resets them
         flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
         flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
         return self._renderer.render()

@@ -1,4 +1,4 @@
-"""The command line: ``uwm VERB``."""
+"""The command line, ``uwm VERB``."""
 
 from pipelines.cli.app import main
 

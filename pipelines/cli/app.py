@@ -1,4 +1,4 @@
-"""``uwm VERB``. Progress and logs go to stderr; with ``--json`` the last line of stdout is one JSON object.
+"""``uwm VERB``. Results go to stdout, progress and logs to stderr; with ``--json`` stdout ends with one line of JSON.
 
 Exit codes: 0 done; 2 wrong usage or configuration; 3 done, but some inputs were quarantined; 4 a promotion gate
 refused; 1 anything else.
@@ -21,15 +21,16 @@ from typing import Annotated, Any, Literal
 import typer
 
 from pipelines.cli.contract import Format, contract_app
+from pipelines.cli.extras import explain
 from pipelines.cli.options import AsJson, SnapshotId, verbose
 from pipelines.cli.store import store_app
-from pipelines.console import Lasting, answer, say
+from pipelines.console import Printer, ResilientStream, say
 from pipelines.errors import Interrupted, Refused
 from preprocessing.contracts.contract import DataContract
 from preprocessing.errors import UserError
 
 app = typer.Typer(
-    help="Raw robot logs and videos to a promoted Unified World Model policy.",
+    help="Turn raw robot logs and videos into a promoted Unified World Model policy.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -37,22 +38,30 @@ app = typer.Typer(
 app.add_typer(store_app, name="store")
 app.add_typer(contract_app, name="contract")
 
-MODEL = "Run id, checkpoint folder, models:/NAME@ALIAS, or a published UWM checkpoint."
-Store = Annotated[str, typer.Option(help="Folder of the latent store.", metavar="URI")]
-Address = Annotated[str | None, typer.Option(help="A running Ray cluster; one is started here if left out.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Set keys of the recipe.")]
-Output = Annotated[Path, typer.Option(help="Folder that gets the results, in a folder of their own.")]
-Checkpoints = Annotated[
-    str | None, typer.Option(help="Where checkpoints go while it trains, s3://... too; beside the results if left out.")
+MODEL = "Run id, checkpoint folder, models:/NAME@ALIAS, or published UWM checkpoint file."
+Store = Annotated[str, typer.Option(help="Latent store: a folder or s3://... URI.", metavar="URI")]
+Address = Annotated[
+    str | None, typer.Option(help="Address of a Ray cluster (default: RAY_ADDRESS, or start one on this machine).")
 ]
-New = Annotated[bool, typer.Option("--new", help="Begin anew, even where the same command was cut off.")]
-DryRun = Annotated[bool, typer.Option(help="Say what would be done, and do nothing.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Recipe keys to override, e.g. steps=1000 model.depth=4."),
+]
+Output = Annotated[Path, typer.Option(help="Parent folder; each run gets a subfolder.")]
+Checkpoints = Annotated[
+    str | None,
+    typer.Option(help="Folder or s3://... URI for checkpoints during training (default: --output).", metavar="URI"),
+]
+New = Annotated[bool, typer.Option("--new", help="Start a new run instead of resuming an interrupted one.")]
+DryRun = Annotated[bool, typer.Option(help="Print what would be done; write nothing.")]
 
-LISTED = 50  # lines of one kind, before they are counted
+LISTED = 50  # lines of one kind that are printed; the rest are counted
 
 
 @app.callback()
-def options(show_all: Annotated[bool, typer.Option("-v", "--verbose", help="Show all logs.")] = False) -> None:
+def set_verbosity(
+    show_all: Annotated[bool, typer.Option("-v", "--verbose", help="Show all logs and full tracebacks.")] = False,
+) -> None:
     logging.basicConfig(level=logging.INFO if show_all else logging.ERROR)
     if not show_all:
         warnings.simplefilter("ignore")
@@ -61,37 +70,52 @@ def options(show_all: Annotated[bool, typer.Option("-v", "--verbose", help="Show
 
 @app.command()
 def ingest(
-    source: Annotated[list[str], typer.Argument(help="Folders or files of robot logs and videos (docs/formats.md).")],
+    source: Annotated[
+        list[str],
+        typer.Argument(metavar="SOURCE", help="Files or folders of robot logs and videos (see docs/formats.md)."),
+    ],
     store: Store,
     format: Format = "auto",
     contract: Annotated[
-        str | None, typer.Option(help="What the data means: YAML, or a shipped one's name (uwm contract list).")
+        str | None,
+        typer.Option(help="Data contract: a YAML file, or a shipped contract's name (see uwm contract list)."),
     ] = None,
-    recipe: Annotated[str, typer.Option(help="YAML, with all that follows and more.")] = "ingest",
+    recipe: Annotated[
+        str, typer.Option(help="Shipped recipe's name or YAML file; options below override it.")
+    ] = "ingest",
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set keys of the recipe; any number.")
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key. Repeatable.")
     ] = None,
     encoder: Annotated[
         list[str] | None,
-        typer.Option(help="tiny (if left out), sdxl-vae, taesdxl, a hub id, a folder, pixels; several."),
+        typer.Option(
+            help="Frame encoder: tiny, sdxl-vae, taesdxl, pixels, a Hugging Face id or a folder (default: tiny). "
+            "Repeatable."
+        ),
     ] = None,
     precision: Annotated[
-        Literal["float32", "bfloat16"] | None, typer.Option(help="Of the encoders; bfloat16 is faster on GPUs.")
+        Literal["float32", "bfloat16"] | None,
+        typer.Option(help="Precision of the encoders (default: float32); bfloat16 is faster on GPUs."),
     ] = None,
     image_size: Annotated[
-        int | None, typer.Option(help="Frames are resized to this many pixels (128 if left out), a multiple of 8.")
+        int | None, typer.Option(help="Side of the resized frames in pixels, a multiple of 8 (default: 128).")
     ] = None,
-    fps: Annotated[float | None, typer.Option(help="Thin videos without actions to this rate.")] = None,
-    max_bad: Annotated[float | None, typer.Option(help="Stop when more than this share is bad (0.5).")] = None,
+    fps: Annotated[
+        float | None,
+        typer.Option(help="Maximum frame rate of videos without actions, in Hz (default: keep all frames)."),
+    ] = None,
+    max_bad: Annotated[
+        float | None, typer.Option(help="Stop if more than this share of the new episodes is bad (default: 0.5).")
+    ] = None,
     keep_broken: Annotated[
-        bool | None, typer.Option("--keep-broken", help="Of a broken video, keep what comes before the break.")
+        bool | None, typer.Option("--keep-broken", help="Keep the readable beginning of a broken video.")
     ] = None,
-    retry: Annotated[bool, typer.Option(help="Try again what was quarantined before.")] = False,
+    retry: Annotated[bool, typer.Option(help="Try quarantined episodes again.")] = False,
     address: Address = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Bring raw logs and videos into a store; what it already holds is not encoded again."""
+    """Ingest robot logs and videos into a latent store. Episodes it already holds are not encoded again."""
     from pipelines.ingest.run import ingest as run
     from pipelines.recipe import IngestRecipe, load_recipe
 
@@ -109,31 +133,25 @@ def ingest(
         address=address,
         verbose=verbose(),
     )
+    printer = Printer(as_json)
     for note in report.notes:
         say(note)
     for what, rows in (("filtered", report.filtered), ("quarantined", report.quarantine)):
         for row in rows[:LISTED]:
             say(f"{what} {row['uri']} #{row['index']}: {row['reason']}")
         if len(rows) > LISTED:
-            say(f"{what} {len(rows) - LISTED} more (all of them: --json, or uwm store quarantine)")
-    counts = report.episodes
-    filtered = Counter(row["filter"] for row in report.filtered)
-    if dry_run:
-        _would(report, filtered)
-    else:
-        which = f" ({_counted(filtered)})" if filtered else ""
-        say(
-            f"ingested {counts['new']} episodes ({counts['already']} already there, {counts['quarantined']} "
-            f"quarantined, {counts['filtered']} filtered{which}), {report.frames} frames, {report.seconds:.0f} s"
-        )
+            say(f"{what} {len(rows) - LISTED} more (to list all: --json, or uwm store quarantine)")
+    if report.removed:
+        say(f"skipped {report.removed} episodes that were removed from this store earlier")
     if report.bound_by:
         shares = ", ".join(f"{name}rs waited {share:.0%} of the time" for name, share in report.waiting.items())
         say(f"bound by {report.bound_by}: {shares}")
-    if report.removed:
-        say(f"{report.removed} episodes were removed from this store, and stay out")
-    if not dry_run:
-        say(f"snapshot {report.snapshot}")
-    answer(dataclasses.asdict(report), as_json)
+    if dry_run:
+        _show_dry_run(report, printer)
+        say("nothing was written")
+    else:
+        _show_ingest(report, printer)
+    printer.answer(dataclasses.asdict(report))
     if report.quarantine:
         raise typer.Exit(3)
 
@@ -142,7 +160,7 @@ def ingest(
 def pretrain(
     store: Store,
     overrides: Overrides = None,
-    recipe: Annotated[str, typer.Option(help="A shipped recipe's name or a YAML file.")] = "small",
+    recipe: Annotated[str, typer.Option(help="Shipped recipe's name or YAML file.")] = "small",
     snapshot: SnapshotId = None,
     output: Output = Path("runs"),
     checkpoints: Checkpoints = None,
@@ -151,37 +169,43 @@ def pretrain(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a world model on everything in a store."""
+    """Pretrain a world model on all episodes of a store."""
     from pipelines.recipe import load_recipe
     from pipelines.train import pretrain as verb
     from pipelines.train.run import RunOptions
 
     chosen = load_recipe(recipe, overrides or [])
+    printer = Printer(as_json)
     if dry_run:
-        _plan(verb.plan(store, chosen, snapshot), chosen, as_json)
+        _show_training_plan(verb.plan(store, chosen, snapshot), chosen, printer)
         return
     options = RunOptions(output=output, checkpoints=checkpoints, new=new, address=address, verbose=verbose())
     run_id, folder = verb.pretrain(store, chosen, options, snapshot_id=snapshot)
-    _trained(run_id, folder, as_json)
+    _show_trained_run(run_id, folder, printer)
 
 
 @app.command()
 def finetune(
-    model: Annotated[str, typer.Option("--from", help=MODEL)],
+    model: Annotated[str, typer.Option("--from", metavar="MODEL", help=MODEL)],
     store: Store,
     overrides: Overrides = None,
-    recipe: Annotated[str, typer.Option(help="A shipped recipe's name or a YAML file.")] = "finetune",
+    recipe: Annotated[str, typer.Option(help="Shipped recipe's name or YAML file.")] = "finetune",
     snapshot: SnapshotId = None,
     output: Output = Path("runs"),
-    register: Annotated[str | None, typer.Option(help="Register the result under this name.")] = None,
-    embodiment: Annotated[str | None, typer.Option(help="Whose actions, where there are several.")] = None,
+    register: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Register the result as a version of this model.")
+    ] = None,
+    embodiment: Annotated[
+        str | None,
+        typer.Option(help="Embodiment to register; for a published MODEL, the one to use if the store has several."),
+    ] = None,
     checkpoints: Checkpoints = None,
     new: New = False,
     address: Address = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train on from a model, on part of a store or on new data."""
+    """Finetune a model on a store: some of its training data, or new data of any embodiment."""
     from pipelines.models.checkpoint import load_settings
     from pipelines.models.resolve import resolve
     from pipelines.recipe import load_recipe
@@ -190,33 +214,41 @@ def finetune(
     from pipelines.train.run import RunOptions
 
     chosen = load_recipe(recipe, overrides or [])
+    printer = Printer(as_json)
     if dry_run:
         with tempfile.TemporaryDirectory() as scratch:
             initial = resolve(model, store, embodiment, snapshot, extend=True, cache=Path(scratch))
             settings = verb.plan(initial, store, chosen, snapshot).settings
             for line in verb.lines(settings):
-                say(line)
-            _plan(settings, chosen, as_json, transplant=verb.table(settings))
+                printer.show(line)
+            _show_training_plan(settings, chosen, printer, transplant=verb.table(settings))
         return
     options = RunOptions(output=output, checkpoints=checkpoints, new=new, address=address, verbose=verbose())
     run_id, folder = verb.finetune(model, store, chosen, options, snapshot_id=snapshot, embodiment=embodiment)
     version = to_registry(folder, register, embodiment) if register else None
     named = {"name": register, "version": version} if register else {}
-    _trained(run_id, folder, as_json, transplant=verb.table(load_settings(folder)), **named)
+    _show_trained_run(run_id, folder, printer, transplant=verb.table(load_settings(folder)), **named)
 
 
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)],
-    store: Annotated[str | None, typer.Option(help="Held-out episodes of this store, open loop.")] = None,
-    env: Annotated[str | None, typer.Option(help="SUITE:TASK, closed loop, e.g. metaworld:drawer-close.")] = None,
-    episodes: Annotated[int, typer.Option(min=1, help="Rollouts, closed loop.")] = 10,
-    embodiment: Annotated[str | None, typer.Option(help="Whose actions, where the model knows several.")] = None,
-    fast: Annotated[bool, typer.Option("--fast", help="Answer sooner, almost the same: fewer steps.")] = False,
+    store: Annotated[
+        str | None, typer.Option(metavar="URI", help="Evaluate open loop on the held-out episodes of this store.")
+    ] = None,
+    env: Annotated[
+        str | None,
+        typer.Option(metavar="SUITE:TASK", help="Evaluate closed loop in this simulator, e.g. metaworld:drawer-close."),
+    ] = None,
+    episodes: Annotated[int, typer.Option(min=1, help="Number of closed-loop episodes.")] = 10,
+    embodiment: Annotated[str | None, typer.Option(help="Embodiment to use if the model knows several.")] = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Use faster approximate inference, with fewer denoising steps.")
+    ] = False,
     output: Output = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
-    """Action error and frame prediction on held-out episodes; success rate in a simulator."""
+    """Evaluate a model: action error and frame prediction on held-out episodes, success rate in a simulator."""
     from pipelines.evaluate.run import evaluate as run
     from pipelines.evaluate.run import timestamped
 
@@ -224,36 +256,38 @@ def evaluate(
         raise UserError("nothing to evaluate on: give --store URI, --env SUITE:TASK or both")
     folder = timestamped(output)
     report = run(model, store, env, episodes, folder, embodiment, fast=fast)
+    printer = Printer(as_json)
     for part in ("open_loop", "closed_loop"):
         for name, value in report.get(part, {}).items():
-            if value is None:  # not something that this kind of model does
+            if value is None:  # this kind of model has no such mode
                 continue
-            say(f"{name:>22} {value:.4g}" if isinstance(value, float) else f"{name:>22} {value}")
+            printer.show(f"{name:>22} {value:.4g}" if isinstance(value, float) else f"{name:>22} {value}")
     say(f"written to {folder}")
-    answer(report | {"folder": str(folder)}, as_json)
+    printer.answer(report | {"folder": str(folder)})
 
 
 @app.command()
 def promote(
-    name: Annotated[str, typer.Argument(help="Registered model.")],
-    version: Annotated[str, typer.Argument(help="Version number.")],
-    alias: Annotated[str, typer.Option()] = "champion",
-    floor: Annotated[float, typer.Option(min=0, max=1, help="Success rate that a first champion must reach.")] = 0.5,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Registered model.")],
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="Version number.")],
+    alias: Annotated[str, typer.Option(help="Alias to move.")] = "champion",
+    floor: Annotated[float, typer.Option(min=0, max=1, help="Success rate that the first champion must reach.")] = 0.5,
     as_json: AsJson = False,
 ) -> None:
-    """Judge a version against the champion; move the alias if it passes (exit code 4 if not)."""
+    """Promote a model version if it is no worse than the champion. Exit code 4 if it is."""
     from pipelines.registry.promote import promote as run
 
     result = run(name, version, alias, floor)
-    say(f"{name} version {version} is now {alias} (before: {result.previous or 'none'}); {result.reason}")
-    answer(dataclasses.asdict(result), as_json)
+    printer = Printer(as_json)
+    printer.show(f"{name} version {version} is now {alias} (before: {result.previous or 'none'}); {result.reason}")
+    printer.answer(dataclasses.asdict(result))
 
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder that gets everything.")] = Path("demo-output"),
+    output: Annotated[Path, typer.Option(help="Folder for everything the demo writes.")] = Path("demo-output"),
 ) -> None:
-    """Raw logs and videos to a promoted policy, on this machine, in minutes."""
+    """Run every stage on this machine, from simulated logs to a promoted policy and a report, in minutes."""
     from pipelines.demo import demo as run
 
     run(output, verbose())
@@ -261,103 +295,131 @@ def demo(
 
 @app.command()
 def record(
-    output: Annotated[Path, typer.Argument(help="Folder that gets hdf5/, lerobot/ and videos/.")],
-    task: Annotated[list[str] | None, typer.Option(help="Meta-World task, once for each; all if left out.")] = None,
-    episodes: Annotated[int, typer.Option(min=2, help="Demonstrations of each task.")] = 2,
-    videos: Annotated[int, typer.Option(min=0, help="Further ones of each task, as video without actions.")] = 0,
-    image_size: Annotated[int, typer.Option(min=16)] = 128,
-    seed: int = 0,
+    output: Annotated[
+        Path, typer.Argument(metavar="OUTPUT", help="Folder to create, with hdf5/, lerobot/ and videos/.")
+    ],
+    task: Annotated[list[str] | None, typer.Option(help="Meta-World task (default: all). Repeatable.")] = None,
+    episodes: Annotated[int, typer.Option(min=2, help="Demonstrations per task.")] = 2,
+    videos: Annotated[int, typer.Option(min=0, help="Additional videos without actions per task.")] = 0,
+    image_size: Annotated[int, typer.Option(min=16, help="Side of the frames in pixels.")] = 128,
+    seed: Annotated[int, typer.Option(help="Seed of the initial states and of the noise on the actions.")] = 0,
 ) -> None:
-    """Make raw robot logs and videos with a simulator's scripted experts."""
+    """Record raw robot logs and videos of a simulator's scripted experts."""
     from infra.simulators.metaworld import INSTRUCTIONS
     from pipelines.record import record as run
 
     if unknown := sorted(set(task or []) - set(INSTRUCTIONS)):
-        raise UserError(f"--task {unknown[0]}: no such task; one of {', '.join(INSTRUCTIONS)}")
-    say(run(output, task or list(INSTRUCTIONS), episodes, videos, image_size, seed))
+        raise UserError(f"--task {unknown[0]}: no such task; choose from {', '.join(INSTRUCTIONS)}")
+    Printer().show(run(output, task or list(INSTRUCTIONS), episodes, videos, image_size, seed))
 
 
 @app.command("train-vae")
 def train_vae(
-    source: Annotated[list[Path], typer.Argument(help="Videos, images or folders of them.")],
-    output: Annotated[Path, typer.Option(help="Folder that gets the weights; use it as --encoder.")] = Path("tiny_vae"),
-    steps: Annotated[int, typer.Option(min=1)] = 3000,
-    initial: Annotated[Path | None, typer.Option("--from", help="Weights to go on from.")] = None,
+    source: Annotated[
+        list[Path],
+        typer.Argument(metavar="SOURCE", help="Files or folders that uwm ingest can read; frames are enough."),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the weights; pass it to --encoder.")] = Path("tiny_vae"),
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 3000,
+    initial: Annotated[
+        Path | None, typer.Option("--from", metavar="FOLDER", help="Folder of the weights to start from.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a small VAE of your own on frames you have; prints held-out PSNR in dB by place and camera."""
+    """Train a small VAE on your own frames and print its held-out PSNR in dB by source and camera."""
     from pipelines.train_vae import train_vae as run
 
     quality = run(source, output, steps, initial)
+    printer = Printer(as_json)
     for kind, value in quality.items():
-        say(f"{kind:>30} {value:.1f} dB")
-    answer(quality, as_json)
+        printer.show(f"{kind:>30} {value:.1f} dB")
+    printer.answer(quality)
 
 
-def _would(report: Any, filtered: Counter[str]) -> None:
-    """The table of a dry run."""
+def _show_ingest(report: Any, printer: Printer) -> None:
+    counts, filtered = report.episodes, _counted(report.filtered)
+    which = f" ({filtered})" if filtered else ""
+    printer.show(
+        f"ingested {counts['new']} episodes ({counts['already']} already there, {counts['quarantined']} "
+        f"quarantined, {counts['filtered']} filtered{which}), {report.frames} frames, {report.seconds:.0f} s"
+    )
+    printer.show(f"snapshot {report.snapshot}")
+
+
+def _show_dry_run(report: Any, printer: Printer) -> None:
     counts, expected = report.episodes, report.expected or {"pictures": 0, "seconds": 0, "bytes": 0}
-    say(f"{'new':>12}  {counts['new']:8} episodes, {report.frames} frames")
-    say(f"{'already':>12}  {counts['already']:8}")
-    say(f"{'filtered':>12}  {counts['filtered']:8}  {_counted(filtered)}".rstrip())
-    say(f"{'quarantined':>12}  {counts['quarantined']:8}")
-    say(f"{'to encode':>12}  {expected['pictures']:8.0f} pictures")
-    say(f"{'expected':>12}  {expected['seconds']:8.0f} s, {expected['bytes'] / 1e6:.1f} MB")
-    say("nothing was written")
+    for name, value in (
+        ("new", f"{counts['new']:8} episodes, {report.frames} frames"),
+        ("already", f"{counts['already']:8}"),
+        ("filtered", f"{counts['filtered']:8}  {_counted(report.filtered)}".rstrip()),
+        ("quarantined", f"{counts['quarantined']:8}"),
+        ("to encode", f"{expected['pictures']:8.0f} frames of all cameras and encoders"),
+        ("expected", f"{expected['seconds']:8.0f} s, {expected['bytes'] / 1e6:.1f} MB"),
+    ):
+        printer.show(f"{name:>12}  {value}")
 
 
-def _counted(reasons: Counter[str]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in reasons.most_common())
+def _counted(filtered: list[dict[str, Any]]) -> str:
+    """Return the number of filtered episodes by filter, the most frequent first."""
+    counts = Counter(row["filter"] for row in filtered)
+    return ", ".join(f"{count} {name}" for name, count in counts.most_common())
 
 
-def _plan(settings: Any, recipe: Any, as_json: bool, **more: Any) -> None:
+def _show_training_plan(settings: Any, recipe: Any, printer: Printer, **more: Any) -> None:
+    """Print the resolved recipe as YAML, and what the training would take."""
     import yaml
 
     from pipelines.train.dry_run import estimate
     from pipelines.train.trainable import adapt
 
     resolved = settings.recipe | {"model": dataclasses.asdict(settings.model)}
-    say(yaml.safe_dump(json.loads(json.dumps(resolved)), sort_keys=False).rstrip())
+    printer.show(yaml.safe_dump(json.loads(json.dumps(resolved)), sort_keys=False).rstrip())
     model = settings.build()
     adapt(model, recipe, settings.fresh)
     found = estimate(settings, recipe, model)
-    host = f", {found.host_bytes / 1e9:.2f} GB of its host" if found.host_bytes else ""
+    host = f", {found.host_bytes / 1e9:.2f} GB of host memory" if found.host_bytes else ""
     for name, value in (
         ("snapshot", f"{settings.snapshot}; {', '.join(settings.embodiments)}"),
-        ("parameters", f"{found.parameters / 1e6:.1f} M, {found.trained / 1e6:.1f} M of them trained"),
+        ("parameters", f"{found.parameters / 1e6:.1f} M, {found.trained / 1e6:.1f} M trained"),
         ("samples", f"{found.samples} in {found.steps} steps of {recipe.batch_size}, by {found.workers} workers"),
         (
             "memory",
-            f"{(found.state_bytes + found.activation_bytes) / 1e9:.2f} GB a worker, "
-            f"{found.activation_bytes / 1e9:.2f} of it activations{host}",
+            f"{(found.state_bytes + found.activation_bytes) / 1e9:.2f} GB per worker, "
+            f"{found.activation_bytes / 1e9:.2f} GB of it activations{host}",
         ),
         (
             "time",
-            f"{found.seconds / 3600:.2f} h, {found.step_seconds:.3g} s a step, on workers like this {found.device}",
+            f"{found.seconds / 3600:.2f} h, {found.step_seconds:.3g} s per step, if every worker is like this "
+            f"{found.device}",
         ),
-        ("cost", f"{found.cost:.2f}" if recipe.worker_price else "give worker_price, of a worker's hour"),
+        (
+            "cost",
+            f"{found.cost:.2f}" if recipe.worker_price else "unknown; set worker_price, the price of a worker-hour",
+        ),
     ):
-        say(f"# {name:>10}  {value}")
+        printer.show(f"# {name:>10}  {value}")
     report = {"parameters": found.parameters, "snapshot": settings.snapshot, "recipe": resolved}
-    answer(report | {"estimate": dataclasses.asdict(found), **more}, as_json)
+    printer.answer(report | {"estimate": dataclasses.asdict(found), **more})
 
 
-def _trained(run_id: str, folder: Path, as_json: bool, **more: Any) -> None:
+def _show_trained_run(run_id: str, folder: Path, printer: Printer, **more: Any) -> None:
     version = f", {more['name']} version {more['version']}" if "version" in more else ""
-    say(f"run {run_id}: checkpoint in {folder}{version}")
-    answer({"run_id": run_id, "checkpoint": str(folder), **more}, as_json)
+    printer.show(f"run {run_id}: checkpoint in {folder}{version}")
+    printer.answer({"run_id": run_id, "checkpoint": str(folder), **more})
 
 
 def main() -> None:
-    with contextlib.redirect_stderr(Lasting(sys.stderr)):
+    with contextlib.redirect_stderr(ResilientStream(sys.stderr)):
         _main()
 
 
 def _main() -> None:
     try:
         app(standalone_mode=True)
-    except (UserError, ConnectionError, ModuleNotFoundError) as error:
+    except (UserError, ConnectionError) as error:
         _fail(f"error: {error}", 2)
+    except ModuleNotFoundError as error:
+        _fail(f"error: {explain(error, sys.argv[1:])}", 2)
     except Refused as error:
         _fail(f"refused: {error}", 4)
     except Interrupted as stopped:

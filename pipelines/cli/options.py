@@ -7,12 +7,10 @@ from typing import Annotated
 
 import typer
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON line on stdout.")]
-SnapshotId = Annotated[
-    str | None, typer.Option(help="Snapshot id or tag to read; the newest if left out.", metavar="ID")
-]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON on stdout.")]
+SnapshotId = Annotated[str | None, typer.Option(help="Snapshot id or tag to read (default: newest).", metavar="ID")]
 
 
 def verbose() -> bool:
-    """Whether ``uwm -v`` was asked for: logging itself says so."""
+    """Whether ``uwm -v`` was given, as the level of the root logger records it."""
     return logging.getLogger().isEnabledFor(logging.INFO)

@@ -6,7 +6,7 @@ from scipy import stats
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of a success rate: honest for few trials and near 0 or 1.
+    """Return the 95 % Wilson score interval of a success rate. It is valid for few trials and near 0 or 1.
 
     Raises ValueError unless 0 <= ``successes`` <= ``trials`` and there is at least one trial.
     """

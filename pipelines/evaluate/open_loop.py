@@ -26,16 +26,12 @@ from uwm_model.augment import centre
 from uwm_model.metrics import action_error, psnr
 
 WINDOWS = 64
+COMPARED_WINDOWS = 4  # windows whose frames are written as PNG
+IDENTICAL = 60.0  # dB for identical frames, whose PSNR is infinite
 
 
-PICTURES = 4
-
-
-IDENTICAL = 60.0  # dB that equal pictures count as, for their PSNR is infinite
-
-
-class Picture(TypedDict):
-    """A PNG beside evaluation.json for the report: frames side by side, each with its heading."""
+class Comparison(TypedDict):
+    """A PNG next to evaluation.json for the report: frames side by side, and their headings."""
 
     file: str
     columns: list[str]
@@ -43,20 +39,20 @@ class Picture(TypedDict):
 
 @dataclass
 class OpenLoop:
-    """Means over held-out windows; action errors in the robot's units, PSNR in dB. None: this kind of model cannot."""
+    """Means over held-out windows: action errors in the robot's units, PSNR in dB. None: the model has no such mode."""
 
     windows: int
     action_error_policy: float
     action_error_inverse: float | None
-    action_error_mean: float  # of always answering the training mean: what an error is to be held against
+    action_error_mean: float  # of the constant mean action of these windows: the baseline
     psnr_forward: float | None
     psnr_floor: float | None
     psnr_ceiling: float | None
 
 
 @torch.inference_mode()
-def open_loop(policy: Policy, store_uri: str, output: Path) -> tuple[OpenLoop, list[Picture]]:
-    """Held-out windows of the store that the model was trained on; writes predicted against true frames as PNG."""
+def open_loop(policy: Policy, store_uri: str, output: Path) -> tuple[OpenLoop, list[Comparison]]:
+    """Evaluate on held-out windows of the model's training snapshot; write predicted and true frames as PNG."""
     model, held_out = policy.model, HeldOut(policy, store_uri)
     batch, generator = held_out.batch, torch.Generator().manual_seed(0)
     by_policy = policy.ask(batch, generator)
@@ -64,11 +60,11 @@ def open_loop(policy: Policy, store_uri: str, output: Path) -> tuple[OpenLoop, l
     if "inverse_dynamics" in model.modes:
         by_inverse, _ = model.sample("inverse_dynamics", batch, generator=generator)
     quality: tuple[float | None, float | None, float | None] = (None, None, None)
-    pictures: list[Picture] = []
+    comparisons: list[Comparison] = []
     if "forward_dynamics" in model.modes:
         _, future = model.sample("forward_dynamics", batch, generator=generator)
         assert future is not None
-        quality, pictures = _frame_quality(policy, held_out, future.numpy(), output)
+        quality, comparisons = _frame_quality(policy, held_out, future.numpy(), output)
     result = OpenLoop(
         WINDOWS,
         held_out.error(by_policy),
@@ -76,17 +72,18 @@ def open_loop(policy: Policy, store_uri: str, output: Path) -> tuple[OpenLoop, l
         held_out.error(held_out.mean_action()),
         *quality,
     )
-    return result, pictures
+    return result, comparisons
 
 
 class HeldOut:
     """Windows of held-out episodes of the policy's embodiment, the same at every call.
 
-    ``batch`` is what the model sees of them. Raises UserError where there are none, or they are not what it knows.
+    ``batch`` holds the model's input. Raises UserError if there are none, or if they do not match the policy's
+    interface.
     """
 
     def __init__(self, policy: Policy, store_uri: str):
-        at = LatentStore.open(store_uri).snapshot(policy.settings.snapshot).uri  # a store may have moved
+        at = LatentStore.open(store_uri).snapshot(policy.settings.snapshot).uri  # the store may have moved
         settings = policy.settings.model_copy(update={"store": at})
         self.data = data = dataset(settings, validation=True, recipe=Recipe.model_validate(settings.recipe))
         chosen = [i for i, row in enumerate(data.rows) if row["embodiment"] == policy.embodiment]
@@ -96,10 +93,10 @@ class HeldOut:
             )
         for row in (data.rows[i] for i in chosen):
             if broken := policy.spec.interface.differences(Interface.of(row)):
-                raise UserError(f"{row['uri']} #{row['index']} is not what {policy.folder} knows: {'; '.join(broken)}")
+                raise UserError(f"{row['uri']} #{row['index']} does not fit {policy.folder}: {'; '.join(broken)}")
         random = np.random.default_rng(0)
         self.episode = random.choice(chosen, WINDOWS)
-        # Windows whose future is still in the episode: a frame that merely repeats the last one predicts itself.
+        # Windows whose future is inside the episode: padding repeats the last frame, which is trivial to predict.
         ahead = data.shape.action_chunk + data.shape.future_frames
         self.frame = (random.random(WINDOWS) * np.maximum(data.frames[self.episode] - ahead, 1)).astype(int)
         arrays = data.gather(self.episode, self.frame)
@@ -113,21 +110,21 @@ class HeldOut:
         return action_error(action.numpy() * self._scale, self._true * self._scale, self._mask)
 
     def mean_action(self) -> torch.Tensor:
-        """Of these windows, for each step and dimension, [windows, L, A]: an answer without a look."""
+        """Return the mean action of these windows over windows and steps, [windows, L, A]: a constant prediction."""
         mean = self._true.sum((0, 1)) / np.maximum(self._mask.sum((0, 1)), 1)
         return torch.from_numpy(np.broadcast_to(mean, self._true.shape).copy())
 
 
 def _frame_quality(
     policy: Policy, held_out: HeldOut, predicted_latents: np.ndarray, output: Path
-) -> tuple[tuple[float, float, float], list[Picture]]:
-    """PSNR of the predicted frames, of the current ones copied (floor), of the true latents decoded (ceiling).
+) -> tuple[tuple[float, float, float], list[Comparison]]:
+    """Return the PSNR of predicted frames, of copies of the current ones (floor), of decoded true latents (ceiling).
 
-    Latents [windows, V, Tf, C, h, w]. Pictures of the first predictions go to ``output``.
+    Latents [windows, V, Tf, C, h, w]. Comparisons of the first windows are written to ``output``.
     """
     assert held_out.batch.future_latents is not None
     true_latents = held_out.batch.future_latents.numpy()
-    # The farthest of the future frames, of every window and camera slot at once.
+    # The last future frame of each window, decoded for all windows of a camera slot at once.
     slots = range(true_latents.shape[1])
     predictions = [policy.encoder.decode(predicted_latents[:, slot, -1]) for slot in slots]
     rebuilds = [policy.encoder.decode(true_latents[:, slot, -1]) for slot in slots]
@@ -137,21 +134,21 @@ def _frame_quality(
         for slot, (now, then) in frames.items():
             predicted, rebuilt = predictions[slot][i], rebuilds[slot][i]
             quality.append([min(float(psnr(image, then)), IDENTICAL) for image in (predicted, now, rebuilt)])
-            if len(shown) < PICTURES * len(slots):
+            if len(shown) < COMPARED_WINDOWS * len(slots):
                 shown.append(np.concatenate([now, predicted, then], axis=1))
-    pictures: list[Picture] = []
+    comparisons: list[Comparison] = []
     for number, image in enumerate(shown):
-        pictures.append({"file": f"forward_{number}.png", "columns": ["now", "predicted", "true"]})
-        Image.fromarray(image).save(output / pictures[-1]["file"])
+        comparisons.append({"file": f"forward_{number}.png", "columns": ["now", "predicted", "true"]})
+        Image.fromarray(image).save(output / comparisons[-1]["file"])
     forward, floor, ceiling = np.mean(quality, axis=0) if quality else [float("nan")] * 3
-    return (float(forward), float(floor), float(ceiling)), pictures
+    return (float(forward), float(floor), float(ceiling)), comparisons
 
 
 def _true_frames(policy: Policy, held_out: HeldOut) -> Iterator[dict[int, tuple[np.ndarray, np.ndarray]]]:
-    """For each window, by camera slot: (the current frame, the farthest future frame) from the source files, of which
-    as much as the model sees.
+    """Yield for each window, by camera slot, (current frame, last future frame), cropped to what the model sees.
 
-    Windows whose source is gone or changed yield nothing: latents alone cannot say what the camera saw.
+    The frames come from the source files: latents alone cannot show what the camera saw. If the source is gone or
+    changed, the window has no frames.
     """
     data, shape = held_out.data, held_out.data.shape
     decoded: dict[int, dict[str, np.ndarray]] = {}

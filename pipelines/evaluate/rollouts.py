@@ -1,4 +1,4 @@
-"""Closed loop: success rate of a policy in a simulator, with a video of every episode."""
+"""Closed loop: success rate of a policy in a simulator, and a video of every episode."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from preprocessing.video.write import write_video
 
 
 class RolloutVideo(TypedDict):
-    """A video beside evaluation.json."""
+    """A video next to evaluation.json."""
 
     file: str
     episode: int
@@ -45,9 +45,10 @@ class ClosedLoop:
 def closed_loop(
     policy: Policy, env: str, episodes: int, output: Path, seed: int
 ) -> tuple[ClosedLoop, list[RolloutVideo]]:
-    """Roll the policy out in ``SUITE:TASK`` on all cores; write a video of each episode to ``output``.
+    """Run the policy in ``SUITE:TASK`` on all cores; write a video of each episode to ``output``.
 
-    An episode's initial state and the policy's noise are functions of ``seed`` and the episode's number.
+    An episode's initial state and the policy's noise depend only on ``seed`` and the episode's number. Raises UserError
+    for an unknown suite or task, or if the policy does not fit the suite's interface.
     """
     suite_name, _, task = env.partition(":")
     if suite_name not in SUITES:
@@ -55,7 +56,7 @@ def closed_loop(
         raise UserError(f"{env}: unknown suite {suite_name}; known: {known}, e.g. --env metaworld:drawer-close")
     suite = load_suite(suite_name)
     if task not in suite.INSTRUCTIONS:
-        raise UserError(f"{env}: {suite_name} has no such task; one of {', '.join(suite.INSTRUCTIONS)}")
+        raise UserError(f"{env}: {suite_name} has no such task; choose from {', '.join(suite.INSTRUCTIONS)}")
     policy.accept(suite.INTERFACE, env)
     videos: list[RolloutVideo] = []
     with ProcessPoolExecutor(min(os.cpu_count() or 1, episodes), get_context("spawn")) as pool:
@@ -79,8 +80,8 @@ def closed_loop(
 
 @cache
 def _loaded(folder: Path, embodiment: str, fast: bool, env: str) -> tuple[Policy, Simulator]:
-    """A process keeps its policy and its simulator: loading either takes a second."""
-    torch.set_num_threads(1)  # one process a core
+    """Load the policy and the simulator, once per process: either takes a second."""
+    torch.set_num_threads(1)  # one process per core
     policy = Policy(folder, embodiment, fast)
     suite, _, task = env.partition(":")
     return policy, load_suite(suite).make(task, policy.image_size)

@@ -1,9 +1,9 @@
-"""``uwm evaluate``: how good a model is, on held-out episodes (open loop) and in a simulator (closed loop).
+"""``uwm evaluate``: evaluate a model on held-out episodes (open loop) and in a simulator (closed loop).
 
-Open loop: action error in policy and inverse-dynamics mode; PSNR of forward dynamics between its floor (the current
-frame, copied) and its ceiling (the true future frame through the VAE); all as far as this kind of model has those
-modes. Closed loop: success rate with its interval, and a video of every episode. Everything goes into a folder and to
-the model's MLflow run.
+Open loop: action error in policy and inverse-dynamics mode, and PSNR of forward dynamics between its floor (a copy of
+the current frame) and its ceiling (the true future frame through the VAE), for the modes that the model has. Closed
+loop: success rate with its interval, and a video of every episode. Results go to a folder and to the model's MLflow
+run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def evaluate(
     seed: int = 1000,
     fast: bool = False,
 ) -> dict[str, Any]:
-    """Evaluate MODEL where asked to; writes ``output/evaluation.json`` and returns its content."""
+    """Evaluate MODEL on the store, in the simulator or both; write and return ``output/evaluation.json``."""
     folder = resolve(model, store_uri, embodiment)
     policy = Policy(folder, embodiment, fast)
     output.mkdir(parents=True, exist_ok=True)
@@ -49,13 +49,13 @@ def evaluate(
         report["open_loop"] = asdict(result)
         metrics |= {name: float(value) for name, value in asdict(result).items() if value is not None}
     if env:
-        of_task, report["videos"] = closed_loop(policy, env, episodes, output, seed)
-        report["closed_loop"] = asdict(of_task)
-        metrics[f"success_rate.{env.replace(':', '.')}"] = of_task.success_rate
+        rollouts, report["videos"] = closed_loop(policy, env, episodes, output, seed)
+        report["closed_loop"] = asdict(rollouts)
+        metrics[f"success_rate.{env.replace(':', '.')}"] = rollouts.success_rate
     (output / "evaluation.json").write_text(json.dumps(report, indent=1))
-    if fast:  # how another policy fares, as far as the gates of promotion are concerned
-        asked = ("action_error_policy", "success_rate")
-        metrics = {f"fast.{name}" if name.startswith(asked) else name: value for name, value in metrics.items()}
+    if fast:  # a different policy as far as the promotion gate is concerned
+        affected = ("action_error_policy", "success_rate")
+        metrics = {f"fast.{name}" if name.startswith(affected) else name: value for name, value in metrics.items()}
     if policy.settings.run_id:
         tracking.connect()
         tracking.log_metrics(policy.settings.run_id, metrics, policy.settings.step)
@@ -64,4 +64,5 @@ def evaluate(
 
 
 def timestamped(folder: Path) -> Path:
+    """Return the path of a new evaluation's folder inside ``folder``."""
     return folder / time.strftime("evaluation-%Y%m%d-%H%M%S")

@@ -1,7 +1,7 @@
-"""What makes commits of an ingest's rows, on the driver, while the job runs.
+"""Commits an ingest's rows on the driver while the job runs.
 
-Write tasks leave in an inbox what they wrote; the committer joins rows into episodes, and every few minutes commits
-those that are complete. So a crash costs no more than that, and the driver holds no more than that.
+Write tasks put what they wrote into an inbox. The committer joins these rows into episodes and commits the complete
+ones every few minutes, which bounds both the work lost in a crash and the driver's memory.
 """
 
 from __future__ import annotations
@@ -20,43 +20,46 @@ from icechunk import ForkSession
 
 from infra.progress import on_this_node
 from pipelines.ingest.episode_reader import EpisodeRecord, Gate, Plan, Refusal, Work
-from preprocessing.store.catalogue import CameraRow, EpisodeRow, LocationRow, QuarantineRow, StatisticsRow
+from preprocessing.store.rows import CameraRow, EpisodeRow, LocationRow, QuarantineRow, StatisticsRow
 from preprocessing.store.statistics import Statistics, StatisticsColumns, merge
 from preprocessing.store.store import LatentStore
 
-COMMIT_MINUTES = 2  # of work that a crash may cost
+COMMIT_MINUTES = 2  # work that a crash may cost
 COMMIT_EPISODES = 4096
-FAILURES = 3  # commits in a row, that stop a job
+FAILURES = 3  # failed commits in a row that stop a job
 
 
 class Committer:
-    """Joins rows into episodes on the driver, and commits those that are complete every COMMIT_MINUTES."""
+    """Joins rows into episodes and commits complete episodes every COMMIT_MINUTES.
 
-    def __init__(self, store: LatentStore, work: list[Work], plan: Plan, most_bad: float):
+    Stops the job when more than ``max_bad`` episodes are quarantined, or when FAILURES commits in a row fail.
+    """
+
+    def __init__(self, store: LatentStore, work: list[Work], plan: Plan, max_bad: float):
         self.store = store
         self.inbox = Inbox.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]
         self.snapshot: str | None = None
         self.episodes = self.already = self.frames = 0
         self.quarantine: list[QuarantineRow] = []
         self.too_bad = False
-        self.failure: Exception | None = None  # of commits, that made it stop the job
+        self.failure: Exception | None = None  # of the commit that stopped the job
         self._work = {one.ref.id: one for one in work}
-        self._left = {one.ref.id: place for place, one in enumerate(work)}  # not committed yet
+        self._left = {one.ref.id: place for place, one in enumerate(work)}  # episodes not committed yet
         self._plan = plan
         self._gate = Gate(plan, store.snapshot())
-        self._most_bad = most_bad
+        self._max_bad = max_bad
         self._pending: dict[str, _Pending] = {}
-        self._forks: list[tuple[ForkSession, list[dict[str, Any]]]] = []  # not committed yet, and their rows
+        self._forks: list[tuple[ForkSession, list[dict[str, Any]]]] = []  # uncommitted, with their rows
         self._batch: _Batch | None = None
         self._lock = threading.Lock()
         self._last_commit = time.monotonic()
-        self._failed = 0  # commits in a row
+        self._failed = 0  # failed commits in a row
 
     def start(self) -> None:
         self._last_commit = time.monotonic()
 
     def tick(self) -> int:
-        """Commit if it is time for it. Returns how many episodes are done. For a thread beside the job."""
+        """Commit if it is due; return the number of finished episodes. Called by a thread while the job runs."""
         with self._lock:
             self._receive()
             complete = self._complete()
@@ -66,27 +69,25 @@ class Committer:
                     self._commit(complete)
                 except Exception as error:
                     self._failed += 1
-                    if self._failed == FAILURES:  # whatever else it encoded would be lost too
+                    if self._failed == FAILURES:  # everything encoded from here on would be lost
                         self.failure = error
                         self.inbox.stop.remote()
                     raise
                 self._failed, complete = 0, []
             return len(self._work) - len(self._left) + len(complete)
 
-    def keep(self) -> None:
-        """Commit what is complete."""
+    def commit_complete(self) -> None:
+        """Commit all complete episodes."""
         with self._lock:
             self._receive()
             self._commit(self._complete())
 
     def finish(self) -> None:
-        """Commit the rest; RuntimeError if anything of it is missing."""
-        self.keep()
+        """Commit the remaining episodes. Raises RuntimeError if any of them is incomplete."""
+        self.commit_complete()
         if self._left:
             first = self._work[next(iter(self._left))].ref
-            raise RuntimeError(
-                f"{len(self._left)} episodes came back incomplete, {first.uri} #{first.index} among them"
-            )
+            raise RuntimeError(f"{len(self._left)} episodes came back incomplete, including {first.uri} #{first.index}")
 
     def _receive(self) -> None:
         writings, refusals = ray.get(self.inbox.take.remote())
@@ -106,7 +107,7 @@ class Committer:
                 self._pending.setdefault(episode, _Pending()).refusal = refusal
 
     def _complete(self) -> list[str]:
-        """In the order of the sources, whatever order tasks ended in."""
+        """Return the complete episodes in the order of the sources, whichever tasks ended first."""
         complete = [one for one, pending in self._pending.items() if pending.complete(self._work[one].keys)]
         return sorted(complete, key=self._left.__getitem__)
 
@@ -134,7 +135,7 @@ class Committer:
                 batch.unused += [row["place"] for found in pending.segments.values() for row in found.values()]
                 continue
             for encoder, key in one.keys.items():
-                row, statistics = _catalogued(one, pending, encoder, key, self._plan)
+                row, statistics = _catalogue_rows(one, pending, encoder, key, self._plan)
                 batch.rows.append(row)
                 batch.statistics += statistics
         return batch
@@ -152,7 +153,8 @@ class Committer:
         self.quarantine += batch.quarantine
         for episode in batch.episodes:
             del self._left[episode], self._pending[episode]
-        # Nothing was committed where all were doubles: then episodes that are still to come need their forks again.
+        # If another ingest had already committed all of these, nothing was committed: the remaining episodes still need
+        # their forks.
         again = not (commit.keys or batch.quarantine)
         self._forks = [
             (fork, rows)
@@ -160,14 +162,14 @@ class Committer:
             if not any(fork is done for done in batch.forks)
             or (again and any(row["episode"] in self._left for row in rows))
         ]
-        if sum(not row["filter"] for row in self.quarantine) > self._most_bad:
+        if sum(not row["filter"] for row in self.quarantine) > self._max_bad:
             self.too_bad = True
             self.inbox.stop.remote()
 
 
 @ray.remote(num_cpus=0)
 class Inbox:
-    """Where tasks leave what they wrote, and what they could not read; on the driver's node."""
+    """Collects what tasks wrote and which episodes they refused. Runs on the driver's node."""
 
     def __init__(self) -> None:
         self._begun: Counter[str] = Counter()
@@ -177,7 +179,7 @@ class Inbox:
         self._stopped = False
 
     def begin(self, episode: str) -> int:
-        """How many times it has been begun: more than once where a task's process died."""
+        """Return how often the episode was begun: more than once if a task's process died."""
         self._begun[episode] += 1
         return self._begun[episode]
 
@@ -185,7 +187,7 @@ class Inbox:
         self._refused[episode] = refusal._replace(reason=" ".join(refusal.reason.split()))
 
     def put(self, task: int, written: Any) -> bool:
-        """Whether the job is to go on. A task that Ray ran twice is heard once."""
+        """Return whether the job should continue. If Ray ran a task twice, its second result is ignored."""
         if task not in self._seen:
             self._seen.add(task)
             self._written.append(written)
@@ -202,7 +204,7 @@ class Inbox:
 
 @dataclass
 class _Pending:
-    """What has come of one episode so far."""
+    """What has arrived of one episode so far."""
 
     refusal: Refusal | None = None
     record: EpisodeRecord | None = None
@@ -221,9 +223,9 @@ class _Pending:
 
 @dataclass
 class _Batch:
-    """What is to become one commit. One that failed is asked for again as it is: it may have been made after all."""
+    """The content of one commit. A failed commit is retried unchanged, since it may have succeeded."""
 
-    episodes: list[str]  # ids, those of bad ones too
+    episodes: list[str]  # ids, including those of bad episodes
     forks: list[ForkSession] = field(default_factory=list)
     rows: list[EpisodeRow] = field(default_factory=list)
     statistics: list[StatisticsRow] = field(default_factory=list)
@@ -232,23 +234,23 @@ class _Batch:
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
-def _catalogued(
+def _catalogue_rows(
     one: Work, pending: _Pending, encoder: str, key: str, plan: Plan
 ) -> tuple[EpisodeRow, list[StatisticsRow]]:
-    """The catalogue row of one encoding of an episode, and its statistics' rows."""
+    """Return the catalogue row of one encoding of an episode, and its statistics rows."""
     assert pending.record is not None and pending.steps is not None
     cameras: list[CameraRow] = []
     statistics: list[StatisticsRow] = []
     for camera in pending.record["cameras"]:
-        found = [row for _, row in sorted(pending.segments[encoder, camera].items())]
-        cameras.append({"name": camera, "segments": [row["place"] for row in found]})
-        measured = [Statistics.from_row(row["statistics"]) for row in found if "statistics" in row]
+        found = [segment for _, segment in sorted(pending.segments[encoder, camera].items())]
+        cameras.append({"name": camera, "segments": [segment["place"] for segment in found]})
+        measured = [Statistics.from_row(segment["statistics"]) for segment in found if "statistics" in segment]
         if measured:
             statistics.append({"key": key, "array": camera, **merge(measured).to_row()})
     if "statistics" in pending.steps:
         of_steps: StatisticsColumns = pending.steps["statistics"]
         statistics.append({"key": key, "array": "steps", **of_steps})
-    catalogued: EpisodeRow = {
+    row: EpisodeRow = {
         **pending.record,
         "key": key,
         "encoder": encoder,
@@ -256,4 +258,4 @@ def _catalogued(
         "cameras": cameras,
         "steps": pending.steps["place"],
     }
-    return catalogued, statistics
+    return row, statistics

@@ -1,7 +1,7 @@
-"""``uwm ingest --dry-run``: what an ingest would do, found by reading all that is new and encoding none of it.
+"""``uwm ingest --dry-run``: predict an ingest by reading everything new and encoding nothing.
 
-Reading is a small part of an ingest: it is the encoders that take the time. How much they would take is measured on a
-few frames, where they would run.
+Reading is a small part of an ingest; the encoders take most of the time. Their speed is measured on a few frames, where
+they would run.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from pipelines.ingest.job import Encode, actors, encoder_resources
 from preprocessing.episode import FRAMES_PER_CHUNK, EpisodeRef
 from preprocessing.store.snapshot import Snapshot
 
-STARTING = 20  # seconds, until encoders encode
-MEASURED = 2.0  # seconds
+STARTING = 20  # seconds until encoders have started
+MEASURED = 2.0  # seconds of encoding to measure each encoder
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One new episode: its catalogue row without its places, or why it would be refused."""
+    """One new episode: its catalogue row without storage locations, or why it would be refused."""
 
     work: Work
-    images: int  # frames of all cameras
+    frames: int  # of all cameras together
     columns: int  # of its steps
     row: EpisodeRecord | None
     refusal: Refusal | None
@@ -40,7 +40,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Expected:
-    """What encoding would take; ``pictures`` counts each camera's frames, once for each encoder."""
+    """Cost of the encoding. ``pictures`` counts the frames of all cameras, once per encoder."""
 
     pictures: int
     seconds: float
@@ -48,12 +48,12 @@ class Expected:
 
 
 def read_all(work: list[Work], plan: Plan, head: Snapshot) -> list[Candidate]:
-    """Every episode, in the order of ``work``. A cluster is to be there."""
+    """Read every episode, in the order of ``work``. Needs a connection to Ray."""
     items = [{"place": i, "work": json.dumps(asdict(one))} for i, one in enumerate(work)]
     found: dict[int, dict[str, Any]] = {}
     with data_context(), tqdm(total=len(work), desc="read", unit="ep", mininterval=0.5) as bar:
         read = ray.data.from_items(items, override_num_blocks=min(len(items), 512)).map_batches(
-            _look,  # type: ignore[arg-type]
+            _read,  # type: ignore[arg-type]
             batch_size=1,
             batch_format="pyarrow",
             fn_kwargs={"plan": plan},
@@ -64,40 +64,40 @@ def read_all(work: list[Work], plan: Plan, head: Snapshot) -> list[Candidate]:
             bar.update()
     seen, gate = [], Gate(plan, head)
     for place, one in enumerate(work):
-        row, images, columns, why = (found[place][key] for key in ("row", "images", "columns", "refusal"))
+        row, frames, columns, why = (found[place][key] for key in ("row", "frames", "columns", "refusal"))
         reason = Refusal(*why) if why else None
         if row:
             reason = gate.admit(one.source, row)
-        seen.append(Candidate(one, images, columns, row, reason))
+        seen.append(Candidate(one, frames, columns, row, reason))
     return seen
 
 
 def expected(seen: list[Candidate], plan: Plan) -> Expected:
-    """Of those that would go in. Encoders are loaded and measured where an ingest would run them."""
-    going = [one for one in seen if one.refusal is None]
-    images = sum(one.images * len(one.work.keys) for one in going)
+    """Estimate the cost of the accepted episodes. Encoders are loaded and measured where an ingest would run them."""
+    accepted = [one for one in seen if one.refusal is None]
+    frames = sum(one.frames * len(one.work.keys) for one in accepted)
     rates: dict[str, tuple[float, int]] = {}
-    if going:
+    if accepted:
         rates = ray.get(ray.remote(_rates).options(**encoder_resources()).remote(plan))
-    seconds, size = float(STARTING if going else 0), 0
-    for one in going:
+    seconds, size = float(STARTING if accepted else 0), 0
+    for one in accepted:
         assert one.row is not None
         for name in one.work.keys:
             rate, latent = rates[name]
-            seconds += one.images / rate / actors()
-            size += one.images * latent + one.row["frames"] * one.columns * 4
-    return Expected(images, round(seconds, 1), size)
+            seconds += one.frames / rate / actors()
+            size += one.frames * latent + one.row["frames"] * one.columns * 4
+    return Expected(frames, round(seconds, 1), size)
 
 
-def _look(batch: pa.Table, plan: Plan) -> Iterator[pa.Table]:
+def _read(batch: pa.Table, plan: Plan) -> Iterator[pa.Table]:
     [item] = batch.to_pylist()
     values = json.loads(item["work"])
     ref = EpisodeRef(**values["ref"])
-    found: dict[str, Any] = {"row": None, "images": 0, "columns": 0, "refusal": None}
+    found: dict[str, Any] = {"row": None, "frames": 0, "columns": 0, "refusal": None}
     try:
         reading = Reading(ref, values["source"], values["fps"], plan)
         for _, _, frames in reading.frames():
-            found["images"] += len(frames)
+            found["frames"] += len(frames)
         row, steps = reading.record()
         found |= {"row": row, "columns": steps.shape[1]}
     except Exception as error:  # as in the ingest itself
@@ -106,13 +106,13 @@ def _look(batch: pa.Table, plan: Plan) -> Iterator[pa.Table]:
 
 
 def _rates(plan: Plan) -> dict[str, tuple[float, int]]:
-    """Frames a second and bytes of a frame's latents, by encoder, in one actor's place."""
+    """Return each encoder's frames per second and bytes per frame of latents, with one actor's resources."""
     encode = Encode(plan, None)
     size = plan.recipe.image_size
     frames = np.random.default_rng(0).integers(0, 256, (FRAMES_PER_CHUNK, size, size, 3), np.uint8)
     rates = {}
     for name, encoder in encode.encoders.items():
-        latents = encoder.encode(frames)  # the first time takes longer
+        latents = encoder.encode(frames)  # warm-up: the first call takes longer
         done, began = 0, time.monotonic()
         while (passed := time.monotonic() - began) < MEASURED:
             encoder.encode(frames)

@@ -1,4 +1,4 @@
-"""One episode of an ingest, read: its frames as they are decoded, its record, or why it is refused."""
+"""Reads one episode of an ingest: its frames as they are decoded, then its record, or the reason to refuse it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from preprocessing.episode import Episode, EpisodeRef, Repair
 from preprocessing.errors import BadEpisode, UserError
 from preprocessing.quality.duplicates import Fingerprints
 from preprocessing.quality.filters import Inspector
-from preprocessing.store.catalogue import EpisodeColumns, QuarantineRow
+from preprocessing.store.rows import EpisodeColumns, QuarantineRow
 from preprocessing.store.snapshot import Snapshot
 
 READER = version("unified-world-models")
@@ -27,39 +27,39 @@ READER = version("unified-world-models")
 
 @dataclass(frozen=True)
 class Work:
-    """One episode to ingest: ``keys`` names the catalogue row that each encoder is to make of it."""
+    """One episode to ingest. ``keys`` holds the key of its catalogue row for each encoder."""
 
     ref: EpisodeRef
     source: str
     keys: dict[str, str]
     quarantine_key: str
-    fps: float | None  # at most so many frames a second, where it has no actions
+    fps: float | None  # maximum frame rate, for episodes without actions
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is the same for all episodes of an ingest."""
+    """The settings that all episodes of an ingest share."""
 
     encoders: dict[str, str]  # digest by name
     recipe: IngestRecipe
     contracts: dict[str, DataContract | None]  # by source
-    interfaces: Interfaces  # of what is there, and, on the driver, of what has come in since
+    interfaces: Interfaces  # of stored episodes; on the driver, also of those accepted since
 
     @property
     def strictness(self) -> str:
-        """What decides whether an episode is let in, beside its bytes and its contract."""
+        """The settings that decide whether an episode is accepted, as JSON; its bytes and contract decide too."""
         return self.recipe.model_dump_json(include={"keep_broken", "limits", "quality"})
 
 
 class Refusal(NamedTuple):
-    """Why an episode is not let in."""
+    """Why an episode is not accepted."""
 
     reason: str
-    reader: str | None  # version that refused these bytes for good; None where trying again may help
-    filter: str | None = None  # that took it for not worth encoding; None where it cannot be read
+    reader: str | None  # version that refused these bytes for good; None if a retry may help
+    filter: str | None = None  # quality filter that refused it; None if it cannot be read
 
     def row(self, work: Work) -> QuarantineRow:
-        """As the table QUARANTINE keeps it."""
+        """Return the refusal as a row of the store's quarantine table."""
         return {
             "key": work.quarantine_key,
             "id": work.ref.id,
@@ -72,26 +72,29 @@ class Refusal(NamedTuple):
 
 
 class EpisodeRecord(EpisodeColumns):
-    """An episode's catalogue row before it is encoded: ``cameras`` counts each camera's frames."""
+    """An episode's catalogue row before encoding. ``cameras`` maps each camera to its number of frames."""
 
     cameras: dict[str, int]
 
 
 class Reading:
-    """Raises what :func:`refusal` makes a reason of."""
+    """An episode being read: first all ``frames``, then the ``record``.
+
+    Every method may raise; :func:`refusal` turns the exception into a reason.
+    """
 
     def __init__(self, ref: EpisodeRef, source: str, fps: float | None, plan: Plan):
         limits.use(plan.recipe.limits)
         self._source, self._plan = source, plan
         self._breaks: list[str] | None = [] if plan.recipe.keep_broken else None
         self.episode = sources.load(ref, plan.contracts[source], fps, self._breaks)
-        if reason := plan.interfaces.broken_by(source, _described(self.episode)):
+        if reason := plan.interfaces.broken_by(source, _interface_row(self.episode)):
             raise BadEpisode(reason)
         self._counts: dict[str, int] = {}
         self._inspector = Inspector(plan.recipe.quality, self.episode)
 
     def frames(self) -> Iterator[tuple[str, int, np.ndarray]]:
-        """Camera, number of the first frame, and up to 64 frames uint8 ``[n, S, S, 3]``."""
+        """Yield (camera, index of the first frame, up to 64 frames uint8 ``[n, S, S, 3]``)."""
         for camera, video in self.episode.cameras.items():
             self._counts[camera] = 0
             for frames in video.frames(self._plan.recipe.image_size):
@@ -100,10 +103,13 @@ class Reading:
                 self._counts[camera] += len(frames)
 
     def record(self) -> tuple[EpisodeRecord, np.ndarray]:
-        """Once all frames have gone by: the catalogue row without its places, and the steps float32 ``[T, D]``."""
+        """Return the catalogue row without storage locations, and the steps float32 ``[T, D]``.
+
+        Call it after all frames were read.
+        """
         row, steps = _record(self.episode, self._counts, self._plan, self._source)
         if sources.digest(self.episode.ref) != self.episode.ref.digest:
-            raise BadEpisode("it changed while it was read; ingest it again when it is complete")
+            raise BadEpisode("the source changed while it was read; ingest it again when it is complete")
         verdict = self._inspector.verdict()
         if verdict.filter:
             raise _Filtered(verdict.filter, verdict.reason)
@@ -118,11 +124,11 @@ class Reading:
 
 
 class _Filtered(Exception):
-    """The filter's name, and its reason."""
+    """Refused by a quality filter. Arguments: the filter's name and its reason."""
 
 
 class Gate:
-    """What an episode has to pass beside those that are in already; on the driver, in the order in which they come."""
+    """Checks episodes against those already accepted, on the driver, in the order of their arrival."""
 
     def __init__(self, plan: Plan, head: Snapshot):
         self._interfaces, self._limit = plan.interfaces, plan.recipe.quality.near_duplicates
@@ -132,13 +138,13 @@ class Gate:
                 self._remember(row)
 
     def admit(self, source: str, row: EpisodeRecord) -> Refusal | None:
-        """Let an episode in, by its catalogue row; or why not."""
+        """Accept the episode with this catalogue row and return None, or return why it is refused."""
         if reason := self._interfaces.broken_by(source, row):
             return Refusal(reason, READER)
         if self._limit is not None and row["fingerprint"]:
             near = self._seen.nearest(bytes.fromhex(row["fingerprint"]), self._limit)
             if near and near[0] != row["id"]:
-                reason = f"near_duplicates: a copy of episode {near[0]}, {near[1]:.1f} of 64 bits a frame differ"
+                reason = f"near_duplicates: a copy of episode {near[0]}; {near[1]:.1f} of 64 bits per frame differ"
                 return Refusal(reason, READER, "near_duplicates")
         self._interfaces.add(source, row)
         self._remember(row)
@@ -150,9 +156,10 @@ class Gate:
 
 
 def refusal(error: Exception, ref: EpisodeRef) -> Refusal:
+    """Turn an exception raised while reading an episode into the reason to refuse it."""
     match error:
         case BadEpisode():
-            # What its bytes are now is for the next run to see; only bytes that were read whole are refused for good.
+            # Refused for good only if the file is unchanged; otherwise the next run reads it again.
             return Refusal(str(error), READER if _unchanged(ref) else None)
         case _Filtered(args=(name, reason)):
             return Refusal(reason, READER, name)
@@ -167,8 +174,8 @@ def _unchanged(ref: EpisodeRef) -> bool:
     return False
 
 
-def _described(episode: Episode) -> InterfaceRow:
-    """The columns that say what an episode's numbers and pictures mean."""
+def _interface_row(episode: Episode) -> InterfaceRow:
+    """Return the columns that say what an episode's numbers and frames mean."""
     return {
         "fps": episode.fps,
         "embodiment": episode.embodiment,
@@ -190,19 +197,19 @@ def _record(episode: Episode, counts: dict[str, int], plan: Plan, source: str) -
         tracks["action"] = len(episode.action)
     if not counts or len(set(tracks.values())) != 1 or 0 in tracks.values():
         lengths = ", ".join(f"{name} {count}" for name, count in tracks.items()) or "no camera"
-        raise BadEpisode(f"its tracks do not have one common length: {lengths}")
+        raise BadEpisode(f"its tracks differ in length or are empty: {lengths}")
     frames = next(iter(counts.values()))
 
     columns = [*([] if episode.action is None else [episode.action]), *episode.proprio.values()]
     if not all(np.isfinite(values).all() for values in columns):
-        raise BadEpisode("its actions or proprioception hold NaN or infinity")
+        raise BadEpisode("its actions or proprioception contain NaN or infinity")
     signals = {name: values for name, values in episode.signals.items() if np.isfinite(values).all()}
     dropped = [name for name in episode.signals if name not in signals]
-    repairs = [*episode.repairs, *(Repair("streams", f"{name} holds NaN or infinity; dropped") for name in dropped)]
+    repairs = [*episode.repairs, *(Repair("streams", f"{name} contains NaN or infinity; dropped") for name in dropped)]
     steps = np.concatenate([*columns, *signals.values(), np.zeros((frames, 0))], axis=1, dtype=np.float32)
     contract = plan.contracts[source]
     record: EpisodeRecord = {
-        **_described(episode),
+        **_interface_row(episode),
         "id": episode.id,
         "uri": episode.ref.uri,
         "index": episode.ref.index,

@@ -1,9 +1,9 @@
 """The Ray Data job of an ingest: decode tasks -> encoder actors -> sink, with commits while it runs.
 
-A decode task turns an episode into rows of at most 64 frames of one camera, then one row with its record; an encoder
-actor replaces the frames of several rows, of any episodes and cameras, by the latents of each encoder; each write task
-writes a group of its own and hands it to the driver, which joins rows into episodes and commits those that are
-complete every few minutes. Nothing is held longer than that: memory does not grow with the length of a video.
+A decode task turns an episode into rows of at most 64 frames of one camera, then one row with its record. An encoder
+actor replaces the frames of several rows, of any episodes and cameras, with the latents of each encoder. Each write
+task writes its own Zarr group and hands it to the driver, which joins rows into episodes and commits complete ones
+every few minutes. Memory does not grow with the length of a video.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from preprocessing.episode import FRAMES_PER_CHUNK, EpisodeRef
 from preprocessing.store.statistics import Statistics
 from preprocessing.store.store import LatentStore, write_segments
 
-BLOCK_BYTES = 16 * 2**20  # rows travel in blocks of about this size
-ROWS_PER_PASS = 8  # of up to 64 frames: what an encoder gets at once
-PASSES_AHEAD = 8  # of each encoder: frames and latents that wait in Ray's object store; with 4 encoders starve
+BLOCK_BYTES = 16 * 2**20  # approximate size of a block of rows
+ROWS_PER_PASS = 8  # rows, of up to 64 frames, per call of an encoder actor
+PASSES_AHEAD = 8  # passes per encoder actor that Ray's object store may buffer; with 4 the encoders starve
 ROWS_PER_WRITE = 256
 WRITE_TRIES = 5
-TRIES = 3  # to read an episode that takes its process with it
-GPU_SHARE = 0.5  # two actors a device: one copies frames while the other computes
+TRIES = 3  # attempts to read an episode that kills its process
+GPU_SHARE = 0.5  # two actors per GPU: one copies frames while the other computes
 ROW = pa.schema(
     [
         ("episode", pa.string()),
         ("camera", pa.string()),  # null in the row that carries the record
-        ("encoders", pa.list_(pa.string())),  # that are to encode these frames, or the one that did
+        ("encoders", pa.list_(pa.string())),  # those that will encode these frames, or the one that has
         ("first", pa.int64()),
         ("shape", pa.list_(pa.int64())),
         ("data", pa.large_binary()),  # uint8 frames, then latents or pixels; float32 steps with the record
-        ("record", pa.string()),  # JSON: a catalogue row without its places
+        ("record", pa.string()),  # JSON: a catalogue row without storage locations
     ]
 )
 
 
 def run(work: list[Work], plan: Plan, committer: Committer, meter: Any) -> None:
-    """Everything from raw files to the last commit. Raises what stopped it, after committing what was complete."""
+    """Run the job, from raw files to the last commit. If it fails, complete episodes are committed first."""
     gc.collect()  # a job that failed in this process may hold its encoders, and their cores, in a cycle of objects
     with data_context() as context:
         context.target_max_block_size = BLOCK_BYTES
@@ -81,36 +81,36 @@ def run(work: list[Work], plan: Plan, committer: Committer, meter: Any) -> None:
 
 
 def actors() -> int:
-    """How many encoder actors the cluster has room for."""
+    """Return how many encoder actors the cluster has room for."""
     resources = ray.cluster_resources()
     return max(1, int(resources.get("GPU", 0) / GPU_SHARE) or int(resources.get("CPU", 1)))
 
 
 def encoder_resources() -> dict[str, Any]:
-    """Of one encoder actor, as Ray's options."""
+    """Return the Ray resources of one encoder actor."""
     gpu = "GPU" in ray.cluster_resources()
     return {"num_cpus": 0.25, "num_gpus": GPU_SHARE} if gpu else {"num_cpus": 0.7}
 
 
 def decode(batch: pa.Table, plan: Plan, meter: Any, inbox: Any) -> Iterator[pa.Table]:
-    """One episode as rows: its cameras' frames 64 at a time, then its record. Why one is refused goes to the inbox."""
+    """Yield an episode as rows: its cameras' frames 64 at a time, then its record. A refusal goes to the inbox."""
     [item] = batch.to_pylist()
     ref, encoders = EpisodeRef(**json.loads(item["ref"])), item["encoders"]
     clock = _Clock(meter, "decode")
     try:
-        if ray.get(inbox.begin.remote(ref.id)) > TRIES:  # Ray itself would go on for ever
-            raise RuntimeError(f"the process that read it died {TRIES} times; is it too large for memory?")
+        if ray.get(inbox.begin.remote(ref.id)) > TRIES:  # Ray itself would retry for ever
+            raise RuntimeError(f"the process that read it died {TRIES} times; it may be too large for memory")
         reading = Reading(ref, item["source"], item["fps"] or None, plan)
         for camera, first, frames in reading.frames():
             row = _row(ref.id, camera, encoders, first, frames)
-            clock.wait()  # where the encoders are behind, Ray holds this task here
+            clock.wait()  # Ray blocks this task here while the encoders are behind
             yield row
             clock.work()
         record, steps = reading.record()
         clock.wait()
         yield _row(ref.id, None, [], 0, steps, json.dumps(record))
-    except Exception as error:  # one broken file must not end a job over thousands; the reason is kept
-        # Not as a row: of a task that is run again, Ray drops as many rows as it had of it before.
+    except Exception as error:  # one broken file must not end a job over thousands
+        # Not as a row: when Ray reruns a task, it drops as many rows as the task had yielded before.
         ray.get(inbox.refuse.remote(ref.id, refusal(error, ref)))
 
 
@@ -122,7 +122,7 @@ def _row(
 
 
 class _Clock:
-    """Tells the meter how long this process worked and how long it waited: seconds ``NAME_work`` and ``NAME_wait``."""
+    """Reports to the meter how long this process worked and waited, as seconds ``NAME_work`` and ``NAME_wait``."""
 
     def __init__(self, meter: Any, name: str):
         self._meter, self._name, self._since = meter, name, time.monotonic()
@@ -140,17 +140,17 @@ class _Clock:
 
 
 class Encode:
-    """An actor that holds the frozen VAEs and replaces frames by latents, the frames of all its rows in one go."""
+    """An actor that holds the frozen VAEs and replaces the frames of all its rows with latents in one pass."""
 
     def __init__(self, plan: Plan, meter: Any):
-        import torch  # takes seconds, which the workers that only decode or write are spared
+        import torch  # imported lazily: slow, and workers that decode or write do not need it
 
         from preprocessing.encoders.vae import load_encoder
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.encoders = {name: load_encoder(name, device, plan.recipe.precision) for name in plan.encoders}
         self._meter = meter
-        self._clock: _Clock | None = None  # starts with the first rows: before, nobody was late
+        self._clock: _Clock | None = None  # starts with the first rows: waiting before them is not waiting for decoders
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         if self._clock is None:
@@ -175,11 +175,11 @@ class Encode:
 
 
 class JobStopped(Exception):
-    """The driver has asked this job to end."""
+    """The driver asked this job to stop."""
 
 
 class LatentSink(Datasink):
-    """Each write task writes a group of its own and hands it to the committer's inbox."""
+    """Each write task writes its own Zarr group and hands it to the committer's inbox."""
 
     def __init__(self, committer: Committer):
         self._committer = committer
@@ -187,7 +187,7 @@ class LatentSink(Datasink):
         self._uri = committer.store.uri
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_uri": self._uri, "_inbox": self._inbox}  # what a write task needs; the rest stays on the driver
+        return {"_uri": self._uri, "_inbox": self._inbox}  # all that a write task needs; the rest stays on the driver
 
     @property
     def min_rows_per_write(self) -> int:
@@ -204,10 +204,12 @@ class LatentSink(Datasink):
                 kind = "f4" if row["camera"] is None else "u1" if row["encoders"] == [PIXELS] else "f2"
                 rows.append(row)
                 arrays.append(np.frombuffer(buffer, kind).reshape(row["shape"]))
-        fork = LatentStore.open(self._uri).fork()  # of today's head: gc may have taken that of a long job's beginning
+        fork = LatentStore.open(
+            self._uri
+        ).fork()  # of the current head: gc may have deleted the one at the start of a long job
         for row, values, place in zip(rows, arrays, write_segments(fork, arrays), strict=True):
             row["place"] = place
-            if values.size and values.dtype != np.uint8:  # nobody normalises by the statistics of pixels
+            if values.size and values.dtype != np.uint8:  # pixels need no statistics: they are not normalised by them
                 columns = np.moveaxis(values, 1, -1).reshape(-1, values.shape[1])  # channels of latents
                 row["statistics"] = Statistics.of(columns).to_row()
         if not ray.get(self._inbox.put.remote(ctx.task_idx, {"fork": fork, "rows": rows})):
@@ -217,4 +219,4 @@ class LatentSink(Datasink):
         self._committer.finish()
 
     def on_write_failed(self, error: Exception) -> None:
-        self._committer.keep()
+        self._committer.commit_complete()

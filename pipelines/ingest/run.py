@@ -1,8 +1,8 @@
-"""``uwm ingest``: raw robot logs and videos into the latent store, each episode once.
+"""``uwm ingest``: encode raw robot logs and videos into the latent store, each episode once.
 
-The driver lists episodes and drops those the store already holds before anything is decoded; what is left goes through
-one Ray Data job (:mod:`pipelines.ingest.job`), which commits as it goes. An episode that cannot be read is quarantined
-with its reason; the rest goes in.
+The driver lists the episodes and drops those that the store already holds, before anything is decoded. The others go
+through one Ray Data job (:mod:`pipelines.ingest.job`), which commits as it runs. An episode that cannot be read is
+quarantined with its reason; the others are ingested.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from preprocessing.encoders.text import load_text_encoder, text_encoder_digest
 from preprocessing.encoders.vae import encoder_digest, encoder_stride
 from preprocessing.episode import EpisodeRef
 from preprocessing.errors import BadEpisode, UserError
-from preprocessing.store.catalogue import QuarantineRow
 from preprocessing.store.keys import work_key
+from preprocessing.store.rows import QuarantineRow
 from preprocessing.store.snapshot import Snapshot
 from preprocessing.store.storage import parse
 from preprocessing.store.store import LatentStore
 
-ENOUGH_TO_JUDGE = 10  # bad episodes, before their share can stop a job
-BUSY = 0.8  # encoders that compute so much of the time are what bounds an ingest
+ENOUGH_TO_JUDGE = 10  # bad episodes before their share can stop a job
+BUSY = 0.8  # encoders that compute for a larger share of the time than this are the bottleneck
 
 
 @dataclass
 class IngestReport:
-    """What an ingest did; ``uwm ingest --json`` prints it."""
+    """The result of an ingest, as ``uwm ingest --json`` prints it."""
 
     snapshot: str | None
     episodes: dict[str, int]
@@ -50,13 +50,13 @@ class IngestReport:
     seconds: float = 0.0
     quarantine: list[dict[str, Any]] = field(default_factory=list)
     filtered: list[dict[str, Any]] = field(default_factory=list)  # uri, index, filter, reason
-    removed: int = 0  # episodes that were taken out of the store, and stay out
+    removed: int = 0  # episodes skipped because they were removed from the store earlier
     notes: list[str] = field(default_factory=list)
-    expected: dict[str, float] | None = None  # of a dry run: pictures to encode, seconds and bytes that it would take
-    waiting: dict[str, float] = field(default_factory=dict)  # share of their time that "decode" and "encode" waited
+    expected: dict[str, float] | None = None  # dry run: frames to encode ("pictures"), seconds, bytes
+    waiting: dict[str, float] = field(default_factory=dict)  # share of time that "decode" and "encode" spent waiting
 
     def refuse(self, row: QuarantineRow) -> None:
-        """Count a row (QUARANTINE) of what was not let in."""
+        """Count a quarantined or filtered episode."""
         if row["filter"]:
             self.filtered.append({key: row[key] for key in ("uri", "index", "filter", "reason")})
             self.episodes["filtered"] += 1
@@ -66,7 +66,7 @@ class IngestReport:
 
     @property
     def bound_by(self) -> str | None:
-        """What an ingest would gain most from having more of; None where nothing was encoded."""
+        """Return the bottleneck, "encoding" or "decoding"; None if nothing was encoded."""
         if "encode" not in self.waiting:
             return None
         return "encoding" if 1 - self.waiting["encode"] > BUSY else "decoding"
@@ -84,25 +84,26 @@ def ingest(
     address: str | None = None,
     verbose: bool = False,
 ) -> IngestReport:
-    """Bring every episode under ``uris`` into the store. Raises UserError before anything is written.
+    """Ingest every episode under ``uris``.
 
-    All encoders of the recipe encode in one pass over the decoded frames. Without a contract, a source that was
-    ingested before keeps the one it had. Once more than the share ``max_bad`` of all new episodes is refused (ten at
-    least), the job ends with a UserError; what was good until then is committed. ``retry`` tries again what was refused
-    before.
+    All encoders of the recipe run in one pass over the decoded frames. Without ``contract``, a source keeps the
+    contract it was last ingested with. ``retry`` reads quarantined and filtered episodes again.
+
+    Raises UserError for mistaken arguments, before anything is written; and if more than the share ``max_bad`` of the
+    new episodes, and at least ten, is bad: the good ones until then are committed.
     """
     began = time.monotonic()
     recipe = recipe or load_recipe("ingest", [], IngestRecipe)
     limits.use(recipe.limits)
     places = [place for uri in uris for place in sources.find(uri, format)]
-    digests = {_in_full(name): encoder_digest(name, recipe.precision) for name in recipe.encoder}
+    digests = {_absolute(name): encoder_digest(name, recipe.precision) for name in recipe.encoder}
     for name in recipe.encoder:
         if recipe.image_size % (stride := encoder_stride(name)):
             raise UserError(f"image_size {recipe.image_size}: choose a multiple of {stride} for encoder {name}")
     if recipe.text_encoder:
         text_encoder_digest(recipe.text_encoder)  # fails early if the encoder is missing
     absent = dry_run and parse(store_uri).content() == "nothing"
-    with TemporaryDirectory() as nowhere:  # a dry run makes no store, and compares with an empty one
+    with TemporaryDirectory() as nowhere:  # a dry run creates no store; it compares with an empty one
         place = nowhere if absent else store_uri
         store = LatentStore.open(place) if dry_run and not absent else LatentStore.create(place)
         head = store.snapshot()
@@ -112,7 +113,7 @@ def ingest(
         refs = ((_source((kind, path)), ref) for kind, path in places for ref in sources.scan(kind, path))
         work = _new_work(tqdm(refs, "scan", unit=" episodes", leave=False, delay=1), store, plan, retry, report)
         report.episodes["new"] = len(work)
-        _try(work, plan)
+        _check_contracts(work, plan)
         if work:
             with cluster(address, verbose):
                 _dry_run(work, plan, head, report) if dry_run else _run(store, work, plan, report)
@@ -123,7 +124,7 @@ def ingest(
 
 
 def keep_instruction_vectors(store: LatentStore, name: str) -> str:
-    """The vectors of all instructions in the store that it does not hold yet; returns the id of the snapshot."""
+    """Encode the instructions of the store that have no vector yet; return the id of the new snapshot."""
     head, digest = store.snapshot(), text_encoder_digest(name)
     known = {row["text"] for row in head.instruction_rows() if row["encoder_digest"] == digest}
     texts = sorted({row["instruction"] for row in head.episodes(["instruction"]).to_pylist()} - known - {None, ""})
@@ -138,8 +139,8 @@ def keep_instruction_vectors(store: LatentStore, name: str) -> str:
     ).id
 
 
-def _try(work: list[Work], plan: Plan) -> None:
-    """UserError where a contract does not fit the first episode that is to be read by it: then it fits none."""
+def _check_contracts(work: list[Work], plan: Plan) -> None:
+    """Raise UserError if a contract does not fit the first new episode of its source: then it fits none."""
     first = {one.source: one for one in reversed(work) if plan.contracts[one.source]}
     for source, one in first.items():
         with contextlib.suppress(BadEpisode):
@@ -159,13 +160,13 @@ def _dry_run(work: list[Work], plan: Plan, head: Snapshot, report: IngestReport)
     report.expected = asdict(expected(seen, plan))
 
 
-def _in_full(encoder: str) -> str:
-    """Workers, and whoever decodes later, stand elsewhere: a folder gets its whole path."""
+def _absolute(encoder: str) -> str:
+    """Return an encoder's folder as an absolute path: workers and later decoders have other working directories."""
     return str(Path(encoder).resolve()) if encoder != "tiny" and Path(encoder).is_dir() else encoder
 
 
 def _source(place: tuple[str, Path]) -> str:
-    """The folder whose episodes belong together."""
+    """Return the source's name: the folder whose episodes belong together."""
     _, path = place
     return str(path if path.is_dir() else path.parent)
 
@@ -173,7 +174,7 @@ def _source(place: tuple[str, Path]) -> str:
 def _contracts(
     head: Snapshot, names: list[str], given: DataContract | None, report: IngestReport
 ) -> dict[str, DataContract | None]:
-    """The contract of each source: the one that is given, or the one that it was last ingested under."""
+    """Return each source's contract: the given one, or the one it was last ingested with."""
     rows = head.episodes(("source", "contract")).to_pylist()
     last = {row["source"]: row["contract"] for row in rows}
     contracts = {}
@@ -183,14 +184,16 @@ def _contracts(
         if given and name in last and (before is None or before.digest != given.digest):
             others = sum(row["source"] == name for row in rows)
             what = ", ".join(given.changes(before or DataContract()))
-            report.notes.append(f"{name}: {others} episodes are there under another contract ({what}); read anew")
+            report.notes.append(
+                f"{name}: {others} episodes were ingested with another contract ({what}); ingesting them again"
+            )
         elif before and not given:
-            report.notes.append(f"{name}: read by the contract that it was ingested under before")
+            report.notes.append(f"{name}: using the contract of its last ingest")
     return contracts
 
 
 def _interfaces(head: Snapshot, contracts: dict[str, DataContract | None]) -> Interfaces:
-    """What the episodes that are there already promise of those that come."""
+    """Return the interfaces of the sources' stored episodes, which new episodes must match."""
     columns = ("source", "contract", "embodiment", "fps", "cameras", "proprio", "action_dim", "action_layout")
     interfaces = Interfaces()
     for row in head.episodes(columns).to_pylist():
@@ -206,18 +209,16 @@ def _as_json(contract: DataContract | None) -> str | None:
 def _new_work(
     refs: Iterable[tuple[str, EpisodeRef]], store: LatentStore, plan: Plan, retry: bool, report: IngestReport
 ) -> list[Work]:
-    """What the store does not hold yet. Everything else is counted in the report."""
+    """Return the episodes that the store does not hold yet; count all others in the report."""
     head = store.snapshot()
     known, removed = head.keys(), head.removed()
-    # Bytes that this version refused stay refused; a passing error, or another version, is tried again.
+    # Bytes that this version refused stay refused; after a transient error, or with another version, they are retried.
     refused = {row["key"]: row for row in head.quarantine() if row["reader"] == READER and not retry}
     seen: set[str] = set()
     work = []
     for source, ref in refs:
         contract, size = plan.contracts[source], plan.recipe.image_size
-        rate = (
-            plan.recipe.fps if ref.format in sources.ACTIONLESS else None
-        )  # robot logs keep the rate of their actions
+        rate = plan.recipe.fps if ref.format in sources.ACTIONLESS else None  # robot logs keep their actions' rate
         keys = {name: work_key(ref.id, contract, d, size, rate) for name, d in plan.encoders.items()}
         missing = {name: key for name, key in keys.items() if key not in known}
         quarantine_key = work_key(ref.id, contract, plan.strictness, 0, None)
@@ -235,9 +236,9 @@ def _new_work(
 
 def _run(store: LatentStore, work: list[Work], plan: Plan, report: IngestReport) -> None:
     max_bad = plan.recipe.max_bad
-    # Commits keep time by reading it: it has to live as long as the driver.
+    # Reading the meter drives the commits, so it has to live as long as the driver.
     meter = Meter.options(scheduling_strategy=on_this_node(), max_restarts=-1).remote()  # type: ignore[attr-defined]
-    committer = Committer(store, work, plan, most_bad=max(ENOUGH_TO_JUDGE - 1, max_bad * len(work)))
+    committer = Committer(store, work, plan, max_bad=max(ENOUGH_TO_JUDGE - 1, max_bad * len(work)))
     with tqdm(total=len(work), desc="ingest", unit="ep", mininterval=0.5) as bar:
 
         def show(values: dict[str, float]) -> None:
@@ -253,18 +254,18 @@ def _run(store: LatentStore, work: list[Work], plan: Plan, report: IngestReport)
             try:
                 run(work, plan, committer, meter)
             except BaseException as error:
-                committer.keep()
+                committer.commit_complete()
                 if committer.failure:
                     reason = str(committer.failure).strip().splitlines()[0]
                     raise UserError(
-                        f"stopped: commits failed ({reason}); ingest again when they can be made"
+                        f"stopped: commits failed ({reason}); run the same command when the store is writable again"
                     ) from error
                 if not committer.too_bad:
                     raise
                 bad = len(committer.quarantine)
                 raise UserError(
                     f"stopped: {bad} of {len(work)} episodes are bad, more than --max-bad {max_bad:g}; "
-                    f"{committer.episodes} good ones are in snapshot {committer.snapshot}; the reasons: "
+                    f"{committer.episodes} good ones are in snapshot {committer.snapshot}; for the reasons run: "
                     f"uwm store quarantine {store.uri}"
                 ) from error
     report.snapshot = committer.snapshot or report.snapshot
@@ -276,7 +277,7 @@ def _run(store: LatentStore, work: list[Work], plan: Plan, report: IngestReport)
 
 
 def _waiting(values: dict[str, float]) -> dict[str, float]:
-    """Share of their time that decode tasks and encoder actors waited for one another."""
+    """Return the share of time that decode tasks and encoder actors waited for each other."""
     shares = {}
     for name in ("decode", "encode"):
         worked, waited = values.get(f"{name}_work", 0.0), values.get(f"{name}_wait", 0.0)

@@ -1,4 +1,4 @@
-"""Arrays of windows as the model's batch."""
+"""Convert arrays of windows to the model's batch."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from uwm_model.batch import Batch
 
 
 def to_batch(arrays: dict[str, np.ndarray], device: torch.device, dtype: torch.dtype) -> Batch:
-    """Arrays of LatentDataset.gather as the model's batch."""
+    """Convert the arrays of LatentDataset.gather to a Batch."""
     return Batch(**tensors(arrays)).to(device, dtype)

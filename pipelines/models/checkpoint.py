@@ -1,4 +1,4 @@
-"""A checkpoint: a folder of ``model.safetensors`` and ``settings.json``, readable without this project."""
+"""Checkpoints: folders of ``model.safetensors`` and ``settings.json``, readable without this project."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from uwm_model.transplant import TransplantedPart
 
 @dataclass(frozen=True)
 class Normalizers:
-    """Of one embodiment."""
+    """The normalizers of one embodiment."""
 
     action: Normalizer
     proprio: Normalizer
 
 
-SPARE_EMBODIMENTS = 4  # free slots of a new model, for embodiments that finetuning brings
+SPARE_EMBODIMENTS = 4  # free slots of a new model, for embodiments added in finetuning
 FORMAT = 1  # of settings.json; raise it when an older program would misread a newer file
 
 
@@ -44,8 +44,8 @@ class Settings(BaseModel):
     diffusion: DiffusionConfig
     encoder: str
     encoder_digest: str
-    image_size: int = 0  # pixels a side of the encoded frames; 0 in old checkpoints: that of the model's latents
-    stride: int = 8  # pixels a latent, of the encoder
+    image_size: int = 0  # side of the encoded frames in pixels; 0 in old checkpoints: see frame_size
+    stride: int = 8  # of the encoder: pixels per latent
     text_encoder: str | None = None
     text_encoder_digest: str | None = None
     embodiments: dict[str, Embodiment]
@@ -55,33 +55,33 @@ class Settings(BaseModel):
     parent: str | None = None  # the checkpoint this was finetuned from
     run_id: str | None = None
     step: int = 0
-    # Of a finetuned model, by embodiment: normalisation as its parent has it, and as the data would; ``embodiments``
-    # holds the one that is used.
+    # Finetuned models only, by embodiment: the parent's normalizers and those of the data. ``embodiments`` holds the
+    # ones in use.
     pretrained_statistics: dict[str, Normalizers] = {}
     data_statistics: dict[str, Normalizers] = {}
-    transplant: tuple[TransplantedPart, ...] = ()  # what became of its parent's weights
+    transplant: tuple[TransplantedPart, ...] = ()  # how the parent's weights were used
 
     def build(self) -> Model:
-        """A fresh model of the settings' kind; settings written before there were kinds are UWM's."""
+        """Return a model of the settings' kind with fresh weights. Settings without a kind are UWM's."""
         return build(self.model, self.diffusion)
 
     @property
     def frame_size(self) -> int:
-        """Pixels a side of the frames that are encoded for this model."""
+        """Side of this model's input frames in pixels."""
         return self.image_size or self.model.latent_size[0] * self.stride
 
     @property
     def fresh(self) -> set[str]:
-        """The parameters of a finetuned model that its parent did not have, in whole or in part."""
+        """Names of a finetuned model's parameters that did not, or not fully, come from its parent."""
         return {name for part in self.transplant for name in part.names}
 
 
 def save(
     folder: Path, weights: dict[str, torch.Tensor], settings: Settings, adapter: dict[str, torch.Tensor] | None = None
 ) -> None:
-    """Write the checkpoint beside ``folder`` and move it there: complete or absent.
+    """Write a checkpoint atomically.
 
-    ``adapter``: what of LoRA is merged in the weights already, and is kept in a file of its own.
+    ``adapter`` holds LoRA adapters, which are already merged into the weights and also kept in a separate file.
     """
     building = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(building, ignore_errors=True)
@@ -94,7 +94,7 @@ def save(
 def write(
     folder: Path, weights: dict[str, torch.Tensor], settings: Settings, adapter: dict[str, torch.Tensor] | None = None
 ) -> None:
-    """The files of a checkpoint, into a folder that is there; ``adapter`` as in ``save``."""
+    """Write the files of a checkpoint into an existing folder; ``adapter`` as in ``save``."""
     for name, tensors in (("model", weights), ("adapter", adapter)):
         if tensors:
             contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
@@ -103,11 +103,13 @@ def write(
 
 
 def load_settings(folder: Path) -> Settings:
-    """Read ``settings.json``. Raises UserError if the folder is no checkpoint, or one of a newer version."""
+    """Read ``settings.json``. Raises UserError if the folder is no checkpoint, or was written by a newer version."""
     try:
         text = (folder / "settings.json").read_text()
         if (made_by := json.loads(text).get("format", FORMAT)) > FORMAT:
-            raise UserError(f"{folder}: settings of format {made_by}; this version reads up to {FORMAT}: upgrade it")
+            raise UserError(
+                f"{folder}: settings of format {made_by}; this version reads up to {FORMAT}; upgrade this project"
+            )
         return Settings.model_validate_json(text)
     except (OSError, ValueError, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[0]
@@ -115,7 +117,7 @@ def load_settings(folder: Path) -> Settings:
 
 
 def load(folder: Path) -> tuple[Model, Settings]:
-    """The model with its weights, in evaluation mode, and its settings."""
+    """Load the model with its weights, in evaluation mode, and its settings. Raises UserError if that fails."""
     settings = load_settings(folder)
     model = settings.build()
     try:
@@ -126,7 +128,7 @@ def load(folder: Path) -> tuple[Model, Settings]:
 
 
 def shapes(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights by name, on the meta device: nothing but shapes is read."""
+    """Return the weights by name as meta tensors; only the shapes are read."""
     try:
         with safe_open(folder / "model.safetensors", "pt") as held:
             return {name: torch.empty(held.get_slice(name).get_shape(), device="meta") for name in held.keys()}  # noqa: SIM118

@@ -1,4 +1,4 @@
-"""The windows that a recipe selects of a store, and their batches as the model takes them."""
+"""Select the episodes and windows of a store that a recipe trains or validates on."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from preprocessing.dataset.loader import LatentDataset, WindowShape
 from preprocessing.dataset.selection import left_out, source_names, split
 from preprocessing.encoders.vae import PIXELS
 from preprocessing.errors import UserError
-from preprocessing.store.catalogue import EpisodeRow, TrainingRow
+from preprocessing.store.rows import EpisodeRow, TrainingRow
 from preprocessing.store.snapshot import Snapshot
 
 
 def dataset(
     settings: Settings, validation: bool, recipe: Recipe, tell: Callable[[int, int], None] | None = None
 ) -> LatentDataset:
-    """The training or the held-out episodes of the settings' snapshot that the recipe selects.
+    """Return the training or the held-out episodes of the settings' snapshot, as the recipe selects them.
 
-    UserError where the model observes pixels that the store does not hold.
+    ``tell(done, total)`` is called with the bytes copied to the local cache. Raises UserError if the model observes
+    pixels that the store does not hold.
     """
     snapshot = Snapshot(settings.store, settings.snapshot)
     rows = [
@@ -49,7 +50,7 @@ def dataset(
 
 
 def training_rows(rows: list[TrainingRow], recipe: Recipe, store_uri: str) -> list[TrainingRow]:
-    """The rows the recipe trains on; UserError where none is left, or its mixture does not fit them."""
+    """Return the rows that the recipe trains on. Raises UserError if there are none, or its mixture does not fit."""
     chosen = split(rows, recipe.instructions, recipe.validation_share, validation=False)
     if not chosen:
         held = sorted({row["instruction"] for row in rows if row["instruction"]})
@@ -59,5 +60,5 @@ def training_rows(rows: list[TrainingRow], recipe: Recipe, store_uri: str) -> li
 
 
 def stride_of(row: EpisodeRow, shape: Sequence[int]) -> int:
-    """Return the encoder's stride, in pixels a latent; ``shape`` [N, C, h, w] is that of the row's latents."""
-    return row["image_size"] // shape[2] if row["image_size"] else 8  # not recorded before version 0.2: a stride of 8
+    """Return the encoder's stride in pixels per latent. ``shape`` [N, C, h, w] is that of the row's latents."""
+    return row["image_size"] // shape[2] if row["image_size"] else 8  # before version 0.2 always 8, and not recorded

@@ -1,10 +1,9 @@
-"""The registered model: what MLflow loads from a model version, and serves.
+"""The registered model, which MLflow loads from a model version and serves.
 
 Input, by name: ``image.CAMERA`` uint8 [B, To, S, S, 3] and ``proprio.NAME`` float32 [B, To, D]. Output: float32
-actions [B, L, A] in the robot's units. With the parameter ``contract`` (JSON: fps, cameras, proprio, action_dim,
-action_layout) a robot says what it shows and carries out; where training knew it otherwise, it gets no action.
-With ``instruction`` it says what is to be done. Loaded with ``model_config={"fast": True}`` the model answers sooner
-and almost the same.
+actions [B, L, A] in the robot's units. Optional parameters: ``contract`` (JSON: fps, cameras, proprio, action_dim,
+action_layout) describes the calling robot, and a mismatch with training is refused; ``instruction`` is the task.
+``model_config={"fast": True}`` selects faster approximate inference.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ class PolicyModel(PythonModel):
         config = context.model_config
         self._policy = Policy(Path(context.artifacts["checkpoint"]), config["embodiment"], config["fast"])
 
-    # No type hints: MLflow would take them for a second signature, and knows no dictionary of arrays.
+    # No type hints: MLflow would read them as a second signature, and does not support dictionaries of arrays.
     def predict(self, context, model_input, params=None):
         def part(prefix: str) -> dict[str, np.ndarray]:
             return {k.removeprefix(prefix): v for k, v in model_input.items() if k.startswith(prefix)}
 
         if interface := (params or {}).get("contract"):
-            self._policy.accept(Interface.model_validate_json(interface), "the robot that asks")
+            self._policy.accept(Interface.model_validate_json(interface), "the calling robot")
         instruction = (params or {}).get("instruction") or None
         return self._policy.act(part("image."), part("proprio."), instruction=instruction)
 

@@ -1,4 +1,4 @@
-"""A trained model as a policy: camera images and proprioception in, a chunk of actions out."""
+"""A trained model as a policy: frames and proprioception in, a chunk of actions out."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from uwm_model.world_model import UnifiedWorldModel
 
 
 class Policy:
-    """Loads a checkpoint folder and the encoder it was trained on; UserError where their digests differ.
+    """Loads a checkpoint folder and its encoder. ``fast`` selects faster approximate inference (``fast_query``).
 
-    ``fast``: answers sooner and almost the same (``uwm_model.query.fast_query``).
+    Raises UserError if the encoder's digest differs from training, if the model has several embodiments with actions
+    and none is chosen, or if its kind has no fast inference.
     """
 
     def __init__(self, folder: Path, embodiment: str | None = None, fast: bool = False):
@@ -42,11 +43,11 @@ class Policy:
             held = ", ".join(acting) or "none with actions"
             raise UserError(f"{folder}: choose an embodiment with --embodiment; the model knows {held}")
         self.embodiment = chosen
-        self._query: PolicyQuery | None = None  # other kinds are asked by their plain loop
+        self._query: PolicyQuery | None = None  # other kinds use Model.sample
         if isinstance(self.model, UnifiedWorldModel):
             self._query = fast_query(self.model) if fast else PolicyQuery(self.model)
         elif fast:
-            raise UserError(f"{folder}: a model of kind {self.settings.model.kind} has no fast query; leave it out")
+            raise UserError(f"{folder}: a model of kind {self.settings.model.kind} has no fast inference; omit --fast")
         self._vectors: dict[str, np.ndarray] = {}
 
     @property
@@ -54,7 +55,7 @@ class Policy:
         return self.settings.embodiments[self.embodiment]
 
     def accept(self, interface: Interface, who: str) -> None:
-        """Raises UserError unless what ``who`` will show and carry out means what it meant in training."""
+        """Raise UserError unless the interface of ``who`` (cameras, proprio, actions, rate) matches training."""
         self.spec.interface.require(interface, who)
 
     @property
@@ -68,32 +69,32 @@ class Policy:
         generator: torch.Generator | None = None,
         instruction: str | None = None,
     ) -> np.ndarray:
-        """The next actions in the robot's units, float32 ``[B, L, action_dim]``.
+        """Return the next actions in the robot's units, float32 ``[B, L, action_dim]``.
 
-        ``images`` uint8 ``[B, To, S, S, 3]`` by camera (one may be missing), ``proprio`` float32 ``[B, To, D]`` by
-        name; To is the number of observed frames, the newest last. ``instruction`` is for models that are told one;
-        others pass it by. Raises UserError where shapes or names do not fit.
+        ``images`` uint8 ``[B, To, S, S, 3]`` by camera (some may be missing), ``proprio`` float32 ``[B, To, D]`` by
+        name; To is the number of observed frames, the newest last. Models without language ignore ``instruction``.
+        Raises UserError if shapes or names do not match the model.
         """
         seen = self._observation(images, proprio)
-        seen |= self._told(instruction, len(seen["embodiment"]))
+        seen |= self._instruction_vectors(instruction, len(seen["embodiment"]))
         batch = to_batch(seen, torch.device("cpu"), torch.float32)
         batch = centre(batch, self.settings.model.latent_size)
         action = self.ask(batch, generator)
         return self.spec.action_normalizer.invert(action[:, :, : self.spec.action_dim].numpy())
 
     def ask(self, batch: Batch, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Normalised actions, float32 [B, L, A], for a batch as in training."""
+        """Return normalised actions, float32 [B, L, A], for a batch as in training."""
         if self._query:
             return self._query(batch, generator)
         action, _ = self.model.sample("policy", batch, generator=generator)
         assert action is not None
         return action
 
-    def _told(self, instruction: str | None, count: int) -> dict[str, np.ndarray]:
+    def _instruction_vectors(self, instruction: str | None, count: int) -> dict[str, np.ndarray]:
         if not instruction or self.settings.text_encoder is None:
             return {}
         if instruction not in self._vectors:
-            self._vectors = {instruction: self._text_encoder.encode([instruction])}  # asked again and again
+            self._vectors = {instruction: self._text_encoder.encode([instruction])}  # the same at every step
         vectors = np.tile(self._vectors[instruction], (count, 1))
         return {"instruction": vectors, "instruction_mask": np.ones(count, bool)}
 
@@ -103,13 +104,15 @@ class Policy:
         assert name is not None
         encoder = load_text_encoder(name)
         if encoder.digest != digest:
-            raise UserError(f"{self.folder}: told by text encoder {name} ({digest}); the one here is {encoder.digest}")
+            raise UserError(
+                f"{self.folder}: trained with text encoder {name} ({digest}); the one found here is {encoder.digest}"
+            )
         return encoder
 
     def _observation(self, images: dict[str, np.ndarray], proprio: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         model, spec = self.settings.model, self.spec
         if unknown := sorted(set(images) - set(spec.seen)):
-            raise UserError(f"camera {unknown[0]}: this policy sees {', '.join(spec.seen)}")
+            raise UserError(f"camera {unknown[0]}: unknown; this policy sees {', '.join(spec.seen)}")
         if missing := [name for name, _ in spec.proprio if name not in proprio]:
             raise UserError(f"proprio {missing[0]}: missing; this policy reads {dict(spec.proprio)}")
         count = len(next(iter(images.values())))

@@ -1,7 +1,7 @@
-"""A published UWM checkpoint as a MODEL: its weights, and from a store what its file does not tell.
+"""Use a published UWM checkpoint as a MODEL, with a store for what its file does not record.
 
-The file knows neither cameras nor robot by name, nor the rate. Those are taken from an embodiment of the store, whose
-cameras fill the model's slots in their order there; numbers of actions and cameras have to agree.
+The file records no embodiment, camera names or rate. They come from an embodiment of the store, whose cameras fill the
+model's slots in their order there; the numbers of actions and cameras must agree.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from preprocessing.errors import UserError
 from preprocessing.store.store import LatentStore
 from uwm_model.published import load_published, read_published
 
-ENCODER = "sdxl-vae"  # the published models'; a folder of it has a name of its own
-OTHERS = ("tiny", "taesdxl", PIXELS)  # which are not
-ALL = 0.9999  # of the episodes count as held out: what such a model was trained on is not known here
-BEYOND = 1.5  # how far from 0 the store's actions may lie, once the published normaliser is through with them
-EXACT = 0.02  # how far from -1 and 1 its extremes are where they are those that the normaliser was made of
+ENCODER = "sdxl-vae"  # of the published models; as a folder it has the folder's name
+OTHERS = ("tiny", "taesdxl", PIXELS)  # encoders that published models do not use
+ALL = 0.9999  # share of episodes to hold out: it is unknown which ones the model was trained on
+BEYOND = 1.5  # maximum magnitude of the store's normalised actions
+EXACT = 0.02  # maximum distance of the normalised extremes from -1 and 1 if the normaliser was fitted to this store
 
 
 def adopt(
@@ -40,45 +40,47 @@ def adopt(
     extend: bool = False,
     cache: Path | None = None,
 ) -> Path:
-    """A checkpoint folder in ``cache`` (this machine's, if left out).
+    """Convert the published file to a checkpoint folder in ``cache`` (default: this machine's) and return it.
 
-    UserError where the store's embodiment is not the model's. With ``extend``, for whoever extends the model to it, it
-    may have other cameras; and other actions, of which the model then knows no embodiment.
+    Raises UserError if the store's embodiment does not match the model. With ``extend``, for finetuning, its cameras
+    may differ, and so may its actions: then the checkpoint has no embodiment.
     """
     snapshot = LatentStore.open(store_uri).snapshot(snapshot_id)
     named = {row["encoder"] for row in snapshot.episodes(["encoder"]).to_pylist()}
     own = [name for name in sorted(named) if name not in OTHERS]
     encoder = choose_encoder(snapshot, own[0] if len(own) == 1 else ENCODER)
     if not snapshot.rows(PIXELS):
-        raise UserError(f"{store_uri}: holds no pixels, which {file} observes; ingest with --encoder {PIXELS}, too")
+        raise UserError(f"{store_uri}: holds no pixels, which {file} observes; ingest again with --encoder {PIXELS}")
     rows = by_embodiment([row for row in snapshot.rows(encoder) if row["action_dim"]])
     name = embodiment or (next(iter(rows)) if len(rows) == 1 else None)
     if name is None or name not in rows:
         raise UserError(f"{file}: choose an embodiment with --embodiment; the store knows {', '.join(rows) or 'none'}")
-    robot = describe(name, rows[name], 0, max(len(row["cameras"]) for row in rows[name]))
+    found = describe(name, rows[name], 0, max(len(row["cameras"]) for row in rows[name]))
     try:
         held = read_published(file)
-        model = load_published(held.weights, proprio_dim=max(1, robot.proprio_dim), embodiments=1 + SPARE_EMBODIMENTS)
+        model = load_published(held.weights, proprio_dim=max(1, found.proprio_dim), embodiments=1 + SPARE_EMBODIMENTS)
     except ValueError as error:
         raise UserError(f"{file}: {str(error).removeprefix(f'{file}: ')}") from None
     config = model.model_config
     shape = snapshot.shape(rows[name][0]["cameras"][0]["segments"][0])
     stride = stride_of(rows[name][0], shape)
     for what, ours, theirs in (
-        ("values an action", config.action_dim, robot.action_dim),
-        ("cameras", config.cameras, len(robot.cameras)),
+        ("action dimensions", config.action_dim, found.action_dim),
+        ("cameras", config.cameras, len(found.cameras)),
         ("latent channels", config.latent_channels, shape[1]),
     ):
         if ours != theirs and not (extend and what != "latent channels"):
             raise UserError(f"{file}: {ours} {what}; {name} in {store_uri} has {theirs}")
     if min(shape[2:]) < max(config.latent_size):
         sizes = (config.latent_size[0] * stride, shape[2] * stride)
-        raise UserError(f"{file}: sees {sizes[0]} pixels; {store_uri} holds {sizes[1]}; ingest with more --image-size")
+        raise UserError(
+            f"{file}: sees {sizes[0]} pixels; {store_uri} holds {sizes[1]}; ingest with --image-size {sizes[0]} or more"
+        )
     known = {}
-    if robot.action_dim == config.action_dim:
-        normalizer = _normalizer(held.action_normalizer, robot, file)
-        seen = robot.cameras[: config.cameras]
-        known = {name: dataclasses.replace(robot, cameras=seen, action_normalizer=normalizer)}
+    if found.action_dim == config.action_dim:
+        normalizer = _normalizer(held.action_normalizer, found, file)
+        seen = found.cameras[: config.cameras]
+        known = {name: dataclasses.replace(found, cameras=seen, action_normalizer=normalizer)}
     settings = checkpoint.Settings(
         model=config,
         diffusion=model.diffusion_config,
@@ -102,19 +104,25 @@ def adopt(
     return folder
 
 
-def _normalizer(numbers: dict[str, np.ndarray], robot: Embodiment, file: Path) -> Normalizer:
-    """The published one's. Its scale and offset do not say which way they are meant; the store's actions do, where
-    under one of both readings alone they are near [-1, 1], or fill it. UserError where neither is so, or both are near.
+def _normalizer(numbers: dict[str, np.ndarray], embodiment: Embodiment, file: Path) -> Normalizer:
+    """Return the published normaliser.
+
+    Its scale and offset do not say whether they multiply or divide; the store's action range decides. The reading that
+    maps it near [-1, 1] holds; if both do, the one that maps it exactly. Raises UserError if neither fits, or both do.
     """
     found = {name.rpartition(".")[2].strip("_"): np.ravel(values).astype(float) for name, values in numbers.items()}
-    if not {"scale", "offset"} <= set(found) or {found[key].size for key in ("scale", "offset")} != {robot.action_dim}:
+    if not {"scale", "offset"} <= set(found) or {found[key].size for key in ("scale", "offset")} != {
+        embodiment.action_dim
+    }:
         held = ", ".join(f"{name} {values.shape}" for name, values in numbers.items()) or "nothing"
-        raise UserError(f"{file}: its normaliser has no scale and offset of {robot.action_dim} actions, but {held}")
+        raise UserError(
+            f"{file}: its normaliser needs scale and offset of {embodiment.action_dim} actions; it has {held}"
+        )
     scale, offset = found["scale"], found["offset"]
     if not (np.isfinite([scale, offset]).all() and scale.all()):
-        raise UserError(f"{file}: its normaliser has scales that are 0, or numbers that are not finite")
-    seen = robot.action_normalizer
-    moving = np.asarray(seen.scale) > MINIMUM_RANGE  # a column that does not tells nothing
+        raise UserError(f"{file}: its normaliser has a scale of 0, or values that are not finite")
+    seen = embodiment.action_normalizer
+    moving = np.asarray(seen.scale) > MINIMUM_RANGE  # constant columns say nothing
     extremes = np.asarray(seen.offset) + np.outer([-1, 1], seen.scale)
     near: list[tuple[float, Normalizer]] = []
     for reading in (Normalizer(tuple(offset), tuple(scale)), Normalizer(tuple(-offset / scale), tuple(1 / scale))):
@@ -128,5 +136,7 @@ def _normalizer(numbers: dict[str, np.ndarray], robot: Embodiment, file: Path) -
         raise UserError(f"{what} does not fit {actions}")
     miss, reading = min(near, key=lambda pair: pair[0])
     if len(near) == 2 and miss > EXACT:
-        raise UserError(f"{what} may multiply or divide: {actions}, fit both; give a store of all that it was made of")
+        raise UserError(
+            f"{what} may multiply or divide: {actions}, fit both; give a store with all of the model's training data"
+        )
     return reading

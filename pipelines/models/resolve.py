@@ -1,4 +1,4 @@
-"""MODEL on the command line: what it may name, and the checkpoint folder behind it."""
+"""Find the checkpoint folder of a MODEL given on the command line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def resolve(
         from pipelines.models.published import adopt
 
         if store_uri is None:
-            raise UserError(f"{model}: a published checkpoint names no robot; give --store, with episodes of its robot")
+            raise UserError(f"{model}: a published checkpoint records no embodiment; give --store with episodes of it")
         return adopt(path, store_uri, embodiment, snapshot_id, extend, cache)
     if path.is_dir():
         return path if (path / "settings.json").exists() else path / "checkpoint"
@@ -36,7 +36,7 @@ def resolve(
     tracking.connect()
     if model.startswith("models:/"):
         found = registry.download(model)
-        hint = "list versions in the MLflow page, or check MLFLOW_TRACKING_URI"
+        hint = "look up the versions in MLflow, or check MLFLOW_TRACKING_URI"
     else:
         found = tracking.download(model, "checkpoint")
         hint = "give a checkpoint folder, a run id, models:/NAME@ALIAS or a published checkpoint's file"

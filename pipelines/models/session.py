@@ -1,4 +1,4 @@
-"""A policy at work on one episode: it remembers what it observed and which actions of its last chunk are left."""
+"""A policy running on one episode: it keeps the observed frames and the unexecuted actions of the last chunk."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 
 from pipelines.models.policy import Policy
 
-EXECUTED = 8  # actions of a chunk that are carried out before the policy looks again
+EXECUTED = 8  # actions of a chunk to execute before the next query
 
 
 class Session:
-    """Turns observations into actions, one step at a time. Start a new one for each episode."""
+    """Turns observations into actions, one step at a time. Create one per episode."""
 
     def __init__(self, policy: Policy, seed: int = 0):
         self._policy = policy
@@ -26,7 +26,7 @@ class Session:
     def act(self, observation: Any, instruction: str | None = None) -> np.ndarray:
         """Return the next action, float32 ``[A]`` in the robot's units.
 
-        ``observation`` is {"images": {camera: uint8 [S, S, 3]}, "proprio": {name: float32 [D]}}, one for each step.
+        ``observation`` is {"images": {camera: uint8 [S, S, 3]}, "proprio": {name: float32 [D]}}. Call once per step.
         """
         self._observed.append(observation)
         if not self._queue:
@@ -37,7 +37,7 @@ class Session:
 
 
 def stacked(observations: Sequence[Any], length: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Return the newest ``length`` observations as a batch of one; the first repeats where there are fewer.
+    """Return the newest ``length`` observations as a batch of one. If there are fewer, the first is repeated.
 
     Images uint8 ``[1, length, S, S, 3]`` by camera, proprioception float32 ``[1, length, D]`` by name.
     """

@@ -1,1 +1,1 @@
-"""The registry: registering policies, promoting them."""
+"""Registration and promotion of policies."""

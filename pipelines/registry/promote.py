@@ -1,8 +1,7 @@
-"""``uwm promote``: a gate first, then the alias.
+"""``uwm promote``: move the alias to a version that passes the gate.
 
-The gate compares the success rates that ``uwm evaluate`` logged to the runs behind two versions: the candidate's must
-not be below the champion's on any task the champion was evaluated on, and where there is no champion yet, not
-below a stated floor.
+The gate compares the success rates that ``uwm evaluate`` logged to the runs of two versions. The candidate's must not
+be below the champion's on any task that the champion was evaluated on; without a champion, not below a floor.
 """
 
 from __future__ import annotations
@@ -26,7 +25,10 @@ class Promotion:
 
 
 def promote(name: str, version: str, alias: str = "champion", floor: float = 0.5) -> Promotion:
-    """Move ``alias`` to this version of the registered model. Raises Refused, or UserError where there is none."""
+    """Move ``alias`` to this version of the registered model.
+
+    Raises Refused if the gate refuses it, UserError if there is no such version.
+    """
     tracking.connect()
     with registry.promotion_lock(name):
         candidate = registry.version_of(name, version)
@@ -52,7 +54,7 @@ def _judge(name: str, candidate: tuple[str, str], current: tuple[str, str] | Non
     lines = []
     for task, bar in bars.items():
         if task not in scores:
-            raise Refused(f"{name} version {candidate[0]} was not evaluated on {task}, {against} was")
+            raise Refused(f"{name} version {candidate[0]} was not evaluated on {task}, but {against} was")
         lines.append(f"{task}: {scores[task]:.0%} against {bar:.0%} of {against}")
         if scores[task] < bar:
             raise Refused(f"{name} version {candidate[0]} is worse on {lines[-1]}")

@@ -1,4 +1,4 @@
-"""A checkpoint into the MLflow model registry, as a policy that MLflow can load and serve."""
+"""Register a checkpoint in the MLflow model registry, as a policy that MLflow can load and serve."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipelines.models.policy import Policy
 
 
 def register(checkpoint: Path, name: str, embodiment: str | None = None) -> str:
-    """A new version of the registered model ``name``; returns its number."""
+    """Register a new version of the model ``name``; return the version number."""
     tracking.connect()
     policy = Policy(checkpoint, embodiment)
     settings, spec = policy.settings, policy.spec

@@ -1,4 +1,4 @@
-"""Checkpoints beside the training: values are copied at once, written in a thread, and count when all have written."""
+"""Write checkpoints while training continues: a thread writes the copied values, and all ranks vote on the outcome."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ class _Draft:
 
 
 class CheckpointWriter:
-    """One worker's part. The workers vote in each step whether theirs is written, and all learn the sums of the votes.
+    """One worker's part. In each step the workers vote on whether their part is written; all receive the sums.
 
-    A checkpoint that could not be written, on a full disk for example, is dropped; the training goes on, and the next
-    one is tried.
+    A checkpoint that cannot be written, for example on a full disk, is dropped; training continues.
     """
 
     def __init__(self, folder: RunFolder, leads: bool, workers: int):
@@ -35,19 +34,22 @@ class CheckpointWriter:
         return self._draft is not None
 
     def begin(self, step: int, about: dict[str, Any], build: Callable[[Path], None]) -> None:
-        """Write what ``build`` puts into a folder; ``about`` is what the checkpoint says of itself."""
+        """Start writing the files that ``build`` puts into a folder; ``about`` goes into the manifest."""
         assert self._draft is None
         self._draft = _Draft(step, about, self._pool.submit(self._folder.write, step, build))
 
     def votes(self) -> tuple[int, int]:
-        """Whether this worker's part is written, and whether that failed; neither while it is being written."""
+        """Return (written, failed) for this worker's part, as 0 or 1; both 0 while it is being written."""
         if self._draft is None or not self._draft.written.done():
             return 0, 0
         failed = self._draft.written.exception() is not None
         return int(not failed), int(failed)
 
     def settle(self, written: int, failed: int) -> tuple[int | None, str | None]:
-        """What becomes of the sums of the votes: (step of the new checkpoint, why there is none); often neither."""
+        """Take the sums of the votes; return (step of the new checkpoint, why it failed), usually (None, None).
+
+        The outcome is known once all workers have voted.
+        """
         if self._draft is None or written + failed < self._workers:
             return None, None
         draft, self._draft = self._draft, None

@@ -1,7 +1,7 @@
-"""One training on Ray, from start to end, whatever happens to the workers in between.
+"""Run one training on Ray to its end, across failures of the workers.
 
-Ray Train starts the workers and notices when one is gone; they go on from the newest checkpoint (pipelines/train/worker.py).
-Ctrl-C and SIGTERM have them save first.
+Ray Train starts the workers and notices when one is lost; new ones resume from the newest checkpoint
+(pipelines/train/worker.py). On Ctrl-C or SIGTERM the workers save a checkpoint first.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from pipelines.errors import Interrupted
 from pipelines.models.checkpoint import Settings
 from pipelines.recipe import Recipe
 from pipelines.train.checkpoints import RunFolder
-from pipelines.train.preemption import Listening
+from pipelines.train.preemption import PreemptibleTorchConfig
 from pipelines.train.worker import Diverged, Preempted, work
 from preprocessing.errors import UserError
 
-ATTEMPTS = 3  # in a row that get no farther, before a failure is taken for one that comes again
-WAIT_FOR_WORKERS = "20"  # seconds, before a run with a range of workers begins with those that there are
+ATTEMPTS = 3  # failures in a row without a new checkpoint before giving up
+WAIT_FOR_WORKERS = "20"  # seconds before a run with a range of workers starts with those available
 
 
 def train(
@@ -48,8 +48,8 @@ def train(
 ) -> Path:
     """Train on Ray and return the folder of the final weights, ``output/checkpoint``.
 
-    ``checkpoints`` is the URI of the run's own: it goes on from the newest there. Raises Interrupted, Diverged, or
-    what a worker raised that comes again.
+    ``checkpoints`` is the URI of this run's checkpoints; training resumes from the newest. Raises Interrupted,
+    Diverged, UserError, or a worker's failure that keeps recurring.
     """
     output.mkdir(parents=True, exist_ok=True)
     folder = RunFolder(checkpoints)
@@ -63,12 +63,12 @@ def train(
         meter = Meter.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]
         with (
             tqdm(total=recipe.steps, desc=recipe.name, unit="step", mininterval=0.5) as bar,
-            watch(meter, Show(bar, meter), every=1.0),  # each question takes from the workers' time
-            _saving_on_signals(meter) as told,
-            _quiet(verbose),
+            watch(meter, ProgressLine(bar, meter), every=1.0),  # each poll costs the workers time
+            _save_on_signals(meter) as stop_requested,
+            _silence_stdout(verbose),
         ):
-            bar.set_postfix_str("starting the workers")
-            _persist(recipe, {**config, "meter": meter}, folder, told)
+            bar.set_postfix_str("starting workers")
+            _train_to_the_end(recipe, {**config, "meter": meter}, folder, stop_requested)
     final = output / "checkpoint"
     shutil.rmtree(final, ignore_errors=True)
     final.mkdir()
@@ -79,14 +79,16 @@ def train(
     return final
 
 
-def _persist(recipe: Recipe, config: dict[str, Any], folder: RunFolder, told: threading.Event) -> None:
-    """One group of workers after the other, until the last step is saved, or the user wants no more."""
+def _train_to_the_end(
+    recipe: Recipe, config: dict[str, Any], folder: RunFolder, stop_requested: threading.Event
+) -> None:
+    """Start one group of workers after another until the last step is saved or the user stops."""
     reached, fruitless = -1, 0
     while (newest := folder.newest()) < recipe.steps:
-        if told.is_set():
-            raise Interrupted(f"stopped at step {newest}; the same command goes on")
+        if stop_requested.is_set():
+            raise Interrupted(f"stopped at step {newest}; run the same command to resume")
         try:
-            _fit(recipe, config)
+            _run_workers(recipe, config)
         except TrainingFailedError as error:
             causes = [*error.worker_failures.values()] if isinstance(error, WorkerGroupError) else [error]
             for cause in causes:
@@ -96,22 +98,22 @@ def _persist(recipe: Recipe, config: dict[str, Any], folder: RunFolder, told: th
             reached, fruitless = newest, 0 if newest > reached else fruitless + 1
             if fruitless >= ATTEMPTS:
                 raise
-            if not told.is_set():
-                taken_away = all(isinstance(cause, Preempted) for cause in causes)
-                why = "a machine was taken away" if taken_away else f"a worker was lost ({_line(causes[0])})"
-                config["meter"].say.remote(f"{why}; going on from step {newest}")
+            if not stop_requested.is_set():
+                preempted = all(isinstance(cause, Preempted) for cause in causes)
+                why = "a machine was preempted" if preempted else f"a worker was lost ({_one_line(causes[0])})"
+                config["meter"].say.remote(f"{why}; resuming from step {newest}")
 
 
-def _fit(recipe: Recipe, config: dict[str, Any]) -> None:
-    """One group of workers, until they are done or one of them fails."""
+def _run_workers(recipe: Recipe, config: dict[str, Any]) -> None:
+    """Run one group of workers until they finish or one of them fails."""
     gpus = ray.cluster_resources().get("GPU", 0) >= recipe.least_workers
     if isinstance(recipe.workers, tuple):
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", WAIT_FOR_WORKERS)
-    with tempfile.TemporaryDirectory() as scratch:  # what Ray writes of its own; our checkpoints are elsewhere
+    with tempfile.TemporaryDirectory() as scratch:  # for Ray's own files; our checkpoints are elsewhere
         trainer = TorchTrainer(
             work,
             train_loop_config=config,
-            torch_config=Listening(backend="nccl" if gpus else "gloo"),
+            torch_config=PreemptibleTorchConfig(backend="nccl" if gpus else "gloo"),
             scaling_config=ScalingConfig(num_workers=recipe.workers, use_gpu=gpus),  # type: ignore[arg-type]
             run_config=RunConfig(name="ray", storage_path=scratch),
         )
@@ -123,7 +125,7 @@ def _fit(recipe: Recipe, config: dict[str, Any]) -> None:
             except BaseException as error:
                 outcome.append(error)
 
-        # In a thread, or Ray would answer Ctrl-C itself, and at once.
+        # In a thread, because otherwise Ray would handle Ctrl-C itself and stop at once.
         thread = threading.Thread(target=fit, daemon=True)
         thread.start()
         while thread.is_alive():
@@ -132,19 +134,19 @@ def _fit(recipe: Recipe, config: dict[str, Any]) -> None:
             raise outcome[0]
 
 
-class Show:
-    """The progress line, and above it what the workers say."""
+class ProgressLine:
+    """Shows the progress bar, and above it the workers' messages."""
 
     def __init__(self, bar: tqdm, meter: Any):
-        self._bar, self._meter, self._heard = bar, meter, 0
+        self._bar, self._meter, self._shown = bar, meter, 0
 
     def __call__(self, values: dict[str, float]) -> None:
-        if values.get("said", 0) > self._heard:
-            for line in ray.get(self._meter.said.remote(self._heard), timeout=10):
-                self._heard += 1
+        if values.get("said", 0) > self._shown:
+            for line in ray.get(self._meter.said.remote(self._shown), timeout=10):
+                self._shown += 1
                 self._bar.write(line, file=self._bar.fp)
         step = int(values.get("step", 0))
-        if step and self._bar.n == 0:  # the time left is reckoned from here: a run may begin in its middle
+        if step and self._bar.n == 0:  # for the estimate of the remaining time: a run may resume midway
             self._bar.initial, self._bar.start_t = step, time.time()
         self._bar.n = max(self._bar.n, step)
         if "loss" in values:
@@ -153,40 +155,41 @@ class Show:
             )
         elif "copying" in values:
             done, total = (f"{tqdm.format_sizeof(values[name])}B" for name in ("copied", "copying"))
-            self._bar.set_postfix_str("the first steps" if done == total else f"copying the store: {done} of {total}")
+            copying = f"copying the store to the local cache: {done} of {total}"
+            self._bar.set_postfix_str("waiting for the first steps" if done == total else copying)
 
 
 @contextlib.contextmanager
-def _saving_on_signals(meter: Any) -> Iterator[threading.Event]:
-    """The first Ctrl-C or SIGTERM asks the workers to save and stop; the second stops at once."""
-    told = threading.Event()
+def _save_on_signals(meter: Any) -> Iterator[threading.Event]:
+    """On the first Ctrl-C or SIGTERM set the event and ask the workers to save and stop; on the second stop at once."""
+    stop_requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield told
+        yield stop_requested
         return
 
-    def ask(*_: Any) -> None:
-        if told.is_set():
+    def request_stop(*_: Any) -> None:
+        if stop_requested.is_set():
             raise KeyboardInterrupt
-        told.set()
+        stop_requested.set()
         meter.put.remote(stop=1)
-        meter.say.remote("saving a checkpoint, then stopping; once more stops at once")
+        meter.say.remote("saving a checkpoint before stopping; press Ctrl-C again to stop at once")
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield told
+        yield stop_requested
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _line(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[-1].strip()[:200]}"
 
 
 @contextlib.contextmanager
-def _quiet(verbose: bool) -> Iterator[None]:
-    """Ray Train prints its state to stdout through loggers it configures late; keep stdout for results."""
+def _silence_stdout(verbose: bool) -> Iterator[None]:
+    """Keep stdout for results: Ray Train prints its state there, through loggers that it configures late."""
     if verbose:
         yield
         return

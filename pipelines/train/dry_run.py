@@ -1,4 +1,4 @@
-"""What a training would take: memory, time and money, before it is begun."""
+"""Estimate the memory, time and cost of a training before it starts."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from uwm_model.batch import Batch
 from uwm_model.config import ModelConfig
 from uwm_model.optimizer import adamw
 
-MEASURED = 4  # samples, at most, that are learned from here to see how long one takes
+MEASURED = 4  # maximum number of samples in the training step that is timed here
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes and seconds; those of a step are as if every worker were this machine's ``device``."""
+    """Bytes and seconds of a training. Step times assume that every worker has this machine's ``device``."""
 
     parameters: int
     trained: int
     workers: int
     steps: int
     samples: int
-    state_bytes: int  # on the device of a worker: weights, gradients, the optimizer's
-    host_bytes: int  # in its host's memory, where the optimizer is offloaded
-    activation_bytes: int  # of one pass
+    state_bytes: int  # on a worker's device: weights, gradients, optimizer states
+    host_bytes: int  # in its host's memory, if the optimizer is offloaded
+    activation_bytes: int  # of one forward pass
     device: str
     step_seconds: float
     seconds: float
@@ -38,11 +38,11 @@ class Estimate:
 
 
 def estimate(settings: Settings, recipe: Recipe, model: Any) -> Estimate:
-    """``model`` is what would be trained, freshly made; it is used up."""
+    """Measure one training step of ``model``, which is changed by it, and extrapolate."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     threads = torch.get_num_threads()
     if device.type == "cpu":
-        torch.set_num_threads(1)  # a worker is a core
+        torch.set_num_threads(1)  # like a worker, which has one core
     workers = recipe.most_workers
     share = max(1, recipe.batch_size // workers)
     micro = min(share, recipe.micro_batch_size or share)
@@ -66,18 +66,18 @@ def estimate(settings: Settings, recipe: Recipe, model: Any) -> Estimate:
         return tensor
 
     seconds = []
-    for _ in range(2):  # the first warms up, and counts
+    for _ in range(2):  # the first warms up
         began = time.monotonic()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = model.loss(batch).total
         activations = sum(held.values())
         loss.backward()
-        learned = time.monotonic()
+        computed = time.monotonic()
         optimizer.step()
         optimizer.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        seconds.append((learned - began, time.monotonic() - learned))
+        seconds.append((computed - began, time.monotonic() - computed))
     torch.set_num_threads(threads)
     of_samples, of_optimizer = seconds[1]
     step = share * of_samples / measured + of_optimizer / (workers if recipe.zero_stage else 1)
@@ -98,20 +98,20 @@ def estimate(settings: Settings, recipe: Recipe, model: Any) -> Estimate:
 
 
 def _state_bytes(parameters: int, trained: int, recipe: Recipe) -> tuple[int, int]:
-    """Of one worker's device, and of its host: what infra.engine's settings keep of each parameter."""
+    """Return the bytes that infra.engine keeps on a worker's device and in its host's memory."""
     stage, shares = recipe.zero_stage, recipe.most_workers
     low = 2 if recipe.precision == "bfloat16" else 4
     weights = parameters * low // (shares if stage == 3 else 1)
     gradients = trained * 4 // (shares if stage >= 2 else 1)
-    master = 4 if stage in (1, 2) or low == 2 else 0  # a float32 copy of what is moved
+    master = 4 if stage in (1, 2) or low == 2 else 0  # a float32 copy for the optimizer
     optimizer = trained * (master + 8 + (4 if recipe.ema_decay else 0)) // (shares if stage else 1)
-    judged = parameters * 4  # the averaged weights, for the held-out windows
-    on_device = weights + gradients + judged
+    averaged = parameters * 4  # for validation
+    on_device = weights + gradients + averaged
     return (on_device, optimizer) if recipe.offload else (on_device + optimizer, 0)
 
 
 def _sample(model: ModelConfig, count: int, stride: int) -> Batch:
-    """Random samples of these shapes."""
+    """Return ``count`` random samples of the model's shapes."""
     V, Tf, C, h, w = model.latents_shape
     pixels = (
         torch.rand(count, V, model.observed_frames, 3, stride * h, stride * w)

@@ -1,7 +1,7 @@
-"""The robots that a finetuned model knows: those of its parent, and those of the data; whose camera is in which slot.
+"""The embodiments of a finetuned model, its parent's and the data's, and which camera is in which slot.
 
-A camera goes where the model knows one of its name, so that the "wrist" of a new robot finds what was learned of
-wrists.
+A camera goes into the slot where the model already knows a camera of that name, so that a new embodiment's "wrist"
+reuses what was learned about wrist cameras.
 """
 
 from __future__ import annotations
@@ -15,89 +15,97 @@ from pipelines.recipe import Recipe
 from preprocessing.dataset.embodiment import Embodiment, describe
 from preprocessing.dataset.selection import by_embodiment
 from preprocessing.errors import UserError
-from preprocessing.store.catalogue import TrainingRow
+from preprocessing.store.rows import TrainingRow
 from uwm_model.config import ModelConfig
 from uwm_model.transplant import Inputs
 
 
 @dataclass(frozen=True)
-class Robots:
-    """``known`` are the parent's and the data's, by name; ``here`` are the names of the data's. Cameras are in the
-    parent's slots, and in further ones behind them.
+class Embodiments:
+    """``known``: the parent's embodiments and the data's, by name. ``in_data``: the names of the data's.
+
+    Cameras are in the parent's slots, and in additional slots after them.
     """
 
     known: dict[str, Embodiment]
-    here: tuple[str, ...]
+    in_data: tuple[str, ...]
     data_statistics: dict[str, Normalizers]
 
     def slots(self, held: int, wanted: int | None) -> list[int]:
-        """Which of the slots a model has that holds ``held`` now and is ``wanted`` to have so many (None: no fewer).
+        """Return the camera slots to use for a model with ``held`` slots that should get ``wanted`` (None: all).
 
-        Where there are too many, those of the data's cameras come first.
+        If there are too many, slots of the data's cameras take precedence.
         """
-        filled = {i for name in self.here for i, camera in enumerate(self.known[name].cameras) if camera}
-        every = max([held, wanted or 0, *(i + 1 for i in filled)])
-        by_need = sorted(range(every), key=lambda slot: (slot not in filled, slot))
-        return sorted(by_need[: wanted or every])
+        filled = {i for name in self.in_data for i, camera in enumerate(self.known[name].cameras) if camera}
+        count = max([held, wanted or 0, *(i + 1 for i in filled)])
+        by_need = sorted(range(count), key=lambda slot: (slot not in filled, slot))
+        return sorted(by_need[: wanted or count])
 
 
-def robots(parent: Settings, rows: list[TrainingRow], recipe: Recipe) -> Robots:
-    """Of the catalogue rows; UserError where a robot is not what the parent knows by its name."""
+def match_embodiments(parent: Settings, rows: list[TrainingRow], recipe: Recipe) -> Embodiments:
+    """Match the embodiments of the catalogue rows with the parent's, by name.
+
+    Raises UserError if an embodiment differs from the parent's of that name.
+    """
     known, data = dict(parent.embodiments), {}
     for name, members in by_embodiment(rows).items():
         before = known.get(name)
         pretrained = before is not None and recipe.statistics == "pretrained"
-        normalise = parent.recipe.get("normalise", "extremes") if pretrained else recipe.normalise  # like with like
-        index = before.index if before else 1 + max((robot.index for robot in known.values()), default=-1)
+        normalise = parent.recipe.get("normalise", "extremes") if pretrained else recipe.normalise  # to compare alike
+        index = before.index if before else 1 + max((spec.index for spec in known.values()), default=-1)
         found = describe(name, members, index, None, normalise)
         data[name] = Normalizers(found.action_normalizer, found.proprio_normalizer)
         if before and (misfits := before.misfits(found, ranges=pretrained)):
             raise UserError(
-                f"embodiment {name} is not as in pretraining: {'; '.join(misfits)}; if it is another robot, give "
-                "it a name of its own (--contract, embodiment: NAME); if only its ranges are others, statistics=data"
+                f"embodiment {name} differs from pretraining: {'; '.join(misfits)}; if it is another embodiment, give "
+                "it another name (--contract, embodiment: NAME); if only its ranges differ, set statistics=data"
             )
-        cameras = _seated(found.cameras, before.cameras if before else (), [robot.cameras for robot in known.values()])
+        cameras = _assign_slots(
+            found.cameras, before.cameras if before else (), [spec.cameras for spec in known.values()]
+        )
         known[name] = dataclasses.replace(before if before and pretrained else found, cameras=cameras)
-    return Robots(known, tuple(data), data)
+    return Embodiments(known, tuple(data), data)
 
 
-def in_slots(robot: Embodiment, slots: Sequence[int]) -> Embodiment:
-    """The robot with the cameras of these slots alone, in their order."""
-    cameras = [robot.cameras[slot] if slot < len(robot.cameras) else "" for slot in slots]
+def keep_slots(embodiment: Embodiment, slots: Sequence[int]) -> Embodiment:
+    """Return the embodiment with only the cameras in these slots, in their order."""
+    cameras = [embodiment.cameras[slot] if slot < len(embodiment.cameras) else "" for slot in slots]
     while cameras and not cameras[-1]:
         cameras.pop()
-    return dataclasses.replace(robot, cameras=tuple(cameras))
+    return dataclasses.replace(embodiment, cameras=tuple(cameras))
 
 
-def inputs(
-    parent: Settings, found: Robots, slots: Sequence[int], model: ModelConfig, text_encoder: str | None
+def model_inputs(
+    parent: Settings, found: Embodiments, slots: Sequence[int], model: ModelConfig, text_encoder: str | None
 ) -> tuple[Inputs, Inputs]:
-    """What the parent reads, and what ``model`` reads, whose cameras are in these of the slots: by name.
+    """Name the inputs of the parent and of ``model``, whose cameras are in these slots.
 
-    Of a parent that knows no robot, every place counts as used.
+    If the parent knows no embodiment, all its camera slots count as used.
     """
     spare = "spare camera" if parent.embodiments else "camera"
-    old = [_cameras(parent.embodiments, slot) or f"{spare} {slot}" for slot in range(parent.model.cameras)]
+    old = [_slot_name(parent.embodiments, slot) or f"{spare} {slot}" for slot in range(parent.model.cameras)]
     used = {slot: name for slot, name in enumerate(old) if not name.startswith("spare")}
-    new = [used.get(slot) or _cameras(found.known, slot) or f"spare camera {slot}" for slot in slots]
+    new = [used.get(slot) or _slot_name(found.known, slot) or f"spare camera {slot}" for slot in slots]
     return (
-        _read(parent.model, old, parent.embodiments, parent.text_encoder_digest),
-        _read(model, new, found.known, text_encoder),
+        _inputs(parent.model, old, parent.embodiments, parent.text_encoder_digest),
+        _inputs(model, new, found.known, text_encoder),
     )
 
 
-def _cameras(robots: dict[str, Embodiment], slot: int) -> str:
-    """What robots have in a slot, "camera 1 (wrist/gripper)"; empty where none has any."""
-    held = (robot.cameras[slot] for robot in robots.values() if slot < len(robot.cameras))
+def _slot_name(embodiments: dict[str, Embodiment], slot: int) -> str:
+    """Return the cameras in a slot, like "camera 1 (wrist/gripper)"; empty if no embodiment has one there."""
+    held = (spec.cameras[slot] for spec in embodiments.values() if slot < len(spec.cameras))
     names = "/".join(dict.fromkeys(name for name in held if name))
     return names and f"camera {slot} ({names})"
 
 
-def _read(model: ModelConfig, cameras: list[str], robots: dict[str, Embodiment], text_encoder: str | None) -> Inputs:
-    names = {robot.index: name for name, robot in robots.items()}
+def _inputs(
+    model: ModelConfig, cameras: list[str], embodiments: dict[str, Embodiment], text_encoder: str | None
+) -> Inputs:
+    names = {spec.index: name for name, spec in embodiments.items()}
     rows = [f"embodiment {names[i]}" if i in names else f"spare embodiment {i}" for i in range(model.embodiments)]
-    actions = max((robot.action_dim for robot in robots.values()), default=model.action_dim)
-    proprio = max((robot.proprio_dim for robot in robots.values()), default=model.proprio_dim)
+    actions = max((spec.action_dim for spec in embodiments.values()), default=model.action_dim)
+    proprio = max((spec.proprio_dim for spec in embodiments.values()), default=model.proprio_dim)
     return Inputs(
         model,
         cameras,
@@ -108,16 +116,20 @@ def _read(model: ModelConfig, cameras: list[str], robots: dict[str, Embodiment],
     )
 
 
-def _seated(cameras: Iterable[str], own: tuple[str, ...], others: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
-    """A camera a slot: where the robot's ``own`` were and others' of that name are, else in the first that are free."""
-    seats = {slot: camera for slot, camera in enumerate(own) if camera}
-    places = [(camera, slot) for robot in others for slot, camera in enumerate(robot)]
+def _assign_slots(cameras: Iterable[str], own: tuple[str, ...], others: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    """Return the camera of each slot.
+
+    Cameras of ``own`` keep their slots; a new camera takes the slot of another embodiment's camera of that name, or the
+    first free one.
+    """
+    assigned = {slot: camera for slot, camera in enumerate(own) if camera}
+    known = [(camera, slot) for other in others for slot, camera in enumerate(other)]
     new = [camera for camera in cameras if camera not in own]
     for camera in new:
-        same = (slot for name, slot in places if name == camera and slot not in seats)
+        same = (slot for name, slot in known if name == camera and slot not in assigned)
         if (slot := next(same, None)) is not None:
-            seats[slot] = camera
+            assigned[slot] = camera
     for camera in new:
-        if camera not in seats.values():
-            seats[next(slot for slot in range(len(seats) + 1) if slot not in seats)] = camera
-    return tuple(seats.get(slot, "") for slot in range(1 + max(seats, default=-1)))
+        if camera not in assigned.values():
+            assigned[next(slot for slot in range(len(assigned) + 1) if slot not in assigned)] = camera
+    return tuple(assigned.get(slot, "") for slot in range(1 + max(assigned, default=-1)))

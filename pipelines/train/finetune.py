@@ -1,7 +1,7 @@
-"""``uwm finetune``: go on from a trained model, on other data, of another robot if need be.
+"""``uwm finetune``: continue from a trained model on other data, also of another embodiment.
 
-The model is extended to what the data need (actions, cameras, instructions, robots, sizes), and never made smaller
-unless the recipe says so. What of its weights is loaded, what is fresh, what is left and what learns is a table.
+The model is extended to what the data need (actions, cameras, instructions, embodiments, frame size). It is made
+smaller only if the recipe says so. A table shows which weights are loaded, fresh, left out and learning.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pipelines.models.checkpoint import Normalizers, Settings
 from pipelines.models.data import stride_of, training_rows
 from pipelines.models.resolve import resolve
 from pipelines.recipe import Recipe
-from pipelines.train.embodiments import Robots, in_slots, inputs, robots
+from pipelines.train.embodiments import Embodiments, keep_slots, match_embodiments, model_inputs
 from pipelines.train.run import RunOptions, tracked
 from pipelines.train.trainable import learning_sizes
 from preprocessing.dataset.embodiment import Embodiment
@@ -35,24 +35,24 @@ from uwm_model.transplant import Inputs, part_of, plan_transplant, transplant
 
 @dataclasses.dataclass(frozen=True)
 class Finetuning:
-    """The new model's settings, the checkpoint it goes on from, and what both of them read."""
+    """A planned finetuning: the new model's settings, its parent's checkpoint, and the inputs of both."""
 
     settings: Settings
     initial: Path
-    before: Inputs
-    after: Inputs
+    before: Inputs  # of the parent
+    after: Inputs  # of the new model
 
 
 def plan(initial: Path, store_uri: str, recipe: Recipe, snapshot_id: str | None = None) -> Finetuning:
-    """A trained model's settings over another snapshot, extended to what its data need.
+    """Plan the finetuning of the checkpoint ``initial`` on a snapshot, with the model extended to what the data need.
 
-    Embodiments that the model knows keep their slots, and their normalisation unless the recipe's ``statistics`` are
-    those of the data; new ones take free slots. Raises UserError where the store has no latents of the model's encoder,
-    an embodiment is not what the model knows by its name, or the recipe asks for another model.
+    Known embodiments keep their slots, and their normalisation unless the recipe has ``statistics: data``; new ones
+    take free slots. Raises UserError if the store has no latents of the model's encoder, if an embodiment differs from
+    the model's of that name, or if the recipe changes what cannot change.
     """
     parent = checkpoint.load_settings(initial)
     if recipe.diffusion:
-        raise UserError("recipe: a finetuned model keeps its diffusion; remove the section diffusion")
+        raise UserError("recipe: a finetuned model keeps its diffusion settings; remove the section diffusion")
     snapshot = LatentStore.open(store_uri).snapshot(snapshot_id)
     all_rows = snapshot.rows(parent.encoder_digest)
     if not all_rows:
@@ -63,18 +63,19 @@ def plan(initial: Path, store_uri: str, recipe: Recipe, snapshot_id: str | None 
     rows = training_rows(all_rows, recipe, store_uri)
     known_text = recipe.text_encoder in (None, parent.text_encoder)
     text = parent.text_encoder_digest if known_text else recipe.text_encoder
-    told: dict[str, Any] = {"text_encoder": None, "text_encoder_digest": None, "text_width": 0}
+    language: dict[str, Any] = {"text_encoder": None, "text_encoder_digest": None, "text_width": 0}
     if text and recipe.model.get("text_width") != 0:
-        told = text_encoder_of(snapshot, text, rows)
-    found = robots(parent, rows, recipe)
+        language = text_encoder_of(snapshot, text, rows)
+    found = match_embodiments(parent, rows, recipe)
     slots = found.slots(parent.model.cameras, recipe.model.get("cameras"))
     shape = snapshot.shape(rows[0]["cameras"][0]["segments"][0])
     size, stride = shape[2:], stride_of(rows[0], shape)
-    whole = size if size[0] * stride != parent.frame_size else parent.model.latent_size  # as in pretraining
-    model = _extended(parent, found, recipe, whole, len(slots), told.pop("text_width"))
+    # With frames of the pretraining's size, the model keeps its crop.
+    seen_size = size if size[0] * stride != parent.frame_size else parent.model.latent_size
+    model = _extend(parent, found, recipe, seen_size, len(slots), language.pop("text_width"))
     if any(seen > held for seen, held in zip(model.latent_size, size, strict=True)):
         raise UserError(
-            f"{store_uri}: latents are {size}, the model sees {model.latent_size} of them; ingest with --image-size "
+            f"{store_uri}: latents are {size}, but the model sees {model.latent_size}; ingest with --image-size "
             f"{model.latent_size[0] * stride}, or set model.latent_size={list(size)}"
         )
     settings = parent.model_copy(
@@ -82,14 +83,14 @@ def plan(initial: Path, store_uri: str, recipe: Recipe, snapshot_id: str | None 
             "model": model,
             "image_size": size[0] * stride,
             "stride": stride,
-            **told,
+            **language,
             "embodiments": {
-                name: in_slots(robot, slots) for name, robot in found.known.items() if not _lacking(model, robot)
+                name: keep_slots(spec, slots) for name, spec in found.known.items() if not _too_small(model, spec)
             },
             "pretrained_statistics": {
-                name: Normalizers(robot.action_normalizer, robot.proprio_normalizer)
-                for name, robot in parent.embodiments.items()
-                if name in found.here
+                name: Normalizers(spec.action_normalizer, spec.proprio_normalizer)
+                for name, spec in parent.embodiments.items()
+                if name in found.in_data
             },
             "data_statistics": found.data_statistics,
             "store": snapshot.uri,
@@ -99,58 +100,64 @@ def plan(initial: Path, store_uri: str, recipe: Recipe, snapshot_id: str | None 
             "step": 0,
         }
     )
-    before, after = inputs(parent, found, slots, model, settings.text_encoder_digest)
+    before, after = model_inputs(parent, found, slots, model, settings.text_encoder_digest)
     try:
         settings.transplant = plan_transplant(
             checkpoint.shapes(initial), before, _fresh(settings, "meta").state_dict(), after
         )
     except ValueError as error:
         raise UserError(f"recipe: model.{error}") from None
-    table(settings)  # whose errors come before anything is written
+    table(settings)  # raises its errors before anything is written
     return Finetuning(settings, initial, before, after)
 
 
-def _extended(
-    parent: Settings, found: Robots, recipe: Recipe, size: Sequence[int], cameras: int, text_width: int
+def _extend(
+    parent: Settings, found: Embodiments, recipe: Recipe, size: Sequence[int], cameras: int, text_width: int
 ) -> ModelConfig:
-    """Return the parent's configuration with room for the data, whose latents are of ``size``.
+    """Return the parent's configuration, extended to the data, whose latents are of ``size``.
 
-    Raises UserError if the recipe leaves too little.
+    Raises UserError if the recipe makes it too small for the data.
     """
-    old, here = parent.model, [found.known[name] for name in found.here]
+    old, here = parent.model, [found.known[name] for name in found.in_data]
     needed = {
         "cameras": cameras,
         "latent_size": (max(old.latent_size[0], size[0]), max(old.latent_size[1], size[1])),
-        "action_dim": max(old.action_dim, *(robot.action_dim for robot in here)),
-        "proprio_dim": max(old.proprio_dim, *(robot.proprio_dim for robot in here)),
-        "embodiments": max(old.embodiments, *(robot.index + 1 for robot in here)),
+        "action_dim": max(old.action_dim, *(spec.action_dim for spec in here)),
+        "proprio_dim": max(old.proprio_dim, *(spec.proprio_dim for spec in here)),
+        "embodiments": max(old.embodiments, *(spec.index + 1 for spec in here)),
         "text_width": text_width,
     }
     try:
         model = ModelConfig(**dataclasses.asdict(old) | needed | recipe.model)
     except (TypeError, ValueError) as error:
         raise UserError(f"recipe: {error}") from None
-    for name in found.here:
-        for key, needs in _lacking(model, found.known[name]).items():
-            raise UserError(f"recipe: model.{key}: embodiment {name} needs {needs}; leave it out, or give no less")
+    for name in found.in_data:
+        for key, least in _too_small(model, found.known[name]).items():
+            raise UserError(f"recipe: model.{key}: embodiment {name} needs {least}; remove the key, or raise it")
     return model
 
 
-def _lacking(model: ModelConfig, robot: Embodiment) -> dict[str, int]:
-    """What a robot needs of the sizes that are too small for it. A smaller model forgets such robots."""
-    needs = {"action_dim": robot.action_dim, "proprio_dim": robot.proprio_dim, "embodiments": robot.index + 1}
+def _too_small(model: ModelConfig, spec: Embodiment) -> dict[str, int]:
+    """Return the sizes of the model that are too small for an embodiment, with the sizes it needs.
+
+    A model made smaller drops such embodiments.
+    """
+    needs = {"action_dim": spec.action_dim, "proprio_dim": spec.proprio_dim, "embodiments": spec.index + 1}
     return {key: needed for key, needed in needs.items() if getattr(model, key) < needed}
 
 
 def _fresh(settings: Settings, device: str) -> Model:
-    """The new model before anything is loaded: the same for the same seed."""
+    """Return the new model with fresh weights, which depend on the recipe's seed only."""
     with torch.device(device), torch.random.fork_rng():
         torch.manual_seed(settings.recipe["seed"])
         return settings.build()
 
 
 def table(settings: Settings) -> list[dict[str, Any]]:
-    """A row for each part of a finetuned model: values loaded, fresh, left in its parent, learning; and what is new."""
+    """Return for each part of a finetuned model how many values are loaded, fresh, left in the parent, learning.
+
+    ``note`` names what is fresh or left. Raises UserError like ``learning``.
+    """
     model, learn = _fresh(settings, "meta"), dict.fromkeys((part.part for part in settings.transplant), 0)
     for name, size in learning_sizes(model, Recipe.model_validate(settings.recipe), settings.fresh).items():
         learn[part_of(name)] += size
@@ -162,19 +169,19 @@ def table(settings: Settings) -> list[dict[str, Any]]:
 
 
 def lines(settings: Settings) -> list[str]:
-    """The table for people, with a line for all parts together."""
+    """Return the table as text, with a last row for all parts together."""
     counts = ("loaded", "fresh", "left", "learning")
     rows = table(settings)
     rows.append({"part": "all", **{key: sum(row[key] for row in rows) for key in counts}, "note": ""})
-    said = [f"{'part':<18}" + "".join(f"{key:>14}" for key in counts) + "  note"]
-    said += [f"{row['part']:<18}" + "".join(f"{row[key]:>14,}" for key in counts) + f"  {row['note']}" for row in rows]
+    text = [f"{'part':<18}" + "".join(f"{key:>14}" for key in counts) + "  note"]
+    text += [f"{row['part']:<18}" + "".join(f"{row[key]:>14,}" for key in counts) + f"  {row['note']}" for row in rows]
     if settings.recipe["lora"]:
-        said.append("learning: the adapters, and what is fresh, in full")
-    return [line.rstrip() for line in said]
+        text.append("learning: the adapters, and all fresh values")
+    return [line.rstrip() for line in text]
 
 
 def write_start(finetuning: Finetuning, folder: Path) -> None:
-    """The checkpoint that training starts from, of the new model. The table goes beside it, and to the run."""
+    """Write the new model's initial checkpoint to ``folder``, and the table to the folder and the MLflow run."""
     settings = finetuning.settings
     text = "\n".join(lines(settings)) + "\n"
     (folder / "transplant.txt").write_text(text)

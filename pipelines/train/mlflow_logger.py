@@ -1,4 +1,4 @@
-"""What a run's page shows: curves, pictures, the machine. Sent in a thread, so that no training waits for a server."""
+"""Log curves, images and system metrics to MLflow in a thread, so that training never waits for the server."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 
 from infra import tracking
 
-PATIENCE = 10_000  # points that are kept for a server that does not answer
-PATIENCE_SECONDS = 20.0
+MAX_UNSENT = 10_000  # points to keep while the server does not answer
+FLUSH_SECONDS = 20.0
 
 
 class MlflowLogger:
-    """Of one MLflow run, by one worker. What the run shows already, from before it was cut off, is not shown twice."""
+    """Logs to one MLflow run from one worker. Steps that the run logged before an interruption are not logged twice."""
 
     def __init__(self, run_id: str):
         self._run, self._pool = run_id, ThreadPoolExecutor(1)
@@ -27,27 +27,27 @@ class MlflowLogger:
         if step > self._last:
             self._pool.submit(self._send, metrics, step)
 
-    def picture(self, name: str, draw: Callable[[], np.ndarray], step: int) -> None:
-        """``draw`` makes it, uint8 [H, W, 3]."""
+    def add_image(self, name: str, draw: Callable[[], np.ndarray], step: int) -> None:
+        """Log the image uint8 [H, W, 3] that ``draw`` returns. ``draw`` runs in the thread."""
         if step > self._last:
-            self._pool.submit(self._show, name, draw, step)
+            self._pool.submit(self._send_image, name, draw, step)
 
     def flush(self) -> None:
-        """Wait for a while until all is sent: a run that goes on from a checkpoint shows nothing of before again."""
+        """Wait up to FLUSH_SECONDS until everything is sent: a resumed run does not log earlier steps again."""
         with contextlib.suppress(TimeoutError):
-            self._pool.submit(lambda: None).result(timeout=PATIENCE_SECONDS)
+            self._pool.submit(lambda: None).result(timeout=FLUSH_SECONDS)
 
     def close(self) -> None:
         self._pool.shutdown()
         self._monitor.finish()
 
     def _send(self, metrics: dict[str, float], step: int) -> None:
-        self._unsent = [*self._unsent, (metrics, step)][-PATIENCE:]
-        with contextlib.suppress(Exception):  # a server that is down for a while ends no run; it gets them later
+        self._unsent = [*self._unsent, (metrics, step)][-MAX_UNSENT:]
+        with contextlib.suppress(Exception):  # a server that is down must not end a run; the points are sent later
             while self._unsent:
                 tracking.log_metrics(self._run, *self._unsent[0])
                 self._unsent.pop(0)
 
-    def _show(self, name: str, draw: Callable[[], np.ndarray], step: int) -> None:
-        with contextlib.suppress(Exception):  # nor does an encoder of a hub that this machine cannot reach
-            tracking.log_picture(self._run, draw(), name, step)
+    def _send_image(self, name: str, draw: Callable[[], np.ndarray], step: int) -> None:
+        with contextlib.suppress(Exception):  # nor may an encoder that cannot be downloaded here
+            tracking.log_image(self._run, draw(), name, step)

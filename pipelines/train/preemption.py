@@ -1,6 +1,6 @@
-"""Torch's process group for Ray Train, with workers that are told when their machine is taken away.
+"""Ray Train's Torch process group with workers that note SIGTERM, which announces a preemption.
 
-A module of its own, since Ray's controller imports it, and little else.
+A separate module because Ray's controller imports it, and should import little else.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from typing import Any
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 
-told_to_stop = threading.Event()  # of this worker
+sigterm_received = threading.Event()  # by this worker
 
 
 @dataclass
-class Listening(TorchConfig):
+class PreemptibleTorchConfig(TorchConfig):
     @property
     def backend_cls(self) -> type:
-        return _Listening
+        return _PreemptibleBackend
 
 
-class _Listening(_TorchBackend):
+class _PreemptibleBackend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         super().on_start(worker_group, backend_config)
-        worker_group.execute(_listen)
+        worker_group.execute(_note_sigterm)
 
 
-def _listen() -> None:
-    """Note SIGTERM instead of dying of it. Ray runs this in a worker's main thread, where alone Python allows it."""
-    told_to_stop.clear()
-    signal.signal(signal.SIGTERM, lambda *_: told_to_stop.set())
+def _note_sigterm() -> None:
+    """Note SIGTERM instead of dying. Ray runs this in the main thread, the only one that may set signal handlers."""
+    sigterm_received.clear()
+    signal.signal(signal.SIGTERM, lambda *_: sigterm_received.set())

@@ -1,4 +1,4 @@
-"""``uwm pretrain``: one joint diffusion model of actions and video from everything in a store."""
+"""``uwm pretrain``: train one joint diffusion model of actions and video on all episodes of a store."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from uwm_model.config import DiffusionConfig, ModelConfig
 
 
 def plan(store_uri: str, recipe: Recipe, snapshot_id: str | None = None) -> Settings:
-    """The settings of a new model that fits a store's snapshot; raises UserError where recipe and data disagree."""
+    """Return the settings of a new model that fits the snapshot. Raises UserError if recipe and data disagree."""
     if recipe.lora:
-        raise UserError("lora: adapters go beside trained weights; use them with uwm finetune, or leave them out")
+        raise UserError("lora: adapters need trained weights; use uwm finetune, or remove the section lora")
     snapshot = LatentStore.open(store_uri).snapshot(snapshot_id)
     rows = training_rows(snapshot.rows(choose_encoder(snapshot, recipe.encoder)), recipe, store_uri)
     slots = recipe.model.get("cameras") or max(len(row["cameras"]) for row in rows)
@@ -32,7 +32,7 @@ def plan(store_uri: str, recipe: Recipe, snapshot_id: str | None = None) -> Sett
     stride = stride_of(rows[0], shape)
     if recipe.model.get("observation") == "pixels" and not snapshot.rows(PIXELS):
         raise UserError(
-            f"{store_uri}: holds no pixels, which this model observes; ingest the same with --encoder {PIXELS}, too"
+            f"{store_uri}: holds no pixels, which this model observes; ingest again with --encoder {PIXELS}"
         )
     derived: dict[str, Any] = {
         "cameras": slots,
@@ -42,9 +42,9 @@ def plan(store_uri: str, recipe: Recipe, snapshot_id: str | None = None) -> Sett
         "proprio_dim": max(1, *(spec.proprio_dim for spec in embodiments.values()), 1),
         "embodiments": len(embodiments) + SPARE_EMBODIMENTS,
     }
-    told = text_encoder_of(snapshot, recipe.text_encoder, rows) if recipe.text_encoder else {}
-    if told:
-        derived["text_width"] = told.pop("text_width")
+    text = text_encoder_of(snapshot, recipe.text_encoder, rows) if recipe.text_encoder else {}
+    if text:
+        derived["text_width"] = text.pop("text_width")
     try:
         model = ModelConfig(**derived | recipe.model)
         diffusion = DiffusionConfig(**recipe.diffusion)
@@ -52,7 +52,7 @@ def plan(store_uri: str, recipe: Recipe, snapshot_id: str | None = None) -> Sett
         raise UserError(f"recipe: {error}") from None
     sizes = (model.latent_channels, *model.latent_size)
     if sizes[0] != shape[1] or sizes[1] > shape[2] or sizes[2] > shape[3]:
-        raise UserError(f"{store_uri}: latents are {shape[1:]}, the recipe's model reads {sizes} of them")
+        raise UserError(f"{store_uri}: latents are {shape[1:]}, but the recipe's model reads {sizes}")
     return Settings(
         model=model,
         diffusion=diffusion,
@@ -60,7 +60,7 @@ def plan(store_uri: str, recipe: Recipe, snapshot_id: str | None = None) -> Sett
         encoder_digest=rows[0]["encoder_digest"],
         image_size=stride * shape[2],
         stride=stride,
-        **told,
+        **text,
         embodiments=embodiments,
         store=snapshot.uri,
         snapshot=snapshot.id,

@@ -1,8 +1,8 @@
-"""One training as one MLflow run. The same command goes on with a run that was cut off, wherever it was.
+"""One training as one MLflow run. Repeating an interrupted command resumes its run, on any machine.
 
-OUTPUT/NAME-TIME-RUN/recipe.yaml     as it was resolved
-                     run.json        what the run is: its settings, its snapshot, the command's identity
-                     step-.../       checkpoints (run_folder.py), here or under another URI together with run.json
+OUTPUT/NAME-TIME-RUN/recipe.yaml     the resolved recipe
+                     run.json        the run's settings, snapshot and identity (RunRecord)
+                     step-.../       checkpoints (checkpoints.py); with --checkpoints under that URI, as is run.json
                      checkpoint/     the final weights
 """
 
@@ -38,7 +38,7 @@ from preprocessing.store.store import LatentStore
 
 
 class RunRecord(BaseModel):
-    """What ``run.json`` holds. ``identity`` is that of the command that started the run."""
+    """Content of ``run.json``. ``identity`` is a digest of the command that started the run."""
 
     identity: str
     name: str
@@ -48,16 +48,16 @@ class RunRecord(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Where a run goes and how it is started; none of it changes what is learned."""
+    """Where a run goes and how it starts. None of it affects what is learned."""
 
-    output: Path  # parent folder of the run's own
-    checkpoints: str | None = None  # URI for checkpoints while training, in place of ``output``
-    new: bool = False  # start a new run even if the same command was cut off
+    output: Path  # parent folder of the run's folder
+    checkpoints: str | None = None  # URI for checkpoints during training; None: ``output``
+    new: bool = False  # start a new run even if the same command was interrupted
     address: str | None = None  # of a Ray cluster
     verbose: bool = False
 
 
-# The settings of a new run, and what writes the weights that it starts from, if any, to a folder.
+# Returns a new run's settings and, if it starts from given weights, a function that writes them to a folder.
 Begin = Callable[[], tuple[Settings, Callable[[Path], None] | None]]
 
 
@@ -66,20 +66,20 @@ def tracked(
 ) -> tuple[str, Path]:
     """Train; return (MLflow run id, folder of the final weights).
 
-    ``asked`` is what the user named (store, model, snapshot). If a run with the same ``asked`` and the same recipe, but
-    for its WORK_KEYS, was cut off, it is resumed on the snapshot it started with. Otherwise ``begin`` makes a new one.
+    ``asked`` is what the user named (store, model, snapshot). An interrupted run with the same ``asked`` and the same
+    recipe, except for its WORK_KEYS, is resumed on the snapshot it started with. Otherwise ``begin`` makes a new run.
     """
     place = parse(options.checkpoints or str(options.output))
-    place.content()  # fails early if the place is mistaken
+    place.content()  # fails early if the place is wrong
     home = place.uri
-    run = None if options.new else _cut_off(home, kind, asked, recipe)
+    run = None if options.new else _interrupted_run(home, kind, asked, recipe)
     if run is None:
         run, write_start = _new_run(kind, asked, begin, recipe, options.output)
     else:
         write_start = None
         tracking.connect()
         tracking.resume_run(str(run.settings.run_id))
-        say(f"resuming run {run.settings.run_id} ({run.name}), which was cut off; --new starts another")
+        say(f"resuming interrupted run {run.settings.run_id} ({run.name}); use --new to start another")
     settings, run_id = run.settings, str(run.settings.run_id)
     settings.recipe = recipe.model_dump()
     folder, kept = options.output.resolve() / run.name, RunFolder(_below(home, run.name))
@@ -87,8 +87,8 @@ def tracked(
     resolved = json.loads(json.dumps(_resolved(recipe, settings)))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
     try:
-        with _alone(folder):
-            if write_start:  # as the checkpoint of step 0, so that the parent's files are not needed any more
+        with _exclusive(folder):
+            if write_start:  # as the checkpoint of step 0, so that the parent's files are no longer needed
                 kept.write(0, write_start)
                 kept.commit(0, {})
             kept.put("run.json", run.model_dump_json(indent=1).encode())
@@ -110,11 +110,11 @@ def _new_run(
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{output}: {error.strerror}; give a folder that can be written to") from None
+        raise UserError(f"{output}: {error.strerror}; give a writable folder") from None
     tags = {"kind": kind, "store": settings.store, "snapshot": settings.snapshot, "parent": settings.parent or ""}
     run_id = tracking.start_run("unified-world-models", recipe.name, tags | _code())
     settings.run_id = run_id
-    # A tag keeps the snapshot from being collected, so that one can always see what the run read.
+    # A tag keeps the snapshot from being collected, so that the run's data stays readable.
     LatentStore.open(settings.store).tag(f"run-{run_id}", settings.snapshot)
     name = f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{run_id[:6]}"
     tracking.log_settings(run_id, _resolved(recipe, settings))
@@ -125,7 +125,7 @@ def _resolved(recipe: Recipe, settings: Settings) -> dict[str, Any]:
     return recipe.model_dump() | {"model": settings.model_dump()["model"]}
 
 
-def _cut_off(home: str, kind: str, asked: dict[str, str | None], recipe: Recipe) -> RunRecord | None:
+def _interrupted_run(home: str, kind: str, asked: dict[str, str | None], recipe: Recipe) -> RunRecord | None:
     """Return the newest unfinished run under ``home`` that this command would repeat."""
     files, root = parse(home).filesystem()
     there = files.get_file_info(pyarrow.fs.FileSelector(root, allow_not_found=True))
@@ -139,7 +139,7 @@ def _cut_off(home: str, kind: str, asked: dict[str, str | None], recipe: Recipe)
 
 
 def is_same(run: RunRecord, kind: str, asked: dict[str, str | None], recipe: Recipe) -> bool:
-    """Whether this command started ``run``, perhaps in an earlier version whose recipes had fewer keys."""
+    """Whether this command started ``run``, possibly in an earlier version whose recipes had fewer keys."""
     recorded = run.settings.recipe
     then = Recipe.model_validate(recorded)  # with today's defaults for keys that did not exist
     same_result = all(getattr(then, key) == getattr(recipe, key) for key in RESULT_KEYS)
@@ -158,8 +158,8 @@ def _below(home: str, name: str) -> str:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Lock the run against other processes of this machine."""
+def _exclusive(folder: Path) -> Iterator[None]:
+    """Lock the run against other processes on this machine."""
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -172,7 +172,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _code() -> dict[str, str]:
-    """Return the version of this code, and the commit if it is a git checkout."""
+    """Return the tags of this code: its version, and the commit if it is a git checkout."""
     tags: dict[str, Any] = {"version": version("unified-world-models")}
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]

@@ -1,4 +1,4 @@
-"""What a worker trains: the model, its optimizer and its engine, restored from a checkpoint if there is one."""
+"""Build what a worker trains (model, optimizer, engine), restored from a checkpoint if there is one."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from uwm_model.optimizer import OptimizerSettings, adamw
 
 @dataclass
 class Training:
-    """``averaged`` is a plain float32 copy of the model that is given the averaged weights at each checkpoint."""
+    """``averaged`` is a plain float32 copy of the model; it receives the averaged weights at each checkpoint."""
 
     engine: Any
     averaged: Any
 
 
 def passes(recipe: Recipe, world: int) -> int:
-    """Return how many forward and backward passes a worker makes for one step of the optimizer."""
+    """Return the number of forward and backward passes per optimizer step of a worker."""
     return math.ceil(max(1, recipe.batch_size // world) / (recipe.micro_batch_size or recipe.batch_size))
 
 
 def set_up(settings: Settings, recipe: Recipe, folder: RunFolder, step: int, world: int) -> Training:
-    """Build the model and its engine as they were after ``step``; 0: as training starts."""
+    """Build the model and its engine as they were after ``step``, or as training starts if it is 0."""
     torch.manual_seed(recipe.seed)
     if 0 in folder.complete():  # the weights that finetuning starts from
         with folder.fetched(0) as start:

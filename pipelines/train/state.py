@@ -1,4 +1,4 @@
-"""What each worker keeps at a checkpoint, as slices of named parameters in safetensors."""
+"""The training state in a checkpoint: each worker's slices of named parameters, as safetensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from infra.engine import ParameterSlice
 
 
 def save_state(path: Path, kept: list[ParameterSlice]) -> None:
-    """What a worker keeps, as one file."""
+    """Write one worker's slices to a file."""
     tensors = {}
     for part in kept:
         for kind, values in {"weight": part.weight, **part.state}.items():
@@ -25,20 +25,20 @@ def save_state(path: Path, kept: list[ParameterSlice]) -> None:
 
 
 class SavedState:
-    """What all workers kept at a checkpoint, whole again, however many they were."""
+    """The state of a checkpoint, reassembled from the files of any number of workers."""
 
     def __init__(self, folder: Path):
         self._open = contextlib.ExitStack()
         self._where: dict[tuple[str, str], dict[int, Any]] = {}
         for path in sorted(folder.glob("state-*.safetensors")):
             file = self._open.enter_context(safe_open(path, "pt"))
-            for key in file.keys():  # noqa: SIM118  it is no dict
+            for key in file.keys():  # noqa: SIM118  not a dict
                 kind, _, rest = key.partition("/")
                 name, _, start = rest.rpartition("/")
                 self._where.setdefault((kind, name), {})[int(start)] = file
 
     def read(self, kind: str, name: str) -> Tensor:
-        """A parameter's values float32, flat."""
+        """Return all values of a parameter, float32, flat."""
         places = self._where[kind, name]
         return torch.cat([places[start].get_tensor(f"{kind}/{name}/{start}") for start in sorted(places)])
 

@@ -1,4 +1,4 @@
-"""Losses by source since the last point of the curves, summed on the device and over workers only when they are read."""
+"""Losses by source since they were last logged. They stay on the device, and are reduced only when read."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from uwm_model.objective import Losses, total_loss
 
 
 class Tally:
-    """Sums and counts of the two losses: a row for each source, and a last one for the whole batch, float64 [S+1, 4]."""
+    """Sums and counts of the two losses, float64 [S+1, 4]: one row per source, and a last one for the whole batch."""
 
     def __init__(self, sources: list[str], device: torch.device, carried: list[list[float]] | None):
-        """``carried`` is what a checkpoint kept of the interval it fell into."""
+        """``carried`` holds the sums that a checkpoint saved in the middle of a logging interval."""
         self._sources = sources
         self._sums = torch.zeros(len(sources) + 1, 4, dtype=torch.float64, device=device)
         if carried:
             self._sums += torch.tensor(carried, dtype=torch.float64, device=device)
 
     def add(self, source: Tensor, passes: list[Losses], world: int) -> tuple[Tensor, Tensor]:
-        """Count one step of this worker; ``source`` int64 [B]. Return its losses by sample (action, video), float [B]."""
+        """Add one step of this worker; ``source`` int64 [B]. Return the losses by sample (action, video), float [B]."""
         by_sample = (
             torch.cat([losses.action_per_sample for losses in passes]),
             torch.cat([losses.video_per_sample for losses in passes]),
@@ -37,13 +37,13 @@ class Tally:
         return by_sample
 
     def summed(self) -> list[list[float]]:
-        """Return the sums over all workers, which keep their own. Collective."""
+        """Return the sums over all workers, without resetting them. Collective."""
         sums = self._sums.clone()
         torch.distributed.all_reduce(sums)
         return sums.tolist()
 
     def means(self) -> dict[str, float]:
-        """Return mean losses, ``loss_action.SOURCE`` and the like, and start over. Collective."""
+        """Return mean losses, named like ``loss_action.SOURCE``, and reset. Collective."""
         rows = self.summed()
         self._sums.zero_()
         found: dict[str, Any] = {}

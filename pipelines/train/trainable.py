@@ -1,6 +1,6 @@
-"""What of a model learns: all of it, all but frozen parts, or low-rank adapters beside frozen weights (LoRA, peft).
+"""Which parameters of a model learn: all, all but frozen ones, or low-rank adapters on frozen weights (LoRA, peft).
 
-What is saved is the plain model's in any case: adapters are merged, so nothing downstream knows of them.
+Adapters are merged into the saved weights, so nothing downstream needs to know of them.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from preprocessing.errors import UserError
 
 
 def adapt(model: nn.Module, recipe: Recipe, fresh: Collection[str] = ()) -> None:
-    """Freeze parameters and put adapters in, in place, as the recipe says; before an optimizer sees the model.
+    """Freeze parameters and insert adapters in place, as the recipe says. Call it before making an optimizer.
 
-    ``fresh`` are the names of parameters that hold nothing trained yet: they learn in full beside the adapters.
-    Adapters start as zeros, so the model answers as before. UserError as of ``learning``.
+    ``fresh`` names the parameters without trained values, which learn in full besides the adapters. Adapters start at
+    zero, so the model's output is unchanged. Raises UserError like ``learning``.
     """
     plan = learning(model, recipe, fresh)
     if recipe.lora and plan.adapted:
-        from peft import LoraConfig, inject_adapter_in_model  # takes seconds, which others are spared
+        from peft import LoraConfig, inject_adapter_in_model  # imported lazily: slow
 
         lora = LoraConfig(r=recipe.lora.rank, lora_alpha=recipe.lora.alpha, target_modules=[*plan.adapted])  # type: ignore[arg-type]
         inject_adapter_in_model(lora, model)
@@ -33,16 +33,16 @@ def adapt(model: nn.Module, recipe: Recipe, fresh: Collection[str] = ()) -> None
 
 @dataclass(frozen=True)
 class Learning:
-    """Names of the parameters that learn themselves, and of the linear layers that have an adapter."""
+    """Names of the parameters that learn in full, and of the linear layers with an adapter."""
 
     whole: frozenset[str]
     adapted: tuple[str, ...]
 
 
 def learning(model: nn.Module, recipe: Recipe, fresh: Collection[str] = ()) -> Learning:
-    """What ``adapt`` would let learn. The model may be on the meta device.
+    """Return what would learn after ``adapt``. The model may be on the meta device.
 
-    UserError where a pattern of the recipe matches nothing, or where nothing would learn.
+    Raises UserError if a pattern of the recipe matches nothing, or if nothing would learn.
     """
     names = [name for name, _ in model.named_parameters()]
     frozen = _matching("freeze", recipe.freeze, names, "parameter")
@@ -50,16 +50,16 @@ def learning(model: nn.Module, recipe: Recipe, fresh: Collection[str] = ()) -> L
     if recipe.lora:
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         targets = _matching("lora.targets", recipe.lora.targets, linear, "linear layer")
-        kept = frozen | set(fresh)  # what learns itself needs no adapter
+        kept = frozen | set(fresh)  # fresh layers learn in full and need no adapter
         adapted = [name for name in linear if name in targets and f"{name}.weight" not in kept]
     whole = frozenset(names if recipe.lora is None else fresh) - frozen
     if not whole and not adapted:
-        raise UserError("freeze: nothing is left to learn; leave some of it out")
+        raise UserError("freeze: nothing is left to learn; freeze less")
     return Learning(whole, tuple(adapted))
 
 
 def merged(state: Mapping[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:
-    """The plain model's state from that of an adapted one, adapters added to the weights they belong to."""
+    """Return the plain model's state dict: each adapter is added to the weight it belongs to."""
     plain = {}
     for name, value in state.items():
         module, inside, kind = name.partition(".base_layer.")
@@ -73,12 +73,12 @@ def merged(state: Mapping[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:
 
 
 def adapters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The adapters alone, by the names that peft saves them under; empty where there are none."""
+    """Return the adapters alone, by the names under which peft saves them; empty if there are none."""
     return {name.replace(".default.", "."): value for name, value in state.items() if ".lora_" in name}
 
 
 def learning_sizes(model: nn.Module, recipe: Recipe, fresh: Collection[str] = ()) -> dict[str, int]:
-    """How many values learn, by the name of the parameter, or of the layer that has an adapter."""
+    """Return how many values learn, by parameter name; an adapter counts under its layer's weight."""
     plan = learning(model, recipe, fresh)
     learn = {name: value.numel() for name, value in model.named_parameters() if name in plan.whole}
     for name in plan.adapted:
@@ -94,6 +94,6 @@ def _matching(key: str, patterns: Iterable[str], names: Collection[str], what: s
         matches = {name for name in names if fnmatchcase(name, pattern)}
         if not matches:
             some = ", ".join(dict.fromkeys(".".join(name.split(".")[:2]) + ".*" for name in names))
-            raise UserError(f"{key}: {pattern} matches no {what}'s name; they are called {some}")
+            raise UserError(f"{key}: {pattern} matches no {what}; names are like {some}")
         found |= matches
     return found

@@ -1,4 +1,4 @@
-"""How a model in training does on held-out windows: its losses, and what it expects to see."""
+"""Validate a model in training on held-out windows: its losses and predicted frames."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from uwm_model.objective import total_loss
 from uwm_model.randomness import SampleGenerators
 
 BATCHES, SIZE = 4, 64
-PICTURED = 4  # windows
+SHOWN_WINDOWS = 4  # in the image of predicted frames
 
 
 class Validation:
-    """Windows of held-out episodes, the same each time and on any number of workers, of which this one has its share.
+    """This worker's share of fixed held-out windows, which do not depend on the number of workers.
 
-    ``model`` is a plain one, in float32; whoever trains gives it weights. ``tell`` hears of copies that are made.
+    ``model`` is a plain float32 model; the caller updates its weights. ``tell`` receives the progress of copying.
     """
 
     def __init__(
@@ -45,13 +45,13 @@ class Validation:
         modes = [mode for mode in ("forward_dynamics", "joint") if mode in model.modes and self._batches]
         self._mode = next(iter(modes), None)
         if rank == 0 and self._mode:
-            # Its libraries take a core for seconds. Now, since in the midst of the training all workers would wait.
-            with contextlib.suppress(Exception):  # no picture is worth a failed run
+            # Loading takes seconds. It happens now because during training all workers would wait for it.
+            with contextlib.suppress(Exception):  # no image is worth a failed run
                 _ = self._encoder
 
     @torch.inference_mode()
     def losses(self) -> dict[str, float]:
-        """Of the whole windows' actions and latents; nothing where no episode is held out. All workers have to ask."""
+        """Return the losses over all windows, empty if no episode is held out. Collective."""
         device = next(self._model.parameters()).device
         totals = torch.zeros(2, dtype=torch.float64, device=device)
         for number, batch in enumerate(self._batches):
@@ -71,16 +71,16 @@ class Validation:
         }
 
     @torch.inference_mode()
-    def picture(self) -> tuple[str, Callable[[], np.ndarray]] | None:
-        """Its name, and what makes it, uint8 [H, W, 3], which takes a while.
+    def predicted_frames(self) -> tuple[str, Callable[[], np.ndarray]] | None:
+        """Return an image's name and a slow function that draws it, uint8 [H, W, 3]; None if there is nothing to show.
 
-        A row for each of some windows, the cameras side by side: of each what it shows now, the model's
-        farthest frame, and the true one.
+        One row per window. Each camera has three columns: the current frame, the model's last future frame, and the
+        true one.
         """
         if self._mode is None:
             return None
         device = next(self._model.parameters()).device
-        batch = self._batches[0][:PICTURED].to(device, torch.float32)
+        batch = self._batches[0][:SHOWN_WINDOWS].to(device, torch.float32)
         _, future = self._model.sample(self._mode, batch, generator=torch.Generator().manual_seed(self._recipe.seed))
         assert future is not None and batch.future_latents is not None
         shown = [each[:, :, -1].cpu().numpy() for each in (batch.current_latents, future, batch.future_latents)]

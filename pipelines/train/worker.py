@@ -1,8 +1,8 @@
 """The training loop, as every Ray Train worker runs it.
 
 Batches, noise and timesteps are functions of (seed, step, position in the global batch), and a checkpoint holds
-everything else: a run resumes from its newest checkpoint as if nothing had happened. On another number of workers, sums
-are rounded differently; nothing else changes.
+everything else, so a resumed run continues as if it had not stopped. With another number of workers only rounding
+differs.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ from uwm_model.augment import augment
 from uwm_model.batch import Batch
 from uwm_model.randomness import SampleGenerators
 
-JUDGED_BY = "validation_loss"  # the best checkpoint has the lowest
+JUDGED_BY = "validation_loss"  # lowest for the best checkpoint
 
 
 class Diverged(Exception):
-    """A loss or a weight is not finite: no later step would mean anything."""
+    """A loss or a weight is not finite, so training cannot continue."""
 
 
 class Preempted(Exception):
-    """A worker was told to stop and all have saved: the workers that are left may continue."""
+    """A worker is about to lose its machine, and all workers have saved. The others may resume."""
 
 
 def work(config: dict[str, Any]) -> None:
-    """Train from the run's newest checkpoint, or from the start, to the last step or until told to stop."""
+    """Train from the run's newest checkpoint, or from the start, until the last step or a request to stop."""
     context = ray.train.get_context()
     worker = Worker(config, context.get_world_rank(), context.get_world_size())
     try:
@@ -61,8 +61,8 @@ def work(config: dict[str, Any]) -> None:
 
 
 @dataclasses.dataclass
-class Done:
-    """One step, of this worker's share of the batch."""
+class FinishedStep:
+    """One step of this worker's share of the batch."""
 
     step: int
     batch: Batch
@@ -73,7 +73,7 @@ class Done:
 
 
 class Worker:
-    """``config`` is what pipelines.train.driver.train hands to all workers."""
+    """One worker. ``config`` is what pipelines.train.driver.train passes to all workers."""
 
     def __init__(self, config: dict[str, Any], rank: int, world: int):
         self.rank, self.world = rank, world
@@ -82,7 +82,7 @@ class Worker:
         self.folder, self.meter = RunFolder(config["folder"]), config["meter"]
         tracking.mlflow.set_tracking_uri(config["tracking_uri"])
         if not torch.cuda.is_available():
-            torch.set_num_threads(1)  # a worker is a core; more threads only fight
+            torch.set_num_threads(1)  # a worker has one core
         self.passes = passes(recipe, world)
         self.writer = CheckpointWriter(self.folder, rank == 0, world)
         self.agreement = Agreement(rank, world * self.passes, self.meter, self.writer)
@@ -96,9 +96,9 @@ class Worker:
         self.device = self.engine.device
         self.dtype = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
 
-        self.data = dataset(settings, validation=False, recipe=recipe, tell=self._copied)
-        self.validation = Validation(settings, recipe, self.averaged, rank, world, self._copied)
-        self.curves = MlflowLogger(settings.run_id) if rank == 0 and settings.run_id else None
+        self.data = dataset(settings, validation=False, recipe=recipe, tell=self._report_copying)
+        self.validation = Validation(settings, recipe, self.averaged, rank, world, self._report_copying)
+        self.logger = MlflowLogger(settings.run_id) if rank == 0 and settings.run_id else None
         carried = complete.get(self.step, {}).get("tally") if rank == 0 else None
         self.tally = Tally(self.data.source_names, self.device, carried)
 
@@ -109,27 +109,27 @@ class Worker:
             self._train(batches)
 
     def close(self) -> None:
-        if self.curves:
-            self.curves.close()
+        if self.logger:
+            self.logger.close()
 
     def _train(self, batches: Iterator[tuple[Batch, Samples]]) -> None:
         recipe = self.recipe
         began = marked = time.monotonic()
         first = self.step
-        last: Done | None = None
+        last: FinishedStep | None = None
         following = next(batches)
         waited = time.monotonic() - began
-        agreed = self._heard(self.agreement.end(self._begin_to_agree(following[0])))
+        agreed = self._report(self.agreement.end(self._begin_agreement(following[0])))
         while self.step < recipe.steps:
             batch, samples = following
             fetching = time.monotonic()
-            if self.step + 1 < recipe.steps:  # nobody waits for a batch after the last
+            if self.step + 1 < recipe.steps:
                 following = next(batches)
             waited += time.monotonic() - fetching
-            pending = self._begin_to_agree(following[0])
-            done = self._learn(batch, samples, agreed.counts)
-            agreed = self._heard(self.agreement.end(pending))
-            if last:  # a step late, so that reading the loss does not wait for the step just queued
+            pending = self._begin_agreement(following[0])
+            done = self._train_step(batch, samples, agreed.counts)
+            agreed = self._report(self.agreement.end(pending))
+            if last:  # one step late, so that reading the loss does not wait for the step just queued
                 self._check(last)
             self.step, last = self.step + 1, done
             now = time.monotonic()
@@ -143,15 +143,15 @@ class Worker:
                 if stops or self.step == recipe.steps:
                     self._wait_for_the_writer()
                 if agreed.preempted:
-                    raise Preempted(f"a machine is taken away; saved step {self.step}")
+                    raise Preempted(f"a machine is being preempted; saved step {self.step}")
                 if agreed.stopped:
                     return
 
-    def _begin_to_agree(self, batch: Batch) -> Any:
+    def _begin_agreement(self, batch: Batch) -> Any:
         return self.agreement.begin(self.averaged.loss_counts(batch))
 
-    def _heard(self, agreed: Agreed) -> Agreed:
-        """Report a checkpoint that the workers found complete, or failed."""
+    def _report(self, agreed: Agreed) -> Agreed:
+        """Report a checkpoint that has just become complete, or has failed."""
         if self.rank == 0 and agreed.saved is not None:
             self.folder.prune(self.recipe.keep_last, JUDGED_BY)
             self.meter.put.remote(saved=agreed.saved)
@@ -159,26 +159,26 @@ class Worker:
             self.meter.say.remote(agreed.problem)
         return agreed
 
-    def _learn(self, batch: Batch, samples: Samples, counts: Tensor) -> Done:
-        """Take one step of the optimizer, in as many passes as fit into memory."""
+    def _train_step(self, batch: Batch, samples: Samples, counts: Tensor) -> FinishedStep:
+        """Take one optimizer step, in as many passes as the recipe's micro-batches require."""
         random = SampleGenerators.of(self.recipe.seed, self.step + 1, samples.position.tolist())
-        torch.manual_seed(self.recipe.seed + self.step)  # for what a layer may draw by itself
+        torch.manual_seed(self.recipe.seed + self.step)  # for layers that draw random numbers themselves
         batch = batch.to(self.device, self.dtype)
         batch = augment(batch, self.settings.model.latent_size, self.recipe.augment, random)
         counts, size, found = counts.to(self.device), len(batch.embodiment), []
         for number in range(self.passes):
-            some = slice(size * number // self.passes, size * (number + 1) // self.passes)
-            losses = self.engine(batch[some], random[some], counts)
+            part = slice(size * number // self.passes, size * (number + 1) // self.passes)
+            losses = self.engine(batch[part], random[part], counts)
             self.engine.backward(losses.total)
             self.engine.step()
             found.append(losses)
         loss = torch.stack([losses.total.detach() for losses in found]).sum()
         source = torch.from_numpy(self.data.source[samples.episode]).to(self.device)
         action, video = self.tally.add(source, found, self.world)
-        return Done(self.step + 1, batch, samples.episode, loss, action, video)
+        return FinishedStep(self.step + 1, batch, samples.episode, loss, action, video)
 
-    def _check(self, done: Done) -> None:
-        """Raise Diverged if the loss is not finite, and name the episodes."""
+    def _check(self, done: FinishedStep) -> None:
+        """Raise Diverged if the loss is not finite, naming the episodes."""
         if math.isfinite(done.loss.item()):
             return
         there = (done.batch.action_mask.any(dim=(1, 2)), done.batch.camera_mask.any(dim=1))
@@ -186,7 +186,7 @@ class Worker:
         bad = (there[0] & ~each[0].isfinite()) | (there[1] & ~each[1].isfinite())
         of_bad = {self.data.rows[i]["id"] for i in done.episode[bad.cpu().numpy()]}
         good = self.folder.newest()
-        kept = f"the last good checkpoint is of step {good}" if good else "no checkpoint was kept"
+        kept = f"the last good checkpoint is at step {good}" if good else "there is no checkpoint"
         raise Diverged(
             f"step {done.step}: the loss is {done.loss.item():g} in {int(bad.sum())} of {len(bad)} samples; {kept}; "
             f"try a lower learning_rate, or look at these episodes: {', '.join(sorted(of_bad))}"
@@ -203,14 +203,13 @@ class Worker:
             "data_wait_share": waiting,
         }
         self.meter.put.remote(step=self.step, loss=metrics["loss"], rate=rate, wait=waiting)
-        if self.curves:
-            self.curves.add(metrics, self.step)
+        if self.logger:
+            self.logger.add(metrics, self.step)
 
     def _save(self, judge: bool) -> None:
         """Start writing a checkpoint: the averaged weights, and everything needed to resume.
 
-        With ``judge`` the averaged weights are tested on the held-out windows; there is no time for that when a machine
-        is about to be taken away.
+        With ``judge`` the averaged weights are validated first; before a preemption there is no time for that.
         """
         self._wait_for_the_writer()
         kept = [part.copied() for part in engine.parts(self.engine)]
@@ -223,10 +222,10 @@ class Worker:
                 by_name[name].copy_(values)
         metrics = self.validation.losses() if judge else {}
         about = {"workers": self.world, "seed": self.recipe.seed, "tally": self.tally.summed(), **metrics}
-        if judge and self.curves:
-            self.curves.add(metrics, self.step)
-            if found := self.validation.picture():
-                self.curves.picture(*found, self.step)
+        if judge and self.logger:
+            self.logger.add(metrics, self.step)
+            if found := self.validation.predicted_frames():
+                self.logger.add_image(*found, self.step)
         averaged = {}
         if self.rank == 0:
             averaged = {name: values.to("cpu", copy=True) for name, values in self.averaged.state_dict().items()}
@@ -235,18 +234,18 @@ class Worker:
         def build(folder: Path) -> None:
             if self.rank == 0:
                 checkpoint.write(folder, merged(averaged, self.recipe), settings, adapters(averaged))
-                if self.curves:
-                    self.curves.flush()
-            if self.rank == 0 or self.recipe.zero_stage:  # in stage 0 all keep the same
+                if self.logger:
+                    self.logger.flush()
+            if self.rank == 0 or self.recipe.zero_stage:  # in stage 0 all workers hold the same
                 save_state(folder / f"state-{self.rank}.safetensors", kept)
 
         self.writer.begin(self.step, about, build)
 
     def _wait_for_the_writer(self) -> None:
         while self.writer.busy:
-            self._heard(self.agreement.end(self.agreement.begin(torch.zeros(2))))
+            self._report(self.agreement.end(self.agreement.begin(torch.zeros(2))))
             time.sleep(0.01)
 
-    def _copied(self, done: int, total: int) -> None:
+    def _report_copying(self, done: int, total: int) -> None:
         if self.rank == 0:
             self.meter.put.remote(copied=done, copying=total)

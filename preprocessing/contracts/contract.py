@@ -1,8 +1,8 @@
-"""What a data set promises: which of its fields are what, and what they mean. Stored with the data.
+"""Data contracts: which fields of a data set are what, and what they mean. Stored with the data.
 
-A contract is YAML, one a data set: ``--contract FILE``, or ``--contract NAME`` of one that is shipped
-(``preprocessing/contracts``). Each field that is set overrides what a reader found; one that is left out keeps it. A
-data set that gives itself a shipped contract's name is read by that contract, unless another is given.
+A contract is YAML, one per data set: ``--contract FILE``, or ``--contract NAME`` for a shipped one
+(``preprocessing/contracts``). A field that is set overrides the reader; the reader decides the others. A data set whose
+own name matches a shipped contract is read under that contract, unless another is given.
 """
 
 from __future__ import annotations
@@ -24,28 +24,30 @@ from preprocessing.episode import ActionBlock, Episode, Representation, Video
 from preprocessing.errors import UserError
 from preprocessing.video.frames import colours_exchanged, upside_down
 
-ABOUT = {"name", "datasets", "source"}  # what a contract says about itself
+ABOUT = {"name", "datasets", "source"}  # fields that describe the contract, not the data
 SHIPPED = Path(__file__).parent
 
 
 class DataContract(BaseModel):
-    """The names on the left of a mapping, and those in lists, are the recorded ones.
+    """The contract of a data set. Keys of mappings, and names in lists, are names as recorded.
 
-    ``cameras`` gives recorded cameras their names in the store and drops the others; ``proprio`` does so for what the
-    policy sees of the robot (the others are kept as signals). ``flip`` lists cameras that are stored bottom-up, ``bgr``
-    those with red and blue exchanged. ``action`` lists the parts that make up the action, in this order, each the name
-    of the reader's own action (``action``), of a signal or of proprioception; ``action_layout`` says what its columns
-    mean, as recorded, and ``rotations`` what its rotations are turned into. ``instruction`` is one sentence for all
-    episodes, ``instruction_field`` the field that holds each one's (where it is empty, the reader's choice stands).
-    ``success_field`` names the signal that is 1 (or more) at a step where the task is done. ``splits`` says which
-    recorded splits are held out of training.
+    - ``cameras`` maps recorded cameras to names in the store and drops the others; ``proprio`` does the same for the
+      robot state that the policy observes (the rest is kept as signals).
+    - ``flip`` lists cameras that are stored bottom-up, ``bgr`` those with red and blue exchanged.
+    - ``action`` lists the parts of the action, in order: the reader's own (``action``), signals or proprio.
+      ``action_layout`` gives the meaning of its columns, as recorded; ``rotations`` the representation to convert its
+      rotations to.
+    - ``instruction`` is the instruction of all episodes; ``instruction_field`` the field that holds each episode's own
+      (if that is empty, the reader's choice stands).
+    - ``success_field`` names the signal that is at least 1 at a step where the task is done.
+    - ``splits`` says which recorded splits are held out of training.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str | None = None
-    datasets: str | None = Field(default=None, description="regular expression: data sets that it is meant for")
-    source: str | None = Field(default=None, description="where the facts are from")
+    datasets: str | None = Field(default=None, description="regular expression for the names of its data sets")
+    source: str | None = Field(default=None, description="references for its facts")
     embodiment: str | None = None
     fps: float | None = Field(default=None, gt=0, le=1000)
     cameras: dict[str, str] | None = None
@@ -73,13 +75,13 @@ class DataContract(BaseModel):
 
     @property
     def digest(self) -> str:
-        """Of what it says, whatever it is called and wherever that is known from."""
+        """Return the digest of its content, without name, data sets and references."""
         said = self.model_dump_json(exclude_none=True, exclude=ABOUT)
         return hashlib.sha256(said.encode()).hexdigest()[:16]
 
     @classmethod
     def load(cls, name: str | Path) -> DataContract:
-        """A file, or a shipped contract's name. UserError where there is none, or it is not one."""
+        """Load a file, or a shipped contract by name. Raises UserError if there is none or it is invalid."""
         shipped = SHIPPED / f"{name}.yaml"
         path = shipped if re.fullmatch(r"[\w-]+", str(name)) and shipped.is_file() else Path(name)
         try:
@@ -97,16 +99,16 @@ class DataContract(BaseModel):
             raise UserError(f"{path}: {where}: {first['msg']}{known}") from None
 
     def changes(self, other: DataContract) -> list[str]:
-        """Which fields say something else than in ``other``."""
+        """Return the names of the fields that differ from ``other``."""
         names = [name for name in type(self).model_fields if name not in ABOUT]
         return [name for name in names if getattr(self, name) != getattr(other, name)]
 
     def to_yaml(self) -> str:
-        """Only what it says."""
+        """Return the fields that are set, as YAML."""
         return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
 
     def apply(self, episode: Episode) -> Episode:
-        """The episode as this contract has it. Raises UserError where it names what the episode does not have."""
+        """Return the episode under this contract. Raises UserError if the contract names fields that it lacks."""
         own = {} if episode.action is None else {"action": episode.action}
         recorded = own | episode.signals | episode.proprio
         action, layout = self._action(episode, recorded)
@@ -115,7 +117,7 @@ class DataContract(BaseModel):
             self._needs("proprio", self.proprio, recorded, episode)
             _distinct("proprio", self.proprio)
             proprio = {stored: recorded[name] for name, stored in self.proprio.items()}
-        # What neither the action nor proprioception is made of stays with the episode, the reader's own choice too.
+        # Whatever is used neither for the action nor as proprio is kept as a signal, the reader's own action included.
         used = {*(self.action or ("action",)), *(self.proprio if self.proprio is not None else episode.proprio)}
         return replace(
             episode,
@@ -190,7 +192,7 @@ class DataContract(BaseModel):
 
 
 def shipped_for(dataset: str | None) -> list[DataContract]:
-    """The shipped contracts for data sets of this name: more than one where versions of it differ."""
+    """Return the shipped contracts for data sets of this name: several if its versions differ."""
     return [known for known in _shipped() if dataset and re.fullmatch(known.datasets or "", dataset)]
 
 
@@ -206,4 +208,4 @@ def _turned(video: Video, turned: bool) -> Video:
 def _distinct(field: str, names: dict[str, Any]) -> None:
     stored = list(names.values())
     if len(set(stored)) < len(stored):
-        raise UserError(f"contract: {field}: two get one name: {', '.join(sorted(stored))}")
+        raise UserError(f"contract: {field}: two entries map to the same name: {', '.join(sorted(stored))}")

@@ -1,4 +1,4 @@
-"""What is the same for all of an embodiment's episodes: in a source, in a store, and between a policy and its robot."""
+"""The interface of an embodiment: what all its episodes share, and what its policy requires of a robot."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from pydantic import BaseModel, ConfigDict
 from preprocessing.episode import ActionBlock
 from preprocessing.errors import UserError
 
-SAME_RATE = 0.05  # rates that differ by less are one: 30 and 29.97
-UNTOLD = {None, "unknown", "other"}  # what a block leaves open
+SAME_RATE = 0.05  # relative difference below which rates are equal: 30 and 29.97
+UNSPECIFIED = {None, "unknown", "other"}  # values of a block's fields that are compatible with any other
 
 
 class NamedWidth(TypedDict):
-    """Some neighbouring columns of an episode's steps: their name, and how many they are."""
+    """A named block of consecutive columns of the steps."""
 
     name: str
     width: int
 
 
 class InterfaceRow(TypedDict):
-    """The columns of a catalogue row from which an interface is made."""
+    """The columns of a catalogue row that make up an interface."""
 
     embodiment: str
     fps: float
-    cameras: Any  # CameraRow each, or their names alone
+    cameras: Any  # list of CameraRow, or the names alone
     proprio: list[NamedWidth]
     action_dim: int
     action_layout: str  # JSON list of ActionBlock
 
 
 class Interface(BaseModel):
-    """What is the same for all of an embodiment's episodes as they are stored, and for what its policy sees and does.
+    """What all stored episodes of an embodiment share, and what its policy observes and commands.
 
-    ``proprio`` is a width by name.
+    ``proprio`` maps names to widths.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -49,7 +49,7 @@ class Interface(BaseModel):
 
     @classmethod
     def of(cls, row: InterfaceRow) -> Interface:
-        """Of an episode's catalogue row."""
+        """Return the interface of an episode's catalogue row."""
         return cls(
             fps=row["fps"],
             cameras=tuple(camera["name"] if isinstance(camera, dict) else camera for camera in row["cameras"]),
@@ -59,9 +59,9 @@ class Interface(BaseModel):
         )
 
     def differences(self, other: Interface) -> list[str]:
-        """How ``other`` breaks it, a phrase each. What one leaves unknown the other may say, and cameras may differ.
+        """Return how ``other`` breaks this interface, as phrases.
 
-        Videos promise nothing.
+        An unknown value fits any other, and cameras may differ. Videos without actions and proprio never differ.
         """
         if not (self.action_dim or self.proprio or other.action_dim or other.proprio):
             return []
@@ -72,49 +72,50 @@ class Interface(BaseModel):
             found += _meanings(self.action_layout, other.action_layout)
         for name in dict.fromkeys([*self.proprio, *other.proprio]):
             if (width := other.proprio.get(name)) != (expected := self.proprio.get(name)):
-                found.append(f"proprioception {name} has {width or 'no'} columns, not {expected or 'any'}")
+                found.append(f"proprio {name} has {width or 'no'} columns, not {expected or 'any'}")
         if abs(other.fps - self.fps) > SAME_RATE * self.fps:
             found.append(f"the rate is {other.fps:g} Hz, not {self.fps:g}")
         return found
 
     def require(self, other: Interface, who: str) -> None:
-        """UserError where ``other`` breaks it, or has a camera that is not among these: what a policy asks for."""
+        """Raise UserError if ``other``, which ``who`` offers a policy, differs or has unknown cameras."""
         found = self.differences(other)
         found += [f"there is no camera {name}" for name in other.cameras if name not in self.cameras]
         if found:
-            raise UserError(f"{who} does not keep the contract that this policy was trained under: {'; '.join(found)}")
+            raise UserError(f"{who} does not fit the interface that this policy was trained on: {'; '.join(found)}")
 
 
 class Interfaces:
-    """By source and embodiment: what the first of its episodes promised holds for the others."""
+    """The interface of each source and embodiment: that of its first episode, which the others must fit."""
 
     def __init__(self) -> None:
         self._interfaces: dict[tuple[str, str], Interface] = {}
 
     def add(self, source: str, row: InterfaceRow) -> None:
+        """Take an episode's interface as that of its source and embodiment, if it is the first."""
         if (source, row["embodiment"]) not in self._interfaces:
             self._interfaces[source, row["embodiment"]] = Interface.of(row)
 
     def broken_by(self, source: str, row: InterfaceRow) -> str | None:
-        """Why an episode's catalogue row does not belong with the others, if so."""
+        """Return why an episode's catalogue row does not fit the others of its source, or None."""
         interface = self._interfaces.get((source, row["embodiment"]))
         if not interface or not (differences := interface.differences(Interface.of(row))):
             return None
         return (
-            f"is not like the other {row['embodiment']} episodes of {source}: {'; '.join(differences)}; if that is "
-            f"right, give it a name of its own (--contract, embodiment: NAME)"
+            f"differs from the other {row['embodiment']} episodes of {source}: {'; '.join(differences)}; if that is "
+            f"intended, give it its own embodiment name (--contract, embodiment: NAME)"
         )
 
 
 def _meanings(mine: tuple[ActionBlock, ...], theirs: tuple[ActionBlock, ...]) -> Iterator[str]:
     if [block.size for block in mine] != [block.size for block in theirs]:
         if any(block.kind != "other" for block in (*mine, *theirs)):
-            yield f"actions are made of {_sizes(theirs)} columns, not of {_sizes(mine)}"
+            yield f"actions consist of {_sizes(theirs)} columns, not {_sizes(mine)}"
         return
     for a, b in zip(mine, theirs, strict=True):
         for field in ("kind", "representation", "mode", "frame", "unit", "gripper_one_means"):
             expected, found = getattr(a, field), getattr(b, field)
-            if expected != found and not {expected, found} & UNTOLD:
+            if expected != found and not {expected, found} & UNSPECIFIED:
                 yield f"the action's {a.name} is {found} ({field}), not {expected}"
 
 

@@ -1,8 +1,8 @@
-"""Rotations from one representation to another, and actions whose rotations are converted.
+"""Conversion between representations of rotations, and of the rotations in an action.
 
-SciPy does the mathematics. Notable: a quaternion and its negative are one rotation, and come back with a real part that
-is not negative; angles about axes are those of SciPy's ``"xyz"`` (about fixed axes, x first), the middle one within
-+-pi/2; six numbers are made a rotation by Gram and Schmidt (arXiv 1812.07035, appendix B).
+SciPy does the mathematics. Notable: quaternions are returned with a non-negative real part; Euler angles are SciPy's
+``"xyz"`` (about fixed axes, x first), the middle one within +-pi/2; rotation_6d is orthonormalised by Gram-Schmidt
+(arXiv 1812.07035, appendix B).
 """
 
 from __future__ import annotations
@@ -26,19 +26,21 @@ WIDTHS: dict[Representation, int] = {
     "rotation_6d": 6,
 }
 
-PARALLEL = 1e-6  # float32 keeps directions no better than to a few 1e-7
+PARALLEL = 1e-6  # float32 directions are accurate only to a few 1e-7
 
 
 def convert_rotation(values: np.ndarray, given: Representation, wanted: Representation) -> np.ndarray:
-    """float ``[T, WIDTHS[given]]`` to float64 ``[T, WIDTHS[wanted]]``; angles in radians.
+    """Convert float ``[T, WIDTHS[given]]`` to float64 ``[T, WIDTHS[wanted]]``; angles in radians.
 
-    Raises BadEpisode for what is no rotation: a quaternion of length zero, six numbers that lie on one line.
+    Raises BadEpisode if a row is not a rotation: a quaternion of length zero, parallel vectors in rotation_6d.
     """
     values = np.asarray(values, np.float64)
     if values.ndim != 2 or values.shape[1] != WIDTHS[given]:
-        raise BadEpisode(f"a rotation as {given} has {WIDTHS[given]} numbers, this one has shape {values.shape[1:]}")
+        raise BadEpisode(
+            f"a rotation as {given} has {WIDTHS[given]} numbers, but this one has shape {values.shape[1:]}"
+        )
     if not np.isfinite(values).all():
-        raise BadEpisode("no rotation: holds numbers that are not finite")
+        raise BadEpisode("no rotation: it holds NaN or infinity")
     try:
         rotation = _rotation(values, given)
     except ValueError as error:
@@ -61,10 +63,10 @@ def convert_rotation(values: np.ndarray, given: Representation, wanted: Represen
 def with_rotations(
     action: np.ndarray, layout: tuple[ActionBlock, ...], wanted: Representation
 ) -> tuple[np.ndarray, tuple[ActionBlock, ...]]:
-    """The action float32 ``[T, A]`` with all its rotations as ``wanted``, and the layout that it then has.
+    """Return the action float32 ``[T, A]`` with all its rotations as ``wanted``, and its new layout.
 
-    Speeds stay as they are. UserError where there are no rotations, and where they are scaled or of no known
-    representation: then nobody knows their angles.
+    Velocities are unchanged. Raises UserError if there are no rotations, or if one is scaled or of unknown
+    representation, so that its angles are unknown.
     """
     if not any(block.kind == "rotation" for block in layout):
         raise UserError("contract: rotations: the action has no block of kind rotation (action_layout)")
@@ -74,9 +76,9 @@ def with_rotations(
         start += block.size
         if block.kind == "rotation" and block.mode != "velocity":
             if not block.representation:
-                raise UserError(f"contract: rotations: the representation of {block.name} is not known (action_layout)")
+                raise UserError(f"contract: rotations: the representation of {block.name} is unknown (action_layout)")
             if block.unit == "scaled":
-                raise UserError(f"contract: rotations: {block.name} is scaled, so that its angles are not known")
+                raise UserError(f"contract: rotations: {block.name} is scaled, so its angles are unknown")
             values = convert_rotation(
                 np.deg2rad(values) if block.unit == "deg" else values, block.representation, wanted
             )
@@ -88,7 +90,7 @@ def with_rotations(
 
 
 def _rotation(values: np.ndarray, given: Representation) -> Rotation:
-    from scipy.spatial.transform import Rotation  # takes half a second, which whoever converts nothing is spared
+    from scipy.spatial.transform import Rotation  # imported lazily: half a second
 
     match given:
         case "euler_xyz":
@@ -112,5 +114,5 @@ def _rotation(values: np.ndarray, given: Representation) -> Rotation:
 def _unit(vectors: np.ndarray) -> np.ndarray:
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     if (lengths < PARALLEL).any():
-        raise ValueError("one of its directions is nil, or both are one")
+        raise ValueError("one of its vectors is zero, or both are parallel")
     return vectors / lengths

@@ -10,7 +10,7 @@ from typing import Literal
 from preprocessing.contracts.interface import Interface
 from preprocessing.dataset.normalizer import MINIMUM_RANGE, Normalizer, normalizers
 from preprocessing.errors import UserError
-from preprocessing.store.catalogue import TrainingRow
+from preprocessing.store.rows import TrainingRow
 
 FARTHEST = 5.0  # data beyond this many times a column's scale must have another unit
 

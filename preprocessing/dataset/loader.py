@@ -20,7 +20,7 @@ from preprocessing.dataset.order import SHUFFLE_WINDOWS, Block, WindowOrder
 from preprocessing.dataset.selection import source_names, spans
 from preprocessing.dataset.shards import LocalCopy, width
 from preprocessing.errors import UserError
-from preprocessing.store.catalogue import TrainingRow
+from preprocessing.store.rows import TrainingRow
 from preprocessing.store.snapshot import Snapshot
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from preprocessing.encoders.vae import PIXELS
 from preprocessing.errors import UserError
-from preprocessing.store.catalogue import EpisodeRow, TrainingRow
+from preprocessing.store.rows import EpisodeRow, TrainingRow
 from preprocessing.store.snapshot import Snapshot
 
 HELD_OUT = ("val", "test")

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from preprocessing.cache import GB, Item, Shelf, cache_folder
 from preprocessing.errors import UserError
-from preprocessing.store.catalogue import LocationRow, TrainingRow
+from preprocessing.store.rows import LocationRow, TrainingRow
 from preprocessing.store.snapshot import Snapshot, row_shape
 
 SHARD_BYTES = 256 * 2**20  # of a shard, on average; changing it changes the order of samples

@@ -1,6 +1,7 @@
-"""What no number tells: frames of some episodes as a policy would see them, with what the gripper is told beneath.
+"""Frames of some episodes as a policy would see them, captioned with the gripper command.
 
-A camera that lies on its side, red that is blue, and a gripper that opens when it is told to close are seen at once.
+A glance shows what no number does: a rotated camera, red and blue exchanged, a gripper that opens when commanded to
+close.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ FRAMES = 6  # of each camera, from the first to the last
 
 
 def contact_sheet(measured: Measured) -> Figure:
-    """A row for each camera of up to three episodes; nothing where none could be read."""
-    from matplotlib.figure import Figure  # takes half a second, which whoever wants no picture is spared
+    """Return a figure with a row for each camera of up to three episodes; empty if none could be read."""
+    from matplotlib.figure import Figure  # imported lazily: half a second
 
     places = _spread(len(measured.episodes), EPISODES)
     rows = [(measured.episodes[i], camera, count) for i in places for camera, count in measured.frames[i].items()]
@@ -32,19 +33,19 @@ def contact_sheet(measured: Measured) -> Figure:
     for axis in grid.flat:
         axis.set(xticks=[], yticks=[], frame_on=False)
     for axes, (episode, camera, count) in zip(grid, rows, strict=False):
-        pictures = _frames(episode, camera, _spread(count, FRAMES))
-        for axis, (number, picture) in zip(axes, pictures.items(), strict=False):
-            axis.imshow(picture)
+        frames = _frames(episode, camera, _spread(count, FRAMES))
+        for axis, (number, frame) in zip(axes, frames.items(), strict=False):
+            axis.imshow(frame)
             axis.set_xlabel(f"{number}{_gripper(episode, number)}", fontsize=7)
         where = f"{Path(episode.ref.uri).name} #{episode.ref.index}"
-        title = f"{where}: {episode.instruction or 'no sentence'}"
-        axes[0].text(0, 1.03, title, transform=axes[0].transAxes, fontsize=8, in_layout=False)  # wider than its frame
+        title = f"{where}: {episode.instruction or 'no instruction'}"
+        axes[0].text(0, 1.03, title, transform=axes[0].transAxes, fontsize=8, in_layout=False)  # wider than its axes
         axes[0].set_ylabel(camera, fontsize=8)
     return figure
 
 
 def _frames(episode: Episode, camera: str, wanted: list[int]) -> dict[int, np.ndarray]:
-    """By number, uint8 ``[H, W, 3]``."""
+    """Return the wanted frames, uint8 ``[H, W, 3]``, by number."""
     found: dict[int, np.ndarray] = {}
     first = 0
     for chunk in episode.cameras[camera].frames(None):

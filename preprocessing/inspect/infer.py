@@ -1,7 +1,7 @@
-"""A first contract for a source, as YAML: what its reader finds, with what was measured in the comments.
+"""A draft contract for a source, as YAML: what its reader finds, with measurements in the comments.
 
-Whoever knows the robot mends it, and gives it to ``uwm ingest --contract``. What could not be told is left "unknown".
-Of a data set that a shipped contract is for, it says what that one says.
+Somebody who knows the robot corrects it and passes it to ``uwm ingest --contract``. What cannot be measured stays
+"unknown". For a data set with a shipped contract, the draft starts from that one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from preprocessing.sources import shipped_contract
 
 
 def contract_yaml(measured: Measured, title: str) -> str:
-    """``title`` says of what. ValueError where no episode could be read."""
+    """Return the draft contract. ``title`` names the source. Raises ValueError if no episode could be read."""
     if not measured.episodes:
         raise ValueError("no episode could be read")
     return "\n".join(_lines(measured, title)) + "\n"
@@ -27,12 +27,12 @@ def contract_yaml(measured: Measured, title: str) -> str:
 def _lines(measured: Measured, title: str) -> Iterator[str]:
     episodes = measured.episodes
     shipped = shipped_contract(episodes[0]) or DataContract()
-    yield f"# {title}: measured on {len(episodes)} of {measured.listed} episodes. Mend what is wrong, then ingest with"
-    yield "# --contract and this file. A line that is left out leaves it to the reader."
+    yield f"# {title}: measured on {len(episodes)} of {measured.listed} episodes. Correct it, then pass this file to"
+    yield "# uwm ingest --contract. The reader decides whatever has no line here."
     if shipped.name:
-        yield f"# As the shipped contract {shipped.name} has it."
+        yield f"# Based on the shipped contract {shipped.name}."
     for repair, count in measured.repairs().most_common():
-        yield f"# in {count} of {len(episodes)}: {repair}"
+        yield f"# in {count} of {len(episodes)} episodes: {repair}"
     yield _entry("embodiment", episodes[0].embodiment, _others(episode.embodiment for episode in episodes))
     yield _entry("fps", round(episodes[0].fps, 3), _others(round(episode.fps, 3) for episode in episodes))
     yield from _cameras(measured)
@@ -44,17 +44,17 @@ def _lines(measured: Measured, title: str) -> Iterator[str]:
 def _cameras(measured: Measured) -> Iterator[str]:
     count = len(measured.episodes)
     names = {name: sum(name in e.cameras for e in measured.episodes) for e in measured.episodes for name in e.cameras}
-    yield "cameras:  # recorded name: name in the store; a camera that is left out is dropped"
+    yield "cameras:  # recorded name: name in the store; cameras without a line are dropped"
     for name, having in names.items():
         yield f"  {_entry(name, name, '' if having == count else f'in {having} of {count} episodes')}"
     turned = [name for name in names if any(name in e.cameras and e.cameras[name].turned for e in measured.episodes)]
     odd = sorted({camera for _, camera in looks_upside_down(measured)})
-    yield _entry("flip", turned, "stored bottom-up" + (f"; {', '.join(odd)} looks so in some episodes" if odd else ""))
+    yield _entry("flip", turned, "stored bottom-up" + (f"; {', '.join(odd)} look so in some episodes" if odd else ""))
 
 
 def _columns(kind: str, episodes: list[Episode], names: Iterable[str]) -> Iterator[str]:
     found = {name: [e.proprio[name] for e in episodes if name in e.proprio] for name in names}
-    yield f"{kind}:  # what the policy sees of the robot" if found else f"{kind}: {{}}"
+    yield f"{kind}:  # the robot state that the policy observes" if found else f"{kind}: {{}}"
     for name, parts in found.items():
         yield f"  {_entry(name, name, f'{parts[0].shape[1]} columns, {_range(parts)}')}"
 
@@ -67,7 +67,7 @@ def _action(measured: Measured, shipped: DataContract) -> Iterator[str]:
         yield f"# also recorded at each step: {widths}"
     actions = measured.actions()
     if actions is None:
-        yield "# no action was found; name the parts that make it up: action: [NAME, ...]"
+        yield "# no action was found; name the signals that make it up: action: [NAME, ...]"
         return
     lag = find_lag(acting)
     if lag:
@@ -77,13 +77,13 @@ def _action(measured: Measured, shipped: DataContract) -> Iterator[str]:
     found = list(blocks(acting[0], actions))
     recorded = shipped.action_layout or [block for block, _ in found]
     for block, (_, values) in zip(recorded, found, strict=True):
-        yield f"- {_flow(_told(block))}  # {_range([values])}{_habit(values)}"
+        yield f"- {_flow(_fields(block))}  # {_range([values])}{_habit(values)}"
     if shipped.rotations:
-        yield _entry("rotations", shipped.rotations, "the ranges above are of these")
+        yield _entry("rotations", shipped.rotations, "the ranges above are those after conversion")
 
 
-def _told(block: ActionBlock) -> dict[str, object]:
-    """The block with every field that its kind needs, unknown or not, so that whoever reads sees what to fill in."""
+def _fields(block: ActionBlock) -> dict[str, object]:
+    """Return all fields that a block of this kind needs, unknown ones included, so that the reader fills them in."""
     needed = {"name", "size", "kind", "mode", "frame", "unit"}
     needed |= {"representation"} if block.kind == "rotation" else set()
     needed |= {"gripper_one_means"} if block.kind == "gripper" else set()
@@ -105,10 +105,9 @@ def _words(measured: Measured, shipped: DataContract) -> Iterator[str]:
         chosen = next((name for name, text in texts.items() if text == measured.episodes[0].instruction), None)
         yield _entry("instruction_field", chosen) if chosen else "# instruction_field: one of these"
     elif not any(episode.instruction for episode in measured.episodes):
-        yield "# instruction: no sentence was found; one for all episodes goes here"
-    told = sum(episode.success is not None for episode in measured.episodes)
-    if not told:
-        yield "# success_field: whether an episode succeeded is not recorded; a signal that is 1 where it did goes here"
+        yield "# instruction: none was found; set one for all episodes here"
+    if all(episode.success is None for episode in measured.episodes):
+        yield "# success_field: success is not recorded; set a signal here that is 1 at a step of success"
     if measured.splits:
         means = {name: "train" if name.startswith("train") else "validation" for name in sorted(measured.splits)}
         yield _entry("splits", means | (shipped.splits or {}))
@@ -128,5 +127,5 @@ def _entry(name: str, value: object, comment: str = "") -> str:
 
 
 def _flow(value: object) -> str:
-    """YAML on one line."""
+    """Return the value as YAML on one line."""
     return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6).strip()

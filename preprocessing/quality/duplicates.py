@@ -1,9 +1,9 @@
-"""Episodes that are copies of one another: re-encoded, rescaled, at another frame rate. Exact ones share their id.
+"""Near-duplicate episodes: re-encoded, rescaled, or at another frame rate. (Exact duplicates share their id.)
 
-A fingerprint is a perceptual hash (pHash: signs of the lowest waves of the picture, by the discrete cosine transform)
-of frames spaced evenly over the episode, and the actions at these frames. Copies differ in 0 to 4 of 64 bits a frame,
-films that have nothing to do with one another in about 30. Two episodes before one fixed camera may differ in 5, so
-where there are actions these have to agree as well. A trimmed, mirrored or cropped copy is not found.
+A fingerprint consists of perceptual hashes (pHash: signs of the lowest frequencies of the discrete cosine transform) of
+frames spaced evenly over the episode, and of the actions at these frames. Copies differ in 0 to 4 of 64 bits per frame,
+unrelated videos in about 30. Two episodes in front of the same fixed camera may differ in 5, so the actions, if any,
+must agree as well. Trimmed, mirrored or cropped copies are not found.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from dataclasses import dataclass
 import numpy as np
 
 FRAMES = 16
-WEAK = 8.0  # a wave below this may be noise or what a codec left; half a grey level of a 16 x 16 picture
-TELLING = 3  # bits set in a frame, on average: pictures that are flatter are all alike
-RELATIVE = 0.05  # of a column's standard deviation: by so much may actions differ that are the same
-ROUNDING = 1e-3  # of a column's largest value; float16 rounds to half of that
+WEAK = 8.0  # a coefficient below this may be noise or codec artefacts; half a grey level of a 16 x 16 frame
+TELLING = 3  # bits set per frame, on average: flatter frames all look alike
+RELATIVE = 0.05  # of a column's standard deviation: the tolerance within which actions agree
+ROUNDING = 1e-3  # of a column's largest value, likewise; float16 rounds to half of that
 
 
 def frame_hashes(grids: np.ndarray) -> np.ndarray:
-    """uint64 ``[n]`` of grey levels float32 ``[n, 16, 16]``."""
-    from scipy.fft import dctn  # takes a moment, which whoever looks for no copies is spared
+    """Return the hashes, uint64 ``[n]``, of grey levels float32 ``[n, 16, 16]``."""
+    from scipy.fft import dctn  # imported lazily: slow
 
     waves = dctn(grids, axes=(1, 2), norm="ortho")[:, :8, :8].reshape(len(grids), 64)
     return np.packbits(waves > WEAK, axis=1).view(np.uint64)[:, 0]
 
 
 def fingerprint(hashes: np.ndarray, action: np.ndarray | None) -> bytes | None:
-    """Of an episode with these frames uint64 ``[T]`` and actions ``[T, A]``; None where its pictures are too flat."""
+    """Return the fingerprint of hashes uint64 ``[T]`` and actions ``[T, A]``; None if the frames are too flat."""
     chosen = hashes[_evenly(len(hashes))]
     if np.bitwise_count(chosen).mean() < TELLING:
         return None
@@ -37,10 +37,10 @@ def fingerprint(hashes: np.ndarray, action: np.ndarray | None) -> bytes | None:
 
 
 class Fingerprints:
-    """Those seen so far; finds the nearest one to another among 100,000 in some milliseconds, by comparing all."""
+    """The fingerprints seen so far. Finds the nearest of 100,000 in some milliseconds, by comparing them all."""
 
     def __init__(self) -> None:
-        self._groups: dict[int, _Group] = {}  # by length: with actions of another width, none is a copy
+        self._groups: dict[int, _Group] = {}  # by length: episodes with different action widths are no copies
 
     def add(self, name: str, mark: bytes) -> None:
         if group := self._groups.get(len(mark)):
@@ -49,7 +49,7 @@ class Fingerprints:
             self._groups[len(mark)] = _Group.of(mark, name)
 
     def nearest(self, mark: bytes, limit: float) -> tuple[str, float] | None:
-        """Name and distance of the nearest one, if it is not farther than ``limit``."""
+        """Return name and distance (bits of 64 per frame) of the nearest fingerprint within ``limit``, or None."""
         if not (group := self._groups.get(len(mark))):
             return None
         distances = group.distances(mark, limit)
@@ -59,14 +59,14 @@ class Fingerprints:
 
 @dataclass
 class _Group:
-    """Fingerprints of one length, as arrays that double when they are full."""
+    """Fingerprints of one length, in arrays that double when full."""
 
     names: list[str]
     hashes: np.ndarray  # uint64 [N, FRAMES]
     traces: np.ndarray  # float16 [N, FRAMES, A]
 
     @classmethod
-    def of(cls, mark: bytes, name: str = "") -> _Group:
+    def of(cls, mark: bytes, name: str) -> _Group:
         hashes, trace = _parts(mark)
         return cls([name], hashes[None].copy(), trace[None].copy())
 
@@ -79,7 +79,7 @@ class _Group:
         self.names.append(name)
 
     def distances(self, mark: bytes, limit: float) -> np.ndarray:
-        """To each; actions are compared where the pictures are within ``limit``."""
+        """Return the distance to each, infinite if the actions disagree; they are compared only within ``limit``."""
         hashes, trace = _parts(mark)
         differing = np.bitwise_count(self.hashes[: len(self.names)] ^ hashes)
         found = differing.sum(axis=1, dtype=np.uint16) / FRAMES
@@ -89,7 +89,7 @@ class _Group:
 
 
 def _agree(traces: np.ndarray, trace: np.ndarray) -> np.ndarray:
-    """bool ``[n]``: which of these are the same movement as that one, in every column."""
+    """Return bool ``[n]``: which of the traces agree with ``trace`` in every column."""
     allowed = RELATIVE * trace.std(axis=0) + ROUNDING * np.abs(trace).max(axis=0)
     return (np.abs(traces - trace).mean(axis=1) <= allowed).all(axis=1)
 
@@ -100,5 +100,5 @@ def _parts(mark: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _evenly(length: int) -> np.ndarray:
-    """The frames in the middle of each of as many equal parts."""
+    """Return the indices of the middles of FRAMES equal parts."""
     return ((np.arange(FRAMES) + 0.5) * length / FRAMES).astype(np.int64)

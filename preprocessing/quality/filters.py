@@ -1,17 +1,15 @@
-"""Which episodes are fit for training, and which parts of them: filters, each on or off, each with its reason.
+"""Quality filters: which episodes, and which parts of them, are fit for training.
 
-An :class:`Inspector` sees the frames of one episode as they go by, keeps a few bytes of each, and judges at the end.
-Notable:
+An :class:`Inspector` sees the frames of one episode as they are decoded, keeps a few bytes per frame, and judges at the
+end. Notable:
 
-- **Frozen** is a frame that shows what an earlier one showed: it is compared with the frame at which the picture last
-  changed, so that slow motion adds up and noise does not, and by the part of the picture that differs most, because a
-  gripper far away moves few pixels.
-- **One good camera is enough.** An episode is black or frozen where all its cameras are; of one that is so beside
-  others, a note is kept.
-- **Idle** are steps at which a robot is commanded nothing, many in a row: a policy learns from them to stand still
-  (openpi leaves such runs out of DROID, OpenVLA single steps out of LIBERO).
-- **Shots** are found by PySceneDetect, in films alone: a robot's camera is not cut.
-- **Spans** are what is left for training: a window lies within one.
+- **Frozen**: a frame repeats an earlier one. It is compared with the frame of the last change, so slow motion adds up
+  and noise does not, and by the part of the frame that differs most, because a distant gripper moves few pixels.
+- **One good camera is enough.** An episode is black or frozen if all its cameras are; a single bad camera is noted.
+- **Idle**: many consecutive steps at which nothing is commanded; they teach a policy to stand still (openpi drops such
+  runs from DROID, OpenVLA single steps from LIBERO).
+- **Shots** are found by PySceneDetect, only in videos without robot data: a robot's camera is not cut.
+- **Spans** are the parts left for training; a window stays within one.
 """
 
 from __future__ import annotations
@@ -28,23 +26,25 @@ from preprocessing.episode import ActionBlock, Episode
 from preprocessing.quality.duplicates import fingerprint, frame_hashes
 from preprocessing.video.frames import resize
 
-GRID = 16  # pictures are compared as so many mean grey levels a side
+GRID = 16  # frames are compared as GRID x GRID mean grey levels
 GREY = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
-SAME = 3.0  # grey levels: sensor noise and codecs change a part of a still picture by less
-DARK = 32.0  # grey levels: no part of a black picture is lighter
-STILL = 1e-3  # metres, radians, or parts of a scaled range, in a step (openpi's level)
+SAME = 3.0  # grey levels: sensor noise and codecs change a grid cell of a still frame by less
+DARK = 32.0  # grey levels: no grid cell of a black frame is brighter
+STILL = 1e-3  # metres, radians or scaled units per step (openpi's threshold)
 STILL_DEGREES = 0.1  # about one tick of a servo's encoder
 
 
 class Filters(BaseModel):
-    """The section ``quality`` of an ingest recipe: what is not set, or false, is off."""
+    """The section ``quality`` of an ingest recipe. A filter that is null or false is off."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    min_frames: int | None = Field(default=2, ge=1, description="fewer are refused, in an episode or a span of it")
+    min_frames: int | None = Field(default=2, ge=1, description="shorter episodes are refused, shorter spans left out")
     black: float | None = Field(default=0.9, ge=0, lt=1, description="refused above this share of black frames")
     frozen: float | None = Field(default=0.9, ge=0, lt=1, description="refused above this share of repeated frames")
-    idle: int | None = Field(default=None, ge=1, description="so many idle steps in a row are left out; 7 is openpi's")
+    idle: int | None = Field(
+        default=None, ge=1, description="runs of at least this many idle steps are left out; 7 is openpi's"
+    )
     shots: float | None = Field(
         default=None, gt=0, description="threshold of PySceneDetect's AdaptiveDetector; 3 is usual"
     )
@@ -52,7 +52,7 @@ class Filters(BaseModel):
         default=None,
         ge=0,
         le=64,
-        description="refused where so few of 64 bits a frame differ; 4 finds re-encoded films",
+        description="refused if at most this many of 64 bits per frame differ; 4 finds re-encoded videos",
     )
 
     @field_validator("*", mode="before")
@@ -65,11 +65,11 @@ class Filters(BaseModel):
 
 @dataclass(frozen=True)
 class Verdict:
-    """``filter`` and ``reason`` are set where the episode is refused.
+    """The outcome for one episode. ``filter`` and ``reason`` are set if it is refused.
 
-    ``cuts`` are the frames at which a new shot begins. ``idle`` is bool ``[T]``, True in runs of idle steps, or None
-    where nobody asked or nothing is commanded. ``spans`` are the ranges (first, last + 1) of frames that training may
-    use. ``notes`` are sentences about an episode that is kept.
+    ``cuts`` are the first frames of new shots. ``idle`` is bool ``[T]``, True in runs of idle steps; None if the filter
+    is off or there is no action. ``spans`` are the frames ``[first, stop)`` that training may use. ``notes`` are
+    remarks on an episode that is kept.
     """
 
     filter: str | None
@@ -87,18 +87,19 @@ class Inspector:
     def __init__(self, filters: Filters, episode: Episode):
         self._filters = filters
         self._episode = episode
-        self._film = episode.action is None and not episode.proprio
+        self._is_video = episode.action is None and not episode.proprio
         self._cameras: dict[str, _Camera] = {}
 
     def frames(self, camera: str, chunk: np.ndarray) -> None:
-        """The next frames uint8 ``[n, H, W, 3]`` of a camera."""
+        """Pass the next frames, uint8 ``[n, H, W, 3]``, of a camera."""
         if camera not in self._cameras:
-            threshold = self._filters.shots if self._film else None
+            threshold = self._filters.shots if self._is_video else None
             shots = _Shots(threshold, self._episode.fps) if threshold else None
             self._cameras[camera] = _Camera(self._filters, shots)
         self._cameras[camera].see(chunk)
 
     def verdict(self) -> Verdict:
+        """Judge the episode, once all frames have been passed."""
         filters, length = self._filters, max((camera.frames for camera in self._cameras.values()), default=0)
         cuts = sorted({cut for camera in self._cameras.values() if camera.shots for cut in camera.shots.cuts()})
         idle = None
@@ -107,20 +108,22 @@ class Inspector:
         parts = _spans(length, cuts, idle)
         spans = [(first, end) for first, end in parts if end - first >= (filters.min_frames or 1)]
 
-        reasons, notes = self._pictures()
+        reasons, notes = self._bad_cameras()
         if filters.min_frames and length < filters.min_frames:
-            reasons["min_frames"] = f"too short: {_frames(length)}, {filters.min_frames} at least are asked for"
+            reasons["min_frames"] = f"too short: {_frames(length)}, at least {filters.min_frames} are required"
         elif not spans and idle is not None and idle.any():
-            rest = f", and no {filters.min_frames} others in a row" if parts else ""
+            rest = f"; the others are never {filters.min_frames} in a row" if parts else ""
             reasons["idle"] = f"idle: nothing is commanded at {idle.sum()} of {len(idle)} steps{rest}"
         elif not spans and cuts:
-            reasons["shots"] = f"cut up: {len(cuts) + 1} shots in {_frames(length)}, each below {filters.min_frames}"
+            reasons["shots"] = (
+                f"cut up: {len(cuts) + 1} shots in {_frames(length)}, each shorter than {filters.min_frames}"
+            )
         if idle is not None and idle.any():
-            notes.append(f"idle: nothing is commanded at {idle.sum()} of {len(idle)} steps, which are left out")
+            notes.append(f"idle: nothing is commanded at {idle.sum()} of {len(idle)} steps; they are left out")
         if spans and len(spans) < len(parts):
             lost = sum(end - first for first, end in parts) - sum(end - first for first, end in spans)
-            which = f"{len(parts) - len(spans)} of {len(parts)} parts are shorter than {filters.min_frames} frames"
-            notes.append(f"{which} and left out, {_frames(lost)} together")
+            which = f"{len(parts) - len(spans)} of {len(parts)} spans are shorter than {filters.min_frames} frames"
+            notes.append(f"{which} and left out, {_frames(lost)} in total")
 
         refused_by = next((name for name in Filters.model_fields if name in reasons), None)
         return Verdict(
@@ -133,8 +136,8 @@ class Inspector:
             fingerprint=self._fingerprint(),
         )
 
-    def _pictures(self) -> tuple[dict[str, str], list[str]]:
-        """Reasons by filter, if all cameras are black or frozen; notes, if some are."""
+    def _bad_cameras(self) -> tuple[dict[str, str], list[str]]:
+        """Return reasons by filter, if all cameras are black or frozen, and notes, if some are."""
         reasons, notes, black = {}, [], set()
         if (limit := self._filters.black) is not None:
             shares = {name: camera.black / max(camera.frames, 1) for name, camera in self._cameras.items()}
@@ -156,7 +159,7 @@ class Inspector:
         return reasons, notes
 
     def _fingerprint(self) -> bytes | None:
-        """Of the first camera, by name, that tells episodes apart: not of one that is black beside others."""
+        """Return the fingerprint of the first camera, by name, that has one: a black camera has none."""
         for _, camera in sorted(self._cameras.items()):
             if camera.hashes and (mark := fingerprint(np.concatenate(camera.hashes), self._episode.action)):
                 return mark
@@ -164,10 +167,10 @@ class Inspector:
 
 
 def idle_steps(action: np.ndarray, layout: tuple[ActionBlock, ...]) -> np.ndarray:
-    """bool ``[T]``: at which steps of the action ``[T, A]`` nothing is commanded.
+    """Return bool ``[T]``: the steps of the action ``[T, A]`` at which nothing is commanded.
 
-    A delta or a velocity then is (nearly) none; what is absolute, as most grippers are, or of no known mode is as it
-    was the step before.
+    There, deltas and velocities are (nearly) zero, and columns that are absolute (most grippers) or of unknown mode are
+    unchanged since the previous step.
     """
     change = np.abs(np.diff(action, axis=0, prepend=action[:1]))
     idle, start = np.ones(len(action), bool), 0
@@ -182,14 +185,14 @@ def idle_steps(action: np.ndarray, layout: tuple[ActionBlock, ...]) -> np.ndarra
 
 
 def _nothing(block: ActionBlock) -> np.ndarray | float:
-    """A step of no rotation is not zero as a quaternion or a matrix."""
+    """Return the zero motion of a block: for a rotation as a quaternion or matrix it is not zero."""
     if block.mode == "delta" and block.kind == "rotation" and block.representation:
         return convert_rotation(np.zeros((1, 3)), "axis_angle", block.representation)
     return 0.0
 
 
 def _long(mask: np.ndarray, least: int) -> np.ndarray:
-    """True in runs of at least so many."""
+    """Keep the runs of True that have at least ``least`` entries."""
     kept = np.zeros_like(mask)
     for first, end in _runs(mask):
         kept[first:end] = end - first >= least
@@ -213,19 +216,19 @@ def _frames(count: int) -> str:
 
 
 class _Camera:
-    """What is kept of one camera's frames."""
+    """Running statistics of one camera's frames."""
 
     def __init__(self, filters: Filters, shots: _Shots | None):
         self.shots = shots
         self.frames = 0
         self.black = 0  # frames
-        self.same = 0  # frames that show what an earlier one showed
-        self.longest = 0  # of them in a row
+        self.same = 0  # frames that repeat an earlier one
+        self.longest = 0  # longest run of them
         self.hashes: list[np.ndarray] = []
         self._compare = filters.frozen is not None
         self._hash = filters.near_duplicates is not None
         self._grids = self._compare or self._hash or filters.black is not None
-        self._changed: np.ndarray | None = None  # the frame at which the picture last changed
+        self._changed: np.ndarray | None = None  # grid of the last frame that differed
         self._run = 0
 
     def see(self, chunk: np.ndarray) -> None:
@@ -248,7 +251,7 @@ class _Camera:
 
 
 def _grids(chunk: np.ndarray) -> np.ndarray:
-    """Mean grey levels float32 ``[n, GRID, GRID]`` of frames uint8 ``[n, H, W, 3]``."""
+    """Return the mean grey levels, float32 ``[n, GRID, GRID]``, of frames uint8 ``[n, H, W, 3]``."""
     if chunk.shape[1] % GRID or chunk.shape[2] % GRID:
         chunk = resize(chunk, GRID)
     count, height, width, _ = chunk.shape
@@ -261,13 +264,13 @@ class _Shots:
     """PySceneDetect, fed frame by frame."""
 
     def __init__(self, threshold: float, fps: float):
-        import cv2  # half a second, with the next two: spared where films are not searched for cuts
+        import cv2  # these three are imported lazily: half a second
         from scenedetect.common import FrameTimecode
         from scenedetect.detectors import AdaptiveDetector
 
         cv2.setNumThreads(1)  # an ingest is parallel by episode
-        # By brightness alone, for the hue of a grey picture changes with every key frame of a codec. A shot may be as
-        # short as a flash: it is left out as too short, while a cut that went unnoticed would be trained on.
+        # Luma only: the hue of a grey frame changes with every key frame of a codec. A shot may be a single frame: a
+        # short shot is dropped, while training would cross a missed cut.
         self._detector = AdaptiveDetector(adaptive_threshold=threshold, min_scene_len=1, luma_only=True)
         self._bgr = lambda frame: cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)
         self._time = lambda number: FrameTimecode(number, float(fps))
@@ -283,14 +286,14 @@ class _Shots:
             self._last = frame
 
     def cuts(self) -> list[int]:
-        """No more frames come."""
+        """Return the first frames of new shots, once all frames have been passed."""
         if self._last is not None:
             self._feed(self._last, self._detector.window_width)
             self._last = None
         return [number - self._detector.window_width for number in self._found]
 
     def _feed(self, frame: np.ndarray, times: int) -> None:
-        """The first and the last frame stand in for those beyond, without which it is blind at both ends."""
+        """Feed a frame; the first and last are repeated, without which the detector is blind at both ends."""
         for _ in range(times):
             self._found += [
                 cut.frame_num for cut in self._detector.process_frame(self._time(self._fed), self._bgr(frame))

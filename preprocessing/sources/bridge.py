@@ -1,8 +1,8 @@
 """Raw BridgeData recordings: one folder per episode, ``.../DATE_TIME/raw/traj_group0/traj0/``.
 
 ``images0/im_0.jpg`` and so on are each camera's frames, ``obs_dict.pkl`` holds arrays with a row per frame,
-``policy_out.pkl`` a list with an entry per action, ``lang.txt`` each annotator's instruction and confidence. Pickles are
-read as data (:mod:`preprocessing.sources.untrusted.pickles`). The layout:
+``policy_out.pkl`` a list with an entry per action, ``lang.txt`` each annotator's instruction and confidence. Pickles
+are read as data (:mod:`preprocessing.sources.untrusted.pickles`). The layout:
 https://github.com/rail-berkeley/bridge_data_v2 (``data_processing/bridgedata_raw_to_numpy.py``). Notes:
 
 - There is one frame more than there are actions. Action t was commanded at frame t; the last frame is left out.
@@ -137,7 +137,9 @@ def _commands(folder: Path) -> tuple[dict[str, Any], np.ndarray]:
     entries = _pickle(folder / COMMANDED)
     if not isinstance(entries, list) or not entries or len(entries) > limits().episode_steps:
         raise BadEpisode(f"{COMMANDED} does not hold a list of actions")
-    tables = [entry if isinstance(entry, dict) else {"actions": entry} for entry in entries]  # the oldest hold bare arrays
+    tables = [
+        entry if isinstance(entry, dict) else {"actions": entry} for entry in entries
+    ]  # the oldest hold bare arrays
     names = [name for name in tables[0] if isinstance(name, str) and all(name in table for table in tables)]
     columns = {name: [table[name] for table in tables] for name in names}
     actions = _numbers(columns.pop("actions", None))
@@ -175,7 +177,9 @@ def _pickle(file: Path) -> Any:
 def _instructions(folder: Path) -> list[str]:
     if not (folder / INSTRUCTIONS).is_file():
         return []
-    lines = [line.strip() for line in _bytes(folder / INSTRUCTIONS, MAX_INSTRUCTIONS).decode(errors="replace").splitlines()]
+    lines = [
+        line.strip() for line in _bytes(folder / INSTRUCTIONS, MAX_INSTRUCTIONS).decode(errors="replace").splitlines()
+    ]
     return [line for line in lines if line and not line.startswith("confidence")]
 
 

@@ -3,12 +3,12 @@
 A split's folder (``training``, ``validation``) holds ``ep_start_end_ids.npy`` with the first and last step of each
 recording, and ``lang_annotations/auto_lang_ann.npy`` with instructions for some stretches. With instructions, each
 stretch is an episode, and recordings are not read in addition: they would hold the same frames again. Without, each
-recording is an episode. The layout: https://github.com/mees/calvin/tree/main/dataset. If that folder is missing, another
-``lang_*`` folder, written for another language model (``lang_folder`` in ``calvin_models/conf``), or the split's own
-folder is used. Depth and touch are not read.
+recording is an episode. The layout: https://github.com/mees/calvin/tree/main/dataset. If that folder is missing,
+another ``lang_*`` folder, written for another language model (``lang_folder`` in ``calvin_models/conf``), or the
+split's own folder is used. Depth and touch are not read.
 
-Actions are the relative ones that CALVIN's policies are trained on: ``rel_actions``, the motion of the tool in the world
-frame, in metres times 50 and radians times 20, clipped at 1. An episode's digest covers its steps' files and its
+Actions are the relative ones that CALVIN's policies are trained on: ``rel_actions``, the motion of the tool in the
+world frame, in metres times 50 and radians times 20, clipped at 1. An episode's digest covers its steps' files and its
 instruction.
 """
 
@@ -150,7 +150,11 @@ def _listed(file: Path, _changed: int) -> list[Stretch]:
 
 
 def _stretches(folder: Path) -> list[Stretch]:
-    lists = [folder / "lang_annotations" / ANNOTATIONS, *sorted(folder.glob(f"lang_*/{ANNOTATIONS}")), folder / ANNOTATIONS]
+    lists = [
+        folder / "lang_annotations" / ANNOTATIONS,
+        *sorted(folder.glob(f"lang_*/{ANNOTATIONS}")),
+        folder / ANNOTATIONS,
+    ]
     file = next((file for file in lists if file.is_file()), folder / RANGES)
     return _listed(file, file.stat().st_mtime_ns)
 

@@ -11,8 +11,9 @@ https://droid-dataset.github.io/droid/the-droid-dataset and https://github.com/d
 - Row t is an observation and the command that followed it (``droid/trajectory_utils/misc.py``), at 15 Hz
   (``droid/robot_env.py``). Videos have one frame less than there are rows (DROID's issue 54) and are paired from the
   beginning, as in DROID's own reader; their own rate is the camera's and is ignored.
-- Tool velocities are fractions of 0.075 m and 0.15 rad per step (``droid/robot_ik/robot_ik_solver.py``), along and about
-  the base's axes (``add_poses`` in ``droid/misc/transformations.py``); a gripper is closed at 1 (``franka/robot.py``).
+- Tool velocities are fractions of 0.075 m and 0.15 rad per step (``droid/robot_ik/robot_ik_solver.py``), along and
+  about the base's axes (``add_poses`` in ``droid/misc/transformations.py``); a gripper is closed at 1
+  (``franka/robot.py``).
 - While ``movement_enabled`` is 0 the robot stood still and ``skip_action`` is 1: such steps are kept, both are signals.
 
 Camera poses and clocks are not read. An episode's digest covers the values of its trajectory, its videos, its
@@ -49,7 +50,12 @@ ANNOTATIONS = ("aggregated-annotations-*.json", "droid_language_annotations.json
 LEVELS = 4  # DATE, success, LAB, and the data set's folder
 ACTION = ("action/cartesian_velocity", "action/gripper_position")
 STATE = "observation/robot_state/"
-PROPRIO = ("cartesian_position", "gripper_position", "joint_positions", "joint_velocities")  # what DROID's policies observe
+PROPRIO = (
+    "cartesian_position",
+    "gripper_position",
+    "joint_positions",
+    "joint_velocities",
+)  # what DROID's policies observe
 READ = ("action/", STATE, "observation/controller_info/", "observation/timestamp/skip_action")
 LAYOUT = (
     ActionBlock(name="position", size=3, kind="position", mode="velocity", frame="base", unit="scaled"),

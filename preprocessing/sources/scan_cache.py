@@ -2,8 +2,8 @@
 
 It works like Git's index: one SQLite file in the cache folder stores, per reader and path, the digests found and the
 file's size, times and inode at that moment. The times include ctime, which no tool can set back. Clocks are coarse, so
-two changes may share one timestamp: a file is cached only if it was unchanged for longer than a clock tick before it was
-read, and is still the same afterwards. Files with a problem are read again by every scan.
+two changes may share one timestamp: a file is cached only if it was unchanged for longer than a clock tick before it
+was read, and is still the same afterwards. Files with a problem are read again by every scan.
 
 The cache only saves time: if it is missing, locked, not writable or damaged, files are read.
 """

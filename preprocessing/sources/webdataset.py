@@ -155,7 +155,7 @@ def _listed(file: Path) -> tuple[list[Sample], str | None]:
             # end.
             headers.seek(end + -end % tarfile.BLOCKSIZE)
             if headers.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                raise tarfile.ReadError(f"the next header, at byte {end}, is not one")
+                raise tarfile.ReadError(f"no valid header at byte {end}")
     except BREAKS as error:
         whole = list(_samples(members))[:-1]  # the last one may be incomplete
         return whole, f"the shard breaks after {len(whole)} samples: {error}"
@@ -228,7 +228,7 @@ def _images_video(path: Path, images: list[Member]) -> Video:
     numbers = [_number(image.name.rpartition(".")[0]) for image in images]
     known = {number: image for number, image in zip(numbers, images, strict=True) if number is not None}
     if len(known) < len(images):
-        raise BadEpisode("holds images without a number or with the same one")
+        raise BadEpisode("holds images without a number or with a repeated one")
     order = sorted(known)
     if gap := next((one + 1 for one, after in pairwise(order) if after != one + 1), None):
         raise BadEpisode(f"image {gap} is missing between others")

@@ -10,14 +10,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import zarr
-
-from preprocessing.contracts.interface import NamedWidth
-from preprocessing.store.statistics import Statistics, StatisticsColumns
 
 LOCATION = pa.struct([("array", pa.string()), ("start", pa.int64()), ("count", pa.int64()), ("checksum", pa.string())])
 NAMED = pa.list_(pa.struct([("name", pa.string()), ("width", pa.int64())]))  # consecutive columns of the steps
@@ -93,126 +90,6 @@ TABLES = {
     "removed": REMOVED,
     "sentences": INSTRUCTIONS,
 }
-
-
-class LocationRow(TypedDict):
-    """Rows ``[start, start + count)`` of one array, and the CRC-32C of their bytes in hexadecimal."""
-
-    array: str
-    start: int
-    count: int
-    checksum: str
-
-
-class CameraRow(TypedDict):
-    """One camera of an episode: its segments of up to 64 frames, in order."""
-
-    name: str
-    segments: list[LocationRow]
-
-
-class Span(TypedDict):
-    """Frames ``[first, stop)`` of an episode."""
-
-    first: int
-    stop: int
-
-
-class NamedText(TypedDict):
-    """A recorded text and the field that holds it."""
-
-    name: str
-    text: str
-
-
-class EpisodeColumns(TypedDict):
-    """The columns of CATALOGUE that are the same for every encoding of an episode."""
-
-    id: str
-    uri: str
-    index: int
-    format: str
-    frames: int
-    fps: float
-    embodiment: str
-    instruction: str | None
-    success: bool | None
-    action_dim: int
-    action_layout: str
-    proprio: list[NamedWidth]
-    contract: str | None
-    repairs: list[str]
-    repair_fields: list[str] | None
-    source: str | None
-    split: str | None
-    signals: list[NamedWidth] | None
-    texts: list[NamedText] | None
-    spans: list[Span] | None
-    fingerprint: str | None
-    image_size: int | None
-
-
-class EpisodeRow(EpisodeColumns):
-    """A row of CATALOGUE: one episode in one encoding."""
-
-    key: str
-    encoder: str
-    encoder_digest: str
-    cameras: list[CameraRow]
-    steps: LocationRow
-
-
-class TrainingRow(EpisodeRow):
-    """A row of CATALOGUE with the statistics of its steps; None if it has no steps."""
-
-    statistics: Statistics | None
-
-
-class BriefRow(TypedDict):
-    """The columns of CATALOGUE by which a person recognises an episode."""
-
-    key: str
-    id: str
-    uri: str
-    index: int
-    frames: int
-    encoder: str
-
-
-class StatisticsRow(StatisticsColumns):
-    """A row of STATISTICS."""
-
-    key: str
-    array: str
-
-
-class QuarantineRow(TypedDict):
-    """A row of QUARANTINE."""
-
-    key: str
-    id: str
-    uri: str
-    index: int
-    reason: str
-    reader: str | None
-    filter: str | None
-
-
-class RemovedRow(TypedDict):
-    """A row of REMOVED."""
-
-    id: str
-    uri: str
-    index: int
-
-
-class InstructionRow(TypedDict):
-    """A row of INSTRUCTIONS."""
-
-    text: str
-    encoder: str
-    encoder_digest: str
-    vector: list[float]
 
 
 READERS = 16  # tables read concurrently: on an object store each costs a round trip

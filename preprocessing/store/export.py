@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import zarr
 
 from preprocessing.errors import UserError
-from preprocessing.store.catalogue import EpisodeRow
+from preprocessing.store.rows import EpisodeRow
 from preprocessing.store.snapshot import Snapshot
 
 PLACES = ("cameras", "steps")  # columns that point into the store

@@ -16,20 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import zarr
 
-from preprocessing.store.catalogue import (
-    KINDS,
-    TABLES,
-    BriefRow,
-    DamagedError,
-    InstructionRow,
-    LocationRow,
-    QuarantineRow,
-    StatisticsRow,
-    TrainingRow,
-    parts,
-    read_table,
-    read_tables,
-)
+from preprocessing.store.catalogue import KINDS, TABLES, DamagedError, parts, read_table, read_tables
+from preprocessing.store.rows import BriefRow, InstructionRow, LocationRow, QuarantineRow, StatisticsRow, TrainingRow
 from preprocessing.store.statistics import Statistics, merge
 from preprocessing.store.storage import parse
 

@@ -33,18 +33,8 @@ import numpy as np
 import zarr
 
 from preprocessing.errors import UserError
-from preprocessing.store.catalogue import (
-    KINDS,
-    TABLES,
-    EpisodeRow,
-    InstructionRow,
-    LocationRow,
-    QuarantineRow,
-    RemovedRow,
-    StatisticsRow,
-    parts,
-    write_table,
-)
+from preprocessing.store.catalogue import KINDS, TABLES, parts, write_table
+from preprocessing.store.rows import EpisodeRow, InstructionRow, LocationRow, QuarantineRow, RemovedRow, StatisticsRow
 from preprocessing.store.snapshot import Snapshot, checksum
 from preprocessing.store.storage import Place, parse
 

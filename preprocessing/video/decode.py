@@ -316,8 +316,8 @@ def _upright(frame: av.VideoFrame, image: np.ndarray) -> np.ndarray:
 def _decode_share(path: Path | str, size: int | None, share: float) -> Iterator[np.ndarray]:
     """Decode a share of the frames, with as little decoding as is safe.
 
-    If that fails, on a broken file too, a pass that decodes every frame continues where the first one stopped, or raises
-    the same error as without thinning.
+    If that fails, on a broken file too, a pass that decodes every frame continues where the first one stopped, or
+    raises the same error as without thinning.
     """
     done = 0
     try:

@@ -7,6 +7,7 @@ Each becomes a :class:`preprocessing.episode.Video`, which reads only while iter
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -15,7 +16,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from preprocessing.episode import FRAMES_PER_CHUNK, Video
 from preprocessing.errors import BadEpisode
 from preprocessing.limits import limits
-from preprocessing.video.thinning import kept_before, times_kept
 
 
 def images_video(images: Sequence[bytes]) -> Video:
@@ -88,6 +88,15 @@ def first_frames(video: Video, count: int) -> Video:
     return Video(frames, turned=video.turned, thin=thin)
 
 
+def times_kept(begin: float, end: float, share: float) -> int:
+    """How many of the ticks k / share fall into ``[begin, end)``, in which a frame is shown, in frame times."""
+    return kept_before(end, share) - kept_before(begin, share)
+
+
+def kept_before(time: float, share: float) -> int:
+    return math.ceil(max(0.0, time - 1e-6) * share)  # 216 * (7 / 24) is above 63
+
+
 def frames_to_use(declared: dict[str, int | None], rows: int, table: str) -> tuple[int, str | None]:
     """How many steps the table and all cameras share, and a description of the mismatch, if any.
 
@@ -104,7 +113,7 @@ def frames_to_use(declared: dict[str, int | None], rows: int, table: str) -> tup
 
 
 def until_broken(video: Video, reasons: list[str]) -> Video:
-    """The same camera up to its break, whose reason is appended to ``reasons``. Raises BadEpisode if no frame is left."""
+    """The same camera up to where it breaks; ``reasons`` receives the reason. Raises BadEpisode if no frame is left."""
 
     def frames(size: int | None) -> Iterator[np.ndarray]:
         some = False

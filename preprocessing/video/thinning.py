@@ -20,6 +20,7 @@ from av.packet import PktSideDataT
 from av.video.frame import PictureType
 
 from preprocessing.errors import BadEpisode
+from preprocessing.video.frames import times_kept
 
 IN_ORDER = {"libdav1d", "av1"}  # decoders that return one frame per packet, in packet order
 NO_TIMES = 0x80  # AVFMT_NOTIMESTAMPS
@@ -71,15 +72,6 @@ def _end(frame: av.VideoFrame | av.Packet, stream: av.VideoStream) -> float | No
     rate = rate_of(stream)
     shown = frame.duration * frame.time_base if frame.duration else (1 / rate if rate else 0)
     return float(frame.pts * frame.time_base + shown)
-
-
-def times_kept(begin: float, end: float, share: float) -> int:
-    """How many of the ticks k / share fall into ``[begin, end)``, in which a frame is shown, in frame times."""
-    return kept_before(end, share) - kept_before(begin, share)
-
-
-def kept_before(time: float, share: float) -> int:
-    return math.ceil(max(0.0, time - 1e-6) * share)  # 216 * (7 / 24) is above 63
 
 
 def frames_decoded(

@@ -1,4 +1,4 @@
-"""What the fixture ``uwm`` is."""
+"""Type of the fixture ``uwm`` in tests/conftest.py."""
 
 from __future__ import annotations
 

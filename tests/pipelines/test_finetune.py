@@ -128,7 +128,7 @@ def test_a_smaller_model_is_made_only_where_the_recipe_says_so(trained: Path, tm
     narrow = planned(trained, store, "model.action_dim=2").settings
     assert narrow.model.action_dim == 2 and notes(narrow)["action tokens"] == "left: action 2"
     assert list(narrow.embodiments) == ["cart"]  # there is no room for the other
-    with pytest.raises(UserError, match=r"model.action_dim: embodiment cart needs 2; leave it out, or give no less"):
+    with pytest.raises(UserError, match=r"model.action_dim: embodiment cart needs 2; remove the key, or raise it"):
         planned(trained, store, "model.action_dim=1")
 
 
@@ -162,7 +162,7 @@ def test_pictures_of_another_size(trained: Path, tmp_path: Path) -> None:
     cropped = planned(trained, write(tmp_path / "large"), "model.latent_size=[8,8]").settings
     assert cropped.model.latent_size == (8, 8) and notes(cropped) == {}
     small = write(tmp_path / "small", size=4)
-    with pytest.raises(UserError, match=r"latents are \(4, 4\), the model sees \(8, 8\) .*model.latent_size=\[4, 4\]"):
+    with pytest.raises(UserError, match=r"latents are \(4, 4\), but the model sees \(8, 8\) .*model.latent_size=\[4, 4\]"):
         planned(trained, small)
     assert planned(trained, small, "model.latent_size=[4,4]").settings.model.latent_size == (4, 4)
 
@@ -173,9 +173,9 @@ def test_pictures_of_another_size(trained: Path, tmp_path: Path) -> None:
         ("model.width=64", "model.width: 64, but the trained model has 32, which cannot change"),
         ("model.kind=dp", "model.kind: dp, but the trained model has uwm, which cannot change"),
         ("diffusion.sampling_steps=3", "keeps its diffusion"),
-        ("freeze=[denoiser.black.*]", r"freeze: denoiser.black.\* matches no parameter's name; .* denoiser.blocks.\*"),
+        ("freeze=[denoiser.black.*]", r"freeze: denoiser.black.\* matches no parameter; .* denoiser.blocks.\*"),
         ("freeze=['*']", "nothing is left to learn"),
-        ("lora.targets=['*.mlp.7']", r"lora.targets: \*.mlp.7 matches no linear layer's name"),
+        ("lora.targets=['*.mlp.7']", r"lora.targets: \*.mlp.7 matches no linear layer"),
         ("lora.rang=3", "lora.rang"),
         ("text_encoder=minilm", "of text encoder minilm: it holds none"),
     ],
@@ -219,7 +219,7 @@ def test_statistics_are_the_parents_unless_the_recipe_says_otherwise(trained: Pa
     assert used == data
 
     other = write(tmp_path / "other", scale=1000)
-    with pytest.raises(UserError, match=r"action\[0\] is .*if only its ranges are others, statistics=data"):
+    with pytest.raises(UserError, match=r"action\[0\] is .*if only its ranges differ, set statistics=data"):
         planned(trained, other)
     assert planned(trained, other, "statistics=data").settings.embodiments["arm"].cameras == before.cameras
     with pytest.raises(UserError, match="actions have 4 columns, not 3"):
@@ -283,7 +283,7 @@ def test_frozen_parts_stay_and_the_rest_learns(trained: Path) -> None:
 
 
 def test_adapters_are_for_trained_weights(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="lora: adapters go beside trained weights"):
+    with pytest.raises(UserError, match="lora: adapters need trained weights"):
         pretrain.plan(write(tmp_path / "store"), load_recipe("small", ["lora.rank=2"]))
 
 

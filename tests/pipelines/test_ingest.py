@@ -133,7 +133,7 @@ def test_a_removed_episode_is_not_ingested_again(mixed: Path, again: Path, uwm: 
     copy = shutil.copy(mixed / "raw" / "clip.mp4", again / "renamed.mp4")
     code, report, err = uwm("ingest", copy, "--store", again / "store", *OPTIONS)
     assert code == 0 and report["episodes"] == {"new": 0, "already": 0, "quarantined": 0, "filtered": 0}
-    assert report["removed"] == 1 and "stay out" in err and report["snapshot"] == removed["snapshot"]
+    assert report["removed"] == 1 and "removed from this store" in err and report["snapshot"] == removed["snapshot"]
 
 
 @pytest.mark.slow
@@ -259,7 +259,7 @@ def test_a_source_keeps_its_contract_and_its_promise(tmp_path: Path, uwm: Uwm) -
     _with_actions(raw / "c.hdf5", 6, 2)  # of the same robot, and yet other actions
     code, report, err = uwm(*arguments)
     assert code == 3 and report["episodes"] == {"new": 1, "already": 1, "quarantined": 1, "filtered": 0}
-    assert report["notes"] == [f"{raw}: read by the contract that it was ingested under before"]
+    assert report["notes"] == [f"{raw}: using the contract of its last ingest"]
     [bad] = report["quarantine"]
     assert bad["uri"].endswith("c.hdf5") and "actions have 6 columns, not 7" in bad["reason"]
     rows = LatentStore.open(str(store)).snapshot().episodes().to_pylist()
@@ -269,11 +269,11 @@ def test_a_source_keeps_its_contract_and_its_promise(tmp_path: Path, uwm: Uwm) -
     assert rows[0]["texts"] == [{"name": "problem_info/language_instruction", "text": "open the drawer"}]
 
     code, report, err = uwm(*arguments, "--contract", tmp_path / "other.yaml", "--dry-run")
-    assert report["notes"] == [f"{raw}: 2 episodes are there under another contract (fps, flip); read anew"]
+    assert report["notes"] == [f"{raw}: 2 episodes were ingested with another contract (fps, flip); ingesting them again"]
     assert code == 3 and report["episodes"]["new"] == 2 and report["frames"] == 16
     assert report["expected"]["pictures"] == 16 and report["expected"]["seconds"] > 0
     assert report["expected"]["bytes"] == 16 * (4 * 4 * 4 * 2) + 16 * 4 * (7 + 7 + 1 + 1)
-    assert "nothing was written" in err and "16 pictures" in err
+    assert "nothing was written" in err and "16 frames" in err
 
 
 @pytest.mark.slow

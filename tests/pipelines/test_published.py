@@ -124,15 +124,15 @@ def test_another_robot_is_refused_with_both_values(place: Path, uwm: Uwm) -> Non
     plain = (seen.scale, seen.offset)
     for name, numbers, sizes, message in (
         ("two.pt", plain, {"cameras": 2}, r"two.pt: 2 cameras; .* in .*store has 1"),
-        ("big.pt", plain, {"grid": 4}, r"big.pt: sees 128 pixels; .*store holds 80; ingest with more --image-size"),
+        ("big.pt", plain, {"grid": 4}, r"big.pt: sees 128 pixels; .*store holds 80; ingest with --image-size 128 or more"),
         ("units.pt", (np.asarray(seen.scale) * 100, seen.offset), {}, r"units.pt: its normaliser .* does not fit"),
         (
             "six.pt",
             (seen.scale[:6], seen.offset[:6]),
             {},
-            r"six.pt: .* no scale and offset of 7 actions, but scale \(6,\)",
+            r"six.pt: .* needs scale and offset of 7 actions; it has scale \(6,\)",
         ),
-        ("zero.pt", (np.zeros(7), seen.offset), {}, r"zero.pt: its normaliser has scales that are 0"),
+        ("zero.pt", (np.zeros(7), seen.offset), {}, r"zero.pt: its normaliser has a scale of 0"),
         ("nan.pt", (seen.scale, [1e999] * 7), {}, r"nan.pt: its normaliser .* not finite"),
     ):
         with pytest.raises(UserError, match=message):
@@ -144,11 +144,11 @@ def test_another_robot_is_refused_with_both_values(place: Path, uwm: Uwm) -> Non
         with pytest.raises(UserError, match="no latents of sdxl-vae; it holds tiny"):
             adopt(place / "two.pt", store)
     code, _, err = uwm("evaluate", place / "two.pt", "--env", "metaworld:reach")
-    assert code == 2 and "a published checkpoint names no robot; give --store" in err
+    assert code == 2 and "a published checkpoint records no embodiment; give --store" in err
     (place / "text.pt").write_text("no checkpoint")
     code, _, err = uwm("evaluate", place / "text.pt", "--store", store)
     [line] = err.strip().splitlines()
-    assert code == 2 and "text.pt: not a file of torch.save" in line
+    assert code == 2 and "text.pt: not written by torch.save" in line
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_a_number_that_is_none_in_the_data_stops_it_and_names_the_episode(
     )  # fmt: skip
     line = err.strip().splitlines()[-1]
     assert code == 1 and "failed: Diverged: step" in line and "the loss is nan in 1 of 8 samples" in line, err
-    found = re.search(r"step (\d+): .*; the last good checkpoint is of step (\d+); .* episodes: broken \(-v", line)
+    found = re.search(r"step (\d+): .*; the last good checkpoint is at step (\d+); .* episodes: broken \(-v", line)
     assert found and 0 < int(found[1]) - int(found[2]) < 4, line  # one is written while the next step is done
 
 
@@ -116,8 +116,8 @@ def test_no_two_samples_share_their_noise() -> None:
     ("override", "message"),
     [
         ("workers=0", "workers 0: choose a number above 0"),
-        ("workers=[3, 2]", "choose a number above 0, or the least and the most"),
-        ("workers=[1, 100]", "batch_size 64 is not enough for 100 workers"),
+        ("workers=[3, 2]", "choose a number above 0, or [least, most]"),
+        ("workers=[1, 100]", "batch_size 64 is too small for 100 workers"),
         ("zero_stage=4", "zero_stage 4"),
     ],
 )
@@ -128,7 +128,7 @@ def test_what_cannot_be_is_told_in_a_line(override: str, message: str) -> None:
 
 
 def test_stage_0_and_compiling_have_their_limits() -> None:
-    with pytest.raises(UserError, match="zero_stage 0 is for float32 without offload; choose 1"):
+    with pytest.raises(UserError, match="zero_stage 0 needs float32 and no offload; choose 1"):
         load_recipe("small", ["zero_stage=0", "precision=bfloat16"])
-    with pytest.raises(UserError, match="compile is not for zero_stage 3"):
+    with pytest.raises(UserError, match="compile does not work with zero_stage 3"):
         load_recipe("small", ["zero_stage=3", "compile=true"])

@@ -1,4 +1,4 @@
-"""What shipped contracts say of data sets in their real layout, what any contract does to an episode, and rotations."""
+"""Shipped contracts on data sets in their real layout, the effect of every contract field, and rotations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STEPS = 7
 FLAGS = {f"steps/{name}": "bool" for name in ("is_first", "is_last", "is_terminal")}
 SCORES = {"steps/reward": "float32", "steps/discount": "float32"}
 
-# The fields of each data set, as its features.json names them.
+# The fields of each data set, named as in its features.json.
 BRIDGE = {
     **{f"episode_metadata/has_{name}": "bool" for name in ("image_0", "image_1", "language")},
     "episode_metadata/file_path": "text",
@@ -113,7 +113,7 @@ KUKA = {
 
 
 def recorded(fields: dict[str, str], seed: int = 0, **values: object) -> dict:
-    """An episode with numbers at random; picture t of the camera at place k among the fields is ``picture(k, t)``."""
+    """An episode of random numbers; frame t of the k-th field, if that is a camera, is ``picture(k, t)``."""
     rng = np.random.default_rng(seed)
     episode: dict = {}
     for place, (name, kind) in enumerate(fields.items()):
@@ -131,7 +131,7 @@ def recorded(fields: dict[str, str], seed: int = 0, **values: object) -> dict:
 
 
 def picture(place: int, step: int) -> np.ndarray:
-    """Four colours, dimmer by camera, with a bar that grows by step."""
+    """A frame of four colours, dimmer for each further camera, with a bar that grows with the step."""
     frame = quadrants(128) // 8 * (8 - place % 5)
     frame[:16, : 16 * (step + 1)] = 255  # whole blocks, which JPEG keeps well
     return frame
@@ -143,7 +143,7 @@ def one(path: Path, contract: DataContract | None = None) -> Episode:
 
 
 def check_cameras(episode: Episode, fields: dict[str, str]) -> None:
-    """Every picture of every camera is the source's at the same step: right way up, right colours, right order."""
+    """Every frame of every camera equals the source's at the same step: upright, right colours, right order."""
     places = {name.split("/")[-1]: k for k, (name, kind) in enumerate(fields.items()) if kind == "jpeg"}
     assert list(episode.cameras) == sorted(places)
     for camera, place in places.items():
@@ -167,7 +167,7 @@ def guesses(episode: Episode) -> list[str]:
 
 
 @pytest.mark.parametrize("file", sorted(SHIPPED.glob("*.yaml")), ids=lambda file: file.stem)
-def test_every_shipped_contract_is_one_and_says_where_it_is_from(file):
+def test_every_shipped_contract_is_valid_and_has_references(file):
     contract = DataContract.load(file.stem)
     assert contract.name == file.stem and contract.source and contract.embodiment and contract.fps
     assert DataContract.load(file) == contract
@@ -282,7 +282,7 @@ def test_droid(tmp_path, name):
     ("folder", "success"),
     [("AUTOLab/success", True), ("AUTOLab/failure", False), ("AUTOLab", None), ("success/failure", None)],
 )
-def test_the_path_of_a_recording_of_droid_tells_whether_it_succeeded(tmp_path, folder, success):
+def test_droid_success_comes_from_the_path_of_the_recording(tmp_path, folder, success):
     path = f"gs://bucket/r2d2/{folder}/2023-07-07/Fri_Jul__7_09:42:23_2023/trajectory.h5"
     record = droid() | {"episode_metadata/file_path": [path]}
     assert one(write_tfds(tmp_path / "droid", "droid_101", DROID, [record])).success is success
@@ -298,7 +298,7 @@ def test_the_path_of_a_recording_of_droid_tells_whether_it_succeeded(tmp_path, f
         ("cartesian_velocity", [("position", 3, "velocity"), ("rotation", 3, "velocity"), ("gripper", 1, "absolute")]),
     ],
 )
-def test_droid_with_speeds(tmp_path, speeds, layout):
+def test_droid_with_velocities(tmp_path, speeds, layout):
     record = droid()
     episode = one(write_tfds(tmp_path, "droid", DROID, [record]), DataContract.load(f"droid_{speeds}"))
     expected = np.concatenate([record[f"steps/action_dict/{name}"] for name in (speeds, "gripper_position")], axis=1)
@@ -307,7 +307,7 @@ def test_droid_with_speeds(tmp_path, speeds, layout):
     assert guesses(episode) == []
 
 
-def test_an_empty_sentence_is_no_instruction(tmp_path):
+def test_an_empty_text_is_no_instruction(tmp_path):
     write_tfds(tmp_path, "droid", DROID, [droid()])
     for number in (2, 3):
         episode = one(tmp_path, DataContract(instruction_field=f"language_instruction_{number}"))
@@ -338,7 +338,7 @@ def test_fractal(tmp_path):
 def test_libero_of_openvla(tmp_path):
     record = recorded(LIBERO)
     episode = one(write_tfds(tmp_path, "libero_spatial_no_noops", LIBERO, [record]))
-    check_cameras(episode, LIBERO)  # as they are recorded: its authors turned them
+    check_cameras(episode, LIBERO)  # as recorded: its authors rotated them
     assert not any(video.turned for video in episode.cameras.values())
     assert np.array_equal(episode.action, record["steps/action"])
     assert meant(episode.action_layout) == [
@@ -369,7 +369,7 @@ LANGUAGE_TABLE = {
 }
 
 
-def test_language_table_has_its_sentences_in_numbers(tmp_path):
+def test_language_table_stores_instructions_as_numbers(tmp_path):
     sentence = np.zeros(512, int)
     words = "push the blöck up".encode()
     sentence[: len(words)] = list(words)
@@ -382,7 +382,7 @@ def test_language_table_has_its_sentences_in_numbers(tmp_path):
     assert "observation/instruction" not in episode.signals
 
 
-def test_a_data_set_that_is_not_as_its_contract_says_is_read_as_found(tmp_path):
+def test_a_data_set_that_does_not_fit_its_contract_is_read_as_found(tmp_path):
     fields = {name: kind for name, kind in DROID.items() if "action_dict" not in name}
     record = {name: values for name, values in droid().items() if name in fields}
     episode = one(write_tfds(tmp_path, "droid", fields, [record]))
@@ -396,7 +396,7 @@ def test_a_data_set_that_is_not_as_its_contract_says_is_read_as_found(tmp_path):
     ("name", "fields"),
     [("fractal20220817_data", FRACTAL), ("droid", DROID), ("bridge", BRIDGE_OXE), ("bridge", BRIDGE), ("kuka", KUKA)],
 )
-def test_what_is_inferred_beside_a_shipped_contract_says_the_same(tmp_path, name, fields):
+def test_an_inferred_contract_agrees_with_the_shipped_one(tmp_path, name, fields):
     record = droid() if name == "droid" else recorded(fields)
     write_tfds(tmp_path, name, fields, [record], split="test")
     refs = [ref for format, found in find(tmp_path) for ref in scan(format, found)]
@@ -436,7 +436,7 @@ def episode() -> Episode:
         embodiment="toy",
         repairs=(
             Repair("fps", "control rate unknown; 10 Hz assumed"),
-            Repair("embodiment", "robot unknown; the data set's name stands for it"),
+            Repair("embodiment", "robot unknown; the data set's name is used instead"),
             Repair("flip", "images are stored bottom-up (opengl); turned upright"),
             Repair("instruction", "the instruction changes within the episode; the first one is kept"),
             Repair("frames", "camera top is black in every frame"),
@@ -451,7 +451,7 @@ def frames(episode: Episode, camera: str) -> np.ndarray:
     return np.concatenate(list(episode.cameras[camera].frames(None)))
 
 
-def test_a_contract_that_says_nothing_changes_nothing(episode):
+def test_an_empty_contract_changes_nothing(episode):
     same = DataContract().apply(episode)
     for name in ("fps", "instruction", "success", "embodiment", "repairs", "texts", "split", "action_layout"):
         assert getattr(same, name) == getattr(episode, name)
@@ -461,7 +461,7 @@ def test_a_contract_that_says_nothing_changes_nothing(episode):
     assert same.action is episode.action
 
 
-def test_an_action_made_of_signals_and_proprioception(episode):
+def test_an_action_made_of_signals_and_proprio(episode):
     made = DataContract(action=["target", "action", "width"]).apply(episode)
     parts = [episode.signals["target"], episode.action, episode.proprio["width"]]
     assert np.array_equal(made.action, np.concatenate(parts, axis=1))
@@ -472,10 +472,10 @@ def test_an_action_made_of_signals_and_proprioception(episode):
     ]
     assert set(made.signals) == {"hand", "done"} and set(made.proprio) == {"joints", "width"}
     other = DataContract(action=["target"]).apply(episode)
-    assert np.array_equal(other.signals["action"], episode.action)  # the reader's choice is not lost
+    assert np.array_equal(other.signals["action"], episode.action)  # the reader's own action is kept
 
 
-def test_proprioception_is_chosen_and_renamed(episode):
+def test_proprio_is_chosen_and_renamed(episode):
     chosen = DataContract(proprio={"joints": "arm", "hand": "gripper"}).apply(episode)
     assert np.array_equal(chosen.proprio["arm"], episode.proprio["joints"])
     assert np.array_equal(chosen.proprio["gripper"], episode.signals["hand"])
@@ -488,7 +488,7 @@ def test_proprioception_is_chosen_and_renamed(episode):
     assert DataContract(proprio={}).apply(episode).proprio == {}
 
 
-def test_cameras_are_named_turned_and_coloured(episode):
+def test_cameras_are_renamed_flipped_and_recoloured(episode):
     shown = DataContract(cameras={"top": "front"}, flip=["top"], bgr=["top"]).apply(episode)
     assert list(shown.cameras) == ["front"]
     assert np.array_equal(frames(shown, "front"), PICTURES[:, ::-1, :, ::-1])
@@ -496,7 +496,7 @@ def test_cameras_are_named_turned_and_coloured(episode):
     assert np.array_equal(frames(DataContract(flip=[]).apply(episode), "top"), PICTURES)
 
 
-def test_rotations_are_turned_into_others(episode):
+def test_rotations_are_converted(episode):
     layout = [
         {"name": "p", "size": 3, "kind": "position"},
         {"name": "r", "size": 3, "kind": "rotation", "representation": "axis_angle", "mode": "absolute"},
@@ -512,7 +512,7 @@ def test_rotations_are_turned_into_others(episode):
     ]
 
 
-def test_sentences_success_splits_rate_and_robot(episode):
+def test_instruction_success_splits_rate_and_embodiment(episode):
     told = DataContract(
         instruction_field="said", success_field="done", splits={"val": "validation"}, fps=30, embodiment="arm"
     ).apply(episode)
@@ -528,7 +528,7 @@ def test_sentences_success_splits_rate_and_robot(episode):
     "field, value, dropped",
     [("fps", 5, 0), ("embodiment", "arm", 1), ("flip", [], 2), ("instruction", "do", 3), ("proprio", {}, None)],
 )
-def test_what_a_contract_sets_is_no_longer_a_guess(episode, field, value, dropped):
+def test_setting_a_field_drops_its_repairs(episode, field, value, dropped):
     kept = [repair for number, repair in enumerate(episode.repairs) if number != dropped]
     assert list(DataContract(**{field: value}).apply(episode).repairs) == kept
 
@@ -538,16 +538,16 @@ def test_what_a_contract_sets_is_no_longer_a_guess(episode, field, value, droppe
     [
         ({"action": ["aim"]}, r"action: 'aim' is not in /data/a.rec; recorded are: action, done, hand, joints, target"),
         ({"proprio": {"aim": "a"}}, "proprio: 'aim' is not in /data/a.rec; recorded are: action, done, hand"),
-        ({"proprio": {"joints": "a", "width": "a"}}, "proprio: two get one name: a, a"),
+        ({"proprio": {"joints": "a", "width": "a"}}, "proprio: two entries map to the same name: a, a"),
         ({"cameras": {"side": "s"}}, "cameras: 'side' is not in /data/a.rec; recorded are: top, wrist"),
-        ({"cameras": {"top": "s", "wrist": "s"}}, "cameras: two get one name: s, s"),
+        ({"cameras": {"top": "s", "wrist": "s"}}, "cameras: two entries map to the same name: s, s"),
         ({"bgr": ["side"]}, "bgr: 'side' is not in"),
         ({"instruction_field": "task"}, "instruction_field: 'task' is not in /data/a.rec; recorded are: none, said"),
         ({"success_field": "won"}, "success_field: 'won' is not in /data/a.rec; recorded are: action, done"),
         ({"action_layout": [{"name": "a", "size": 3}]}, "action_layout has 3 columns, the actions of .* have 2"),
     ],
 )
-def test_what_misfits_names_what_is_recorded(episode, contract, says):
+def test_a_misfit_lists_the_recorded_names(episode, contract, says):
     with pytest.raises(UserError, match=says):
         DataContract.model_validate(contract).apply(episode)
 
@@ -571,14 +571,14 @@ def test_what_misfits_names_what_is_recorded(episode, contract, says):
         ),
     ],
 )
-def test_a_contract_that_is_none_is_named_in_one_line(tmp_path, written, says):
+def test_an_invalid_contract_is_reported_in_one_line(tmp_path, written, says):
     (tmp_path / "c.yaml").write_text(written)
     with pytest.raises(UserError, match=says) as raised:
         DataContract.load(tmp_path / "c.yaml")
     assert "\n" not in str(raised.value)
 
 
-def test_a_contract_is_what_it_says_whatever_its_name(tmp_path):
+def test_a_contracts_digest_ignores_its_name(tmp_path):
     contract = DataContract.load("droid")
     (tmp_path / "mine.yaml").write_text(contract.model_copy(update={"name": None}).to_yaml())
     mine = DataContract.load(tmp_path / "mine.yaml")
@@ -595,7 +595,7 @@ quaternions = st.lists(directions, min_size=1, max_size=4).map(np.array)
 
 
 def matrices(quaternions: np.ndarray) -> np.ndarray:
-    """From the definition, for quaternions x, y, z, w."""
+    """Rotation matrices of quaternions (x, y, z, w), from the definition."""
     x, y, z, w = (quaternions / np.linalg.norm(quaternions, axis=1, keepdims=True)).T
     rows = [
         [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
@@ -617,7 +617,7 @@ def test_any_rotation_is_the_same_in_every_representation(given, first, second):
 
 @settings(max_examples=100, deadline=None)
 @given(quaternions)
-def test_what_the_numbers_of_a_representation_are(given):
+def test_the_numbers_of_each_representation(given):
     whole = matrices(given)
     assert np.allclose(convert_rotation(given, "quaternion_xyzw", "rotation_6d"), whole[:, :6], atol=1e-9)
     angles = convert_rotation(given, "quaternion_xyzw", "euler_xyz")
@@ -632,7 +632,7 @@ def test_what_the_numbers_of_a_representation_are(given):
 
 
 @pytest.mark.parametrize("given, wanted", list(permutations(sorted(WIDTHS), 2)))
-def test_the_wrong_width_is_no_rotation(given, wanted):
+def test_a_wrong_width_is_refused(given, wanted):
     for shape in ((2, WIDTHS[given] + 1), (2, 0), (WIDTHS[given],)):
         with pytest.raises(BadEpisode, match=f"a rotation as {given} has {WIDTHS[given]} numbers"):
             convert_rotation(np.ones(shape), given, wanted)
@@ -655,13 +655,13 @@ def test_the_wrong_width_is_no_rotation(given, wanted):
         ([np.nan, 0, 0, 1], "quaternion_xyzw"),
     ],
 )
-def test_numbers_that_are_no_rotation(values, given):
+def test_numbers_that_are_not_a_rotation(values, given):
     fine = convert_rotation(np.array([[0, 0, 0, 1.0]]), "quaternion_xyzw", given)
     with pytest.raises(BadEpisode, match="no rotation"):
         convert_rotation(np.concatenate([fine, [values]]), given, "axis_angle")
 
 
-def test_rotations_of_other_units():
+def test_rotations_in_other_units():
     def block(**more: str) -> ActionBlock:
         return ActionBlock(name="r", size=3, kind="rotation", representation="euler_xyz", **more)
 
@@ -669,9 +669,9 @@ def test_rotations_of_other_units():
     action, (turned,) = with_rotations(angles, (block(unit="deg"),), "matrix")
     assert np.allclose(action, Rotation.from_euler("xyz", angles, degrees=True).as_matrix().reshape(1, 9), atol=1e-6)
     assert turned.unit == "unknown" and with_rotations(angles, (block(),), "axis_angle")[1][0].unit == "rad"
-    with pytest.raises(UserError, match="r is scaled, so that its angles are not known"):
+    with pytest.raises(UserError, match="r is scaled, so its angles are unknown"):
         with_rotations(angles, (block(unit="scaled"),), "matrix")
-    with pytest.raises(UserError, match="the representation of r is not known"):
+    with pytest.raises(UserError, match="the representation of r is unknown"):
         with_rotations(angles, (ActionBlock(name="r", size=3, kind="rotation"),), "matrix")
     with pytest.raises(UserError, match="the action has no block of kind rotation"):
         with_rotations(angles, (ActionBlock(name="r", size=3),), "matrix")

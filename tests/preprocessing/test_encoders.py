@@ -50,7 +50,9 @@ def test_a_folder_loads_and_batching_changes_nothing(folders: dict[str, Path], f
     assert encoder.digest == encoder_digest(str(folders[kind]))
 
 
-def test_the_digest_names_weights_and_precision_but_not_the_place(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_digest_depends_on_weights_and_precision_but_not_on_the_path(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
     copy = tmp_path / "copy"
     copy.mkdir()
     for file in folders["tiny"].iterdir():
@@ -62,7 +64,7 @@ def test_the_digest_names_weights_and_precision_but_not_the_place(folders: dict[
     assert encoder_digest(str(copy)) != encoder_digest(str(folders["tiny"]))
 
 
-def test_what_is_no_vae_is_refused_in_one_line(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_an_invalid_vae_is_refused_in_one_line(folders: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     other = tmp_path / "other"
     other.mkdir()
@@ -80,14 +82,14 @@ def test_what_is_no_vae_is_refused_in_one_line(folders: dict[str, Path], tmp_pat
         load_encoder(str(folders["tiny"])).encode(np.zeros((1, 60, 64, 3), np.uint8))
 
 
-def test_the_shipped_vae_gives_standardised_latents_and_good_pictures_of_the_demo() -> None:
+def test_the_shipped_vae_standardises_latents_and_reconstructs_the_demo() -> None:
     from infra.simulators.face import episode_seed
     from infra.simulators.metaworld import MetaWorld
 
     encoder = load_encoder("tiny")
     for task in ("drawer-close", "button-press-topdown", "door-open"):
         simulator = MetaWorld(task, 128)
-        simulator.reset(seed=episode_seed(12345, 0))  # an initial state that no recording uses
+        simulator.reset(seed=episode_seed(12345, 0))  # an initial state that no recording has
         pictures: dict[str, list[np.ndarray]] = {"agentview": [], "eye_in_hand": []}
         for step in range(40):
             simulator.rendering = step % 8 == 0

@@ -1,4 +1,4 @@
-"""What ``uwm contract infer`` and ``check`` find in data whose mistakes are known, the real robots' among them."""
+"""``uwm contract infer`` and ``check`` on data with known mistakes, real robots' included."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def lines(found: Measured) -> str:
 def write_moving(
     path: Path, shift: int = 0, absolute: bool = False, demos: int = 3, picture: np.ndarray | None = None
 ) -> Path:
-    """Demonstrations of an arm that goes where it is told, actions recorded ``shift`` rows late."""
+    """Demonstrations of an arm that follows its commands, with actions recorded ``shift`` rows late."""
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = quadrants() if picture is None else picture
     with h5py.File(path, "w") as file:
         for index in range(demos):
             rng = np.random.default_rng([index, *path.stem.encode()])
             moves = rng.normal(size=(40, 3)).clip(-2.5, 2.5) / 2.5
-            places = np.concatenate([np.zeros((1, 3)), np.cumsum(moves, axis=0)])  # place t+1 is where move t leads
+            places = np.concatenate([np.zeros((1, 3)), np.cumsum(moves, axis=0)])  # move t leads to position t+1
             actions = (places[1:] if absolute else moves)[np.clip(np.arange(40) - shift, 0, 39)]
             demo = file.create_group(f"data/demo_{index}")
             demo["actions"] = np.concatenate([actions, np.sign(rng.normal(size=(40, 1)))], axis=1)
@@ -49,7 +49,7 @@ def write_moving(
     return path
 
 
-def test_frames_to_look_at(tmp_path: Path, uwm: Uwm) -> None:
+def test_the_contact_sheet_shows_frames_and_gripper_commands(tmp_path: Path, uwm: Uwm) -> None:
     path = write_demos(tmp_path / "a.hdf5", demos=9, steps=20)
     with h5py.File(path, "a") as file:
         grippers = file["data/demo_8/actions"][:, 6]
@@ -62,7 +62,7 @@ def test_frames_to_look_at(tmp_path: Path, uwm: Uwm) -> None:
         assert np.array_equal(axis.images[0].get_array(), moving(20)[number])
     sheet = tmp_path / "sheet.png"
     said = uwm("contract", "check", path, "--picture", sheet)[2]
-    assert f"to look at: {sheet}" in said and sheet.read_bytes().startswith(b"\x89PNG")
+    assert f"written to {sheet}" in said and sheet.read_bytes().startswith(b"\x89PNG")
     for wrong in (tmp_path / "sheet.txt", tmp_path / "nowhere" / "sheet.png"):
         assert uwm("contract", "check", path, "--picture", wrong)[0] == 2
     film = write_video(tmp_path / "b.mp4", moving(3))
@@ -78,7 +78,7 @@ def test_a_shift_of_the_actions_is_measured(tmp_path: Path, shift: int, absolute
     lag = find_lag(found.episodes)
     assert lag and (lag.steps, lag.mode, lag.proprio) == (-shift, "absolute" if absolute else "delta", "eef_pos")
     assert lag.correlation > 0.9
-    assert ("before it comes" in lines(found)) == (shift > 0)
+    assert ("too early" in lines(found)) == (shift > 0)
     assert [remark.wrong for remark in check(found) if "follows" in remark.line] == [True] * (shift > 0)
 
 
@@ -89,35 +89,35 @@ def test_the_lags_of_real_robots() -> None:
         lag = find_lag(found.episodes)
         assert isinstance(lag, Lag) and lag.steps == 0 and lag.mode == mode and lag.correlation > 0.6
     assert lines(bridge) == "look: is_last is not set at the end of 25 of 25 episodes"
-    assert "these never change: left_hand, left_leg, neck, right_hand[5], right_leg, waist" in lines(gr1)
+    assert "that never change: left_hand, left_leg, neck, right_hand[5], right_leg, waist" in lines(gr1)
 
 
-def test_the_one_that_lies_on_its_head_is_found(tmp_path: Path) -> None:
+def test_an_upside_down_camera_is_found(tmp_path: Path) -> None:
     for number in range(4):
         write_moving(tmp_path / f"{number}.hdf5", demos=1, picture=quadrants()[:: -1 if number == 2 else 1])
     assert (
         lines(measured(tmp_path))
-        == f"look: {tmp_path}/2.hdf5 #0: camera front looks upside down against other episodes"
+        == f"look: {tmp_path}/2.hdf5 #0: camera front looks upside down compared with other episodes"
     )
 
 
-def test_what_is_trained_and_tested_on(tmp_path: Path) -> None:
+def test_an_episode_in_two_splits_is_found(tmp_path: Path) -> None:
     frames = np.broadcast_to(quadrants(), (12, 64, 64, 3))
     write_calvin(tmp_path / "training", frames)
     write_calvin(tmp_path / "validation", frames)
     found = lines(measured(tmp_path))
-    assert "WRONG: 1 episodes are in training and in validation" in found and "1 episodes are there twice" in found
+    assert "WRONG: 1 episodes are in training and in validation" in found and "1 episodes occur twice" in found
 
 
-def test_copies_with_other_bytes(tmp_path: Path) -> None:
+def test_reencoded_copies_are_found(tmp_path: Path) -> None:
     write_calvin(tmp_path / "training", moving(12))
     write_calvin(tmp_path / "validation", moving(12) // 2 + 64)
     found = lines(measured(tmp_path))
     assert "WRONG: 1 episodes are in training and in validation" in found and "twice" not in found
-    assert "look: 1 episodes have the pictures and actions of another one" in found
+    assert "look: 1 episodes have the frames and actions of another one" in found
 
 
-def test_columns_that_cannot_be_what_they_are_called(tmp_path: Path) -> None:
+def test_columns_that_contradict_their_declaration(tmp_path: Path) -> None:
     path = write_demos(tmp_path / "a.hdf5", demos=2, steps=20)
     with h5py.File(path, "a") as file:
         for name in ("demo_0", "demo_1"):
@@ -130,13 +130,13 @@ def test_columns_that_cannot_be_what_they_are_called(tmp_path: Path) -> None:
         {"name": "gripper", "size": 1, "kind": "gripper"},
     ]
     found = lines(measured(path, DataContract.model_validate({"action_layout": layout})))
-    assert "look: of the action, these never change: position[0], turn" in found
-    assert "WRONG: action turn reaches 90: no angle in radians" in found
+    assert "look: columns of the action that never change: position[0], turn" in found
+    assert "WRONG: action turn reaches 90: not an angle in radians" in found
     assert "though it is scaled to +-1" in found
     assert "dones is not set at the end of 2 of 2 episodes" in found
 
 
-def test_no_contract_can_make_frames_of_nothing(tmp_path: Path) -> None:
+def test_an_unreadable_episode_is_reported(tmp_path: Path) -> None:
     (tmp_path / "broken.hdf5").write_bytes(b"\x89HDF\r\n\x1a\nnothing")
     write_moving(tmp_path / "whole.hdf5")
     assert "WRONG: " in lines(measured(tmp_path)) and "broken.hdf5 #0" in lines(measured(tmp_path))
@@ -151,9 +151,7 @@ def test_no_contract_can_make_frames_of_nothing(tmp_path: Path) -> None:
         pytest.param(lambda folder: REAL / "gr1_lerobot_v2", id="gr1", marks=needs_real),
     ],
 )
-def test_what_is_inferred_is_a_contract_that_changes_nothing(
-    tmp_path: Path, uwm: Uwm, source: Callable[[Path], Path]
-) -> None:
+def test_an_inferred_contract_changes_nothing(tmp_path: Path, uwm: Uwm, source: Callable[[Path], Path]) -> None:
     path = source(tmp_path)
     code, _, _ = uwm("contract", "infer", path, "--output", tmp_path / "contract.yaml")
     assert code == 0
@@ -164,7 +162,7 @@ def test_what_is_inferred_is_a_contract_that_changes_nothing(
     code, answer, err = uwm("contract", "check", path, "--contract", tmp_path / "contract.yaml", "--json")
     assert code == 0 and answer["episodes"] == len(found.episodes), err
     code, _, err = uwm("contract", "infer", path, "--output", tmp_path / "contract.yaml")
-    assert code == 2 and "is there already" in err
+    assert code == 2 and "already exists" in err
 
 
 def same(one: Episode, other: Episode) -> bool:

@@ -1,4 +1,4 @@
-"""A store read by a program that knows zarr, Icechunk, Arrow and docs/design/store.md, but nothing of this project."""
+"""A program that knows zarr, Icechunk, Arrow and docs/design/store.md, but not this project, reads a store."""
 
 from __future__ import annotations
 
@@ -84,5 +84,5 @@ def test_a_snapshot_is_exported_as_plain_zarr_and_parquet(tmp_path: Path, uwm: U
             np.testing.assert_array_equal(
                 group[f"latents/{camera['name']}"][:], store.snapshot().read(camera["segments"])
             )
-    assert uwm("store", "export", store.uri, tmp_path / "out")[0] == 2  # never over something
+    assert uwm("store", "export", store.uri, tmp_path / "out")[0] == 2  # never overwrites
     assert sorted(path.name for path in tmp_path.iterdir() if "out" in path.name) == ["out"]

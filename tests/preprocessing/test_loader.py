@@ -1,4 +1,4 @@
-"""From a snapshot to batches on a node: what is copied and kept, who may be killed, how much memory it takes."""
+"""From a snapshot to batches on one node: what is copied and kept, killed processes, memory use."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SHARD = 5 * SIZE  # about twelve of them
 
 
 def add(store: LatentStore, names: range, frames: int = FRAMES, latent: tuple[int, ...] = (4, 8, 8)) -> None:
-    """Episodes of two cameras. Both show an episode's number in every latent; steps count on from it."""
+    """Add episodes of two cameras. Every latent holds the episode's number; steps count up from it."""
     fork, made = store.fork(), []
     for name in names:
         latents = np.full((frames, *latent), name, np.float16)
@@ -55,7 +55,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Of the shards in this test's own cache; shards are small."""
+    """The folder of the shards in this test's own cache; shards are small."""
     monkeypatch.setenv("UWM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(shards, "SHARD_BYTES", SHARD)
     return tmp_path / "cache" / "shards"
@@ -73,7 +73,7 @@ def local(uri: str) -> LocalCopy:
 
 
 def check(copy: LocalCopy, numbers: list[int]) -> None:
-    """What these shards hold is what was written."""
+    """Assert that these shards hold what was written."""
     with copy.opened(numbers) as opened:
         for number, files in opened.items():
             for key, frame in copy.shards[number].frame.items():
@@ -85,7 +85,7 @@ def check(copy: LocalCopy, numbers: list[int]) -> None:
 
 
 def size(folder: Path) -> int:
-    """Of all files, while others make and delete some."""
+    """Return the total size of all files, while other processes create and delete some."""
     found = 0
     for place, _, files in os.walk(folder):
         for name in files:
@@ -96,7 +96,7 @@ def size(folder: Path) -> int:
 
 @pytest.fixture
 def filled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """What is copied from the store from now on: the shard's name, and the thread's."""
+    """A log of the copies made from now on: (name of the shard, name of the thread)."""
     found: list[tuple[str, str]] = []
     fill = Shard.fill
 
@@ -108,7 +108,7 @@ def filled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     return found
 
 
-def test_windows_are_gathered_from_whatever_shards_they_are_in(uri: str) -> None:
+def test_windows_are_gathered_across_shards(uri: str) -> None:
     data = dataset(uri)
     assert 6 < len(data._copy.shards) < 24
     random = np.random.default_rng(0)
@@ -123,7 +123,7 @@ def test_windows_are_gathered_from_whatever_shards_they_are_in(uri: str) -> None
     np.testing.assert_allclose(batch["action"][:, 0, 0], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_only_the_shards_of_a_block_and_the_next_are_there_and_nobody_waits_at_its_change(
+def test_only_the_current_and_next_blocks_are_held_and_a_change_of_block_waits_for_nothing(
     uri: str, folder: Path, filled: list[tuple[str, str]]
 ) -> None:
     data = dataset(uri, shuffle=15 * FRAMES)
@@ -148,7 +148,7 @@ def test_only_the_shards_of_a_block_and_the_next_are_there_and_nobody_waits_at_i
     assert begun == len([thread for _, thread in filled if thread == "MainThread"]) < len(filled) / 2
 
 
-def test_who_waits_for_copies_is_told_how_they_come_along(uri: str) -> None:
+def test_the_progress_of_copies_is_reported(uri: str) -> None:
     told: list[tuple[int, int]] = []
     data = dataset(uri, tell=lambda done, total: told.append((done, total)))
     next(data.batches(0, 5))
@@ -157,7 +157,7 @@ def test_who_waits_for_copies_is_told_how_they_come_along(uri: str) -> None:
     assert sorted(np.diff([0, *done])) == sorted(sizes)
 
 
-def test_of_a_grown_store_only_what_is_new_is_copied(tmp_path: Path, filled: list[tuple[str, str]]) -> None:
+def test_only_the_new_shards_of_a_grown_store_are_copied(tmp_path: Path, filled: list[tuple[str, str]]) -> None:
     store = LatentStore.create(str(tmp_path / "store"))
     add(store, range(EPISODES))
     before = local(store.uri)
@@ -173,7 +173,7 @@ def test_of_a_grown_store_only_what_is_new_is_copied(tmp_path: Path, filled: lis
     assert len(filled) <= len(before.shards) + 4
 
 
-def test_the_oldest_shards_make_room_and_those_in_use_stay(
+def test_the_least_recently_used_shards_are_evicted_and_those_in_use_stay(
     uri: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = local(uri)
@@ -193,7 +193,7 @@ def test_the_oldest_shards_make_room_and_those_in_use_stay(
 
 
 class keeping:
-    """Another process has these shards open, until it is killed."""
+    """Another process that holds these shards until it is killed."""
 
     def __init__(self, uri: str, numbers: list[int]):
         context = multiprocessing.get_context("spawn")
@@ -216,7 +216,9 @@ def _keep(uri: str, numbers: list[int], pipe: Any) -> None:
         time.sleep(600)
 
 
-def test_what_does_not_fit_is_told_in_a_line(uri: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_is_too_small_is_reported_in_one_line(
+    uri: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("UWM_CACHE_GB", "0.0005")
     with pytest.raises(UserError, match=r"from 0.00 GB at a time.*UWM_CACHE_GB, or lower shuffle_windows") as told:
         next(dataset(uri).batches(0, 4))
@@ -243,20 +245,20 @@ def test_processes_that_race_copy_each_shard_once(uri: str, tmp_path: Path, fold
     assert size(folder) == everything
 
 
-def test_processes_that_race_for_little_room_find_what_was_written(uri: str, tmp_path: Path, folder: Path) -> None:
+def test_processes_that_race_for_too_little_room_read_what_was_written(uri: str, tmp_path: Path, folder: Path) -> None:
     sizes = [shard.bytes for shard in local(uri).shards]
     limit = max(sizes) * 3 + min(sizes)
     running = [process(_read, uri, n, tmp_path / "log", limit) for n in range(3)]
     most = 0
     while any(each.is_alive() for each in running):
         if (folder / "room.lock").exists():
-            with (folder / "room.lock").open() as room:  # else a file is counted that is gone when the next is there
+            with (folder / "room.lock").open() as room:  # otherwise files are counted that are replaced meanwhile
                 fcntl.flock(room, fcntl.LOCK_EX)
                 most = max(most, size(folder))
         time.sleep(0.001)
     assert [each.exitcode for each in running] == [0, 0, 0]
     assert 0 < most <= limit
-    assert len((tmp_path / "log").read_text().split()) > len(sizes)  # some were made again
+    assert len((tmp_path / "log").read_text().split()) > len(sizes)  # some were copied again
 
 
 def process(target: Callable[..., None], *arguments: Any) -> Any:
@@ -273,7 +275,7 @@ def run_all(start: list[Callable[[], Any]]) -> None:
 
 
 def _read(uri: str, number: int, log: Path, limit: int | None) -> None:
-    """Open all shards at once, or where there is a limit one after the other, and compare; a line for each copied."""
+    """Open all shards at once, or one by one if there is a limit, and compare them; log a line for each copy."""
     shards.SHARD_BYTES, fill = SHARD, Shard.fill
 
     def noted(self: Shard, *arguments: Any) -> None:
@@ -293,7 +295,7 @@ def _read(uri: str, number: int, log: Path, limit: int | None) -> None:
             check(copy, [each])
 
 
-def test_a_process_killed_while_it_copies_leaves_nothing_that_counts(uri: str, folder: Path) -> None:
+def test_a_process_killed_while_copying_leaves_no_item(uri: str, folder: Path) -> None:
     died = process(_die, uri)
     died.join()
     assert died.exitcode == -signal.SIGKILL and [path.suffix for path in folder.glob("*/")] == [".building"]
@@ -313,7 +315,7 @@ def _die(uri: str) -> None:
     check(local(uri), [0])
 
 
-def test_what_is_lost_or_cut_short_is_copied_again(uri: str, folder: Path, filled: list[Any]) -> None:
+def test_lost_or_truncated_files_are_copied_again(uri: str, folder: Path, filled: list[Any]) -> None:
     copy = local(uri)
     every = [*range(len(copy.shards))]
     check(copy, every)
@@ -330,7 +332,7 @@ def test_what_is_lost_or_cut_short_is_copied_again(uri: str, folder: Path, fille
     assert len(filled) == 2 * len(every) + 3
 
 
-def test_a_cache_that_is_deleted_while_it_fills_is_filled_anyway(
+def test_a_cache_deleted_while_it_fills_is_filled_anyway(
     uri: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill, times = Shard.fill, iter(range(100))
@@ -345,7 +347,7 @@ def test_a_cache_that_is_deleted_while_it_fills_is_filled_anyway(
     check(copy, [*range(len(copy.shards))])
 
 
-def test_a_full_disk_leaves_nothing_half_written(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_nothing_incomplete(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(

@@ -1,4 +1,4 @@
-"""The order of samples: every window once an epoch, exact shares, block by block, the same from any step on."""
+"""The order of samples: every window once per epoch, exact shares, block by block, random access to any step."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from preprocessing.dataset.order import WindowOrder
 
 WINDOWS = np.random.default_rng(0).integers(1, 40, 60)
-SOURCE = np.arange(60) % 3 // 2  # of the first source twice as many
-SHARD = np.arange(60) // 7  # both sources are in all of them
+SOURCE = np.arange(60) % 3 // 2  # the first source has twice as many
+SHARD = np.arange(60) // 7  # all of them hold both sources
 
 
 def order(weights: list[float], shuffle: int = 10**9, seed: int = 0) -> WindowOrder:
@@ -20,7 +20,7 @@ def order(weights: list[float], shuffle: int = 10**9, seed: int = 0) -> WindowOr
 
 
 def drawn(one: WindowOrder, steps: range, size: int) -> list[tuple[int, int]]:
-    """(episode, frame), a step's sorted, since within a step the sources are mixed at random."""
+    """(episode, frame), sorted within each step, where sources are mixed at random."""
     batches = [sorted(zip(*map(np.ndarray.tolist, one.draw(step, size)), strict=True)) for step in steps]
     return [sample for batch in batches for sample in batch]
 
@@ -30,7 +30,7 @@ COUNT = [int(WINDOWS[s == SOURCE].sum()) for s in (0, 1)]
 
 
 @pytest.mark.parametrize("shuffle", [1, 150, 10**9])
-def test_every_window_comes_once_an_epoch_of_its_source(shuffle: int) -> None:
+def test_every_window_comes_once_per_epoch_of_its_source(shuffle: int) -> None:
     total = sum(COUNT)
     by_windows = order(COUNT, shuffle)
     for epoch in range(2):
@@ -42,7 +42,7 @@ def test_every_window_comes_once_an_epoch_of_its_source(shuffle: int) -> None:
     assert Counter(halves[sample] for sample in ALL[1]) == {least: COUNT[1] - extra, least + 1: extra}
 
 
-def test_shares_of_the_samples_are_exact_at_any_moment() -> None:
+def test_shares_are_exact_at_any_step() -> None:
     windows, source = np.full(4, 10), np.arange(4)
     one = WindowOrder(windows, source, source, [0.5, 0.3, 0, 0.2], 10**9, 0)
     of = np.concatenate([np.sort(one.draw(step, 1)[0]) for step in range(1000)])
@@ -50,11 +50,11 @@ def test_shares_of_the_samples_are_exact_at_any_moment() -> None:
         found = np.bincount(of[:count], minlength=4)
         assert np.abs(found - count * np.array([0.5, 0.3, 0, 0.2])).max() < 2 and found[2] == 0
     assert np.bincount(of).tolist() == [500, 300, 0, 200]
-    late = np.concatenate([one.draw(10**10 + step, 1)[0] for step in range(1000)])  # a sum of so many would overflow
+    late = np.concatenate([one.draw(10**10 + step, 1)[0] for step in range(1000)])  # the product would overflow
     assert np.bincount(late, minlength=4).tolist() == [500, 300, 0, 200]
 
 
-def test_an_order_begins_at_any_step_and_differs_by_seed_and_epoch() -> None:
+def test_an_order_starts_at_any_step_and_depends_on_seed_and_epoch() -> None:
     total = sum(COUNT)
     begun = drawn(order(COUNT, 150), range(3 * total), 1)
     assert drawn(order(COUNT, 150), range(2 * total + 5, 3 * total), 1) == begun[2 * total + 5 :]
@@ -62,7 +62,7 @@ def test_an_order_begins_at_any_step_and_differs_by_seed_and_epoch() -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
-def test_workers_of_any_number_share_the_same_global_batch(world: int) -> None:
+def test_any_number_of_workers_share_the_same_global_batch(world: int) -> None:
     for step in range(5):
         parts = [order([3, 1], 150).draw(step, 50, rank, world) for rank in range(world)]
         whole = order([3, 1], 150).draw(step, 50)
@@ -70,7 +70,7 @@ def test_workers_of_any_number_share_the_same_global_batch(world: int) -> None:
             episode, frame = parts[place % world]
             assert (episode[place // world], frame[place // world]) == (whole[0][place], whole[1][place])
     sources = [SOURCE[order([1, 1]).draw(step, 50, 0, 2)[0]].sum() for step in range(40)]
-    assert len(set(sources)) > 5  # no worker has a source to itself
+    assert len(set(sources)) > 5  # no worker gets only one source
 
 
 def test_windows_come_block_by_block() -> None:
@@ -92,7 +92,7 @@ def test_windows_come_block_by_block() -> None:
     assert one.blocks(total)[0] == [(0, 1, 0)] == one.blocks(total - 1)[1]
 
 
-def test_neighbours_of_an_epoch_are_far_from_each_other() -> None:
+def test_consecutive_samples_are_rarely_neighbouring_frames() -> None:
     samples = drawn(order(COUNT), range(sum(COUNT)), 1)
     near = [a[0] == b[0] and abs(a[1] - b[1]) == 1 for a, b in pairwise(samples)]
     assert np.mean(near) < 0.02

@@ -1,4 +1,4 @@
-"""A model that observes pixels, as the paper's does, from the store to a policy: on crops of whole frames."""
+"""A model that observes pixels, like the paper's, from the store to a policy: on crops of whole frames."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SMALL = ["encoder=tiny", "steps=2", "batch_size=4", "workers=1", "validation_sha
 SMALL += ["model.width=32", "model.depth=1", "model.heads=2", "model.frame_width=16", "model.latent_size=[8,8]"]
 
 
-def test_pixels_lie_beside_latents_and_train_a_policy(
+def test_pixels_are_stored_with_latents_and_train_a_policy(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("UWM_CACHE", str(tmp_path / "cache"))
@@ -50,7 +50,7 @@ def test_pixels_lie_beside_latents_and_train_a_policy(
     for b, (episode, frames) in enumerate([(0, (6, 7)), (1, (0, 0))]):
         stored = snapshot.read(rows[data.rows[episode]["id"]]["cameras"][0]["segments"])
         np.testing.assert_array_equal(gathered["current_pixels"][b, 0], stored[list(frames)])
-    truth = moving(20)[7].mean()  # resized, never re-encoded
+    truth = moving(20)[7].mean()  # resized but not re-encoded
     assert abs(gathered["current_pixels"][0, 0, 1].mean() - truth) < 1
 
     folder = tmp_path / "checkpoint"
@@ -64,10 +64,10 @@ def test_pixels_lie_beside_latents_and_train_a_policy(
     def act(images: dict[str, np.ndarray]) -> np.ndarray:
         return policy.act(images, proprio, torch.Generator().manual_seed(0))
 
-    torch.nn.init.normal_(policy.model.denoiser.actions.decode[2].weight)  # two steps leave it near its zeros
+    torch.nn.init.normal_(policy.model.denoiser.actions.decode[2].weight)  # two training steps leave it near zero
     torch.nn.init.normal_(policy.model.denoiser.head.modulation[1].weight)
     edge, middle = ({camera: images[camera].copy()} for _ in range(2))
-    edge[camera][:, :, :8] = 0  # outside of the 64 pixels in the middle
+    edge[camera][:, :, :8] = 0  # outside the central 64 pixels
     middle[camera][:, :, 30:40] = 0
     np.testing.assert_array_equal(act(images), act(edge))
     assert not np.allclose(act(images), act(middle))

@@ -10,7 +10,7 @@ from preprocessing.dataset.prefetch import Prefetch
 from preprocessing.errors import UserError
 
 
-def test_batches_are_prepared_ahead_and_errors_reach_whoever_asks() -> None:
+def test_batches_are_prepared_ahead_and_errors_reach_the_consumer() -> None:
     made: list[int] = []
 
     def numbers() -> Iterator[int]:
@@ -21,7 +21,7 @@ def test_batches_are_prepared_ahead_and_errors_reach_whoever_asks() -> None:
 
     with Prefetch(numbers()) as ahead:
         deadline = time.monotonic() + 10
-        while len(made) < 3 and time.monotonic() < deadline:  # two wait, and one is in the thread's hands
+        while len(made) < 3 and time.monotonic() < deadline:  # two are queued, and the thread holds one
             time.sleep(0.001)
         time.sleep(0.05)
         assert made == [0, 1, 2]

@@ -1,4 +1,4 @@
-"""Filters on real episodes, which pass, and on made ones, each caught by the filter that is meant for it."""
+"""Filters on real episodes, which pass, and on synthetic ones, each caught by the intended filter."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SIZE = 128
 
 @pytest.fixture(scope="module")
 def robots() -> list[tuple[Episode, dict[str, np.ndarray], Verdict]]:
-    """25 episodes of Bridge and 5 of GR1, with their frames by camera, and what all filters say of them."""
+    """25 episodes of Bridge and 5 of GR1, with their frames by camera and the verdict of all filters."""
     found = [ref for folder in ("bridge_rlds", "gr1_lerobot_v2") for f, p in find(REAL / folder) for ref in scan(f, p)]
     episodes = [load(ref) for ref in found]
     frames = [{c: np.concatenate(list(v.frames(SIZE))) for c, v in episode.cameras.items()} for episode in episodes]
@@ -63,7 +63,7 @@ def judged(filters: Filters, episode: Episode, *chunks: int, **cameras: np.ndarr
 
 
 def recoded(path: Path, frames: np.ndarray, size: tuple[int, int] = (240, 320), crf: int = 30) -> np.ndarray:
-    """As a film of another size, read back."""
+    """The frames encoded at another size and decoded again."""
     scaled = [np.asarray(Image.fromarray(frame).resize(size[::-1])) for frame in frames]
     return frames_of(write_video(path, np.stack(scaled), crf=str(crf)))
 
@@ -74,7 +74,7 @@ def noisy(frames: np.ndarray, level: float) -> np.ndarray:
 
 
 def moving(count: int, size: int = 64) -> np.ndarray:
-    """A small light square that goes a pixel a frame over a grey ground."""
+    """A small bright square that moves one pixel per frame over a grey background."""
     frames = np.full((count, size, size, 3), 90, np.uint8)
     for number, frame in enumerate(frames):
         at = number % (size - 8)
@@ -95,19 +95,19 @@ def test_real_episodes_pass_whole(robots, films):
         assert judged(Filters(), film(), video=frames).reason is None
 
 
-def test_nothing_asked_nothing_refused():
+def test_without_filters_nothing_is_refused():
     verdict = judged(NONE, film(), video=np.zeros((1, 64, 64, 3), np.uint8))
     assert verdict == Verdict(None, None, [], None, [(0, 1)], [], None)
 
 
-def test_what_is_off_is_false_and_true_says_nothing():
+def test_false_switches_a_filter_off_and_true_is_refused():
     assert Filters.model_validate({"frozen": False, "black": False, "min_frames": False}) == NONE
     for wrong in ({"frozen": True}, {"frozen": 1.5}, {"blck": 0.9}, {"idle": 0}):
         with pytest.raises(ValidationError):
             Filters.model_validate(wrong)
 
 
-def test_opencv_is_spared_where_no_film_is_cut():
+def test_opencv_is_not_imported_unless_shots_are_searched():
     code = (
         "import sys, numpy as np; from test_quality import *;"
         "judged(Filters(near_duplicates=4), film(), video=moving(5));"
@@ -124,9 +124,9 @@ def test_opencv_is_spared_where_no_film_is_cut():
 def test_too_short():
     verdict = judged(Filters(min_frames=6), film(), video=moving(5))
     assert verdict.filter == "min_frames" and verdict.spans == []
-    assert verdict.reason == "too short: 5 frames, 6 at least are asked for"
+    assert verdict.reason == "too short: 5 frames, at least 6 are required"
     assert judged(Filters(min_frames=6), film(), video=moving(6)).reason is None
-    assert judged(Filters(), film()).reason == "too short: 0 frames, 2 at least are asked for"
+    assert judged(Filters(), film()).reason == "too short: 0 frames, at least 2 are required"
 
 
 def test_black_with_the_noise_of_a_covered_lens(tmp_path):
@@ -143,7 +143,7 @@ def test_black_with_the_noise_of_a_covered_lens(tmp_path):
 
 @real
 @pytest.mark.parametrize("noise, crf", [(0, 28), (3, 18), (5, 23), (8, 28)])
-def test_a_still_picture_is_no_film(tmp_path, films, noise, crf):
+def test_a_still_video_is_frozen(tmp_path, films, noise, crf):
     still = noisy(np.repeat(films["pancake"][50:51], 60, axis=0), noise)
     frames = recoded(tmp_path / "a.mp4", still, size=(256, 256), crf=crf)
     verdict = judged(Filters(), film(), video=frames)
@@ -151,13 +151,13 @@ def test_a_still_picture_is_no_film(tmp_path, films, noise, crf):
 
 
 @real
-def test_a_film_that_freezes_half_way(tmp_path, films):
+def test_a_video_that_freezes_half_way(tmp_path, films):
     moves, stands = films["pancake"][100:150], np.repeat(films["pancake"][149:150], 50, axis=0)
     frames = recoded(tmp_path / "a.mp4", np.concatenate([moves, stands]), crf=23)
     assert judged(Filters(), film(), video=frames).reason is None
     verdict = judged(Filters(frozen=0.45), film(), video=frames)
     assert verdict.filter == "frozen"
-    share, row = map(int, re.findall(r"\d+", str(verdict.reason))[:2])  # of some of the others, the player showed two
+    share, row = map(int, re.findall(r"\d+", str(verdict.reason))[:2])  # the player showed some other frames twice
     assert 50 <= share < 70 and 48 <= row <= 51
     beside = judged(Filters(frozen=0.45), film(), video=frames, wrist=films["pancake"][100:200])
     assert beside.reason is None and [note.split()[:4] for note in beside.notes] == [
@@ -165,10 +165,10 @@ def test_a_film_that_freezes_half_way(tmp_path, films):
     ]
 
 
-def test_slow_and_small_motion_is_motion():
-    slow = np.repeat(moving(50), 4, axis=0)  # a pixel of 64 in four frames, 3 of 4 frames repeated
+def test_slow_and_small_motion_is_not_frozen():
+    slow = np.repeat(moving(50), 4, axis=0)  # one pixel of 64 per four frames; 3 of 4 frames are repeated
     assert judged(Filters(frozen=0.8), film(), video=slow).reason is None
-    brighter = 90 + np.arange(200) / 5  # by less than a grey level a frame
+    brighter = 90 + np.arange(200) / 5  # by less than a grey level per frame
     brighter = np.broadcast_to(brighter[:, None, None, None], (200, 64, 64, 3)).astype(np.uint8)
     assert judged(Filters(frozen=0.94), film(), video=brighter).reason is None
     twice = np.concatenate([np.repeat(moving(1), 10, axis=0), 255 - np.repeat(moving(1), 5, axis=0)])
@@ -177,7 +177,7 @@ def test_slow_and_small_motion_is_motion():
 
 
 @pytest.mark.parametrize("size", [8, 16, 100, 128])
-def test_pictures_of_any_size(size):
+def test_frames_of_any_size(size):
     still = np.repeat(noisy(np.full((1, size, size, 3), 90), 30), 20, axis=0)
     assert judged(Filters(), film(), video=still).filter == "frozen"
     assert judged(Filters(), film(), video=still // 10).filter == "black"
@@ -205,19 +205,19 @@ def test_idle_runs_at_both_ends_and_in_the_middle():
     assert verdict.reason is None and verdict.spans == [(10, 50), (57, 90)]
     moves[30:36] = True
     assert verdict.idle is not None and (verdict.idle == ~moves).all()
-    assert verdict.notes == ["idle: nothing is commanded at 27 of 100 steps, which are left out"]
+    assert verdict.notes == ["idle: nothing is commanded at 27 of 100 steps; they are left out"]
     assert judged(Filters(), film(arm(moves), ARM, HAND), video=moving(100)).spans == [(0, 100)]
 
 
-def test_short_parts_between_idle_runs_are_counted():
+def test_short_spans_between_idle_runs_are_counted():
     moves = np.zeros(100, bool)
     moves[20:25] = moves[40:44] = moves[60:80] = True
     verdict = judged(Filters(idle=7, min_frames=10), film(arm(moves), ARM, HAND), video=moving(100))
     assert verdict.spans == [(60, 80)]
-    assert verdict.notes[-1] == "2 of 3 parts are shorter than 10 frames and left out, 9 frames together"
+    assert verdict.notes[-1] == "2 of 3 spans are shorter than 10 frames and left out, 9 frames in total"
     refused = judged(Filters(idle=7, min_frames=30), film(arm(moves), ARM, HAND), video=moving(100))
     assert (refused.filter, refused.spans, refused.notes) == ("idle", [], [])
-    assert refused.reason == "idle: nothing is commanded at 71 of 100 steps, and no 30 others in a row"
+    assert refused.reason == "idle: nothing is commanded at 71 of 100 steps; the others are never 30 in a row"
 
 
 def test_an_episode_in_which_nothing_is_commanded():
@@ -235,13 +235,13 @@ def test_a_gripper_that_closes_is_not_idle():
 
 
 @pytest.mark.parametrize("count", [15, 25])
-def test_actions_of_another_number_are_for_others_to_refuse(count):
+def test_a_wrong_number_of_actions_passes_the_filters(count):
     moves = np.arange(20) < 10
     verdict = judged(Filters(idle=7), film(arm(moves), ARM, HAND), video=moving(count))
     assert verdict.reason is None and verdict.spans == [(0, 10)] + [(20, 25)] * (count == 25)
 
 
-def test_what_idle_is_for_each_kind_of_action():
+def test_idle_for_each_kind_of_action():
     turn = np.random.default_rng(0).normal(size=(20, 3))
     for representation in ("quaternion_xyzw", "quaternion_wxyz", "rotation_6d", "matrix", "euler_xyz", "axis_angle"):
         values = convert_rotation(np.where(np.arange(20)[:, None] < 10, turn, 0), "axis_angle", representation)
@@ -249,7 +249,7 @@ def test_what_idle_is_for_each_kind_of_action():
             name="turn", size=values.shape[1], kind="rotation", representation=representation, mode="delta"
         )
         assert idle_steps(values, (block,)).tolist() == [False] * 10 + [True] * 10
-    joints = np.concatenate([np.arange(10), [9] * 10])[:, None] / 10  # goes to 0.9, and stays there
+    joints = np.concatenate([np.arange(10), [9] * 10])[:, None] / 10  # goes to 0.9 and stays there
     for mode in ("absolute", "unknown"):
         block = ActionBlock(name="joints", size=1, kind="joint", mode=mode)
         assert np.flatnonzero(idle_steps(joints, (block,))).tolist() == [0, *range(10, 20)]
@@ -265,7 +265,7 @@ SHOTS = Filters(shots=3)
 
 
 @real
-def test_cuts_between_films_are_found_to_the_frame(tmp_path, films, robots):
+def test_cuts_between_videos_are_found_to_the_frame(tmp_path, films, robots):
     gr1 = robots[-1][1]["ego_view"]
     joined = np.concatenate([films["trailer"][:60], films["pancake"][20:110], gr1[:77]])
     for frames in (joined, recoded(tmp_path / "a.mp4", joined)):
@@ -283,7 +283,7 @@ def test_a_frame_of_another_shot_at_either_end(films):
     frames = np.concatenate([films["nasa"][:1], films["pancake"][20:60], films["nasa"][:2]])
     verdict = judged(Filters(shots=3, min_frames=3), film(), video=frames)
     assert verdict.cuts == [1, 41] and verdict.spans == [(1, 41)]
-    assert verdict.notes == ["2 of 3 parts are shorter than 3 frames and left out, 3 frames together"]
+    assert verdict.notes == ["2 of 3 spans are shorter than 3 frames and left out, 3 frames in total"]
 
 
 @real
@@ -293,11 +293,11 @@ def test_a_scene_that_only_moves_is_not_cut(robots):
 
 
 @real
-def test_a_film_of_nothing_but_cuts(films):
+def test_a_video_of_nothing_but_cuts(films):
     shots = [films["nasa"][:8], films["pancake"][20:28], films["trailer"][40:48], films["nasa"][300:308]]
     verdict = judged(Filters(shots=3, min_frames=10), film(), video=np.concatenate(shots))
     assert (verdict.filter, verdict.spans, verdict.cuts) == ("shots", [], [8, 16, 24])
-    assert verdict.reason == "cut up: 4 shots in 32 frames, each below 10"
+    assert verdict.reason == "cut up: 4 shots in 32 frames, each shorter than 10"
 
 
 # ---------------------------------------------------------------------------------------------------- duplicates
@@ -314,15 +314,15 @@ def distance(one: bytes, other: bytes) -> float:
 
 
 @real
-def test_different_episodes_before_one_camera_are_no_duplicates(robots, films):
+def test_different_episodes_of_one_fixed_camera_are_no_duplicates(robots, films):
     marks = [verdict.fingerprint for _, _, verdict in robots]
     marks += [judged(COPIES, film(), video=frames).fingerprint for frames in films.values()]
     marks += [judged(COPIES, film(), video=cameras["ego_view"]).fingerprint for _, cameras, _ in robots[-5:]]
     assert None not in marks
     assert min(distance(a, b) for a, b in combinations(marks, 2)) > 8
-    # One of them again, the same pictures with other actions, and with none: only the first is a copy.
+    # The first episode again, then its frames with other actions, then without: only the first is a copy.
     (episode, cameras, _), (other, _, _) = robots[:2]
-    rounded = episode.action * 1.0006  # by as much as float16 can err, in a column that stays at 1 as well
+    rounded = episode.action * 1.0006  # float16's largest rounding error, also in a column that stays at 1
     for action, far in ((rounded, 0), (other.action, np.inf), (None, np.inf)):
         again = judged(COPIES, replace(episode, action=action), **cameras)
         assert distance(again.fingerprint, marks[0]) == far
@@ -340,22 +340,22 @@ def test_copies_are_found(tmp_path, robots, films):
         assert name == str(number) and far < 4
     for name, frames in films.items():
         known.add(name, judged(COPIES, film(), video=frames[:150]).fingerprint)
-    for name, frames in films.items():  # at half the rate, darker
+    for name, frames in films.items():  # at half the rate, and darker
         copy = (recoded(tmp_path / "a.mp4", frames[:150:2]) * 0.9).astype(np.uint8)
         assert known.nearest(judged(COPIES, film(), video=copy).fingerprint, 4)[0] == name
 
 
 @real
-def test_films_that_begin_alike_are_no_duplicates(films):
+def test_videos_that_begin_alike_are_no_duplicates(films):
     one, other = (np.concatenate([films["pancake"][:60], films[name][:60]]) for name in ("nasa", "trailer"))
     marks = [judged(COPIES, film(), video=frames).fingerprint for frames in (one, other)]
     assert 10 < distance(*marks) < 20
 
 
-def test_pictures_that_are_too_flat_have_no_fingerprint():
+def test_flat_frames_have_no_fingerprint():
     flat = noisy(np.full((20, 64, 64, 3), 90), 5)
     assert judged(COPIES, film(), video=flat).fingerprint is None
-    both = judged(COPIES, film(), a=flat, b=moving(20)).fingerprint  # the first that tells
+    both = judged(COPIES, film(), a=flat, b=moving(20)).fingerprint  # of the first camera that has one
     assert both == judged(COPIES, film(), video=moving(20)).fingerprint is not None
 
 
@@ -392,7 +392,7 @@ FRAMES = noisy(
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, len(FRAMES)), max_size=20), st.booleans())
-def test_chunks_of_any_size_give_one_verdict(ends, robot):
+def test_chunk_size_does_not_change_the_verdict(ends, robot):
     filters = Filters(shots=3, frozen=0.1, near_duplicates=4)
     episode = film(np.zeros((len(FRAMES), 1)), HAND) if robot else film()
     whole = judged(filters, episode, len(FRAMES), video=FRAMES)

@@ -9,7 +9,7 @@ from preprocessing.dataset.normalizer import normalizers
 from preprocessing.store.statistics import Statistics, merge
 
 
-def test_statistics_merge_to_those_of_all_data_together() -> None:
+def test_statistics_merge_to_those_of_all_data() -> None:
     random = np.random.default_rng(0)
     parts = [(random.standard_normal((n, 3)) * 5 + 2).astype(np.float32) for n in (4, 50, 1)]
     total, whole = merge(Statistics.of(part) for part in parts), np.concatenate(parts).astype(np.float64)
@@ -53,14 +53,14 @@ def test_quantiles_of_merged_sketches_are_near_the_true_ones(kind: str) -> None:
         assert low / len(whole) - allowed <= rank <= high / len(whole) + allowed, (rank, value)
 
 
-def test_statistics_survive_the_store_as_they_are() -> None:
+def test_statistics_survive_a_round_trip_through_a_row() -> None:
     before = Statistics.of(np.random.default_rng(0).standard_normal((40, 3)))
     after = Statistics.from_row(json.loads(json.dumps(before.to_row())))
     for name in ("mean", "m2", "min", "max", "quantiles"):
         np.testing.assert_array_equal(getattr(after, name), getattr(before, name))
 
 
-def test_a_column_that_hardly_moves_is_not_blown_up() -> None:
+def test_a_nearly_constant_column_is_not_blown_up() -> None:
     values = np.array([[0.0, 5.0, 1.0], [2.0, 5.0, 3.0]])
     action, proprio = normalizers([Statistics.of(values)], 2, values.shape[1] - 2)
     np.testing.assert_allclose(action.apply(values[:, :2]), [[-1, 0], [1, 0]])
@@ -72,7 +72,7 @@ def test_a_column_that_hardly_moves_is_not_blown_up() -> None:
 def test_quantiles_leave_outliers_outside_and_keep_a_floor() -> None:
     values = np.random.default_rng(0).uniform(-2, 4, (5000, 3))
     values[7, 0] = 15  # an outlier
-    values[:, 1] = np.where(np.arange(5000) % 500, 1, 0)  # a gripper that is nearly always closed
+    values[:, 1] = np.where(np.arange(5000) % 500, 1, 0)  # a gripper that is almost always closed
     values[:, 2] = 5
     action, _ = normalizers([Statistics.of(values)], 3, 0, "quantiles")
     inside = action.apply(values)

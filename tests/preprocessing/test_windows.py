@@ -20,7 +20,7 @@ SHAPE = WindowShape(cameras=2, observed_frames=2, future_frames=2, action_chunk=
 
 @pytest.fixture
 def mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LatentDataset:
-    """Frame t of an episode holds the number t: an arm of 3 actions with 2 cameras, and a video without actions."""
+    """An arm with 3 action columns and 2 cameras, and a video without actions; frame t of each holds the number t."""
     monkeypatch.setenv("UWM_CACHE", str(tmp_path / "cache"))
     store = LatentStore.create(str(tmp_path / "store"))
     fork, fork_video = store.fork(), store.fork()
@@ -45,7 +45,7 @@ def test_a_window_holds_the_frames_and_actions_it_should(mixed: LatentDataset) -
     np.testing.assert_array_equal(batch["current_latents"][0, 0, :, 0, 0, 0], [2, 3])
     np.testing.assert_array_equal(batch["current_latents"][0, 1, :, 0, 0, 0], [102, 103])
     np.testing.assert_array_equal(batch["future_latents"][0, 0, :, 0, 0, 0], [7, 8])
-    # column 0 runs from 0 to 9, so 3, 4, 5, 6 of it are (x - 4.5) / 4.5
+    # column 0 ranges from 0 to 9, so x becomes (x - 4.5) / 4.5
     np.testing.assert_allclose(batch["action"][0, :, 0], (np.array([3, 4, 5, 6]) - 4.5) / 4.5, rtol=1e-6)
     np.testing.assert_allclose(batch["action"][0, :, 1], -batch["action"][0, :, 0], rtol=1e-6)
     np.testing.assert_array_equal(batch["action"][0, :, 2], 0)  # a column that never moves
@@ -83,7 +83,7 @@ def test_the_order_is_a_function_of_seed_and_step_on_any_number_of_workers(mixed
     np.testing.assert_array_equal(next(resumed).arrays["current_latents"], next(alone).arrays["current_latents"])
 
 
-def test_a_mixture_names_every_source_by_its_folder_that_ones_name_or_its_embodiment() -> None:
+def test_a_mixture_names_sources_by_folder_folder_name_or_embodiment() -> None:
     places = [("/data/kitchen", "franka"), ("/data/lab", "franka"), ("/data/web", "video"), (None, "video")]
     rows = [{"source": source, "embodiment": embodiment} for source, embodiment in places]
     assert source_names(rows, {}) == ["franka", "franka", "video", "video"]
@@ -96,7 +96,7 @@ def test_a_mixture_names_every_source_by_its_folder_that_ones_name_or_its_embodi
         source_names(rows, {"franka": 1, "video": 1, "labs": 1})
 
 
-def test_samples_have_the_shares_of_a_mixture_else_of_their_windows(mixed: LatentDataset) -> None:
+def test_shares_follow_the_mixture_or_else_the_number_of_windows(mixed: LatentDataset) -> None:
     snapshot, rows = mixed._copy._snapshot, mixed.rows
     embodiments = {
         name: describe(name, [row], i, 2) for i, (name, row) in enumerate(zip(("arm", "video"), rows, strict=True))
@@ -113,7 +113,7 @@ def test_samples_have_the_shares_of_a_mixture_else_of_their_windows(mixed: Laten
     np.testing.assert_array_equal(second.arrays["current_latents"], samples[0].arrays["current_latents"][1::3])
     with pytest.raises(UserError, match="names neither"):
         LatentDataset(snapshot, rows, embodiments, SHAPE, mixture={"arm": 1})
-    for wrong, why in (("{arm: 0}", "give a source a share above 0"), ("{arm: -1}", "greater than or equal to 0")):
+    for wrong, why in (("{arm: 0}", "give at least one source a share above 0"), ("{arm: -1}", "greater than or equal to 0")):
         with pytest.raises(UserError, match=why):
             load_recipe("small", [f"mixture={wrong}"])
 
@@ -134,7 +134,7 @@ def test_episodes_of_one_embodiment_that_disagree_are_refused(tmp_path: Path) ->
         describe("arm", rows, 0, 1)
 
 
-def test_what_a_model_knows_and_the_data_are_compared_with_both_values(tmp_path: Path) -> None:
+def test_a_misfit_of_model_and_data_names_both_values(tmp_path: Path) -> None:
     store = LatentStore.create(str(tmp_path / "store"))
     fill(store, ["a"])
     known = describe("arm", store.snapshot().rows(), 0, 2)

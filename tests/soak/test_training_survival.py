@@ -126,11 +126,11 @@ def test_workers_and_drivers_that_die_or_are_told_to(trainings: Trainings) -> No
     second = trainings.start("killed")
     second.after(4)
     os.kill(wait_for(lambda: workers("RayTrainWorker"), second.process)[1], signal.SIGTERM)
-    wait_for(lambda: "a machine was taken away; going on from step" in second.told(), second.process)
+    wait_for(lambda: "a machine was preempted; resuming from step" in second.told(), second.process)
     second.after(6)
     second.process.send_signal(signal.SIGINT)
     told = second.finish(130)
-    assert "resuming run" in told
+    assert "resuming interrupted run" in told
     stopped = re.search(r"interrupted; stopped at step (\d+)", told)
     assert stopped and int(stopped[1]) >= 6 * EVERY
 

@@ -351,7 +351,7 @@ def test_training_and_evaluation_end_to_end(
         assert measured == {"windows", "action_error_policy", "action_error_mean"} < set(report["open_loop"])
         assert not list((tmp_path / f"evaluation-{kind}").glob("*.png"))
     code, _, err = uwm("evaluate", checkpoints["dp"], "--store", store, *runs, "--fast")
-    assert code == 2 and "kind dp has no fast query" in err
+    assert code == 2 and "kind dp has no fast inference" in err
     code, _, err = uwm("evaluate", checkpoints["dp"], "--store", store, *runs, "--json")
     assert code == 0 and "None" not in err, err
     logged = set(client.get_run(run_id).data.metrics)

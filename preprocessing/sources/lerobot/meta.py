@@ -1,4 +1,4 @@
-"""What the ``meta`` folder of a LeRobot data set says, of any version: features, rates, names, sentences."""
+"""The ``meta`` folder of a LeRobot data set of any version: features, rates, names, instructions."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import pyarrow.compute as pc
 from preprocessing.episode import ActionBlock, EpisodeRef, Repair, RepairField, Representation, Video
 from preprocessing.errors import BadEpisode, UserError
 
-NOT_AN_INSTRUCTION = {"valid", "invalid", ""}  # GR00T annotates validity through the same table of sentences
+NOT_AN_INSTRUCTION = {"valid", "invalid", ""}  # GR00T stores validity annotations in the table of tasks
 
-# What Isaac-GR00T calls them; of its quaternions it does not say where the real part stands.
+# Isaac-GR00T's names. Its quaternions are left out: it does not document where the real part is.
 ROTATIONS: dict[str, Representation] = {
     "axis_angle": "axis_angle",
     "euler_angles_rpy": "euler_xyz",
@@ -32,15 +32,15 @@ ANGLES = ("roll", "pitch", "yaw")  # euler_xyz, if in this order
 
 
 @dataclass(frozen=True)
-class Film:
-    """One camera of one episode: its frames, and how many its container declares, where it does."""
+class CameraVideo:
+    """One camera of one episode: its frames, and how many its container declares, if it does."""
 
     video: Video
     frames: int | None
 
 
 class Files(Protocol):
-    """Where the episodes of a version are."""
+    """The files of a data set, whose layout depends on its version."""
 
     def scan(self) -> Iterator[EpisodeRef]: ...
 
@@ -48,8 +48,8 @@ class Files(Protocol):
 
     def rows(self, ref: EpisodeRef) -> pa.Table: ...
 
-    def films(self, index: int) -> dict[str, Film]:
-        """By camera. One without any file in the whole data set does not exist."""
+    def videos(self, index: int) -> dict[str, CameraVideo]:
+        """The episode's videos, by camera. A camera without any file in the whole data set is left out."""
         ...
 
     def tasks(self) -> dict[int, str]: ...
@@ -57,7 +57,7 @@ class Files(Protocol):
     def repairs(self, index: int) -> list[Repair]: ...
 
 
-TEMPLATE = re.compile(r"([^{}]|\{\w+(:0\dd)?\})*")  # a width of a billion would be a billion characters
+TEMPLATE = re.compile(r"([^{}]|\{\w+(:0\dd)?\})*")  # bounded: a width of a billion would produce a billion characters
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Meta:
     info: dict[str, Any]
 
     def file(self, template: str | None, **values: Any) -> Path | None:
-        """The file that a path template leads to; None where there is none, or it is outside of the data set."""
+        """The file that a path template names; None if it does not exist or is outside of the data set."""
         try:
             name = template.format(**values) if template and TEMPLATE.fullmatch(template) else ""
         except (KeyError, ValueError, TypeError):
@@ -83,7 +83,7 @@ class Meta:
         return float(self.info["fps"])
 
     def cameras(self, dtype: str) -> list[tuple[str, str]]:
-        """(feature, camera name), in the order that digests use."""
+        """(feature, camera name) pairs of this dtype, in the order that digests use."""
         short = {
             key: re.sub(r"^observation\.(images?\.)?", "", key)
             for key, feature in sorted(self.features.items())
@@ -97,7 +97,7 @@ class Meta:
         ]
 
     def split(self, index: int) -> str | None:
-        """``{"train": "0:90", "val": "90:100"}`` counts episodes."""
+        """The episode's split; ``{"train": "0:90", "val": "90:100"}`` are ranges of episodes."""
         splits = self.info.get("splits")
         for name, span in splits.items() if isinstance(splits, dict) else ():
             if (ends := re.fullmatch(r"(\d+):(\d+)", str(span))) and int(ends[1]) <= index < int(ends[2]):
@@ -116,7 +116,7 @@ class Meta:
         own.sort(key=lambda item: item[1]["start"])
         edges = [0, *(part["end"] for _, part in own)]
         if [part["start"] for _, part in own] != edges[:-1] or edges[-1] != width:
-            return ()  # parts that overlap or leave gaps are no layout
+            return ()  # the parts overlap or leave gaps
         blocks = []
         for name, part in own:
             rotation = part.get("rotation_type")
@@ -132,7 +132,7 @@ class Meta:
         return tuple(blocks)
 
     def _named_layout(self, width: int) -> tuple[ActionBlock, ...]:
-        """One block for each run of columns of a kind: x y z, roll pitch yaw, gripper."""
+        """One block per run of columns of one kind: x y z, roll pitch yaw, gripper."""
         names = self.features.get("action", {}).get("names")
         while isinstance(names, dict) and names:  # {"motors": [...]}
             names = next(iter(names.values()))
@@ -143,7 +143,7 @@ class Meta:
             columns = [str(name).lower() for name in run]
             size = len(columns)
             before = sum(block.kind == kind for block in blocks)
-            angles = size == 3 and all(map(str.endswith, columns, ANGLES))  # rx, ry, rz may be an axis times an angle
+            angles = size == 3 and all(map(str.endswith, columns, ANGLES))  # rx, ry, rz may be axis-angle
             euler: Representation | None = "euler_xyz" if kind == "rotation" and angles else None
             name = f"{kind}_{before + 1}" if before else kind
             blocks.append(ActionBlock(name=name, size=size, kind=kind, representation=euler))
@@ -155,20 +155,20 @@ def read_meta(root: Path) -> Meta:
     try:
         info = json.loads(file.read_text())
         if not isinstance(info["features"], dict) or not float(info["fps"]) > 0 or not info["codebase_version"]:
-            raise ValueError("features is no table, or fps is not positive")
+            raise ValueError("features is not a table, or fps is not positive")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: not a LeRobot info.json ({error}); mend or restore the file") from None
     return Meta(root, info)
 
 
 def wrong_template(name: str, found: str) -> Repair:
-    """The repair for a path template of info.json that leads nowhere, though its file was found."""
+    """The repair for a path template in info.json that names no file, although the file was found."""
     field: RepairField = "frames" if name == "video_path" else "steps"
-    return Repair(field, f"{name} in info.json leads to no file; {found}")
+    return Repair(field, f"{name} in info.json names no file; {found}")
 
 
 def texts_of(table: pa.Table, tasks: dict[int, str]) -> dict[str, str]:
-    """The first sentence of each column that holds sentences or their numbers; "" where it asks for nothing."""
+    """The first text of each column of texts or of task indices; "" if it is not an instruction."""
     found = {}
     for name in sorted(table.column_names):
         first, kind = table[name][0].as_py(), table.schema.field(name).type
@@ -184,19 +184,19 @@ def texts_of(table: pa.Table, tasks: dict[int, str]) -> dict[str, str]:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """pandas writes long strings since its version 3."""
+    """Whether it is a string type; pandas 3 writes large strings."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
-def asked_in(texts: dict[str, str]) -> str | None:
-    """Which says what a person asked for: the task description annotated, else the task, else another annotation."""
+def instruction_key(texts: dict[str, str]) -> str | None:
+    """The text that is the instruction: an annotated task description, else the task, else another annotation."""
     annotations = [name for name in texts if name.startswith("annotation.")]
     described = [name for name in annotations if name.endswith("task_description")]
     return next((name for name in [*described, "task", *annotations] if texts.get(name)), None)
 
 
 def matrix(table: pa.Table, key: str) -> np.ndarray:
-    """A column of numbers, or of lists of them or of lists, as float32 ``[T, D]``."""
+    """A column of numbers or of (nested) lists of numbers, as float32 ``[T, D]``. Raises BadEpisode."""
     column = table[key].combine_chunks()
     if column.null_count:
         raise BadEpisode(f"column {key} has {column.null_count} empty rows")
@@ -209,13 +209,13 @@ def matrix(table: pa.Table, key: str) -> np.ndarray:
 
 
 def _is_depth(feature: dict[str, Any]) -> bool:
-    """Depth is stored as video too, but is no picture of colours."""
+    """Whether a video feature is a depth map."""
     return any((feature.get(key) or {}).get("video.is_depth_map") for key in ("info", "video_info"))
 
 
 def _kind(name: str) -> Any:
     name = name.lower()
-    if re.search(r"shoulder|elbow|wrist|forearm|waist|neck|finger", name):  # wrist_roll is a joint, roll an angle
+    if re.search(r"shoulder|elbow|wrist|forearm|waist|neck|finger", name):  # wrist_roll is a joint, roll is an angle
         return "joint"
     part = re.sub(r"[.\s-]", "_", name)  # "ee.x" as "ee_x"
     if re.fullmatch(r"(.*_)?(roll|pitch|yaw|[rw][xyz])", part) or re.search(r"rot(_|ation)|quat|orient", part):

@@ -1,11 +1,11 @@
 """LeRobot data sets, v2.0 to v3.0: tables of steps in parquet, cameras in MP4 files or in image columns.
 
 ``meta/info.json`` names the features, and ``meta/modality.json`` (Isaac-GR00T's addition) the parts of the state and
-action vectors: https://github.com/NVIDIA/Isaac-GR00T/blob/main/getting_started/data_preparation.md. Where the episodes
-are is what the versions differ in: :mod:`preprocessing.sources.lerobot.v2`, :mod:`preprocessing.sources.lerobot.v3`.
+action vectors: https://github.com/NVIDIA/Isaac-GR00T/blob/main/getting_started/data_preparation.md. The versions differ
+in their files: :mod:`preprocessing.sources.lerobot.v2`, :mod:`preprocessing.sources.lerobot.v3`.
 
-What info.json says and what is on disk often differ: a template may lead nowhere and a camera may not exist. The files
-are believed. An episode's index is its ``episode_index``.
+info.json often contradicts the files on disk: a template may name no file, or a camera may not exist. The files take
+precedence. An episode's index is its ``episode_index``.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import pyarrow.compute as pc
 
 from preprocessing.episode import Episode, EpisodeRef, Repair, Video
 from preprocessing.errors import BadEpisode, UserError
-from preprocessing.sources.lerobot.meta import Files, Film, Meta, asked_in, matrix, read_meta, texts_of
+from preprocessing.sources.lerobot.meta import CameraVideo, Files, Meta, instruction_key, matrix, read_meta, texts_of
 from preprocessing.sources.lerobot.v2 import FilesV2
 from preprocessing.sources.lerobot.v3 import FilesV3
 from preprocessing.video.frames import first_frames, frames_to_use, images_video
 
 STATE = "observation."
-SIMULATED = {"observation.environment_state"}  # where the objects are: what no robot sees
-SLACK = 0.05  # of a rate: float32 seconds of a long episode are off by some
-PLACES = {"index", "episode_index", "frame_index", "task_index"}  # columns that say where a row belongs
+SIMULATED = {"observation.environment_state"}  # object poses, which no robot observes
+SLACK = 0.05  # relative to a rate: float32 seconds of a long episode are imprecise
+PLACES = {"index", "episode_index", "frame_index", "task_index"}  # columns that locate a row
 
 
 def detect(path: Path) -> bool:
@@ -46,22 +46,22 @@ def digest(ref: EpisodeRef) -> str:
 
 def load(ref: EpisodeRef) -> Episode:
     meta, files = _above(Path(ref.uri))
-    films = files.films(ref.index)
+    videos = files.videos(ref.index)
     try:
         table = files.rows(ref)
     except (OSError, pa.ArrowException) as error:
         raise BadEpisode(f"{Path(ref.uri).name} cannot be read: {' '.join(str(error).split())}") from None
     if table.num_rows == 0:
-        raise BadEpisode(f"{Path(ref.uri).name} has no row")
+        raise BadEpisode(f"{Path(ref.uri).name} has no rows")
 
     table, ordered, skips = _in_order(table)
-    declared = {camera: film.frames for camera, film in films.items()}
+    declared = {camera: video.frames for camera, video in videos.items()}
     frames, mismatch = frames_to_use(declared, table.num_rows, "the table")
     if mismatch and skips:
         raise BadEpisode(f"{mismatch}, and frame_index skips: rows are lost in the middle")
     cut = [Repair("frames", f"{mismatch}; cut to {frames}")] if mismatch else []
     cameras: dict[str, Video] = {
-        camera: first_frames(film.video, frames) if cut else film.video for camera, film in films.items()
+        camera: first_frames(video.video, frames) if cut else video.video for camera, video in videos.items()
     }
     for key, camera in meta.cameras("image"):
         if key in table.column_names:
@@ -69,7 +69,7 @@ def load(ref: EpisodeRef) -> Episode:
             cameras[camera] = images_video([(image or {}).get("bytes") or b"" for image in images])
 
     texts = texts_of(table, files.tasks())
-    asked = asked_in(texts)
+    chosen = instruction_key(texts)
     seen = [
         key
         for key, feature in sorted(meta.features.items())
@@ -79,7 +79,7 @@ def load(ref: EpisodeRef) -> Episode:
     proprio = {key.removeprefix(STATE): matrix(table, key)[:frames] for key in seen}
     signals, left_out = _signals(table, {"action", *PLACES, *seen})
     action = matrix(table, "action")[:frames] if "action" in table.column_names else None
-    found = _repairs(meta, films, table, signals.get("timestamp"), asked)
+    found = _repairs(meta, videos, table, signals.get("timestamp"), chosen)
     return Episode(
         ref=ref,
         fps=meta.fps,
@@ -87,7 +87,7 @@ def load(ref: EpisodeRef) -> Episode:
         proprio=proprio,
         action=action,
         action_layout=() if action is None else meta.action_layout(action.shape[1]),
-        instruction=texts[asked] if asked else None,
+        instruction=texts[chosen] if chosen else None,
         success=_success(signals),
         embodiment=str(meta.info.get("robot_type") or "unknown"),
         repairs=(*files.repairs(ref.index), *found, *ordered, *cut, *left_out),
@@ -98,7 +98,7 @@ def load(ref: EpisodeRef) -> Episode:
 
 
 def _signals(table: pa.Table, others: set[str]) -> tuple[dict[str, np.ndarray], list[Repair]]:
-    """All other columns of numbers or of vectors, and a sentence for each that is neither in every row."""
+    """All other columns of numbers or vectors, and a repair for each that has gaps or is ragged."""
     signals, repairs = dict[str, np.ndarray](), list[Repair]()
     for field in table.schema:
         is_list = pa.types.is_list(field.type) or pa.types.is_fixed_size_list(field.type)
@@ -114,31 +114,31 @@ def _signals(table: pa.Table, others: set[str]) -> tuple[dict[str, np.ndarray], 
 
 
 def _repairs(
-    meta: Meta, films: dict[str, Film], table: pa.Table, times: np.ndarray | None, asked: str | None
+    meta: Meta, videos: dict[str, CameraVideo], table: pa.Table, times: np.ndarray | None, chosen: str | None
 ) -> Iterator[Repair]:
     for _, camera in meta.cameras("video"):
-        if camera not in films:
+        if camera not in videos:
             yield Repair("streams", f"camera {camera} is named in info.json, but has no file; dropped")
     if "frame_index" not in table.column_names:
-        yield Repair("steps", "no frame_index; rows are taken in order")
+        yield Repair("steps", "no frame_index; rows are read in order")
     if times is not None and (start := float(times[0, 0])) != 0:
         yield Repair("steps", f"timestamps start at {start:.3f} s; frames and rows are paired by order")
     step = float(np.median(np.diff(times[:, 0].astype(np.float64)))) if times is not None and len(times) > 1 else 0.0
     if step > 0 and abs(step * meta.fps - 1) > SLACK:
-        text = f"info.json says {meta.fps:g} Hz, the timestamps {1 / step:.3g} Hz; the former is taken"
+        text = f"info.json says {meta.fps:g} Hz, the timestamps {1 / step:.3g} Hz; the former is used"
         yield Repair("fps", text)
-    sentences = "task_index" if asked == "task" else asked
-    if sentences and pc.count_distinct(table[sentences], mode="all").as_py() > 1:
+    column = "task_index" if chosen == "task" else chosen
+    if column and pc.count_distinct(table[column], mode="all").as_py() > 1:
         yield Repair("instruction", "the instruction changes within the episode; the first one is kept")
 
 
 def _in_order(table: pa.Table) -> tuple[pa.Table, list[Repair], bool]:
-    """The rows by ``frame_index``, a sentence where they were not, and whether it skips."""
+    """The rows sorted by ``frame_index``, repairs, and whether ``frame_index`` skips numbers."""
     if "frame_index" not in table.column_names or table["frame_index"].null_count:
         return table, [], False
     places = matrix(table, "frame_index")[:, 0]
     if len(np.unique(places)) < len(places):
-        return table, [Repair("steps", "frame_index repeats; rows are taken in order")], False
+        return table, [Repair("steps", "frame_index repeats; rows are read in order")], False
     skips = bool(np.ptp(places) != len(places) - 1)
     if (np.diff(places) > 0).all():
         return table, [], skips
@@ -147,7 +147,7 @@ def _in_order(table: pa.Table) -> tuple[pa.Table, list[Repair], bool]:
 
 
 def _success(signals: dict[str, np.ndarray]) -> bool | None:
-    """A reward that reaches 1 means success; one that does not means nothing, for many data sets write only zeros."""
+    """A reward of 1 means success; one that stays below means nothing, as many data sets write only zeros."""
     if "next.success" in signals:
         return bool(signals["next.success"].any())
     if "next.reward" in signals and (signals["next.reward"] >= 1).any():
@@ -156,7 +156,7 @@ def _success(signals: dict[str, np.ndarray]) -> bool | None:
 
 
 def _above(table: Path) -> tuple[Meta, Files]:
-    """The data set that a table belongs to."""
+    """The data set that contains a table."""
     root = next((parent for parent in table.parents if detect(parent)), None)
     if root is None:
         raise BadEpisode("no meta/info.json above the table")
@@ -171,5 +171,5 @@ def _dataset(root: Path) -> tuple[Meta, Files]:
         case "v3.":
             return meta, FilesV3(meta)
     raise UserError(
-        f"{root}: LeRobot {meta.info['codebase_version']} is not read; convert it to v3.0 with LeRobot's own scripts"
+        f"{root}: LeRobot {meta.info['codebase_version']} is not supported; convert it to v3.0 with LeRobot's scripts"
     )

@@ -1,7 +1,7 @@
-"""LeRobot v2.0 and v2.1: a parquet table an episode, an MP4 file an episode and camera.
+"""LeRobot v2.0 and v2.1: a parquet table per episode, an MP4 file per episode and camera.
 
-Two path templates in ``meta/info.json`` say where they are, ``meta/episodes.jsonl`` lists them, ``meta/tasks.jsonl``
-holds the sentences. The layout:
+Two path templates in ``meta/info.json`` locate them, ``meta/episodes.jsonl`` lists them, ``meta/tasks.jsonl`` holds the
+instructions. The layout:
 https://github.com/huggingface/lerobot/blob/v0.3.3/lerobot/common/datasets/lerobot_dataset.py.
 
 An episode's digest covers its parquet file and every MP4 file.
@@ -22,17 +22,17 @@ import pyarrow.parquet as pq
 
 from preprocessing.episode import EpisodeRef, Repair
 from preprocessing.errors import BadEpisode, UserError
-from preprocessing.sources.lerobot.meta import Film, Meta, wrong_template
+from preprocessing.sources.lerobot.meta import CameraVideo, Meta, wrong_template
 from preprocessing.sources.scan_cache import Finding, file_digest, findings
 from preprocessing.video.decode import open_video, probe_video
 
-TABLES = "data/*/episode_*.parquet"  # where they are by default, whatever info.json says
-FILMS = "videos/*/{}/*.mp4"
+TABLES = "data/*/episode_*.parquet"  # the default layout, whatever info.json says
+VIDEOS = "videos/*/{}/*.mp4"
 
 
 @dataclass(frozen=True)
-class Found:
-    """A file, and whether the template in info.json leads to it."""
+class LocatedFile:
+    """A file, and whether the template in info.json names it."""
 
     path: Path
     as_templated: bool
@@ -67,9 +67,9 @@ class FilesV2:
     def rows(self, ref: EpisodeRef) -> pa.Table:
         return pq.read_table(ref.uri, memory_map=True)
 
-    def films(self, index: int) -> dict[str, Film]:
+    def videos(self, index: int) -> dict[str, CameraVideo]:
         return {
-            camera: Film(open_video(file.path), probe_video(file.path).declared_frames)
+            camera: CameraVideo(open_video(file.path), probe_video(file.path).declared_frames)
             for camera, file in self._videos(index).items()
         }
 
@@ -83,41 +83,41 @@ class FilesV2:
         return [wrong_template(name, "found by searching") for name in wrong]
 
     def _indices(self) -> list[int]:
-        """The episodes that episodes.jsonl names, and those that have a table all the same."""
+        """The episodes in episodes.jsonl, and any other that has a table."""
         listed = {int(row["episode_index"]) for row in self._lines("episodes.jsonl") if "episode_index" in row}
         numbers = (Path(name).stem.removeprefix("episode_") for name in self._listing(TABLES))
         return sorted(listed | {int(number) for number in numbers if number.isdecimal()})
 
     def _files(self, index: int) -> list[Path]:
-        """What an episode's digest covers, in its order: the table, then the cameras. Raises BadEpisode."""
-        return [self._table(index).path, *(film.path for film in self._videos(index).values())]
+        """The files in an episode's digest, in order: the table, then the cameras. Raises BadEpisode."""
+        return [self._table(index).path, *(file.path for file in self._videos(index).values())]
 
-    def _table(self, index: int) -> Found:
+    def _table(self, index: int) -> LocatedFile:
         file = self._find("data_path", TABLES, f"episode_{index:06d}.parquet", index, "")
         if file is None:
-            raise BadEpisode(f"episode {index} is listed, but there is no episode_{index:06d}.parquet")
+            raise BadEpisode(f"episode {index} is listed, but episode_{index:06d}.parquet is missing")
         return file
 
-    def _videos(self, index: int) -> dict[str, Found]:
+    def _videos(self, index: int) -> dict[str, LocatedFile]:
         found = {}
         for key, camera in self.meta.cameras("video"):
-            file = self._find("video_path", FILMS.format(key), f"episode_{index:06d}.mp4", index, key)
+            file = self._find("video_path", VIDEOS.format(key), f"episode_{index:06d}.mp4", index, key)
             if file is not None:
                 found[camera] = file
-            elif self._listing(FILMS.format(key)):
+            elif self._listing(VIDEOS.format(key)):
                 raise BadEpisode(f"camera {camera} has no video for episode {index}")
         return found
 
-    def _find(self, template: str, pattern: str, file: str, index: int, key: str) -> Found | None:
+    def _find(self, template: str, pattern: str, file: str, index: int, key: str) -> LocatedFile | None:
         chunk = index // int(self.meta.info.get("chunks_size") or 1000)
         named = self.meta.file(self.meta.info.get(template), episode_chunk=chunk, episode_index=index, video_key=key)
         if named:
-            return Found(named, as_templated=True)
+            return LocatedFile(named, as_templated=True)
         searched = self._listing(pattern).get(file)
-        return Found(searched, as_templated=False) if searched and searched.is_file() else None
+        return LocatedFile(searched, as_templated=False) if searched and searched.is_file() else None
 
     def _listing(self, pattern: str) -> dict[str, Path]:
-        """The first file of each name that a pattern leads to: folders of thousands are listed once, not each time."""
+        """The first file of each name that matches a pattern. Cached: folders may hold thousands of files."""
         if pattern not in self._listings:
             files = sorted(self.meta.root.glob(pattern), reverse=True)
             self._listings[pattern] = {file.name: file for file in files}

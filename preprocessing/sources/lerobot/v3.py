@@ -1,11 +1,11 @@
-"""LeRobot v3.0: many episodes to a file.
+"""LeRobot v3.0: many episodes per file.
 
-``meta/episodes/*/*.parquet`` has a row an episode: in which data file its rows are, and for each camera in which film
-its frames are, and from which second on. ``meta/tasks.parquet`` holds the sentences. The layout:
+``meta/episodes/*/*.parquet`` has a row per episode: which data file holds its rows and, for each camera, which video
+holds its frames and from which second on. ``meta/tasks.parquet`` holds the instructions. The layout:
 https://huggingface.co/docs/lerobot/lerobot-dataset-v3.
 
-An episode's digest covers its rows but for the numbers that change when data sets are joined, its sentences, and the
-coded frames of its cameras: it stays the same when others are added to its files.
+An episode's digest covers its rows (except indices that change when data sets are merged), its instructions, and the
+coded frames of its cameras. It does not change when other episodes are added to its files.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ import pyarrow.parquet as pq
 
 from preprocessing.episode import EpisodeRef, Repair
 from preprocessing.errors import BadEpisode, UserError
-from preprocessing.sources.lerobot.meta import Film, Meta, is_text, wrong_template
+from preprocessing.sources.lerobot.meta import CameraVideo, Meta, is_text, wrong_template
 from preprocessing.sources.scan_cache import Finding, file_digest, findings
 from preprocessing.video.excerpts import excerpt, excerpt_digests
 
-TABLE = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"  # by default, whatever info.json says
-FILM = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
-PLACE_IN_DATA_SET = {"index", "episode_index", "task_index"}  # columns that joining data sets changes
+TABLE = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"  # the default, whatever info.json says
+VIDEO = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+PLACE_IN_DATA_SET = {"index", "episode_index", "task_index"}  # columns that change when data sets are merged
 ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
-class Part:
-    """Where the frames of one camera of one episode are."""
+class VideoSpan:
+    """The place of one camera's frames of one episode: frames ``[first, first + count)`` of a file."""
 
     path: Path
     first: int
@@ -48,52 +48,54 @@ class FilesV3:
     meta: Meta
 
     def scan(self) -> Iterator[EpisodeRef]:
-        tables, films, missing = dict[int, Path](), dict[int, dict[str, Part]](), dict[int, str]()
+        tables, videos, problems = dict[int, Path](), dict[int, dict[str, VideoSpan]](), dict[int, str]()
         for index in self._episodes:
             try:
-                tables[index], films[index] = self._table(index)[0], self._films(index)[0]
+                tables[index], videos[index] = self._table(index)[0], self._spans(index)[0]
             except BadEpisode as error:
-                missing[index] = str(error)
-        parts: dict[Path, list[Part]] = {}
-        for part in (part for cameras in films.values() for part in cameras.values()):
-            parts.setdefault(part.path, []).append(part)
-        for film in parts.values():
-            film.sort(key=lambda part: part.first)
+                problems[index] = str(error)
+        spans: dict[Path, list[VideoSpan]] = {}
+        for span in (span for cameras in videos.values() for span in cameras.values()):
+            spans.setdefault(span.path, []).append(span)
+        for of_file in spans.values():
+            of_file.sort(key=lambda span: span.first)
         rows = _by_file(findings("lerobot v3", dict.fromkeys(tables.values()), _read_table))
-        frames = _by_file(findings(lambda film: _name(parts[film]), parts, lambda film: self._read_film(parts[film])))
+        frames = _by_file(
+            findings(lambda video: _name(spans[video]), spans, lambda video: self._read_video(spans[video]))
+        )
 
         for index in self._episodes:
-            if index in missing:
-                nothing = hashlib.sha256(f"{self.meta.root.name} {index} {missing[index]}".encode()).hexdigest()
-                yield EpisodeRef(str(self.meta.root / "data"), "lerobot", index, nothing, missing[index])
+            if index in problems:
+                nothing = hashlib.sha256(f"{self.meta.root.name} {index} {problems[index]}".encode()).hexdigest()
+                yield EpisodeRef(str(self.meta.root / "data"), "lerobot", index, nothing, problems[index])
                 continue
             found = [_of_episode(index, rows(tables[index]))]
-            for part in films[index].values():
-                of_film = frames(part.path)
-                found.append(of_film[parts[part.path].index(part) if len(of_film) == len(parts[part.path]) else 0])
+            for span in videos[index].values():
+                of_video = frames(span.path)
+                found.append(of_video[spans[span.path].index(span) if len(of_video) == len(spans[span.path]) else 0])
             problem = next((one.problem for one in found if one.problem), None)
             digest = self._digest(index, (one.digest for one in found))
             yield EpisodeRef(str(tables[index]), "lerobot", index, digest, problem)
         for path in dict.fromkeys(tables.values()):
             for number, digest in (one.digest.split(":") for one in rows(path) if not one.problem):
                 if int(number) not in self._episodes:
-                    problem = "its rows are there, but meta/episodes does not list it: the recording was not finished"
+                    problem = "it has rows, but meta/episodes does not list it: the recording was not finished"
                     yield EpisodeRef(str(path), "lerobot", int(number), digest, problem)
 
     def digest(self, ref: EpisodeRef) -> str:
         rows = _Rows()
         rows.add(self.rows(ref))
-        parts = self._films(ref.index)[0].values()
-        films = (excerpt_digests(part.path, [(part.first, part.count)], self.meta.fps)[0] for part in parts)
-        return self._digest(ref.index, [rows.digests()[ref.index], *(digest for digest, _ in films)])
+        spans = self._spans(ref.index)[0].values()
+        videos = (excerpt_digests(span.path, [(span.first, span.count)], self.meta.fps)[0] for span in spans)
+        return self._digest(ref.index, [rows.digests()[ref.index], *(digest for digest, _ in videos)])
 
     def rows(self, ref: EpisodeRef) -> pa.Table:
         return pq.read_table(ref.uri, filters=[("episode_index", "=", ref.index)])
 
-    def films(self, index: int) -> dict[str, Film]:
+    def videos(self, index: int) -> dict[str, CameraVideo]:
         return {
-            camera: Film(excerpt(part.path, part.first, part.count, self.meta.fps), part.count)
-            for camera, part in self._films(index)[0].items()
+            camera: CameraVideo(excerpt(span.path, span.first, span.count, self.meta.fps), span.count)
+            for camera, span in self._spans(index)[0].items()
         }
 
     def tasks(self) -> dict[int, str]:
@@ -101,18 +103,18 @@ class FilesV3:
         if not file.is_file():
             return {}
         table = _table_of(file)
-        sentences = next((column for column in table.columns if is_text(column.type)), None)
-        if sentences is None or "task_index" not in table.column_names:
+        instructions = next((column for column in table.columns if is_text(column.type)), None)
+        if instructions is None or "task_index" not in table.column_names:
             return {}
-        return dict(zip(table["task_index"].to_pylist(), sentences.to_pylist(), strict=True))
+        return dict(zip(table["task_index"].to_pylist(), instructions.to_pylist(), strict=True))
 
     def repairs(self, index: int) -> list[Repair]:
-        wrong = [self._table(index)[1], *self._films(index)[1]]
+        wrong = [self._table(index)[1], *self._spans(index)[1]]
         return [wrong_template(name, "found by default") for name in dict.fromkeys(wrong) if name]
 
     @cached_property
     def _episodes(self) -> dict[int, dict[str, Any]]:
-        """A row of meta/episodes by episode, without its statistics."""
+        """The rows of meta/episodes by episode, without statistics."""
         folder = self.meta.root / "meta" / "episodes"
         rows = [
             row
@@ -120,20 +122,20 @@ class FilesV3:
             for row in _table_of(file, lambda name: not name.startswith("stats/")).to_pylist()
         ]
         if not rows or any("episode_index" not in row for row in rows):
-            raise UserError(f"{folder}: no table of episodes; restore it, or finish the recording")
+            raise UserError(f"{folder}: no table of episodes; restore it or finish the recording")
         return {row["episode_index"]: row for row in sorted(rows, key=lambda row: row["episode_index"])}
 
     def _table(self, index: int) -> tuple[Path, str]:
-        """The file, and the template that does not lead to it."""
+        """The file, and the name of the template in info.json if that does not lead to it."""
         return self._find("data_path", TABLE, index, "data")
 
-    def _films(self, index: int) -> tuple[dict[str, Part], list[str]]:
-        parts, wrong = dict[str, Part](), list[str]()
+    def _spans(self, index: int) -> tuple[dict[str, VideoSpan], list[str]]:
+        spans, wrong = dict[str, VideoSpan](), list[str]()
         for key, camera in self.meta.cameras("video"):
             if not (self.meta.root / "videos" / key).is_dir():
                 continue
             try:
-                path, template = self._find("video_path", FILM, index, f"videos/{key}", video_key=key)
+                path, template = self._find("video_path", VIDEO, index, f"videos/{key}", video_key=key)
                 begin, end = (
                     round(float(self._episodes[index][f"videos/{key}/{name}_timestamp"]) * self.meta.fps)
                     for name in ("from", "to")
@@ -142,9 +144,9 @@ class FilesV3:
                     raise ValueError("no frame")
             except (BadEpisode, KeyError, TypeError, ValueError, OverflowError):
                 raise BadEpisode(f"camera {camera} has no video for episode {index}") from None
-            parts[camera] = Part(path, begin, end - begin)
+            spans[camera] = VideoSpan(path, begin, end - begin)
             wrong.append(template)
-        return parts, wrong
+        return spans, wrong
 
     def _find(self, template: str, default: str, index: int, group: str, **named: str) -> tuple[Path, str]:
         row = self._episodes[index]
@@ -152,27 +154,27 @@ class FilesV3:
         for pattern, wrong in ((self.meta.info.get(template), ""), (default, template)):
             if file := self.meta.file(pattern, **numbers, **named):
                 return file, wrong
-        raise BadEpisode(f"episode {index} is listed, but its file of {group} is not there")
+        raise BadEpisode(f"episode {index} is listed, but its file of {group} is problems")
 
-    def _read_film(self, parts: list[Part]) -> list[Finding]:
-        """One for each, in order."""
-        path = parts[0].path
+    def _read_video(self, spans: list[VideoSpan]) -> list[Finding]:
+        """One finding per span, in order."""
+        path = spans[0].path
         try:
-            found = excerpt_digests(path, [(part.first, part.count) for part in parts], self.meta.fps)
+            found = excerpt_digests(path, [(span.first, span.count) for span in spans], self.meta.fps)
         except BadEpisode as error:
-            return [Finding(hashlib.sha256(_name(parts).encode()).hexdigest(), f"{path.name}: {error}")] * len(parts)
+            return [Finding(hashlib.sha256(_name(spans).encode()).hexdigest(), f"{path.name}: {error}")] * len(spans)
         return [
-            Finding(digest, None if count == part.count else f"{path.name} has {count} of its {part.count} frames")
-            for part, (digest, count) in zip(parts, found, strict=True)
+            Finding(digest, None if count == span.count else f"{path.name} has only {count} of its {span.count} frames")
+            for span, (digest, count) in zip(spans, found, strict=True)
         ]
 
-    def _digest(self, index: int, parts: Iterable[str]) -> str:
-        sentences = self._episodes[index].get("tasks") or []
-        return hashlib.sha256(json.dumps([[*parts], [*sentences]]).encode()).hexdigest()
+    def _digest(self, index: int, spans: Iterable[str]) -> str:
+        instructions = self._episodes[index].get("tasks") or []
+        return hashlib.sha256(json.dumps([[*spans], [*instructions]]).encode()).hexdigest()
 
 
 class _Rows:
-    """Digests of the rows of each episode, column by column, whatever pieces they come in."""
+    """Digests of each episode's rows, column by column, independent of how the table is split."""
 
     def __init__(self) -> None:
         self._hashes: dict[int, dict[str, Any]] = {}
@@ -206,7 +208,7 @@ def _update(sha: Any, column: pa.Array) -> None:
 
 
 def _read_table(file: Path) -> list[Finding]:
-    """``INDEX:DIGEST`` of each episode that has rows in the file."""
+    """``INDEX:DIGEST`` of each episode with rows in the file."""
     rows = _Rows()
     try:
         with pq.ParquetFile(file) as opened:
@@ -222,11 +224,11 @@ def _of_episode(index: int, found: list[Finding]) -> Finding:
         number, _, digest = one.digest.partition(":")
         if one.problem or number == f"{index}":
             return Finding(digest or one.digest, one.problem)
-    return Finding(f"{index}", f"no row of episode {index} is in its table")
+    return Finding(f"{index}", f"its table has no rows of episode {index}")
 
 
 def _by_file(found: Iterator[tuple[Path, list[Finding]]]) -> Callable[[Path], list[Finding]]:
-    """What was found in a file, which is waited for no longer than until its turn."""
+    """Look up findings by file, consuming the iterator only as far as needed."""
     known: dict[Path, list[Finding]] = {}
 
     def of(path: Path) -> list[Finding]:
@@ -238,9 +240,9 @@ def _by_file(found: Iterator[tuple[Path, list[Finding]]]) -> Callable[[Path], li
     return of
 
 
-def _name(parts: list[Part]) -> str:
-    """What decides, beside a film, what is found in it."""
-    return "lerobot v3 " + hashlib.sha256(repr([(part.first, part.count) for part in parts]).encode()).hexdigest()
+def _name(spans: list[VideoSpan]) -> str:
+    """The cache key for a video's findings: besides the file, they depend on the spans."""
+    return "lerobot v3 " + hashlib.sha256(repr([(span.first, span.count) for span in spans]).encode()).hexdigest()
 
 
 def _table_of(file: Path, wanted: Callable[[str], bool] = lambda _: True) -> pa.Table:

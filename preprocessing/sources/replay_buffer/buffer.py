@@ -20,7 +20,7 @@ from preprocessing.episode import Repair
 from preprocessing.errors import BadEpisode
 from preprocessing.limits import limits
 from preprocessing.sources.scan_cache import Finding, file_digest, findings, stamp_of
-from preprocessing.sources.untrusted.zarr_v2 import ZarrFolder, NotNumericError, ZarrArray, ZarrZip, open_array
+from preprocessing.sources.untrusted.zarr_v2 import NotNumericError, ZarrArray, ZarrFolder, ZarrZip, open_array
 
 ENDS = "meta/episode_ends"
 MARK = f"{ENDS}/.zarray"
@@ -96,7 +96,7 @@ def vectors(array: ZarrArray, start: int, stop: int) -> np.ndarray:
 
 
 def is_image(array: ZarrArray) -> bool:
-    """Whether rows are images: three channels, last or first, and at least 16 by 16, unlike a small table of vectors."""
+    """Whether rows are images: three channels, last or first, of at least 16 by 16; a table of vectors is smaller."""
     if len(array.shape) != 4:
         return False
     _, *sides = array.shape

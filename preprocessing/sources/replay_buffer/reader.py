@@ -6,8 +6,8 @@ float32. UMI (https://github.com/real-stanford/universal_manipulation_interface)
 Diffusion Policy's real robot stores videos next to the buffer, ``videos/EPISODE/CAMERA.mp4``, which start with their
 episode and have their own rate.
 
-An episode's digest covers its rows of all arrays, sorted by name, and its videos: the stored chunks if a chunk holds one
-row, else the values. It is the same in a folder and in a zip file, and does not change when episodes are added.
+An episode's digest covers its rows of all arrays, sorted by name, and its videos: the stored chunks if a chunk holds
+one row, else the values. It is the same in a folder and in a zip file, and does not change when episodes are added.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ from preprocessing.sources.replay_buffer.buffer import Buffer, buffers, digests,
 from preprocessing.sources.scan_cache import Finding, file_digest, findings
 from preprocessing.sources.untrusted.zarr_v2 import ZarrArray
 from preprocessing.video.decode import open_video, probe_video
-from preprocessing.video.frames import chunks, first_frames, resize, thinned
-from preprocessing.video.thinning import kept_before
+from preprocessing.video.frames import chunks, first_frames, kept_before, resize, thinned
 
 WIDE = 1024  # numbers per step; point clouds and depth have more
 PROPRIO = re.compile(r"(robot|agent_pos|state|qpos|qvel|eef|joint|gripper|proprio)(?!.*(demo_|action))")
@@ -249,8 +248,8 @@ def _video_cameras(videos: list[Path], steps: int, rate: float) -> tuple[dict[st
             shown = min(shown, kept_before(info.declared_frames, shares[video]))
     if shown < steps - MAX_MISSING:
         raise BadEpisode(f"the videos show only {shown} of {steps} steps")
-    cameras = {f"camera_{video.stem}": first_frames(thinned(open_video(video), shares[video]), shown) for video in videos}
-    return cameras, shown
+    opened = {video.stem: thinned(open_video(video), share) for video, share in shares.items()}
+    return {f"camera_{name}": first_frames(video, shown) for name, video in opened.items()}, shown
 
 
 # --------------------------------------------------------------------------------------------------------- scans

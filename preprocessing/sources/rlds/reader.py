@@ -1,11 +1,11 @@
 """RLDS: episodes as TFDS writes them, read without TensorFlow.
 
 A folder holds ``features.json`` and shards ``NAME-SPLIT.tfrecord-00000-of-00004``. Each record of a shard is one
-episode: names such as ``steps/observation/image_0`` with flat lists over all steps, to which ``features.json`` gives
-their shapes back. The convention: https://github.com/google-research/rlds; the files around it:
+episode: names such as ``steps/observation/image_0`` with flat lists over all steps, whose shapes are in
+``features.json``. The convention: https://github.com/google-research/rlds; the accompanying files:
 :mod:`preprocessing.sources.rlds.tfds`; the bytes: :mod:`preprocessing.sources.rlds.tfrecord`.
 
-RLDS records neither robot nor control rate, nor what the numbers of an action mean: contracts do.
+RLDS records neither robot nor control rate nor the meaning of an action's numbers: contracts do.
 
 An episode's index is its record's number in the shard; its digest covers the record's bytes.
 """
@@ -27,7 +27,7 @@ from preprocessing.sources.scan_cache import findings
 from preprocessing.video.frames import decode_image, images_video
 
 BLACK = 8  # JPEG noise around zero stays below this level
-WIDEST = 256  # what has more columns is an embedding, or a sentence in numbers
+WIDEST = 256  # wider vectors are embeddings or encoded text
 INSTRUCTION_NAMES = ("language_instruction", "natural_language_instruction", "instruction")
 OBSERVATION = "steps/observation/"
 
@@ -66,7 +66,7 @@ def _episode(ref: EpisodeRef, features: dict[str, Feature], leaves: dict[str, Le
     name, split = dataset_and_split(Path(ref.uri))
     repairs = [
         Repair("fps", "control rate unknown; 10 Hz assumed"),
-        Repair("embodiment", "robot unknown; the data set's name stands for it"),
+        Repair("embodiment", "robot unknown; the data set's name is used instead"),
     ]
     steps = _count_steps(features, leaves)
     images, dropped = _images(features, leaves, steps)
@@ -74,17 +74,17 @@ def _episode(ref: EpisodeRef, features: dict[str, Feature], leaves: dict[str, Le
     black = {camera for camera, files in images.items() if _is_black(files)}
     repairs += [Repair("frames", f"camera {camera} is black in every frame") for camera in sorted(black)]
     for camera in sorted(images.keys() - black):
-        said = features.get(f"episode_metadata/has_{camera}")
-        if isinstance(said, np.ndarray) and said.size and not said.any():
+        flag = features.get(f"episode_metadata/has_{camera}")
+        if isinstance(flag, np.ndarray) and flag.size and not flag.any():
             repairs.append(Repair("cameras", f"has_{camera} is 0 although images exist; camera kept"))
     is_last = features.get("steps/is_last")
     if isinstance(is_last, np.ndarray) and not is_last.any():
-        repairs.append(Repair("steps", "is_last is never 1; the last step is taken to be the end"))
+        repairs.append(Repair("steps", "is_last is never 1; the last step is taken as the end"))
 
     action, layout = _action(features, leaves, steps)
     proprio, signals = _vectors(features, leaves, steps)
-    sentences = _sentences(features, leaves)
-    instruction, changes = _instruction(sentences)
+    every_text = _texts(features, leaves)
+    instruction, changes = _instruction(every_text)
     if changes:
         repairs.append(Repair("instruction", "the instruction changes within the episode; the first one is kept"))
     cameras: dict[str, Video] = {camera: images_video(files) for camera, files in images.items()}
@@ -96,18 +96,18 @@ def _episode(ref: EpisodeRef, features: dict[str, Feature], leaves: dict[str, Le
         action=action,
         action_layout=layout,
         instruction=instruction,
-        success=_success(features, sentences),
+        success=_success(features, every_text),
         embodiment=name,
         repairs=tuple(repairs),
         signals=signals,
-        texts=_texts(sentences),
+        texts=_first_texts(every_text),
         dataset=name,
         split=split,
     )
 
 
 def _count_steps(features: dict[str, Feature], leaves: dict[str, Leaf]) -> int:
-    """Every list that holds something per step must agree on how many steps there are."""
+    """The number of steps. Raises BadEpisode if the lists with values per step disagree."""
     counts: dict[int, str] = {}
     for key, leaf in sorted(leaves.items()):
         if key.startswith("steps/") and leaf.shape is not None and key in features:
@@ -136,7 +136,9 @@ def _images(
         camera = key.removeprefix("steps/observation/").replace("/", "_")
         files = features.get(key, [])
         if leaf.dtype != "uint8" or (leaf.shape and leaf.shape[-1] != 3):
-            dropped[camera] = f"{leaf.dtype} with {leaf.shape[-1] if leaf.shape else '?'} channels is no colour image"
+            dropped[camera] = (
+                f"{leaf.dtype} with {leaf.shape[-1] if leaf.shape else '?'} channels is not a colour image"
+            )
         elif isinstance(files, np.ndarray) or not any(files):
             dropped[camera] = "it holds no image"
         elif len(files) != steps:
@@ -147,14 +149,14 @@ def _images(
 
 
 def _is_black(files: Sequence[bytes]) -> bool:
-    """A camera that was not there is recorded as the same black JPEG again and again: one decode tells."""
+    """Whether all images are black. A missing camera repeats one black JPEG, so identical files are decoded once."""
     return all(decode_image(data).max() <= BLACK for data in dict.fromkeys(files))
 
 
 def _vectors(
     features: dict[str, Feature], leaves: dict[str, Leaf], steps: int
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Proprioception is what is observed in fractions; all other numbers of a step but its action are signals."""
+    """Observed floats are proprio; all other numbers per step, except the action, are signals."""
     proprio, signals = dict[str, np.ndarray](), dict[str, np.ndarray]()
     for key, leaf in sorted(leaves.items()):
         if not key.startswith("steps/") or key == "steps/action" or not leaf.width or "embed" in key:
@@ -176,10 +178,10 @@ def _tensor(features: dict[str, Feature], key: str, steps: int) -> np.ndarray:
 def _action(
     features: dict[str, Feature], leaves: dict[str, Leaf], steps: int
 ) -> tuple[np.ndarray | None, tuple[ActionBlock, ...]]:
-    """One vector, or its parts joined in the order of their names; a contract can join them in another."""
+    """One vector, or its parts concatenated in the order of their names; a contract can reorder them."""
     if "steps/action" in leaves:
         if not leaves["steps/action"].width:
-            raise BadEpisode("steps/action is not one vector a step")
+            raise BadEpisode("steps/action is not one vector per step")
         action = _tensor(features, "steps/action", steps)
         return action, (ActionBlock(name="action", size=action.shape[1]),)
     keys = sorted(key for key, leaf in leaves.items() if key.startswith("steps/action/") and leaf.width)
@@ -191,10 +193,11 @@ def _action(
     return np.concatenate(parts, axis=1), layout
 
 
-def _success(features: dict[str, Feature], sentences: dict[str, list[str]]) -> bool | None:
-    """Where it was judged. Of RT-1's episodes people judged some, and ``has_aspects`` says which.
+def _success(features: dict[str, Feature], every_text: dict[str, list[str]]) -> bool | None:
+    """Whether the episode succeeded, None if nobody judged it.
 
-    DROID has failures beside successes, and only the path of the recording tells which.
+    People judged some of RT-1's episodes, marked by ``has_aspects``. DROID's failures are known only by the recording's
+    path.
     """
     judged = features.get("aspects/has_aspects")
     for name in ("success", "episode_metadata/success", "aspects/success", "steps/success"):
@@ -203,15 +206,15 @@ def _success(features: dict[str, Feature], sentences: dict[str, list[str]]) -> b
             continue
         if isinstance(values, np.ndarray) and values.size:
             return bool(values.any())
-    if "episode_metadata/recording_folderpath" in sentences:
-        folders = {part for path in sentences.get("episode_metadata/file_path", []) for part in path.split("/")}
-        if len(said := folders & {"success", "failure"}) == 1:
-            return said == {"success"}
+    if "episode_metadata/recording_folderpath" in every_text:
+        folders = {part for path in every_text.get("episode_metadata/file_path", []) for part in path.split("/")}
+        if len(flag := folders & {"success", "failure"}) == 1:
+            return flag == {"success"}
     return None
 
 
-def _sentences(features: dict[str, Feature], leaves: dict[str, Leaf]) -> dict[str, list[str]]:
-    """By field. Language Table has its instructions in numbers: the bytes of UTF-8, then zeros."""
+def _texts(features: dict[str, Feature], leaves: dict[str, Leaf]) -> dict[str, list[str]]:
+    """All texts, by field. Language Table stores instructions as numbers: UTF-8 bytes, padded with zeros."""
     found = {}
     for key, leaf in sorted(leaves.items()):
         values = features.get(key)
@@ -223,17 +226,18 @@ def _sentences(features: dict[str, Feature], leaves: dict[str, Leaf]) -> dict[st
     return found
 
 
-def _texts(sentences: dict[str, list[str]]) -> dict[str, str]:
-    """By field, the first that is not empty."""
+def _first_texts(every_text: dict[str, list[str]]) -> dict[str, str]:
+    """The first text of each field that is not empty."""
     return {
         key.removeprefix("steps/").removeprefix("episode_metadata/"): next(filter(None, texts), "")
-        for key, texts in sentences.items()
+        for key, texts in every_text.items()
     }
 
 
-def _instruction(sentences: dict[str, list[str]]) -> tuple[str | None, bool]:
+def _instruction(every_text: dict[str, list[str]]) -> tuple[str | None, bool]:
+    """The first instruction, and whether it changes within the episode."""
     for name in INSTRUCTION_NAMES:
-        for key, every in sentences.items():
+        for key, every in every_text.items():
             texts = [text for text in every if text]
             if key.rsplit("/", 1)[-1] == name and texts:
                 return texts[0], len(set(texts)) > 1
@@ -241,6 +245,6 @@ def _instruction(sentences: dict[str, list[str]]) -> tuple[str | None, bool]:
 
 
 def _shards(path: Path) -> list[Path]:
-    """The shards of every split of a folder, or the one that is named."""
+    """The file itself, or the shards of every split in a folder."""
     candidates = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
     return [p for p in candidates if SHARD.search(p.name) and not p.name.startswith(".")]

@@ -1,7 +1,7 @@
-"""What TFDS writes beside its shards, and into their names.
+"""The metadata that TFDS writes next to its shards and into their names.
 
-``features.json`` gives the flat lists of an Example their shapes back, ``dataset_info.json`` names the data set, and a
-shard is called ``NAME-SPLIT.tfrecord-00000-of-00004``: https://www.tensorflow.org/datasets/external_tfrecord.
+``features.json`` has the shapes of an Example's flat lists, ``dataset_info.json`` the data set's name, and a shard is
+named ``NAME-SPLIT.tfrecord-00000-of-00004``: https://www.tensorflow.org/datasets/external_tfrecord.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ SHARD = re.compile(r"\.tfrecord(-(\d+)-of-(\d+))?$")
 
 @dataclass(frozen=True)
 class Leaf:
-    """What features.json says about one flat list of the Example."""
+    """The description in features.json of one flat list of the Example."""
 
     kind: str  # the TFDS class: Tensor, Scalar, Image, Text
-    shape: tuple[int, ...] | None  # of one step; None where it varies
+    shape: tuple[int, ...] | None  # of one step; None if it varies
     dtype: str
     encoding: str
 
     @property
     def width(self) -> int:
-        """How many numbers it holds of each step; 0 where that is not one vector of them."""
+        """How many numbers it has per step; 0 if it is not one vector of numbers per step."""
         numeric = re.match("float|bfloat|u?int|bool", self.dtype) and self.kind in ("Tensor", "Scalar")
         whole = self.encoding == "none" and self.shape is not None and len(self.shape) <= 1
         return math.prod(self.shape or ()) if numeric and whole else 0
@@ -42,7 +42,7 @@ class Leaf:
 
 
 def read_leaves(path: Path) -> dict[str, Leaf]:
-    """features.json, flattened to the names that the Example uses."""
+    """Read features.json, flattened to the names that the Example uses. Raises BadEpisode."""
     leaves: dict[str, Leaf] = {}
 
     def walk(node: dict[str, Any], name: str, sequences: int) -> None:
@@ -55,7 +55,7 @@ def read_leaves(path: Path) -> dict[str, Leaf]:
             kind = node.get("pythonClassName", "").rsplit(".", 1)[-1]
             spec = node.get("tensor") or node.get("image") or {}
             sizes = [int(size) for size in spec.get("shape", {}).get("dimensions", [])]
-            ragged = sequences > 1 or any(size < 0 for size in sizes)  # a list within each step has no fixed length
+            ragged = sequences > 1 or any(size < 0 for size in sizes)  # a list within a step has no fixed length
             leaves[name] = Leaf(
                 kind, None if ragged else tuple(sizes), spec.get("dtype", ""), spec.get("encoding", "none")
             )
@@ -68,7 +68,7 @@ def read_leaves(path: Path) -> dict[str, Leaf]:
 
 
 def dataset_and_split(shard: Path) -> tuple[str, str | None]:
-    """The data set's name, where dataset_info.json does not tell from the shard's; and which split the shard is of."""
+    """The data set's name, from dataset_info.json or else from the shard's name, and the shard's split."""
     whole, _, counted = shard.name.partition(".tfrecord")
     name, dash, split = whole.rpartition("-")
     with suppress(OSError, ValueError, KeyError, TypeError):
@@ -77,7 +77,7 @@ def dataset_and_split(shard: Path) -> tuple[str, str | None]:
 
 
 def missing_shards(shards: Iterable[Path]) -> Iterator[tuple[Path, str]]:
-    """The first that is missing of each row of shards, and a sentence that says so of all."""
+    """Yield the first missing shard of each set, and a message that covers all of them."""
     rows: dict[tuple[Path, str], set[int]] = {}
     for shard in shards:
         if (match := SHARD.search(shard.name)) and match[1]:

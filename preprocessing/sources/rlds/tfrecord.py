@@ -1,9 +1,9 @@
-"""TFRecord files and the ``tf.train.Example`` in each record, without TensorFlow.
+"""Read TFRecord files and the ``tf.train.Example`` in each record, without TensorFlow.
 
-A file is a row of records, each framed as ``length (uint64) | masked CRC-32C of length | data | masked CRC-32C of
+A file is a sequence of records, each framed as ``length (uint64) | masked CRC-32C of length | data | masked CRC-32C of
 data``, little endian (tensorflow/core/lib/io/record_writer.h). The data is a protobuf message, a map of names to flat
-lists (tensorflow/core/example/{example,feature}.proto), parsed here from the wire format itself
-(https://protobuf.dev/programming-guides/encoding/): three message types do not earn a dependency.
+lists (tensorflow/core/example/{example,feature}.proto), parsed here from the wire format
+(https://protobuf.dev/programming-guides/encoding/): three message types do not justify a dependency.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ Feature = np.ndarray | list[bytes]
 
 
 def records(shard: Path) -> Iterator[Finding]:
-    """Every record of a shard, in order: hashed and checked, but not kept.
+    """Hash and check every record of a shard, in order.
 
-    A bad checksum of the data costs that record only. After a bad length nobody knows where the next record
-    starts, so the rest of the shard becomes one problem.
+    A bad checksum of the data costs that record only. After a bad length the start of the next record is unknown, so
+    the rest of the shard becomes one problem.
     """
     with shard.open("rb") as file:
         index = start = 0
@@ -41,12 +41,12 @@ def records(shard: Path) -> Iterator[Finding]:
             length = _length(file)
             if length is None:
                 digest, _ = _hash(file, start, size - start)
-                what = "its header is cut off" if size - start < 12 else "its length has a wrong checksum"
+                what = "its header is truncated" if size - start < 12 else "its length has a wrong checksum"
                 yield Finding(digest, f"record {index} at byte {start} of {shard.name}: {what}")
                 return
             if start + length + 16 > size:
                 digest, _ = _hash(file, start, size - start)
-                cut = f"cut off, {size - start} bytes of {length + 16} are there"
+                cut = f"truncated: {size - start} of {length + 16} bytes"
                 yield Finding(digest, f"record {index} at byte {start} of {shard.name} is {cut}")
                 return
             digest, crc = _hash(file, start + 12, length)
@@ -54,7 +54,7 @@ def records(shard: Path) -> Iterator[Finding]:
             if length > limits().array_bytes:
                 problem = f"is {length} bytes long, more than limits.array_bytes"
             elif _masked(crc) != struct.unpack("<I", file.read(4))[0]:
-                problem = "has a wrong checksum: its bytes were damaged"
+                problem = "has a wrong checksum: its bytes are damaged"
             where = f"record {index} at byte {start} of {shard.name}"
             yield Finding(digest, problem and f"{where} {problem}")
             start += length + 16
@@ -63,6 +63,7 @@ def records(shard: Path) -> Iterator[Finding]:
 
 
 def read_record(shard: Path, index: int) -> bytes:
+    """Return the data of one record. Raises BadEpisode if it cannot be reached."""
     with shard.open("rb") as file:
         for _ in range(index):
             length = _length(file)
@@ -76,7 +77,7 @@ def read_record(shard: Path, index: int) -> bytes:
 
 
 def _length(file: BinaryIO) -> int | None:
-    """The length of the record whose header comes next, or None where the header is cut off or damaged."""
+    """The length of the record whose header comes next, None if the header is truncated or damaged."""
     header = file.read(12)
     if len(header) < 12:
         return None
@@ -95,15 +96,15 @@ def _hash(file: BinaryIO, start: int, length: int) -> tuple[str, int]:
 
 
 def _masked(crc: int) -> int:
-    """TFRecord stores checksums rotated and shifted, so that a checksum of checksums stays meaningful."""
+    """Mask a checksum as TFRecord does: rotated, plus a constant."""
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def parse_example(data: bytes) -> dict[str, Feature]:
-    """Example { Features features = 1 { map<string, Feature> feature = 1 } }. Raises ValueError.
+    """Parse Example { Features features = 1 { map<string, Feature> feature = 1 } }. Raises ValueError.
 
-    Feature is one of BytesList = 1, FloatList = 2, Int64List = 3, each ``repeated value = 1``; numbers come packed
-    or one by one, in any mixture. Unknown fields are skipped, as protobuf asks.
+    Feature is one of BytesList = 1, FloatList = 2, Int64List = 3, each ``repeated value = 1``; numbers come packed or
+    one by one, in any mixture. Unknown fields are skipped, as protobuf requires.
     """
     parsed: dict[str, Feature] = {}
     for _, features in _messages(memoryview(data), (1,)):
@@ -121,7 +122,7 @@ def parse_example(data: bytes) -> dict[str, Feature]:
 def _parse_feature(data: memoryview) -> Feature:
     kind, strings, numbers = 0, list[bytes](), list[np.ndarray]()
     for number, body in _messages(data, (1, 2, 3)):
-        if number != kind:  # a oneof: the last kind wins, and repeats of it are joined
+        if number != kind:  # a oneof: the last kind wins, and its repeats are merged
             kind, strings, numbers = number, [], []
         for field, wire, value in _fields(body):
             if field != 1:
@@ -152,7 +153,7 @@ def _messages(data: memoryview, numbers: tuple[int, ...]) -> Iterator[tuple[int,
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
-    """(field number, wire type, value) of one message: an int for varints, else the bytes."""
+    """Yield (field number, wire type, value) of a message; the value is an int for varints, else bytes."""
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)
@@ -187,7 +188,7 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
 
 
 def _unpack_varints(data: memoryview) -> np.ndarray:
-    """All varints of a packed list at once: seven bits of each byte, summed between bytes without the high bit."""
+    """Decode a packed list of varints, vectorized: seven bits per byte; a byte without the high bit ends a number."""
     raw = np.frombuffer(data, np.uint8)
     if raw.size == 0:
         return np.zeros(0, np.int64)

@@ -4,8 +4,8 @@ A *track* is one topic's values and their times. The camera with the fewest imag
 episode's frames, so no frame repeats. Every other topic contributes its latest message that is not after the frame.
 Frames before the first message of any topic are dropped.
 
-There are two clocks: the sender's, in the message header, and the recorder's. Mixing them would shift topics against one
-another, so the senders' is used only if every topic has it and it agrees with the recorder's.
+There are two clocks: the sender's, in the message header, and the recorder's. Mixing them would shift topics against
+one another, so the senders' is used only if every topic has it and it agrees with the recorder's.
 """
 
 from __future__ import annotations
@@ -89,10 +89,10 @@ def align(cameras: dict[str, Track], vectors: dict[str, Track]) -> Aligned:
         repairs.append(Repair("steps", mapped))
 
     tracks = cameras | vectors
-    against = next(((name, why) for name, track in tracks.items() if (why := track.why_not_stamped())), None)
-    clock = f"receive times are used: {' '.join(against)}" if against else "header stamps are used as times"
+    unusable = next(((name, why) for name, track in tracks.items() if (why := track.why_not_stamped())), None)
+    clock = f"receive times are used: {' '.join(unusable)}" if unusable else "header stamps are used as times"
     repairs.append(Repair("steps", clock))
-    times = {name: np.array(track.received if against else track.stamped) for name, track in tracks.items()}
+    times = {name: np.array(track.received if unusable else track.stamped) for name, track in tracks.items()}
     backwards = [name for name in tracks if (np.diff(times[name]) < 0).any()]
     if camera := next((name for name in backwards if name in cameras), None):
         raise BadEpisode(f"the images of {camera} are not sorted by time; run `mcap sort`")

@@ -1,8 +1,8 @@
 """Read messages from ROS recordings in the order they were written: MCAP, ROS 2 bags, ROS 1 bags.
 
 A recording is one file or one ROS 2 bag: a folder whose ``metadata.yaml`` lists its storage files; a split bag has
-several. A storage file is recognised by its first bytes: MCAP (https://mcap.dev/spec), SQLite with the tables ``topics``
-and ``messages`` (https://github.com/ros2/rosbag2, ``rosbag2_storage_sqlite3``), or ROS 1's format 2.0
+several. A storage file is recognised by its first bytes: MCAP (https://mcap.dev/spec), SQLite with the tables
+``topics`` and ``messages`` (https://github.com/ros2/rosbag2, ``rosbag2_storage_sqlite3``), or ROS 1's format 2.0
 (https://wiki.ros.org/Bags/Format/2.0).
 
 Sizes that a file claims are not trusted: data is decompressed up to a limit and no further. The message definitions in
@@ -226,8 +226,8 @@ def _bag1(file: Path, topic: str | None) -> Iterator[Message]:
 
 
 def _zstd(data: bytes, limit: int) -> bytes:
-    data_out = zstandard.ZstdDecompressor().stream_reader(data).read(limit + 1)
-    return _checked(data_out, limit)
+    decompressed = zstandard.ZstdDecompressor().stream_reader(data).read(limit + 1)
+    return _checked(decompressed, limit)
 
 
 def _lz4(data: bytes, limit: int) -> bytes:
@@ -238,10 +238,10 @@ def _bz2(data: bytes, limit: int) -> bytes:
     return _checked(bz2.BZ2Decompressor().decompress(data, max_length=limit + 1), limit)
 
 
-def _checked(data_out: bytes, limit: int) -> bytes:
-    if len(data_out) > limit:
+def _checked(decompressed: bytes, limit: int) -> bytes:
+    if len(decompressed) > limit:
         raise BadEpisode(f"data decompresses to more than {limit} bytes")
-    return data_out
+    return decompressed
 
 
 # Bounded replacements for the library's decompressors.

@@ -154,9 +154,7 @@ def image_of(decoded: Any) -> np.ndarray:
     rows = data[: step * height].reshape(height, step)  # rows may be padded
     if decoded.encoding in YUV:
         if width % 2:
-            raise BadEpisode(
-                f"a YUV 4:2:2 image of {width}x{height} pixels has an odd width"
-            )
+            raise BadEpisode(f"a YUV 4:2:2 image of {width}x{height} pixels has an odd width")
         return _rgb(rows[:, : width * channels].reshape(height, width // 2, 4), *YUV[decoded.encoding])
     return rows[:, : width * channels].reshape(height, width, channels)[..., order]
 
@@ -180,8 +178,8 @@ def numbers_of(decoded: Any, kind: str) -> Iterator[tuple[str, Sequence[str], Se
         return
     for name in ("position", "velocity", "effort"):
         if len(values := getattr(decoded, name).tolist()):
-            encoding = len(set(decoded.name)) == len(decoded.name) == len(values)
-            yield f"/{name}", decoded.name if encoding else (), values
+            named = len(set(decoded.name)) == len(decoded.name) == len(values)
+            yield f"/{name}", decoded.name if named else (), values
 
 
 def _from_json(decoded: dict[str, Any]) -> SimpleNamespace:

@@ -5,9 +5,9 @@ Cameras and vectors are named after their topics; a joint state's vectors are ``
 up the action; without one there is no action. Topics named like commands become signals, so that no policy sees them as
 proprio by mistake.
 
-All topics are aligned to one camera's frames (:mod:`preprocessing.sources.ros.align`). ``load`` reads the recording once
-for times and numbers; each camera reads it again when iterated, one message at a time. An episode's digest covers its
-storage files.
+All topics are aligned to one camera's frames (:mod:`preprocessing.sources.ros.align`). ``load`` reads the recording
+once for times and numbers; each camera reads it again when iterated, one message at a time. An episode's digest covers
+its storage files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from preprocessing.episode import Episode, EpisodeRef, Repair, Video
 from preprocessing.errors import BadEpisode
 from preprocessing.sources.ros.align import Track, align
 from preprocessing.sources.ros.bags import METADATA, Message, messages, problem_of, recordings, storage_files
-from preprocessing.sources.ros.messages import NO_CHANNEL_ORDER, decode, numbers_of, image_of, role_of, stamp_of, unfit
+from preprocessing.sources.ros.messages import NO_CHANNEL_ORDER, decode, image_of, numbers_of, role_of, stamp_of, unfit
 from preprocessing.sources.scan_cache import Finding, file_digest, findings
 from preprocessing.video.frames import chunks, resize
 
@@ -82,7 +82,8 @@ def load(ref: EpisodeRef) -> Episode:
         raise BadEpisode(f"holds no camera: topics are {', '.join(filter(None, [unread, others])) or 'none'}")
     aligned = align(contents.cameras, contents.vectors)
     commands = {name for name in aligned.vectors if any(word in contents.topics[name].lower() for word in COMMANDS)}
-    instructions = {topic: text for topic, text in contents.texts.items() if any(word in topic.lower() for word in INSTRUCTIONS)}
+    texts = contents.texts.items()
+    instructions = {topic: text for topic, text in texts if any(word in topic.lower() for word in INSTRUCTIONS)}
     repairs = [*aligned.repairs, Repair("embodiment", "robot unknown")]
     for topic in contents.unnamed:
         repairs.append(Repair("bgr", f"{topic} does not declare its channel order; BGR assumed, OpenCV's default"))

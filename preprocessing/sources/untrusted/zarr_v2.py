@@ -260,13 +260,13 @@ def _listed(path: Path, _size: int, _changed: int) -> tuple[dict[str, int], np.n
 def _blosc(data: bytes, size: int) -> memoryview:
     """Decompress. The library trusts the header's sizes, so they are checked first."""
     if len(data) < 16 or struct.unpack("<I4xI", data[4:16]) != (size, len(data)):
-        raise ValueError("its header says another number of bytes")
+        raise ValueError("its header declares another size")
     return memoryview(blosc.decompress(data, np.empty(size, np.uint8)))
 
 
 def _lz4(data: bytes, size: int) -> memoryview:
     if data[:4] != struct.pack("<I", size):
-        raise ValueError("its header says another number of bytes")
+        raise ValueError("its header declares another size")
     return memoryview(lz4.decompress(data, np.empty(size, np.uint8)))
 
 

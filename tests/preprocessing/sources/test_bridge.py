@@ -73,7 +73,7 @@ def one(path: Path) -> Episode:
 
 @pytest.mark.skipif(not REAL.exists(), reason=f"no real data at {REAL}")
 @pytest.mark.parametrize("number", [0, 7])
-def test_real_episodes_come_out_as_in_rlds(tmp_path, number):
+def test_real_episodes_equal_rlds(tmp_path, number):
     source = load(refs_of(REAL / "bridge_rlds")[number])
     frames = {camera: frames_of(source, camera) for camera in ("image_0", "image_1")}
     assert source.action is not None
@@ -96,7 +96,7 @@ def test_real_episodes_come_out_as_in_rlds(tmp_path, number):
         assert {name: getattr(block, name) for name in told} == told
 
 
-def test_pictures_in_the_order_of_their_numbers_and_every_row_with_its_own(tmp_path):
+def test_images_are_sorted_by_number_and_paired_with_rows(tmp_path):
     folder = toy(tmp_path)
     episode = one(tmp_path)
     wanted = moving(12)[:11]
@@ -124,7 +124,7 @@ def test_pictures_in_the_order_of_their_numbers_and_every_row_with_its_own(tmp_p
     assert thin.fps == 5
 
 
-def test_cameras_that_were_late(tmp_path):
+def test_lagging_cameras(tmp_path):
     late = one(toy(tmp_path, dated="rss/toykitchen2/set_table/00/2021-07-22_23-59-59"))
     in_time = one(toy(tmp_path, dated="rss/toykitchen2/set_table/00/2021-07-23_00-00-00"))
     assert late.action is not None and in_time.action is not None
@@ -134,13 +134,13 @@ def test_cameras_that_were_late(tmp_path):
     assert np.array_equal(late.signals["qpos"], in_time.signals["qpos"][1:])
     assert np.array_equal(late.signals["delta_robot_transform"], in_time.signals["delta_robot_transform"][:10])
     assert said(one(toy(tmp_path / "2021-01-01_00-00-00"))) == []  # of the copy, not of the recording
-    assert late.id != in_time.id and "a picture late" in said(late)[0] and said(in_time) == []
+    assert late.id != in_time.id and "lagged by one frame" in said(late)[0] and said(in_time) == []
 
 
 def test_a_folder_without_a_date(tmp_path):
     episode = one(toy(tmp_path, dated="mine"))
     assert len(episode.action) == 11
-    assert said(episode) == ["no folder tells the date; cameras taken to be in time, as since 2021-07-23"]
+    assert said(episode) == ["no folder name has a date; cameras assumed not to lag, as since 2021-07-23"]
 
 
 def test_only_numbers_are_signals(tmp_path):
@@ -154,12 +154,12 @@ def test_only_numbers_are_signals(tmp_path):
     assert signals["flags"][:2].tolist() == [[1], [0]] and signals["pairs"][4].tolist() == [1, 2.5]
     assert signals["nested"].shape == (11, 1)
     (folder / "obs_dict.pkl").write_bytes(pickle.dumps(observed))
-    with pytest.raises(BadEpisode, match="keys that are no text"):
+    with pytest.raises(BadEpisode, match="keys that are not strings"):
         load(refs_of(tmp_path)[0])
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_bare_actions_no_sentence_and_every_protocol(tmp_path, protocol):
+def test_bare_actions_no_instruction_and_every_protocol(tmp_path, protocol):
     folder = toy(tmp_path, sentences=None, protocol=protocol)
     rows = [np.full(7, index / 2) for index in range(11)]
     (folder / "policy_out.pkl").write_bytes(pickle.dumps(rows, protocol))
@@ -188,7 +188,7 @@ def test_digests(tmp_path, monkeypatch):
     assert digest(ref) != ref.digest
 
 
-def test_an_episodes_folder_is_closed(tmp_path):
+def test_an_episode_folder_is_closed(tmp_path):
     toy(tmp_path)
     toy(tmp_path, name="traj1")
     write_video(tmp_path / "clip.mp4", moving(4))
@@ -210,21 +210,21 @@ def change(name: str, data: object) -> Callable[[Path], object]:
     [
         (lambda folder: (folder / "policy_out.pkl").unlink(), "has no policy_out.pkl"),
         (lambda folder: (folder / "obs_dict.pkl").unlink(), "has no obs_dict.pkl"),
-        (lambda folder: (folder / "images2/im_5.jpg").unlink(), "images2 holds 11 pictures; for 11 actions, 0 to 11"),
+        (lambda folder: (folder / "images2/im_5.jpg").unlink(), "images2 holds 11 images; 11 actions need images 0 to 11"),
         (lambda folder: (folder / "images0/im_5.jpg").write_bytes(b"x"), "an image of 1 bytes is neither JPEG nor PNG"),
-        (change("policy_out.pkl", b"\x80"), "a pickle that cannot be read"),
+        (change("policy_out.pkl", b"\x80"), "the pickle cannot be read"),
         (change("policy_out.pkl", Hostile()), "it asks for builtins.__import__"),
         (change("obs_dict.pkl", {"full_state": Hostile()}), "it asks for builtins.__import__"),
-        (change("policy_out.pkl", []), "holds no list of actions"),
-        (change("policy_out.pkl", [{"policy": 1}]), "holds no vector of actions each step"),
-        (change("policy_out.pkl", [np.zeros(7), np.zeros(6)]), "holds no vector of actions each step"),
-        (change("policy_out.pkl", [np.zeros(7)] * 9), "images0 holds 12 pictures; for 9 actions, 0 to 9 are due"),
-        (change("obs_dict.pkl", [1]), "obs_dict.pkl holds no table"),
-        (change("obs_dict.pkl", {"full_state": np.zeros((5, 7))}), "no full_state with a row a picture"),
+        (change("policy_out.pkl", []), "does not hold a list of actions"),
+        (change("policy_out.pkl", [{"policy": 1}]), "does not hold one action vector per step"),
+        (change("policy_out.pkl", [np.zeros(7), np.zeros(6)]), "does not hold one action vector per step"),
+        (change("policy_out.pkl", [np.zeros(7)] * 9), "images0 holds 12 images; 9 actions need images 0 to 9"),
+        (change("obs_dict.pkl", [1]), "obs_dict.pkl does not hold a table"),
+        (change("obs_dict.pkl", {"full_state": np.zeros((5, 7))}), "no full_state with a row per frame"),
         (change("obs_dict.pkl", b"x" * (2**25 + 1)), "obs_dict.pkl has 33554433 bytes, more than"),
     ],
 )
-def test_what_is_broken_is_named_and_costs_only_its_episode(tmp_path, break_it, says):
+def test_broken_parts_are_named_and_cost_only_their_episode(tmp_path, break_it, says):
     folder = toy(tmp_path)
     toy(tmp_path, name="traj1")
     break_it(folder)

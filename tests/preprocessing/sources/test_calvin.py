@@ -38,7 +38,7 @@ def test_calvin(tmp_path):
     assert digest(whole.ref) == whole.ref.digest
 
 
-def test_stretches_with_a_sentence(tmp_path):
+def test_annotated_stretches_are_episodes(tmp_path):
     instructions = {(5, 40): "push the blöck", (30, 94): "open the drawer"}
     episodes = episodes_of(write_calvin(tmp_path / "x", numbered(100, 16), first=0, sentences=instructions))
     assert [(episode.instruction, len(episode.action)) for episode in episodes] == [
@@ -52,20 +52,20 @@ def test_stretches_with_a_sentence(tmp_path):
     assert first.digest != episodes[0].ref.digest and second.digest == episodes[1].ref.digest
 
 
-def test_steps_that_are_gone_or_bombs(tmp_path):
+def test_missing_steps_and_bombs(tmp_path):
     folder = write_calvin(tmp_path / "x", numbered(9, 16), first=0, sentences={(0, 3): "a", (4, 6): "b", (7, 8): "c"})
     (folder / "episode_0000002.npz").unlink()
     np.savez_compressed(folder / "episode_0000005.npz", rel_actions=np.zeros(2**24), robot_obs=np.zeros(15))
     lost, bomb, whole = refs_of(folder)
     assert "episode_0000002" in lost.problem and load(whole).instruction == "c"
-    with pytest.raises(BadEpisode, match=r"rel_actions in episode_0000005.npz unpacks to 134217"):
+    with pytest.raises(BadEpisode, match=r"rel_actions in episode_0000005.npz decompresses to 134217"):
         load(bomb)
     (folder / "episode_0000007.npz").write_bytes(b"PK\3\4 and no more")
     with pytest.raises(BadEpisode, match=r"episode_0000007.npz cannot be read"):
         load(whole)
 
 
-def test_sentences_in_the_folder_of_another_language_model(tmp_path):
+def test_instructions_in_another_lang_folder(tmp_path):
     folder = write_calvin(tmp_path / "x", numbered(9, 16), first=0, sentences={(0, 3): "push", (2, 8): "pull"})
     (folder / "lang_annotations").rename(folder / "lang_paraphrase-MiniLM-L3-v2")
     assert [(e.instruction, len(e.action)) for e in episodes_of(folder)] == [("push", 4), ("pull", 7)]
@@ -78,7 +78,7 @@ def test_sentences_in_the_folder_of_another_language_model(tmp_path):
         assert [e.instruction for e in episodes_of(folder)] == [sentence]
 
 
-def test_a_list_of_more_steps_than_there_are(tmp_path):
+def test_a_list_of_more_steps_than_exist(tmp_path):
     folder = write_calvin(tmp_path / "x", numbered(9, 16), first=3)
     ranges = [[3, 9_999_999], [3, 7], [0, 4], [12, 2**62], [5, 11]]
     np.save(folder / "ep_start_end_ids.npy", np.array(ranges[:3] + ranges[4:]))
@@ -86,20 +86,20 @@ def test_a_list_of_more_steps_than_there_are(tmp_path):
     problems = [ref.problem for ref in refs_of(folder)]
     assert tracemalloc.get_traced_memory()[1] < 2**23
     tracemalloc.stop()
-    lost = "there is no episode_{:07d}.npz, of steps {} to {}".format
+    lost = "episode_{:07d}.npz is missing, of steps {} to {}".format
     assert problems == [lost(12, 3, 9_999_999), None, lost(0, 0, 4), None]
     np.save(folder / "ep_start_end_ids.npy", np.array(ranges))
-    assert "no list of episodes (steps 12 to 4611686018427387904)" in refs_of(folder)[0].problem
+    assert "not a list of episodes (steps 12 to 4611686018427387904)" in refs_of(folder)[0].problem
 
 
-def test_an_array_that_unpacks_to_more_than_is_said(tmp_path):
+def test_an_array_that_decompresses_to_more_than_declared(tmp_path):
     folder = write_calvin(tmp_path / "x", numbered(3, 16), first=0)
     step = folder / "episode_0000001.npz"
     bomb = io.BytesIO()
     np.save(bomb, np.zeros(2**22))
     for method, says in (
         (zipfile.ZIP_DEFLATED, "cannot be read: "),
-        (zipfile.ZIP_BZIP2, "another method than deflate"),
+        (zipfile.ZIP_BZIP2, "not compressed with deflate"),
     ):
         with zipfile.ZipFile(step, "w", method) as file:
             file.writestr("robot_obs.npy", bomb.getvalue())
@@ -114,7 +114,7 @@ def test_an_array_that_unpacks_to_more_than_is_said(tmp_path):
         tracemalloc.stop()
 
 
-def test_a_picture_that_is_encrypted(tmp_path):
+def test_an_encrypted_image(tmp_path):
     folder = write_calvin(tmp_path / "x", numbered(3, 16), first=0)
     data = bytearray((folder / "episode_0000001.npz").read_bytes())
     data[data.index(b"PK\1\2") + 8] |= 1  # the first member in the file's table of contents
@@ -125,6 +125,6 @@ def test_a_picture_that_is_encrypted(tmp_path):
 
 
 @pytest.mark.parametrize("sentence", [["push"], 7, b"push", {"a": "push"}])
-def test_a_sentence_that_is_no_text(tmp_path, sentence):
+def test_an_instruction_that_is_not_text(tmp_path, sentence):
     [broken] = refs_of(write_calvin(tmp_path / "x", numbered(3, 16), first=0, sentences={(0, 2): sentence}))
-    assert f"a sentence that is a {type(sentence).__name__}" in broken.problem
+    assert f"an instruction that is a {type(sentence).__name__}" in broken.problem

@@ -174,7 +174,7 @@ def bridge() -> list[Episode]:
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_real_episodes_come_out_as_they_went_in(tmp_path, number):
+def test_real_episodes_round_trip(tmp_path, number):
     source = bridge()[number]
     assert source.action is not None
     roles = {"wrist": "image_2", "ext1": "image_0", "ext2": "image_1"}
@@ -210,7 +210,7 @@ def test_real_episodes_come_out_as_they_went_in(tmp_path, number):
     assert episode.success is True and said(episode) == []
 
 
-def test_everything_recorded_each_step_is_a_signal(tmp_path):
+def test_everything_recorded_per_step_is_a_signal(tmp_path):
     recorded = toy()
     episode = one(recorded.write(place(tmp_path)))
     read = {
@@ -235,7 +235,7 @@ def test_everything_recorded_each_step_is_a_signal(tmp_path):
 # -------------------------------------------------------------------------------------------------------- contract
 
 
-def test_the_papers_ten_columns_by_contract(tmp_path):
+def test_contract_for_the_papers_ten_columns(tmp_path):
     recorded = toy()
     folder = recorded.write(place(tmp_path))
     episode = one(folder, DataContract.load("droid_raw"))
@@ -254,7 +254,7 @@ def test_the_papers_ten_columns_by_contract(tmp_path):
     assert plain.action is not None and plain.action.shape == (6, 7)
 
 
-def test_other_commands_by_contract(tmp_path):
+def test_contracts_for_other_commands(tmp_path):
     recorded = toy()
     folder = recorded.write(place(tmp_path))
     joints = one(folder, DataContract(action=("action/joint_velocity", "action/gripper_position")))
@@ -266,7 +266,7 @@ def test_other_commands_by_contract(tmp_path):
 
 
 @pytest.mark.parametrize("frames", [5, 6, 7])
-def test_one_frame_more_or_less_is_mended(tmp_path, frames):
+def test_one_frame_more_or_less_is_cut(tmp_path, frames):
     recorded = toy(frames=frames)
     episode = one(recorded.write(place(tmp_path)))
     count = min(frames, 6)
@@ -286,33 +286,33 @@ def test_one_frame_more_or_less_is_mended(tmp_path, frames):
 
 
 @pytest.mark.parametrize("frames", [4, 8])
-def test_more_frames_too_many_or_too_few_are_refused(tmp_path, frames):
+def test_larger_frame_mismatch_is_refused(tmp_path, frames):
     folder = toy(frames=frames).write(place(tmp_path))
     assert problem_of(folder) == f"camera wrist declares {frames} frames, the trajectory has 6 rows"
 
 
-def test_a_missing_camera_is_dropped_and_said(tmp_path):
+def test_a_missing_camera_is_dropped_with_a_repair(tmp_path):
     folder = toy(ext2_cam_serial=None).write(place(tmp_path))
     (folder / "recordings" / "MP4" / f"{SERIALS['wrist']}.mp4").unlink()
     episode = one(folder)
     assert list(episode.cameras) == ["exterior_1"]
     assert np.allclose(frames_of(episode, "exterior_1")[0], 60, atol=1.2)
     assert said(episode) == [
-        "camera wrist has no film for its wrist_cam_serial, 31177322; dropped",
-        "camera exterior_2 has no film for its ext2_cam_serial, which is not named; dropped",
+        "camera wrist has no video for its wrist_cam_serial, 31177322; dropped",
+        "camera exterior_2 has no video for its ext2_cam_serial, which is missing; dropped",
     ]
     shutil.rmtree(folder / "recordings" / "MP4")
-    assert problem_of(folder).startswith("holds no film in recordings/MP4")
+    assert problem_of(folder).startswith("holds no video in recordings/MP4")
 
 
 @pytest.mark.parametrize("serial", ["../../../secret", "/etc/passwd", f"{SERIALS['ext2']}-stereo", 7, ["x"], "a\0b"])
-def test_a_serial_leads_nowhere_else(tmp_path, serial):
+def test_a_serial_cannot_be_a_path(tmp_path, serial):
     folder = toy(ext2_cam_serial=serial).write(place(tmp_path))
     write_mp4(folder.parent / "secret.mp4", numbered(6))
     assert list(one(folder).cameras) == ["wrist", "exterior_1"]
 
 
-def test_what_misfits_is_left_out_and_said(tmp_path):
+def test_misfits_are_left_out_with_a_repair(tmp_path):
     recorded = toy()
     recorded.rows["observation/controller_info/success"] = np.zeros(4, bool)
     recorded.rows["action/note"] = np.array([b"words"] * 6, "S5")
@@ -342,7 +342,7 @@ def test_success(tmp_path, outcome, metadata, success):
 # -------------------------------------------------------------------------------------------------------- language
 
 
-def test_sentences_are_those_of_the_uuid_and_of_the_nearest_list(tmp_path):
+def test_instructions_by_uuid_from_the_nearest_list(tmp_path):
     folder = toy().write(place(tmp_path / "a" / "b"))
     annotate(tmp_path, {UUID: {"language_instruction1": "of another data set, farther up"}})
     assert (one(folder).instruction, list(one(folder).texts)) == (None, ["current_task"])
@@ -352,10 +352,10 @@ def test_sentences_are_those_of_the_uuid_and_of_the_nearest_list(tmp_path):
     assert one(folder).instruction == "Put the marker in the pot"
     file.write_text("[1]")
     [broken] = refs_of(folder)
-    assert "aggregated-annotations-030724.json: no list of sentences (not a JSON" in str(broken.problem)
+    assert "aggregated-annotations-030724.json: not a table of annotations (not a JSON" in str(broken.problem)
 
 
-def test_the_later_and_fuller_list(tmp_path):
+def test_the_later_and_fuller_list_is_preferred(tmp_path):
     folder = toy().write(place(tmp_path))
     later = annotate(tmp_path, {UUID: {"language_instruction1": "later"}}, "droid_language_annotations.json")
     assert one(folder).instruction == "later"
@@ -365,18 +365,18 @@ def test_the_later_and_fuller_list(tmp_path):
     assert one(folder).instruction == "Put the marker in the pot"
 
 
-def test_a_list_beyond_all_bounds_is_not_read(tmp_path, monkeypatch):
+def test_a_huge_list_is_not_read(tmp_path, monkeypatch):
     folder = toy().write(place(tmp_path))
     annotate(tmp_path, {UUID: SENTENCES})
     monkeypatch.setattr(droid, "MAX_ANNOTATIONS", 100)
     [broken] = refs_of(folder)
-    assert re.search(r"no list of sentences .* bytes, more than 100", str(broken.problem))
+    assert re.search(r"not a table of annotations .* bytes, more than 100", str(broken.problem))
 
 
 # ----------------------------------------------------------------------------------------------- finding, digests
 
 
-def test_an_episodes_folder_is_closed_and_other_files_are_found(tmp_path):
+def test_an_episode_folder_is_closed_and_other_files_are_found(tmp_path):
     for name in ("a", "b"):
         toy(3).write(place(tmp_path / "droid", name))
     write_aloha(tmp_path / "aloha" / "episode_0.hdf5", np.stack([quadrants()] * 3))
@@ -486,7 +486,7 @@ def shortened(folder: Path) -> None:
     [
         (lambda folder: cut(folder / "trajectory.h5"), "trajectory.h5 cannot be read: .*truncated file"),
         (lambda folder: cut(folder / "recordings" / "MP4" / "31177322.mp4"), "31177322.mp4 holds no video stream"),
-        (lambda folder: (folder / f"metadata_{UUID}.json").unlink(), "has no metadata_.*which camera is which"),
+        (lambda folder: (folder / f"metadata_{UUID}.json").unlink(), "has no metadata_.*which maps cameras to their videos"),
         (lambda folder: cut(folder / f"metadata_{UUID}.json"), "metadata_IRIS.* cannot be read: "),
         (lambda folder: (folder / f"metadata_{UUID}.json").write_text("[" * 100_000), "metadata_IRIS.* cannot be read"),
         (lambda folder: (folder / f"metadata_{UUID}.json").write_text(" " * 2**21 + "{}"), "2097154 bytes, more than"),
@@ -494,12 +494,12 @@ def shortened(folder: Path) -> None:
         (without("action/gripper_position"), "trajectory.h5 has no action/gripper_position"),
         (linked, "trajectory.h5 has no action/cartesian_velocity"),
         (vast, "claims to hold 30786325"),
-        (hollow, "success claims to hold 9000000 bytes, but only 6 are there"),
+        (hollow, "success claims to hold 9000000 bytes, but stores only 6"),
         (widened, "have 8 columns, not 7"),
         (shortened, r"joint_positions is \(4, 7\) of float64, not a number or a vector"),
     ],
 )
-def test_what_is_broken_is_named_and_costs_only_its_episode(tmp_path, break_it, says):
+def test_broken_parts_are_named_and_cost_only_their_episode(tmp_path, break_it, says):
     folder = toy().write(place(tmp_path, "a"))
     toy().write(place(tmp_path, "b"))
     break_it(folder)

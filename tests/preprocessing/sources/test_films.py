@@ -137,7 +137,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_every_frame_is_the_one_it_should_be(tmp_path, name):
+def test_every_frame_is_the_expected_one(tmp_path, name):
     kind = KINDS[name]
     if kind.codec not in av.codecs_available:
         pytest.skip(f"this FFmpeg has no {kind.codec}")
@@ -162,7 +162,7 @@ def test_full_range_by_a_flag(tmp_path, name):
 
 
 @pytest.mark.parametrize("turn", ["clockwise", "half", "counter-clockwise", "mirrored"])
-def test_turned_films(tmp_path, turn):
+def test_rotated_videos(tmp_path, turn):
     (a, b, c, d), _ = TURNS[turn]
     undo = {"clockwise": 1, "half": 2, "counter-clockwise": -1}
 
@@ -243,20 +243,20 @@ def misdeclared(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("make, name", [(held, "a.gif"), (held, "a.mp4"), (misdeclared, "a.mkv")])
-def test_a_declared_rate_gives_way_to_that_of_the_frames(tmp_path, make, name):
+def test_frame_times_override_a_declared_rate(tmp_path, make, name):
     path = make(tmp_path / name)
     declared = probe_video(path).fps
     assert abs(declared - 20) > 5
     episode = episode_of(path)
     assert episode.fps == pytest.approx(20) and numbers_in(frames_of(episode)) == list(range(COUNT))
-    assert said(episode) == [f"declares {declared:g} Hz; 20 Hz by the times of its frames"]
+    assert said(episode) == [f"declares {declared:g} Hz; 20 Hz by its frames' timestamps"]
     half = numbers_in(frames_of(episode_of(path, fps=10)))
     last = COUNT - 1
     assert half[: COUNT // 2] == list(range(0, COUNT, 2)) and set(half[COUNT // 2 :]) <= {last}
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
-def test_films_that_begin_late(tmp_path, suffix):
+def test_videos_that_begin_late(tmp_path, suffix):
     path = write(tmp_path / f"a.{suffix}", times=[7_000 + 50 * index for index in range(COUNT)])
     assert numbers_in(frames_of(episode_of(path))) == list(range(COUNT))
     assert numbers_in(frames_of(episode_of(path, fps=10))) == list(range(0, COUNT, 2))
@@ -285,7 +285,7 @@ WRONG_TIMES: dict[str, Callable[[int, int], int]] = {
 
 
 @pytest.mark.parametrize("wrong", WRONG_TIMES)
-def test_times_that_do_not_run_on_lose_no_frame_and_change_no_order(tmp_path, wrong):
+def test_odd_timestamps_lose_and_reorder_no_frame(tmp_path, wrong):
     path = retimed(write(tmp_path / "a.mkv", "mpeg4", bf="0"), WRONG_TIMES[wrong])
     with av.open(str(path)) as container:
         times = [packet.pts for packet in container.demux(video=0) if packet.size]
@@ -295,7 +295,7 @@ def test_times_that_do_not_run_on_lose_no_frame_and_change_no_order(tmp_path, wr
     assert half == sorted(half) and abs(len(half) - COUNT // 2) <= 4
 
 
-def test_a_clock_that_begins_again(tmp_path):
+def test_a_clock_that_restarts(tmp_path):
     """Two recordings joined byte by byte, as MPEG-TS allows."""
     path = write(tmp_path / "a.ts", "mpeg2video", rate=25)
     path.write_bytes(path.read_bytes() * 2)
@@ -310,7 +310,7 @@ def test_matroska_rounds_times_to_milliseconds(tmp_path):
     assert numbers_in(frames_of(episode_of(path, fps=15))) == list(range(0, COUNT, 2))
 
 
-def test_of_interlaced_films_two_packets_may_be_a_frame(tmp_path):
+def test_interlaced_videos_may_have_two_packets_per_frame(tmp_path):
     path = write(tmp_path / "a.mkv", **{"x264-params": "tff=1"})
     assert episode_of(path).fps == 20
     data = path.read_bytes()
@@ -319,7 +319,7 @@ def test_of_interlaced_films_two_packets_may_be_a_frame(tmp_path):
     assert (episode_of(path).fps, said(episode_of(path))) == (10, [])
 
 
-def test_cover_art_is_no_film(tmp_path):
+def test_cover_art_is_not_a_video(tmp_path):
     with av.open(str(tmp_path / "a.mkv"), "w") as container:
         stream = container.add_stream("libx264", rate=20)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
@@ -334,7 +334,7 @@ def test_cover_art_is_no_film(tmp_path):
     assert numbers_in(frames_of(episode)) == list(range(COUNT)) and said(episode) == []
 
 
-def test_a_film_that_changes_its_size_keeps_its_first(tmp_path):
+def test_a_size_change_keeps_the_first_size(tmp_path):
     path = write(tmp_path / "a.ts", size=(192, 128), bf="0")
     large = path.read_bytes()
     path.write_bytes(write(path, bf="0").read_bytes() + large)
@@ -349,7 +349,7 @@ def test_a_film_that_changes_its_size_keeps_its_first(tmp_path):
         use(Limits())
 
 
-def test_a_title_that_is_no_text(tmp_path):
+def test_a_title_that_is_not_utf8(tmp_path):
     path = tmp_path / "a.avi"
     with av.open(str(path), "w") as container:
         container.metadata["title"] = "Caf#"
@@ -363,7 +363,7 @@ def test_a_title_that_is_no_text(tmp_path):
 
 
 @pytest.mark.parametrize("brand, film", [(b"isom", True), (b"qt  ", True), (b"M4A ", False), (b"heic", False)])
-def test_what_has_no_suffix_is_known_by_its_brand(tmp_path, brand, film):
+def test_files_without_suffix_are_detected_by_brand(tmp_path, brand, film):
     data = bytearray(write(tmp_path / "a.mp4").read_bytes())
     data[8:12] = brand
     (tmp_path / "a.mp4").unlink()
@@ -375,19 +375,19 @@ def test_what_has_no_suffix_is_known_by_its_brand(tmp_path, brand, film):
             find(tmp_path / "film")
 
 
-def test_raw_streams_that_tell_no_times(tmp_path):
+def test_raw_streams_without_timestamps(tmp_path):
     path = write(tmp_path / "a.h264")
     for name in ("a.mp4", "b.h264"):
         path = path.rename(tmp_path / name)
         episode = episode_of(path)
         assert numbers_in(frames_of(episode)) == list(range(COUNT))
-        assert (episode.fps, said(episode)) == (20, ["frames carry no times; 20 Hz assumed"])
+        assert (episode.fps, said(episode)) == (20, ["frames have no timestamps; 20 Hz assumed"])
         assert numbers_in(frames_of(episode_of(path, fps=10))) == list(range(0, COUNT, 2))
 
 
 @pytest.mark.parametrize("make, name", [(write, "a.h264"), (misdeclared, "a.mkv")])
 def test_a_contract_settles_the_rate(tmp_path, make, name):
-    """Whether the frames carry no times or the declared rate is not theirs."""
+    """Whether the frames have no timestamps or the declared rate is not theirs."""
     [ref] = scan("video", make(tmp_path / name))
     assert [repair.field for repair in load(ref).repairs] == ["fps"]
     episode = load(ref, DataContract(fps=12))
@@ -456,7 +456,7 @@ def spoil(path: Path) -> None:
 
 @pytest.mark.parametrize("fps", [None, 10])
 @pytest.mark.parametrize("suffix, break_it", [("mp4", cut), ("mkv", cut), ("avi", cut), ("mp4", spoil)])
-def test_a_film_that_breaks_is_kept_up_to_there_if_asked(tmp_path, suffix, break_it, fps):
+def test_a_broken_video_is_kept_up_to_its_break_if_asked(tmp_path, suffix, break_it, fps):
     path = write(tmp_path / f"a.{suffix}", bf="0", g="1")
     whole = frames_of(episode_of(path))
     break_it(path)
@@ -471,7 +471,7 @@ def test_a_film_that_breaks_is_kept_up_to_there_if_asked(tmp_path, suffix, break
 
 @pytest.mark.parametrize("fps", [None, 12.5])
 @pytest.mark.parametrize("name, codec", [("a.mp4", "libx264"), ("a.mp4", "mpeg4"), ("a.mkv", "mpeg2video")])
-def test_a_picture_that_its_decoder_made_up_is_a_break(tmp_path, name, codec, fps):
+def test_a_concealed_frame_is_a_break(tmp_path, name, codec, fps):
     path = write(tmp_path / name, codec, rate=25, bf="0")
     with av.open(str(path)) as container:
         packet = [packet for packet in container.demux(video=0) if packet.size][20]
@@ -481,7 +481,7 @@ def test_a_picture_that_its_decoder_made_up_is_a_break(tmp_path, name, codec, fp
     path.write_bytes(data)
     with av.open(str(path)) as container:  # what makes up the rest of the picture says so in passing
         assert sum(frame.is_corrupt for frame in container.decode(video=0)) > 0
-    with pytest.raises(BadEpisode, match=r"breaks after 20: a picture is damaged"):
+    with pytest.raises(BadEpisode, match=r"breaks after 20: a frame is damaged"):
         frames_of(episode_of(path, fps))
     breaks: list[str] = []
     kept = numbers_in(frames_of(episode_of(path, fps, breaks)))
@@ -489,7 +489,7 @@ def test_a_picture_that_its_decoder_made_up_is_a_break(tmp_path, name, codec, fp
 
 
 @pytest.mark.skipif("libsvtav1" not in av.codecs_available, reason="this FFmpeg writes no AV1")
-def test_a_picture_that_is_lost_on_the_way_is_a_break(tmp_path):
+def test_a_lost_frame_is_a_break(tmp_path):
     """FFmpeg's binding tells no error of a packet where an earlier frame comes out: those behind would move up."""
     path = write(tmp_path / "a.mp4", "libsvtav1", preset="12")
     with av.open(str(path)) as container:
@@ -506,13 +506,13 @@ def test_a_picture_that_is_lost_on_the_way_is_a_break(tmp_path):
         except av.FFmpegError:
             continue
         if shown < COUNT:
-            with pytest.raises(BadEpisode, match=r"breaks after \d+: a picture is damaged"):
+            with pytest.raises(BadEpisode, match=r"breaks after \d+: a frame is damaged"):
                 frames_of(episode_of(path))
     assert lost or pytest.skip("no damage here that goes unnoticed")
 
 
 @pytest.mark.parametrize("suffix, codec", [("mkv", "libx264"), ("webm", "libvpx")])
-def test_a_cut_off_matroska_file_without_tags_is_known_by_its_size(tmp_path, suffix, codec):
+def test_a_truncated_matroska_file_without_tags_is_detected_by_size(tmp_path, suffix, codec):
     path = write(tmp_path / f"a.{suffix}", codec)
     whole = path.read_bytes().replace(b"DURATION", b"NOTATALL")
     path.write_bytes(whole)
@@ -531,14 +531,14 @@ def test_a_cut_off_matroska_file_without_tags_is_known_by_its_size(tmp_path, suf
         frames_of(episode_of(path))
 
 
-def test_a_list_of_other_files_is_no_film(tmp_path):
+def test_a_playlist_is_not_a_video(tmp_path):
     path = tmp_path / "a.mp4"
     path.write_text("ffconcat version 1.0\nfile a.mp4\n")
-    assert ref_of(path).problem == "is a list of other files, no film"
+    assert ref_of(path).problem == "is a playlist of other files, not a video"
 
 
 @pytest.mark.skipif(not REAL.exists(), reason=f"no real data at {REAL}")
-def test_the_real_broken_film(tmp_path):
+def test_the_real_broken_video(tmp_path):
     path = REAL / "video" / "corrupted.mp4"
     with pytest.raises(BadEpisode, match="declares 50 frames, breaks after 28"):
         frames_of(episode_of(path), 64)
@@ -552,7 +552,7 @@ def test_the_real_broken_film(tmp_path):
     assert np.array_equal(kept, np.concatenate(before))
 
 
-def test_what_has_no_frame_at_all_is_refused_all_the_same(tmp_path):
+def test_a_video_without_any_frame_is_always_refused(tmp_path):
     path = tmp_path / "a.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=44_100)
@@ -582,8 +582,8 @@ def strict():
     use(Limits())
 
 
-def test_what_is_larger_than_the_limits_is_refused(tmp_path, strict):
-    large = "a picture of 96x64 pixels is more than limits.picture_pixels"
+def test_frames_beyond_the_limits_are_refused(tmp_path, strict):
+    large = "an image of 96x64 pixels exceeds limits.picture_pixels"
     assert ref_of(write(tmp_path / "a.mp4")).problem == large
     with pytest.raises(BadEpisode, match=large):
         next(open_video(tmp_path / "a.mp4").frames(16))
@@ -596,21 +596,21 @@ def test_pixels_that_are_very_wide(tmp_path):
     use(Limits(picture_pixels=100_000))
     try:
         path = write(tmp_path / "a.mkv", aspect=Fraction(50, 1))
-        with pytest.raises(BadEpisode, match=r"a picture of 4800x64 pixels is more than limits.picture_pixels"):
+        with pytest.raises(BadEpisode, match=r"an image of 4800x64 pixels exceeds limits.picture_pixels"):
             frames_of(episode_of(path))
         assert frames_of(episode_of(path), 16).shape == (COUNT, 16, 16, 3)
     finally:
         use(Limits())
 
 
-def test_the_limit_holds_for_what_is_decoded_by_opening(tmp_path, strict):
+def test_the_limit_holds_while_opening(tmp_path, strict):
     """Of a JPEG the size is told by decoding it."""
     path = write(tmp_path / "a.avi", "mjpeg", "yuvj420p")
     with open_container(path) as container:
         assert container.streams.video[0].width == 0
 
 
-def test_what_is_coded_may_not_be_larger_than_what_is_declared(tmp_path):
+def test_coded_frames_larger_than_declared_are_refused(tmp_path):
     """The container says 64 x 64; the decoder would take memory for what the stream itself says."""
     path = write(tmp_path / "a.mkv", "mjpeg", "yuvj420p", size=(96, 64))
     data = bytearray(path.read_bytes())
@@ -623,6 +623,6 @@ def test_what_is_coded_may_not_be_larger_than_what_is_declared(tmp_path):
         frames_of(episode_of(path), 16)
 
 
-def test_pictures_have_the_same_limit(strict):
+def test_images_have_the_same_limit(strict):
     with pytest.raises(BadEpisode, match=r"limits.picture_pixels"):
         decode_image(jpeg(quadrants(72)))

@@ -163,7 +163,7 @@ def attack(name: str, top: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_damaged_bytes_end_nothing_but_their_episode(name: str, tmp_path: Path) -> None:
+def test_damaged_bytes_cost_only_their_episode(name: str, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, __file__, name, str(tmp_path)], capture_output=True, text=True, check=False)
     last = (tmp_path / "last").read_text() if (tmp_path / "last").exists() else "none"
     assert done.returncode == 0, f"exit {done.returncode} after the damage {last}\n{done.stderr[-4000:]}"

@@ -35,7 +35,7 @@ def test_lerobot(tmp_path):
     assert first.id != second.id
 
 
-def test_lerobot_keeps_what_is_recorded_beside_the_action(tmp_path):
+def test_lerobot_keeps_other_columns_as_signals(tmp_path):
     folder = write_lerobot(tmp_path / "x", frames=11, splits={"train": "0:1", "val": "1:2", "odd": 3})
     (folder / "meta" / "tasks.jsonl").write_text(
         '{"task_index": 0, "task": "push the cube"}\n{"task_index": 1, "task": "slowly"}\n'
@@ -88,7 +88,7 @@ def test_lerobot_keeps_what_is_recorded_beside_the_action(tmp_path):
         ("ee.x ee.y ee.z ee.wx ee.wy ee.wz ee.gripper_pos", {"position": 3, "rotation": 3, "gripper": 1}),
     ],
 )  # fmt: skip
-def test_kinds_by_the_names_of_columns(tmp_path, names, kinds):
+def test_kinds_by_column_names(tmp_path, names, kinds):
     folder = write_lerobot(tmp_path / "x", episodes=1)
     info = json.loads((folder / "meta" / "info.json").read_text())
     info["features"]["action"]["names"] = {"motors": names.split()}
@@ -106,7 +106,7 @@ def test_kinds_by_the_names_of_columns(tmp_path, names, kinds):
         ("ee_roll ee_pitch ee_yaw", "euler_xyz"),
     ],
 )
-def test_angles_in_another_order_are_not_taken_for_euler_xyz(tmp_path, names, representation):
+def test_angles_in_another_order_are_not_euler_xyz(tmp_path, names, representation):
     folder = write_lerobot(tmp_path / "x", episodes=1)
     info = json.loads((folder / "meta" / "info.json").read_text())
     info["features"]["action"]["names"] = ["x", "y", "z", *names.split(), "gripper"]
@@ -115,7 +115,7 @@ def test_angles_in_another_order_are_not_taken_for_euler_xyz(tmp_path, names, re
     assert (episode.action_layout[1].kind, episode.action_layout[1].representation) == ("rotation", representation)
 
 
-def test_one_frame_too_many_or_few_is_cut(tmp_path):
+def test_one_frame_more_or_less_is_cut(tmp_path):
     for frames, steps in ((13, 12), (11, 11)):
         (episode,) = episodes_of(write_lerobot(tmp_path / str(frames), frames=frames, episodes=1))
         assert len(episode.action) == len(episode.proprio["state"]) == len(frames_of(episode, "top")) == steps
@@ -126,15 +126,15 @@ def test_one_frame_too_many_or_few_is_cut(tmp_path):
             load(ref)
 
 
-def test_files_are_believed_over_info_json(tmp_path):
+def test_files_override_info_json(tmp_path):
     folder = write_lerobot(tmp_path / "x", data_path="data/{episode_index}.parquet", video_path="{nonsense}/a.mp4")
     info = json.loads((folder / "meta" / "info.json").read_text())
     info["features"]["observation.images.wrist"] = {"dtype": "video", "shape": [8, 8, 3]}
     (folder / "meta" / "info.json").write_text(json.dumps(info))
     first, _ = episodes_of(folder)
     assert said(first) == [
-        "data_path in info.json leads to no file; found by searching",
-        "video_path in info.json leads to no file; found by searching",
+        "data_path in info.json names no file; found by searching",
+        "video_path in info.json names no file; found by searching",
         "camera wrist is named in info.json, but has no file; dropped",
     ]
 
@@ -149,7 +149,7 @@ def test_lost_and_broken_files_cost_their_episode_only(tmp_path):
     assert [ref.problem for ref in refs] == [
         None,
         "camera top has no video for episode 1",
-        "episode 2 is listed, but there is no episode_000002.parquet",
+        "episode 2 is listed, but episode_000002.parquet is missing",
         None,
     ]
     assert load(refs[0]).action is not None
@@ -157,7 +157,7 @@ def test_lost_and_broken_files_cost_their_episode_only(tmp_path):
         load(refs[3])
 
 
-def test_a_changed_film_is_another_episode(tmp_path):
+def test_a_changed_video_is_another_episode(tmp_path):
     folder = write_lerobot(tmp_path / "x")
     before = refs_of(folder)
     write_video(folder / "videos/chunk-000/observation.images.top/episode_000001.mp4", numbered(12) + 50)
@@ -165,7 +165,7 @@ def test_a_changed_film_is_another_episode(tmp_path):
     assert before[0].id == after[0].id and before[1].id != after[1].id
 
 
-def test_a_mark_of_validity_is_no_instruction(tmp_path):
+def test_validity_annotations_are_not_instructions(tmp_path):
     folder = write_lerobot(tmp_path / "x", episodes=1)
     (ref,) = refs_of(folder)
     (folder / "meta" / "tasks.jsonl").write_text('{"task_index": 0, "task": "valid"}\n')
@@ -188,10 +188,10 @@ def test_rows_out_of_order_are_sorted(tmp_path):
     assert "rows are out of order; sorted by frame_index" in said(episode)
     edit_table(folder, lambda table: table.drop_columns("frame_index").append_column("frame_index", [[0] * 12]))
     (episode,) = episodes_of(folder)
-    assert "frame_index repeats; rows are taken in order" in said(episode)
+    assert "frame_index repeats; rows are read in order" in said(episode)
 
 
-def test_a_row_lost_in_the_middle_is_no_slip_at_the_end(tmp_path):
+def test_a_row_lost_in_the_middle_is_refused(tmp_path):
     folder = write_lerobot(tmp_path / "x", episodes=1)
     edit_table(folder, lambda table: table.take([*range(5), *range(6, 12)]))
     (ref,) = refs_of(folder)
@@ -199,7 +199,7 @@ def test_a_row_lost_in_the_middle_is_no_slip_at_the_end(tmp_path):
         load(ref)
 
 
-def test_an_instruction_that_changes_is_told(tmp_path):
+def test_a_changing_instruction_is_reported(tmp_path):
     folder = write_lerobot(tmp_path / "x", episodes=1)
     (folder / "meta" / "tasks.jsonl").write_text(
         '{"task_index": 0, "task": "push"}\n{"task_index": 1, "task": "lift"}\n'
@@ -210,7 +210,7 @@ def test_an_instruction_that_changes_is_told(tmp_path):
     assert said(episode) == ["the instruction changes within the episode; the first one is kept"]
 
 
-def test_where_objects_are_is_not_proprioception(tmp_path):
+def test_object_poses_are_not_proprio(tmp_path):
     folder = write_lerobot(tmp_path / "x", episodes=1)
     info = json.loads((folder / "meta" / "info.json").read_text())
     info["features"]["observation.environment_state"] = {"dtype": "float32", "shape": [2]}
@@ -230,14 +230,14 @@ def test_success_with_holes_is_unknown(tmp_path):
     assert said(episode) == ["column next.success has 1 empty rows; left out"]
 
 
-def test_timestamps_of_another_rate_are_told(tmp_path):
+def test_timestamps_of_another_rate_are_reported(tmp_path):
     folder = write_lerobot(tmp_path / "x", episodes=1, fps=30)  # its timestamps step by 1 / 20 s
     (episode,) = episodes_of(folder)
     assert episode.fps == 30
-    assert said(episode) == ["info.json says 30 Hz, the timestamps 20 Hz; the former is taken"]
+    assert said(episode) == ["info.json says 30 Hz, the timestamps 20 Hz; the former is used"]
 
 
-def test_cameras_whose_short_names_are_one_keep_their_own(tmp_path):
+def test_cameras_with_colliding_short_names_keep_long_ones(tmp_path):
     folder = write_lerobot(tmp_path / "x", episodes=1)
     info = json.loads((folder / "meta" / "info.json").read_text())
     info["features"]["observation.top"] = info["features"]["observation.images.top"]
@@ -249,7 +249,7 @@ def test_cameras_whose_short_names_are_one_keep_their_own(tmp_path):
     assert frames_of(episode, "observation.top")[0].mean() > frames_of(episode, "observation.images.top")[0].mean()
 
 
-def test_a_sentence_with_a_line_separator(tmp_path):
+def test_an_instruction_with_a_line_separator(tmp_path):
     folder = write_lerobot(tmp_path / "x", episodes=1)
     (folder / "meta" / "tasks.jsonl").write_text('{"task_index": 0, "task": "push\u2028the cube"}\r\n')
     (episode,) = episodes_of(folder)
@@ -264,7 +264,7 @@ def test_the_described_task_comes_before_the_task(tmp_path):
     assert [episode.instruction for episode in episodes_of(folder)] == ["b"]
 
 
-def test_parts_of_the_action_by_modality_json(tmp_path):
+def test_action_parts_from_modality_json(tmp_path):
     folder = write_lerobot(tmp_path / "x", episodes=1)
     parts = {
         "gripper": {"start": 6, "end": 7, "absolute": True},
@@ -284,7 +284,7 @@ def test_parts_of_the_action_by_modality_json(tmp_path):
     assert sizes(episode.action_layout) == {"position": 3, "rotation": 3, "gripper": 1}
 
 
-def test_depth_is_no_camera(tmp_path):
+def test_depth_is_not_a_camera(tmp_path):
     folder = write_lerobot(tmp_path / "x", episodes=1)
     info = json.loads((folder / "meta" / "info.json").read_text())
     deep = {"dtype": "video", "shape": [64, 64, 3], "info": {"video.is_depth_map": True}}
@@ -295,7 +295,7 @@ def test_depth_is_no_camera(tmp_path):
     assert [list(episode.cameras) for episode in episodes_of(folder)] == [["top"]]
 
 
-def test_images_inside_the_table(tmp_path):
+def test_image_columns(tmp_path):
     folder = write_lerobot(tmp_path / "x", rows=3, episodes=1)
     info = json.loads((folder / "meta" / "info.json").read_text())
     info["features"]["observation.image"] = {"dtype": "image", "shape": [32, 32, 3]}
@@ -319,7 +319,7 @@ def test_broken_metadata_is_named_and_costs_only_its_data_set(tmp_path):
     (tmp_path / "z" / "meta" / "info.json").write_text("{")
     clip, *broken = refs_of(tmp_path)
     assert clip.format == "video" and clip.problem is None
-    reasons = ("LeRobot v1.6 is not read; convert", "no table of episodes", "not a LeRobot info.json")
+    reasons = ("LeRobot v1.6 is not supported; convert", "no table of episodes", "not a LeRobot info.json")
     assert len(broken) == 3 and len({ref.id for ref in broken}) == 3
     for ref, reason in zip(broken, reasons, strict=True):
         assert ref.format == "lerobot" and reason in str(ref.problem)
@@ -343,7 +343,7 @@ def test_many_episodes_in_a_file(tmp_path):
     assert all(digest(episode.ref) == episode.ref.digest for episode in joined)
 
 
-def test_an_episode_stays_itself_whatever_it_is_joined_with(tmp_path):
+def test_merging_data_sets_keeps_episode_ids(tmp_path):
     write_lerobot(tmp_path / "two", rows=70, episodes=2)
     write_lerobot(tmp_path / "five", rows=70, episodes=5)
     two = refs_of(as_lerobot_v3(tmp_path / "two", tmp_path / "a", per_file=2))
@@ -352,7 +352,7 @@ def test_an_episode_stays_itself_whatever_it_is_joined_with(tmp_path):
     assert len({ref.id for ref in five}) == 5
 
 
-def test_a_state_of_two_dimensions(tmp_path):
+def test_a_two_dimensional_state(tmp_path):
     folder = write_lerobot(tmp_path / "x", episodes=1)
     (file,) = folder.glob("data/*/*.parquet")
     table = pq.read_table(file)
@@ -364,23 +364,23 @@ def test_a_state_of_two_dimensions(tmp_path):
     assert np.array_equal(episode.proprio["state"], poses.reshape(12, 6))
 
 
-def test_sentences_as_newer_pandas_writes_them(tmp_path):
+def test_instructions_written_by_newer_pandas(tmp_path):
     folder = as_lerobot_v3(write_lerobot(tmp_path / "v2", episodes=1), tmp_path / "v3")
     sentences = pa.table({"task_index": [0], "task": pa.array(["push the cube"], pa.large_string())})
     pq.write_table(sentences, folder / "meta" / "tasks.parquet")
     assert [episode.instruction for episode in episodes_of(folder)] == ["push the cube"]
 
 
-def test_path_templates_of_joined_files(tmp_path):
+def test_path_templates_of_v3_files(tmp_path):
     folder = as_lerobot_v3(write_lerobot(tmp_path / "v2", episodes=1), tmp_path / "v3")
     info = json.loads((folder / "meta" / "info.json").read_text())
     for wrong in ("{chunk_index:9999999999d}.parquet", "{chunk_index.real}.parquet", "../v2/meta/info.json", None):
         (folder / "meta" / "info.json").write_text(json.dumps(info | {"data_path": wrong}))
         (episode,) = episodes_of(folder)
-        assert said(episode) == ["data_path in info.json leads to no file; found by default"]
+        assert said(episode) == ["data_path in info.json names no file; found by default"]
 
 
-def test_joined_files_that_lie_cost_their_episodes_only(tmp_path):
+def test_lying_v3_files_cost_only_their_episodes(tmp_path):
     folder = as_lerobot_v3(write_lerobot(tmp_path / "v2", rows=40, episodes=6), tmp_path / "v3", per_file=2)
     (folder / "videos/observation.images.top/chunk-000/file-001.mp4").unlink()
     film = folder / "videos/observation.images.top/chunk-000/file-002.mp4"
@@ -409,7 +409,7 @@ def edit_listed(folder: Path, change: Callable[[list[dict]], None]) -> None:
     pq.write_table(pa.Table.from_pylist(rows), listed)
 
 
-def test_a_film_holds_its_episodes_in_any_order(tmp_path):
+def test_a_video_holds_its_episodes_in_any_order(tmp_path):
     folder = as_lerobot_v3(write_lerobot(tmp_path / "v2", rows=12, episodes=3), tmp_path / "v3", per_file=3)
     before = [frames_of(episode, "top") for episode in episodes_of(folder)]
     ends = [f"videos/observation.images.top/{end}_timestamp" for end in ("from", "to")]
@@ -427,7 +427,7 @@ def test_a_film_holds_its_episodes_in_any_order(tmp_path):
     assert [ref.problem for ref in refs_of(folder)] == [None, "camera top has no video for episode 1", None]
 
 
-def test_another_sentence_is_another_episode(tmp_path):
+def test_another_instruction_is_another_episode(tmp_path):
     folder = as_lerobot_v3(write_lerobot(tmp_path / "v2", episodes=2), tmp_path / "v3")
     before = refs_of(folder)
     edit_listed(folder, lambda rows: rows[1].update(tasks=["lift the cube"]))
@@ -435,7 +435,7 @@ def test_another_sentence_is_another_episode(tmp_path):
     assert before[0].id == after[0].id and before[1].id != after[1].id
 
 
-def test_an_excerpt_is_of_the_frames_that_its_numbers_say(tmp_path):
+def test_an_excerpt_checks_its_frames_timestamps(tmp_path):
     film = write_video(tmp_path / "a.mp4", numbered(30))
     late = tmp_path / "late.mp4"
     with av.open(str(film)) as source, av.open(str(late), "w") as container:
@@ -449,7 +449,7 @@ def test_an_excerpt_is_of_the_frames_that_its_numbers_say(tmp_path):
     for path in (film, late):
         assert np.array_equal(np.concatenate(list(excerpt(path, 7, 9, 20).frames(None))), whole[7:16])
         assert [excerpt_digests(path, [(0, count)], 20)[0][1] for count in range(1, 31)] == list(range(1, 31))
-    with pytest.raises(BadEpisode, match="is not where its time says"):
+    with pytest.raises(BadEpisode, match="has an unexpected timestamp"):
         list(excerpt(film, 0, 30, 19).frames(None))
     with pytest.raises(BadEpisode, match="ends 1 frames before its episode"):
         list(excerpt(film, 25, 6, 20).frames(None))
@@ -468,13 +468,13 @@ def test_real_gr1():
         assert (episode.fps, episode.embodiment, episode.success) == (20, "gr1-arms-only", True)
         assert sizes(episode.action_layout) | {"waist": 3, "left_arm": 7} == sizes(episode.action_layout)
         assert "camera egoview is named in info.json, but has no file; dropped" in said(episode)
-        assert "no frame_index; rows are taken in order" in said(episode)
+        assert "no frame_index; rows are read in order" in said(episode)
         assert "timestamps start at 0.050 s; frames and rows are paired by order" in said(episode)
-    assert "video_path in info.json leads to no file; found by searching" in said(episodes[1])
+    assert "video_path in info.json names no file; found by searching" in said(episodes[1])
 
 
 @real
-def test_real_gr1_joined(tmp_path):
+def test_real_gr1_as_v3(tmp_path):
     """The real episodes in the layout of v3.0, their films joined without encoding again."""
     joined = episodes_of(as_lerobot_v3(REAL / "gr1_lerobot_v2", tmp_path / "v3"))
     assert all(same(one, other) for one, other in zip(episodes_of(REAL / "gr1_lerobot_v2"), joined, strict=True))

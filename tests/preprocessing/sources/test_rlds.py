@@ -72,7 +72,7 @@ def toy_episode(steps: int = 3, **changed: object) -> dict:
     }
 
 
-def test_rlds_keeps_what_is_recorded_beside_the_action(tmp_path):
+def test_rlds_keeps_other_numbers_as_signals(tmp_path):
     record = toy_episode()
     (episode,) = episodes_of(write_tfds(tmp_path, "toy_set", TOY, [record], split="val"))
     assert (episode.dataset, episode.split, episode.success) == ("toy_set", "val", True)
@@ -89,26 +89,26 @@ def test_rlds_keeps_what_is_recorded_beside_the_action(tmp_path):
         "observation/natural_language_instruction": "wipe",
     }
     assert episode.instruction == "lift"
-    assert "robot unknown; the data set's name stands for it" in said(episode)
+    assert "robot unknown; the data set's name is used instead" in said(episode)
 
 
 @pytest.mark.parametrize(
     "fields, changed, old, new, says",
     [
         ({}, {"steps/observation/image": [jpeg(quadrants(32))] * 2}, "", "", "camera image has 2 images for 3 steps"),
-        ({"steps/action": "float32 2 2"}, {"steps/action": np.ones((3, 2, 2))}, "", "", "is not one vector a step"),
+        ({"steps/action": "float32 2 2"}, {"steps/action": np.ones((3, 2, 2))}, "", "", "is not one vector per step"),
         ({}, {}, '"uint8"', '"uint16"', "has no camera"),
         ({}, {}, '["-1", "-1", "3"]', '["32", "32", "1"]', "has no camera"),
     ],
 )
-def test_rlds_pictures_and_actions_of_another_kind(tmp_path, fields, changed, old, new, says):
+def test_rlds_images_and_actions_of_other_kinds(tmp_path, fields, changed, old, new, says):
     file = write_tfds(tmp_path, "toy", TOY | fields, [toy_episode(**changed)]) / "features.json"
     file.write_text(file.read_text().replace(old, new))
     with pytest.raises(BadEpisode, match=says):
         episodes_of(tmp_path)
 
 
-def test_rlds_says_that_an_instruction_changes(tmp_path):
+def test_rlds_reports_a_changing_instruction(tmp_path):
     record = toy_episode(**{"steps/language_instruction": ["lift", "lift", "drop"]})
     (episode,) = episodes_of(write_tfds(tmp_path, "toy", TOY, [record]))
     assert episode.instruction == "lift"
@@ -124,7 +124,7 @@ def test_rlds_says_that_an_instruction_changes(tmp_path):
         ("aspects/feasible", {}, None),
     ],
 )
-def test_rlds_success_where_it_was_judged(tmp_path, field, more, success):
+def test_rlds_success_if_judged(tmp_path, field, more, success):
     fields = {name: kind for name, kind in TOY.items() if name != "episode_metadata/success"}
     judged = {field: np.array([0]), **{name: np.array([value]) for name, value in more.items()}}
     record = {name: values for name, values in toy_episode().items() if name in fields} | judged
@@ -132,7 +132,7 @@ def test_rlds_success_where_it_was_judged(tmp_path, field, more, success):
     assert episode.success is success
 
 
-def test_a_name_and_a_split_from_the_shard_alone(tmp_path):
+def test_name_and_split_from_the_shard_name(tmp_path):
     folder = write_rlds(tmp_path / "a", [rlds_episode()], name="some-robot")
     assert [(e.dataset, e.split) for e in episodes_of(folder)] == [("some-robot", "train")]
     shutil.move(folder / "some-robot-train.tfrecord-00000-of-00001", folder / "mine.tfrecord")
@@ -141,7 +141,7 @@ def test_a_name_and_a_split_from_the_shard_alone(tmp_path):
     assert [(e.dataset, e.split) for e in episodes_of(folder)] == [("mine", None)]
 
 
-def test_shards_that_are_missing_are_listed_once(tmp_path):
+def test_missing_shards_are_listed_once(tmp_path):
     write_rlds(tmp_path, [rlds_episode()])
     shard = tmp_path / "toy-train.tfrecord-00000-of-00001"
     for name in ("train.tfrecord-00000-of-00004", "train.tfrecord-00002-of-00004", "train.tfrecord-00003-of-00004"):
@@ -159,7 +159,7 @@ def test_shards_that_are_missing_are_listed_once(tmp_path):
     assert not [ref for ref in refs_of(tmp_path / "toy-train.tfrecord-00003-of-00004") if ref.problem]
 
 
-def test_features_json_may_say_anything(tmp_path):
+def test_any_features_json_is_read_or_refused(tmp_path):
     file = write_tfds(tmp_path, "toy", TOY, [toy_episode()]) / "features.json"
     whole = file.read_bytes()
     (ref,) = refs_of(tmp_path)
@@ -177,14 +177,14 @@ def test_features_json_may_say_anything(tmp_path):
 
 
 @pytest.mark.parametrize("written", ["[]", "3", '{"featuresDict": 1}', '{"sequence": {"feature": [1]}}', "[" * 100_000])
-def test_features_json_of_another_kind(tmp_path, written):
+def test_invalid_features_json(tmp_path, written):
     (ref,) = refs_of(write_rlds(tmp_path, [rlds_episode()]))
     (tmp_path / "features.json").write_text(written)
     with pytest.raises(BadEpisode):
         load(ref)
 
 
-def test_actions_in_parts_are_joined_in_the_order_of_their_names(tmp_path):
+def test_action_parts_are_joined_by_name(tmp_path):
     def tensor(size: int) -> dict:
         return {"pythonClassName": "t.Tensor", "tensor": {"shape": {"dimensions": [str(size)]}, "dtype": "float32"}}
 
@@ -213,14 +213,14 @@ def test_actions_in_parts_are_joined_in_the_order_of_their_names(tmp_path):
     assert episode.instruction is None
 
 
-def test_a_cut_off_shard_keeps_what_is_whole(tmp_path):
+def test_a_truncated_shard_keeps_complete_episodes(tmp_path):
     folder = write_rlds(tmp_path, [rlds_episode(seed=i) for i in range(3)])
     whole = refs_of(folder)
     shard = Path(whole[0].uri)
     shard.write_bytes(shard.read_bytes()[:-100])
     cut = refs_of(folder)
     assert cut[:2] == whole[:2]
-    assert "record 2 at byte" in cut[2].problem and "cut off" in cut[2].problem
+    assert "record 2 at byte" in cut[2].problem and "truncated" in cut[2].problem
     with pytest.raises(BadEpisode, match="record 2"):
         load(cut[2])
     shard.write_bytes(b"")
@@ -229,7 +229,7 @@ def test_a_cut_off_shard_keeps_what_is_whole(tmp_path):
 
 @pytest.mark.parametrize(
     "at, what, kept",
-    [(200, "bytes were damaged", 2), (0, "its length has a wrong checksum", 1)],
+    [(200, "bytes are damaged", 2), (0, "its length has a wrong checksum", 1)],
     ids=["data", "length"],
 )
 def test_a_flipped_bit_in_a_shard_is_found(tmp_path, at, what, kept):
@@ -251,7 +251,7 @@ def test_a_record_that_changed_after_the_scan_is_refused(tmp_path):
         load(ref)
 
 
-def test_records_that_do_not_fit_features_json(tmp_path):
+def test_records_that_contradict_features_json(tmp_path):
     ragged = parse_example(rlds_episode())
     short = encode_example(
         {k: (v if isinstance(v, list) else v[:-1].tolist()) for k, v in ragged.items()}  # one number short
@@ -277,7 +277,7 @@ values = st.one_of(
 
 @settings(max_examples=200, deadline=None)
 @given(st.dictionaries(names, values, max_size=5), st.booleans())
-def test_any_example_is_read_as_it_was_written(features, packed):
+def test_any_example_round_trips(features, packed):
     parsed = parse_example(encode_example(features, packed))
     assert parsed.keys() == features.keys()
     for key, written in features.items():
@@ -288,7 +288,7 @@ def test_any_example_is_read_as_it_was_written(features, packed):
 
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=200), st.integers(0, 2**31))
-def test_no_bytes_break_the_parser_in_another_way(noise, at):
+def test_any_bytes_are_parsed_or_refused(noise, at):
     damaged = bytearray(encode_example({"a": [1, 300, -1], "b": [1.0, 2.0], "c": [b"xyz"]}))
     damaged[at % len(damaged) :] = noise
     for data in (noise, bytes(damaged)):

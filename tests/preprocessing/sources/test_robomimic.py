@@ -18,7 +18,7 @@ from preprocessing.sources import digest, find, load, scan
 
 
 @pytest.mark.parametrize("opengl", [True, False])
-def test_hdf5_comes_out_upright(tmp_path, opengl):
+def test_hdf5_images_are_upright(tmp_path, opengl):
     first, second = episodes_of(write_demos(tmp_path / "a.hdf5", opengl=opengl))
     assert np.array_equal(frames_of(first, "agentview"), moving(5))
     assert any("bottom-up" in repair for repair in said(first)) == opengl
@@ -31,7 +31,7 @@ def test_hdf5_comes_out_upright(tmp_path, opengl):
     assert "control rate unknown; 20 Hz assumed" in said(first)
 
 
-def test_demonstrations_in_natural_order_and_repacked(tmp_path):
+def test_natural_order_and_repacked_files(tmp_path):
     path = write_demos(tmp_path / "a.hdf5", demos=11)
     refs = refs_of(path)
     assert np.allclose(load(refs[10]).action, np.random.default_rng(10).normal(size=(5, 7)))
@@ -47,7 +47,7 @@ def test_demonstrations_in_natural_order_and_repacked(tmp_path):
 
 
 @pytest.mark.parametrize("kwargs", [None, [], "x"])
-def test_an_environment_that_tells_nothing(tmp_path, kwargs):
+def test_an_environment_without_metadata(tmp_path, kwargs):
     path = write_demos(tmp_path / "a.hdf5", demos=1)
     with h5py.File(path, "a") as file:
         file["data"].attrs["env_args"] = json.dumps({"env_kwargs": kwargs})
@@ -68,7 +68,7 @@ def test_an_environment_that_tells_nothing(tmp_path, kwargs):
         ({"type": 2, "env_name": "Isaac-Stack-Cube-Franka-IK-Rel-v0"}, ["unknown"], None),
     ],
 )  # fmt: skip
-def test_what_seven_numbers_mean_is_the_controllers(tmp_path, env, modes, gripper):
+def test_the_controller_determines_the_layout(tmp_path, env, modes, gripper):
     path = write_demos(tmp_path / "a.hdf5", demos=1)
     with h5py.File(path, "a") as file:
         file["data"].attrs["env_args"] = json.dumps(env)
@@ -80,18 +80,18 @@ def test_what_seven_numbers_mean_is_the_controllers(tmp_path, env, modes, grippe
     }
 
 
-def test_replayed_libero_that_does_not_say_which_way_up(tmp_path):
+def test_replayed_libero_without_an_image_convention(tmp_path):
     path = write_demos(tmp_path / "a.hdf5", demos=1, opengl=False)
     with h5py.File(path, "a") as file:
         file["data/demo_0/obs/eye_in_hand_rgb"] = moving(5)
     (ref,) = refs_of(path)
-    assert any("this one does not tell" in repair for repair in said(load(ref)))
+    assert any("this one does not say" in repair for repair in said(load(ref)))
     told = load(ref, DataContract(flip=("agentview", "eye_in_hand")))
-    assert not any("this one does not tell" in repair for repair in said(told))
+    assert not any("this one does not say" in repair for repair in said(told))
     assert np.array_equal(frames_of(told, "agentview"), moving(5)[:, ::-1])
 
 
-def test_what_is_observed_and_is_no_camera_or_vector_is_told(tmp_path):
+def test_observations_that_are_no_camera_or_vector_are_reported(tmp_path):
     path = write_demos(tmp_path / "a.hdf5", demos=1)
     with h5py.File(path, "a") as file:
         obs = file["data/demo_0/obs"]
@@ -99,11 +99,11 @@ def test_what_is_observed_and_is_no_camera_or_vector_is_told(tmp_path):
         obs["serial_number"] = np.arange(12)
     (episode,) = episodes_of(path)
     for name in ("agentview_depth", "serial_number"):
-        assert f"obs/{name} is neither pictures of colours nor a vector a frame; left out" in said(episode)
+        assert f"obs/{name} is neither RGB images nor one vector per frame; left out" in said(episode)
     assert episode.proprio["touches"].ravel().tolist() == [0, 1, 2, 3, 4]
 
 
-def test_the_poses_of_objects_are_no_proprioception(tmp_path):
+def test_object_poses_are_not_proprio(tmp_path):
     path = write_demos(tmp_path / "a.hdf5", demos=1)
     with h5py.File(path, "a") as file:
         file["data/demo_0/obs/object"] = np.arange(10.0).reshape(5, 2)
@@ -135,7 +135,7 @@ def test_the_frame_after_the_last_action_is_dropped(tmp_path):
         load(ref)
 
 
-def test_libero_stores_what_is_seen_after_each_action(tmp_path):
+def test_libero_observations_follow_their_actions(tmp_path):
     path = write_demos(tmp_path / "a.hdf5", demos=1, steps=6)
     pictures = numbered(6)[:, ::-1]  # the picture after action i is number i, the state before it i
     with h5py.File(path, "a") as file:
@@ -151,13 +151,13 @@ def test_libero_stores_what_is_seen_after_each_action(tmp_path):
     assert episode.signals["states"].ravel().tolist() == [1, 2, 3, 4, 5]  # from which action 1, 2, ... was taken
     assert episode.signals["robot_states"].ravel().tolist() == [0, 1, 2, 3, 4]
     assert episode.signals["rewards"].ravel().tolist() == [0, 0, 0, 0, 1] and episode.success
-    assert "LIBERO stores what is seen after each action; actions are moved up by a row" in said(episode)
+    assert "LIBERO stores the observation after each action; actions are shifted by one row" in said(episode)
     assert (episode.dataset, episode.fps, episode.embodiment) == ("libero_90", 20, "panda")
     assert not [repair for repair in said(episode) if "unknown" in repair]  # LIBERO's contract tells
     assert [block.unit for block in episode.action_layout[:2]] == ["scaled", "scaled"]
 
 
-def test_hdf5_keeps_what_is_recorded_beside_the_action(tmp_path):
+def test_other_numbers_per_step_are_signals(tmp_path):
     path = write_demos(tmp_path / "a.hdf5", demos=3)
     rng = np.random.default_rng(5)
     states, absolute = rng.normal(size=(6, 40)), rng.normal(size=(5, 10))
@@ -179,7 +179,7 @@ def test_hdf5_keeps_what_is_recorded_beside_the_action(tmp_path):
     assert np.array_equal(first.signals["states"], states[:5].astype(np.float32))
     assert np.array_equal(first.signals["actions_abs"], absolute.astype(np.float32))
     assert first.signals["rewards"].ravel().tolist() == [0, 0, 0, 1, 0]
-    assert "states has one row more than actions; the last one is dropped" in said(first)
+    assert "states has one row more than actions; its last row is dropped" in said(first)
     assert "short has 3 rows for 5 actions; left out" in said(first)
     assert [episode.split for episode in (first, second, third)] == ["train", "valid", "train"]
     assert first.texts == {"problem_info/language_instruction": "open the drawer", "ep_meta/lang": "open it"}
@@ -188,14 +188,14 @@ def test_hdf5_keeps_what_is_recorded_beside_the_action(tmp_path):
 @pytest.mark.parametrize(
     "claim, says",
     [
-        ({"shape": (5, 2**30), "chunks": (1, 1024)}, r"huge claims to hold 21474836480 bytes, but only 0 are there"),
-        ({"shape": (5, 2**20), "chunks": (1, 8)}, r"huge claims to hold 20971520 bytes, but only 0 are there"),
-        ({"shape": (2**29,), "chunks": (2**29,)}, r"huge comes in pieces of \(536870912,\), more than limits.array"),
-        ({"shape": (5, 2**14, 2**14, 3), "dtype": "u1"}, r"holds pictures of \(16384, 16384\), more than limits.pic"),
-        ({"shape": (2**40, 3)}, r"huge claims to hold 13194139533312 bytes, but only 0 are there"),
+        ({"shape": (5, 2**30), "chunks": (1, 1024)}, r"huge claims to hold 21474836480 bytes, but stores only 0"),
+        ({"shape": (5, 2**20), "chunks": (1, 8)}, r"huge claims to hold 20971520 bytes, but stores only 0"),
+        ({"shape": (2**29,), "chunks": (2**29,)}, r"huge has chunks of \(536870912,\), more than limits.array"),
+        ({"shape": (5, 2**14, 2**14, 3), "dtype": "u1"}, r"holds images of \(16384, 16384\), more than limits.pic"),
+        ({"shape": (2**40, 3)}, r"huge claims to hold 13194139533312 bytes, but stores only 0"),
     ],
 )
-def test_a_data_set_that_claims_more_than_memory_holds(tmp_path, claim, says):
+def test_a_data_set_that_claims_too_much_is_refused(tmp_path, claim, says):
     path = write_demos(tmp_path / "a.hdf5", demos=2)
     with h5py.File(path, "a") as file:
         file["data/demo_0"].create_dataset("huge", **claim)
@@ -203,7 +203,7 @@ def test_a_data_set_that_claims_more_than_memory_holds(tmp_path, claim, says):
     assert re.search(says, str(broken.problem)) and load(whole).action is not None
 
 
-def test_groups_that_lead_in_circles(tmp_path):
+def test_cyclic_groups(tmp_path):
     path = write_demos(tmp_path / "a.hdf5", demos=2)
     with h5py.File(path, "a") as file:
         demo = file["data/demo_0"]
@@ -221,7 +221,7 @@ def test_links_to_other_files_are_not_followed(tmp_path):
         file["data/demo_9"] = h5py.ExternalLink(str(other), "data/demo_0")
     (episode,) = episodes_of(path)
     assert "secret" not in episode.proprio
-    assert "obs/secret is a link and not followed" in said(episode)
+    assert "obs/secret is a link and is not followed" in said(episode)
 
 
 def test_broken_hdf5(tmp_path):
@@ -259,11 +259,11 @@ def test_aloha(tmp_path, compress):
     assert (episode.fps, episode.embodiment) == (50, "aloha")
     assert list(episode.signals) == ["rewards"] and episode.signals["rewards"][69] == 69
     assert not [r for r in said(load(ref, DataContract(fps=25))) if "control rate" in r]
-    assert any("blue for red" in repair for repair in said(episode)) == compress
+    assert any("red and blue swapped" in repair for repair in said(episode)) == compress
     assert digest(ref) == ref.digest
 
 
-def test_what_aloha_observes_beside_its_joints(tmp_path):
+def test_aloha_observations_besides_joints(tmp_path):
     more = {"observations/time": np.arange(5.0), "observations/depth": np.zeros((5, 4, 4), np.uint16)}
     path = write_aloha(tmp_path / "episode_0.hdf5", numbered(5), **more)
     with h5py.File(path, "r+") as file:
@@ -272,28 +272,28 @@ def test_what_aloha_observes_beside_its_joints(tmp_path):
     assert list(episode.proprio) == ["qpos", "qvel", "time"]
     assert episode.proprio["time"].ravel().tolist() == [0, 1, 2, 3, 4]
     left_out = [repair for repair in said(episode) if "left out" in repair]
-    assert left_out == [f"observations/{name} is no vector of numbers; left out" for name in ("depth", "note")]
+    assert left_out == [f"observations/{name} is not one vector of numbers per step; left out" for name in ("depth", "note")]
 
 
-def test_aloha_that_does_not_fit(tmp_path):
+def test_aloha_with_mismatched_lengths(tmp_path):
     path = write_aloha(tmp_path / "episode_0.hdf5", numbered(5))
     with h5py.File(path, "r+") as file:
         del file["action"]
         file["action"] = np.zeros((6, 14))
-    with pytest.raises(BadEpisode, match="6 actions, but 5 pictures of cam_high"):
+    with pytest.raises(BadEpisode, match="6 actions, but 5 images of cam_high"):
         load(*scan("aloha", path))
     path = write_aloha(tmp_path / "episode_1.hdf5", numbered(5), base_action=np.ones((6, 2)))
     with pytest.raises(BadEpisode, match="5 actions, but 6 rows of base_action"):
         load(*scan("aloha", path))
 
 
-def test_aloha_pictures_that_are_none_of_colours(tmp_path):
+def test_aloha_images_that_are_not_rgb(tmp_path):
     more = {
         "observations/images/first": np.zeros((5, 3, 8, 8), np.uint8),
         "observations/images/deep": np.zeros((5, 8, 8)),
     }
     (episode,) = episodes_of(write_aloha(tmp_path / "episode_0.hdf5", numbered(5), **more))
     assert list(episode.cameras) == ["cam_high"]
-    told = [repair for repair in said(episode) if "no pictures of colours" in repair]
-    assert told[0] == "observations/images/deep is (5, 8, 8) of float64, no pictures of colours; left out"
+    told = [repair for repair in said(episode) if "not RGB images" in repair]
+    assert told[0] == "observations/images/deep is (5, 8, 8) of float64, not RGB images; left out"
     assert told[1].startswith("observations/images/first is (5, 3, 8, 8) of uint8")

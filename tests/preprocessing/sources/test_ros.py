@@ -30,7 +30,7 @@ from preprocessing.contracts.contract import DataContract
 from preprocessing.episode import ActionBlock, Episode
 from preprocessing.errors import BadEpisode, UserError
 from preprocessing.sources import digest, find, load, scan
-from preprocessing.sources.ros.messages import FOXGLOVE, IMAGE, JOINTS, NUMBERS, PACKED, TEXT
+from preprocessing.sources.ros.messages import COMPRESSED, FOXGLOVE, IMAGE, JOINTS, NUMBERS, TEXT
 from preprocessing.video.decode import open_video
 from uwm_model.metrics import psnr
 
@@ -173,7 +173,7 @@ def scene() -> list[Said]:
     """A front camera of 20 pictures a second, a wrist camera of 30, and joints that say when they were measured."""
     sent = filmed("/front/image_raw", FRONT, padding=5)
     sent += [
-        Said("/wrist/image/compressed", PACKED, t, t + 0.03, packed(jpeg(numbered(i)))) for i, t in enumerate(WRIST)
+        Said("/wrist/image/compressed", COMPRESSED, t, t + 0.03, packed(jpeg(numbered(i)))) for i, t in enumerate(WRIST)
     ]
     sent += [Said("/joint_states", JOINTS, t, t + 0.001, joints(["a", "b"], [t, -t], [2 * t, 0])) for t in ARM]
     sent.append(Said("/instruction", TEXT, None, 0.5, text("lift the blöck")))
@@ -297,14 +297,14 @@ def test_every_container_holds_the_same_episode(tmp_path, container):
     assert np.allclose(episode.proprio["/joint_states/velocity"], [[2 * t, 0] for t in measured])
     assert (episode.action, episode.signals, episode.fps) == (None, {}, pytest.approx(20))
     assert episode.instruction == episode.texts["/instruction"] == "lift the blöck"
-    assert "times are the headers' stamps" in said(episode)
-    assert "5 frames before every topic had spoken are dropped" in said(episode)
+    assert "header stamps are used as times" in said(episode)
+    assert "5 frames before the first message of some topic are dropped" in said(episode)
     assert frames_of(episode, "/wrist/image/compressed", 8).shape == (35, 8, 8, 3)
     assert digest(episode.ref) == episode.ref.digest
 
 
 @pytest.mark.skipif(not REAL.exists(), reason=f"no real data at {REAL}")
-def test_real_frames_come_out_as_they_went_in(tmp_path):
+def test_real_frames_round_trip(tmp_path):
     film = sorted((REAL / "gr1_lerobot_v2").rglob("*.mp4"))[0]
     pictures = next(open_video(film).frames(None))[:30].copy()
     pictures[:, -24:, -24:] = (np.arange(30) * 8)[:, None, None, None]
@@ -318,7 +318,7 @@ def test_real_frames_come_out_as_they_went_in(tmp_path):
         "/png": [packed(png.getvalue(), "png")] * 30,
     }
     sent = [
-        Said(topic, PACKED if topic in ("/jpeg", "/png") else IMAGE, t, t, write)
+        Said(topic, COMPRESSED if topic in ("/jpeg", "/png") else IMAGE, t, t, write)
         for topic, all_writes in writes.items()
         for t, write in zip(times, all_writes, strict=True)
     ]
@@ -344,13 +344,13 @@ def test_encodings(tmp_path, encoding, padding):
 
 
 @pytest.mark.parametrize("encoding", ["8UC3", "8UC4"])
-def test_an_encoding_that_names_no_colours_is_opencvs_and_said_so(tmp_path, encoding):
+def test_an_encoding_without_channel_order_is_bgr_with_a_repair(tmp_path, encoding):
     cameras = filmed("/cam", every(10, 0, 1), encoding=encoding) + filmed("/side", every(10, 0, 1))
     episode = heard(tmp_path, cameras)
     for camera in ("/cam", "/side"):
         assert np.array_equal(frames_of(episode, camera), np.stack([numbered(i) for i in range(10)]))
-    sent = [repair for repair in said(episode) if "colours" in repair]
-    assert sent == ["/cam names no order of its colours; blue first taken, as OpenCV has it"]
+    sent = [repair for repair in said(episode) if "channel order" in repair]
+    assert sent == ["/cam does not declare its channel order; BGR assumed, OpenCV's default"]
 
 
 @pytest.mark.parametrize(
@@ -358,7 +358,7 @@ def test_an_encoding_that_names_no_colours_is_opencvs_and_said_so(tmp_path, enco
     [("yuv422", "uyvy422"), ("uyvy", "uyvy422"), ("yuv422_yuy2", "yuyv422"), ("yuyv", "yuyv422")],
 )
 @pytest.mark.parametrize("padding", [0, 6])
-def test_two_pixels_that_share_their_colours(tmp_path, encoding, pix_fmt, padding):
+def test_yuv_422(tmp_path, encoding, pix_fmt, padding):
     """Packed by FFmpeg. Every colour, with edges between pixels that share theirs."""
     pictures = [numbered(i) for i in range(10)]
 
@@ -381,19 +381,19 @@ def test_two_pixels_that_share_their_colours(tmp_path, encoding, pix_fmt, paddin
 
 
 @pytest.mark.parametrize("step, size", [(72, 71 * 24), (71, 72 * 24), (0, 0), (2**32 - 1, 72 * 24)])
-def test_pictures_that_lie_about_their_bytes(tmp_path, step, size):
+def test_images_with_wrong_sizes_are_refused(tmp_path, step, size):
     def write(wire: Wire, at: float | None) -> Wire:
         return wire.header(at).put("I", 24, 24).text("rgb8").put("B", 0).put("I", step).blob(bytes(size))
 
     sent = [Said("/cam", IMAGE, t, t, write) for t in (0, 1)]
-    assert f"24x24 pixels has {size} bytes, {step} a row" in problem_of(write_mcap(tmp_path / "a.mcap", sent))
+    assert f"24x24 pixels has {size} bytes, {step} per row" in problem_of(write_mcap(tmp_path / "a.mcap", sent))
 
 
-def test_pixels_in_pairs_are_even(tmp_path):
+def test_yuv_422_of_odd_width_is_refused(tmp_path):
     def odd(wire: Wire, at: float | None) -> Wire:
         return wire.header(at).put("I", 2, 3).text("yuyv").put("B", 0).put("I", 6).blob(bytes(12))
 
-    assert "odd rows" in problem_of(write_mcap(tmp_path / "a.mcap", [Said("/cam", IMAGE, t, t, odd) for t in (0, 1)]))
+    assert "has an odd width" in problem_of(write_mcap(tmp_path / "a.mcap", [Said("/cam", IMAGE, t, t, odd) for t in (0, 1)]))
 
 
 def deep_png() -> bytes:
@@ -406,16 +406,16 @@ UNFIT = {
     "'bayer_rggb8' is a Bayer mosaic": (IMAGE, raw(numbered(0), "bayer_rggb8")),
     "'16UC1' is depth": (IMAGE, raw(numbered(0), "16UC1")),
     "'32FC1' is depth": (IMAGE, raw(numbered(0), "32FC1")),
-    "'nv21' is not known": (IMAGE, raw(numbered(0), "nv21")),
-    "'png' is a PNG of 16 bits, which is depth": (PACKED, packed(deep_png(), "png")),
-    "'h264' is neither JPEG nor PNG": (PACKED, packed(b"\0\0\0\1\x67" * 9, "h264")),
-    "'16UC1; compressedDepth' is depth": (PACKED, packed(b"\x89PNG\r\n\x1a\n" * 9, "16UC1; compressedDepth")),
+    "'nv21' is unknown": (IMAGE, raw(numbered(0), "nv21")),
+    "'png' is a 16-bit PNG: depth": (COMPRESSED, packed(deep_png(), "png")),
+    "'h264' is neither JPEG nor PNG": (COMPRESSED, packed(b"\0\0\0\1\x67" * 9, "h264")),
+    "'16UC1; compressedDepth' is depth": (COMPRESSED, packed(b"\x89PNG\r\n\x1a\n" * 9, "16UC1; compressedDepth")),
     "trajectory_msgs/msg/JointTrajectory in cdr": ("trajectory_msgs/msg/JointTrajectory", text("?")),
 }
 
 
 @pytest.mark.parametrize("why", UNFIT)
-def test_what_is_no_camera_is_named(tmp_path, why):
+def test_topics_that_are_no_camera_are_named(tmp_path, why):
     kind, write = UNFIT[why]
     odd = [Said("/odd", kind, t, t, write) for t in every(5, 0, 1)]
     with pytest.raises(BadEpisode, match="holds no camera: topics are /odd") as refused:
@@ -444,10 +444,10 @@ def test_joints_are_mapped_by_name(tmp_path):
     episode = heard(tmp_path, sent)
     assert numbers_in(frames_of(episode, "/cam")) == list(range(3, 20))
     assert np.allclose(episode.proprio["/joint_states/position"], [[-t, t, 10 + t] for t in times[3:]])
-    assert any("/joint_states/position does not always name the same joints" in repair for repair in said(episode))
+    assert any("/joint_states/position does not always list the same joints" in repair for repair in said(episode))
 
 
-def test_commands_are_kept_from_the_policy_and_become_the_action_by_contract(tmp_path):
+def test_commands_are_signals_and_the_action_by_contract(tmp_path):
     commanded = every(8, 0.3, 2)
     sent = scene() + [Said("/cmd_vel", TWIST, None, t, twist(t, 0, 0, 0, 0, 1)) for t in commanded]
     sent += [Said("/gripper/Target", FLOATS, None, t, floats([t])) for t in every(3, 0, 2)]
@@ -458,7 +458,7 @@ def test_commands_are_kept_from_the_policy_and_become_the_action_by_contract(tmp
     assert sorted(episode.signals) == ["/cmd_vel", "/gripper/Target"]
 
     received = [t + 0.004 for t in FRONT if t + 0.004 >= 0.3]  # no header, so no header counts
-    assert any(repair == "times are those of receipt: /gripper/Target has no header stamps" for repair in said(episode))
+    assert any(repair == "receive times are used: /gripper/Target has no header stamps" for repair in said(episode))
     assert numbers_in(frames_of(episode, "/front/image_raw")) == list(range(6, 40))
     assert numbers_in(frames_of(episode, "/wrist/image/compressed")) == [
         before([t + 0.03 for t in WRIST], t) for t in received
@@ -483,7 +483,7 @@ def test_commands_are_kept_from_the_policy_and_become_the_action_by_contract(tmp
 
 
 @pytest.mark.parametrize("topic", ["/joint_states_desired", "/master/joint_left", "/leader/arm", "/gello/state"])
-def test_whom_the_robot_follows_is_kept_from_the_policy(tmp_path, topic):
+def test_leader_arms_are_signals(tmp_path, topic):
     sent = [Said(name, JOINTS, t, t, joints(["a"], [t])) for t in every(10, 0, 1) for name in (topic, "/puppet/joint")]
     episode = heard(tmp_path, filmed("/cam", every(10, 0, 1), late=0) + sent)
     assert (list(episode.signals), list(episode.proprio)) == ([f"{topic}/position"], ["/puppet/joint/position"])
@@ -524,12 +524,12 @@ def test_types_of_numbers(tmp_path):
     for name, row in expected.items():
         assert np.allclose(episode.proprio[name], [row] * 10), name
     assert "/ragged changes its length; left out" in said(episode)
-    assert "/torque/effort is not a number at every frame; left out" in said(episode)
+    assert "/torque/effort is not finite at every frame; left out" in said(episode)
     assert "not read: /map (2000 numbers in a message)" in said(episode)
     assert episode.texts == {} and not any("rosout" in repair for repair in said(episode))
 
 
-def test_what_is_mended_is_said(tmp_path):
+def test_repairs(tmp_path):
     times = [*every(10, 0, 1), *every(10, 1.5, 2.5)]  # a gap of half a second
     sent = filmed("/cam", times) + filmed("/snapshot", [0.1]) + filmed("/frozen", every(20, 0, 1))
     sent += [Said("/late", FLOATS, None, t, floats([t])) for t in every(10, 2, 2.5)]
@@ -539,8 +539,8 @@ def test_what_is_mended_is_said(tmp_path):
     assert not episode.proprio and episode.instruction == "step 0.3"
     assert numbers_in(frames_of(episode, "/frozen"))[-8:] == [19] * 8
     for said_so in (
-        "/snapshot has 1 pictures, another camera 20; left out",
-        "/late is not heard in full before half of the frames are over; left out",
+        "/snapshot has only 1 images, another camera 20; left out",
+        "/late is incomplete until past half of the frames; left out",
         "/frozen is up to 1.4 s old at a frame",
         "1 of 19 intervals between frames differ by half from 0.1 s",
         "/task says other things later; its first sentence is taken",
@@ -551,27 +551,27 @@ def test_what_is_mended_is_said(tmp_path):
 def test_clocks(tmp_path):
     front = filmed("/front", every(10, 0, 1))
     for odd, says in (
-        (filmed("/side", every(10, -3600, -3599), late=3600), "/side has header stamps far from its receipt"),
+        (filmed("/side", every(10, -3600, -3599), late=3600), "/side has header stamps far from its receive times"),
         (filmed("/side", every(10, 0, 1)[::-1], late=0), "/side has header stamps that run backwards"),
     ):
         received = every(10, 0.01, 1.01)
         odd = [Said(m.topic, m.type, m.sent, t, m.write) for m, t in zip(odd, received, strict=True)]
         episode = heard(tmp_path, sorted(front + odd, key=lambda message: message.received))
-        assert f"times are those of receipt: {says}" in said(episode)
+        assert f"receive times are used: {says}" in said(episode)
         assert len(frames_of(episode, "/side")) == len(frames_of(episode, "/front"))
 
     slow = [Said("/side", IMAGE, t - 3, t, raw(numbered(i))) for i, t in enumerate(every(10, 0, 1))]
     episode = heard(tmp_path, sorted(front + slow, key=lambda message: message.received))
-    assert "times are those of receipt: /side has header stamps far from its receipt" in said(episode)
+    assert "receive times are used: /side has header stamps far from its receive times" in said(episode)
     assert len(frames_of(episode, "/side")) == 9  # one camera is heard after the other
     stalled = [Said(m.topic, m.type, m.sent, m.received + 4 * (i >= 7), m.write) for i, m in enumerate(front)]
-    assert "times are the headers' stamps" in said(heard(tmp_path, stalled))
+    assert "header stamps are used as times" in said(heard(tmp_path, stalled))
 
     arm = [Said("/arm", FLOATS, None, t, floats([t])) for t in every(20, 0, 1)]
     episode = heard(tmp_path, arm[::-1] + front)
-    assert "messages of /arm are not in the order of their times; sorted" in said(episode)
+    assert "messages of /arm are not sorted by time; sorted" in said(episode)
     assert np.allclose(episode.proprio["/arm"][:, 0], every(10, 0, 1))
-    with pytest.raises(BadEpisode, match="the pictures of /front are not in the order of their times; `mcap sort`"):
+    with pytest.raises(BadEpisode, match="the images of /front are not sorted by time; run `mcap sort`"):
         heard(tmp_path, front[::-1])
     with pytest.raises(BadEpisode, match="1 frames are left"):
         heard(tmp_path, front[:1])
@@ -604,16 +604,16 @@ def test_foxglove(tmp_path):
 
     episode = episode_of(write("json"))
     assert numbers_in(frames_of(episode, "/cam")) == [0, 1, 2, 3, 4]
-    assert (episode.fps, said(episode)[0]) == (10, "times are the headers' stamps")
+    assert (episode.fps, said(episode)[0]) == (10, "header stamps are used as times")
     with pytest.raises(BadEpisode, match=r"holds no camera: topics are /cam \(foxglove.CompressedImage in protobuf\)"):
         episode_of(write("protobuf"))
 
 
-def test_no_type_that_is_read_differs_between_releases():
+def test_message_types_are_the_same_in_all_releases():
     humble = get_typestore(Stores.ROS2_HUMBLE).fielddefs
     for release in set(Stores) - {Stores.EMPTY}:
         other = get_typestore(release).fielddefs
-        for kind in (IMAGE, PACKED, JOINTS, TEXT, *NUMBERS):
+        for kind in (IMAGE, COMPRESSED, JOINTS, TEXT, *NUMBERS):
             assert other[kind][1] == humble[kind][1], (release, kind)
 
 
@@ -645,7 +645,7 @@ def test_a_split_bag_is_one_episode(tmp_path):
     assert episode_of(shutil.move(tmp_path / "split", tmp_path / "elsewhere")).id == before_move
     (tmp_path / "elsewhere" / "part_1.db3").unlink()
     (ref,) = scan("ros", tmp_path / "elsewhere")
-    assert ref.problem == "metadata.yaml names part_1.db3, which is not there"
+    assert ref.problem == "metadata.yaml lists part_1.db3, which is missing"
 
 
 def test_digests(tmp_path):
@@ -658,7 +658,7 @@ def test_digests(tmp_path):
     assert [ref.id for ref in scan("ros", tmp_path)] == [ids[0], ids[0], ids[1]]
 
 
-def test_bags_are_found_beside_other_things(tmp_path):
+def test_bags_are_found_among_other_files(tmp_path):
     write_bag2(tmp_path / "bags" / "one", scene())
     write_bag2(tmp_path / "bags" / "two", scene()[:-1], "MCAP")
     write_bag1(tmp_path / "bags" / "old.bag", scene())
@@ -681,11 +681,11 @@ def problem_of(path: Path) -> str:
     return problem
 
 
-def test_what_is_cut_off_is_named(tmp_path):
+def test_truncated_recordings_are_named(tmp_path):
     file = write_mcap(tmp_path / "a.mcap", scene())
     whole = file.read_bytes()
     file.write_bytes(whole[:-2000])
-    assert problem_of(file) == "a.mcap is cut off, as if its recorder was killed; `mcap recover` saves what is whole"
+    assert problem_of(file) == "a.mcap is truncated, its recorder may have been killed; run `mcap recover`"
     file.write_bytes(whole[:5000] + b"\x89MCAP0\r\n")
     assert "breaks after" in problem_of(file)
     damaged = bytearray(whole)
@@ -709,17 +709,17 @@ def test_what_is_cut_off_is_named(tmp_path):
     "change, says",
     [
         (("- bag.db3", "- 7"), "metadata.yaml cannot be read: TypeError"),
-        (("- bag.db3", "- ../../outside/bag_1.db3"), "names bag_1.db3, which is not there"),
-        (("- bag.db3", '- "bag\\0.db3"'), "which is not there"),
-        (("- bag.db3", "- .."), "names .., which is not there"),
+        (("- bag.db3", "- ../../outside/bag_1.db3"), "lists bag_1.db3, which is missing"),
+        (("- bag.db3", '- "bag\\0.db3"'), "which is missing"),
+        (("- bag.db3", "- .."), "lists .., which is missing"),
         (("- bag.db3", "- metadata.yaml"), "metadata.yaml is neither MCAP nor SQLite"),
-        (("compression_mode: ''", "compression_mode: FILE"), "packed as a whole"),
+        (("compression_mode: ''", "compression_mode: FILE"), "compressed as a whole"),
         (("compression_mode: ''", "compression_mode: message"), "breaks after 0 messages: ZstdError"),
         (("compression_mode: ''", "compression_mode: !!python/object/apply:os.getpid []"), "cannot be read"),
         (("relative_file_paths", "paths"), "cannot be read: KeyError"),
     ],
 )
-def test_metadata_that_lie(tmp_path, change, says):
+def test_lying_metadata(tmp_path, change, says):
     bag = write_bag2(tmp_path / "bag", scene()[:40])
     (tmp_path / "outside").mkdir()
     shutil.copy(bag / "bag.db3", tmp_path / "outside" / "bag_1.db3")
@@ -729,7 +729,7 @@ def test_metadata_that_lie(tmp_path, change, says):
     assert says in problem_of(bag)
 
 
-def test_what_says_too_much_is_refused_or_left_out(tmp_path, monkeypatch):
+def test_oversized_contents_are_refused_or_left_out(tmp_path, monkeypatch):
     sent = filmed("/cam", every(10, 0, 1)) + [Said("/arm", FLOATS, None, t, floats([t] * 100)) for t in every(10, 0, 1)]
     wordy = [Said("/say", TEXT, None, t, text("x" * 10_001)) for t in every(10, 0, 1)]
     episode = heard(tmp_path, sent + wordy)
@@ -739,10 +739,10 @@ def test_what_says_too_much_is_refused_or_left_out(tmp_path, monkeypatch):
     with sqlite3.connect(lone_db3(tmp_path / "bag", sent)) as database:
         database.execute("UPDATE messages SET timestamp = -1 WHERE rowid = 3")
     database.close()
-    assert "the impossible time -1" in problem_of(tmp_path / "bag" / "lone.db3")
+    assert "the invalid time -1" in problem_of(tmp_path / "bag" / "lone.db3")
     with monkeypatch.context() as patch:
         patch.setattr("preprocessing.sources.ros.reader.MAX_NUMBERS", 999)
-        with pytest.raises(BadEpisode, match="/arm holds more numbers than a robot's state"):
+        with pytest.raises(BadEpisode, match="/arm holds too many numbers for a robot's state"):
             heard(tmp_path, sent)
     with monkeypatch.context() as patch:
         patch.setattr("preprocessing.sources.ros.bags.MAX_MESSAGES", 19)
@@ -752,7 +752,7 @@ def test_what_says_too_much_is_refused_or_left_out(tmp_path, monkeypatch):
         heard(tmp_path, other)
 
 
-def test_sqlite_runs_nothing(tmp_path):
+def test_sqlite_views_and_tables_are_not_run(tmp_path):
     file = lone_db3(tmp_path, scene())
     with sqlite3.connect(file) as database:
         database.execute("ALTER TABLE messages RENAME TO kept")
@@ -760,10 +760,10 @@ def test_sqlite_runs_nothing(tmp_path):
             "CREATE VIEW messages AS SELECT id, topic_id, timestamp, zeroblob(1000000000) AS data FROM kept"
         )
     database.close()
-    assert problem_of(file) == "holds no tables of topics and messages"
+    assert problem_of(file) == "has no tables topics and messages"
 
 
-def test_bombs_are_not_unpacked(tmp_path, monkeypatch):
+def test_bombs_are_not_decompressed(tmp_path, monkeypatch):
     monkeypatch.setattr("preprocessing.sources.ros.bags.MAX_BYTES", 2**20)
     black = np.zeros((1000, 1000, 3), np.uint8)
     sent = [Said("/cam", IMAGE, t, t, raw(black)) for t in every(10, 0, 0.3)]
@@ -773,9 +773,9 @@ def test_bombs_are_not_unpacked(tmp_path, monkeypatch):
         if (tmp_path / name).mkdir() is None
     }
     assert {name for name, problem in refused.items() if problem == "none"} == set()
-    assert "a chunk unpacks to" in refused["mcap-zstd"] and "a chunk unpacks to" in refused["mcap-lz4"]
+    assert "a chunk decompresses to" in refused["mcap-zstd"] and "a chunk decompresses to" in refused["mcap-lz4"]
     for packed_one in ("bag2-sqlite-zstd", "bag1-bz2", "bag1-lz4"):
-        assert "packed bytes are more than" in refused[packed_one], packed_one
+        assert "data decompresses to more than" in refused[packed_one], packed_one
 
     monkeypatch.setattr("preprocessing.sources.ros.bags.MAX_BYTES", 2**27)
     huge = Said(
@@ -795,12 +795,12 @@ def small(container: str, folder: Path) -> Path:
     sent = [Said("/cam", IMAGE, t, t, raw(numbered(i, 6))) for i, t in enumerate(times)]
     sent += [Said("/arm", JOINTS, t, t, joints(["a", "b"], [t, t], [t, t])) for t in times]
     sent += [Said("/say", TEXT, t, t, text("go")) for t in times]
-    sent += [Said("/jpeg", PACKED, t, t, packed(jpeg(numbered(i, 6)))) for i, t in enumerate(times)]
+    sent += [Said("/jpeg", COMPRESSED, t, t, packed(jpeg(numbered(i, 6)))) for i, t in enumerate(times)]
     return CONTAINERS[container](folder, sorted(sent, key=lambda message: message.received))
 
 
 @pytest.mark.parametrize("container", ["mcap-zstd", "mcap-unchunked", "bag2-sqlite", "bag1"])
-def test_no_damage_breaks_anything_else(tmp_path, container):
+def test_damaged_bytes_are_read_or_refused(tmp_path, container):
     source = small(container, tmp_path)
     file = source if source.is_file() else next(source.glob("*.db3"))
     targets = [file] if source.is_file() else [file, source / "metadata.yaml"]

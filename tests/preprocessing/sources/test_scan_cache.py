@@ -128,7 +128,7 @@ def test_a_second_scan_reads_no_file(tmp_path: Path, format: str) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_change_that_leaves_size_and_time_as_they_were_is_seen(tmp_path: Path, later: None, format: str) -> None:
+def test_a_change_that_keeps_size_and_time_is_noticed(tmp_path: Path, later: None, format: str) -> None:
     file = write(format, tmp_path)
     [before], [known] = refs_of(tmp_path), refs_of(tmp_path)
     change(format, file)
@@ -136,7 +136,7 @@ def test_a_change_that_leaves_size_and_time_as_they_were_is_seen(tmp_path: Path,
     assert before.digest == known.digest != after.digest
 
 
-def test_a_young_file_is_read_again(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recent_file_is_read_again(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_by(files) == read_by(files) == ["a", "b", "c"]
     now = time.time_ns
     monkeypatch.setattr(time, "time_ns", lambda: now() + 3 * 10**9)
@@ -160,13 +160,13 @@ def test_a_file_that_changes_while_it_is_read_is_read_again(files: list[Path], l
     assert read_by(files) == ["b"]
 
 
-def test_what_has_a_problem_is_read_again(files: list[Path], later: None) -> None:
+def test_a_file_with_a_problem_is_read_again(files: list[Path], later: None) -> None:
     files[1].write_text("")
     assert read_by(files) == ["a", "b", "c"]
     assert read_by(files) == ["b"]
 
 
-def test_a_file_that_cannot_be_opened_costs_nobody_else(files: list[Path], later: None) -> None:
+def test_a_file_that_cannot_be_opened_costs_no_other(files: list[Path], later: None) -> None:
     gone = files[0].parent / "gone"
     found = dict(findings("test", [files[0], gone, *files[1:]], Reader()))
     assert found[gone][0].problem == "cannot be read: No such file or directory"
@@ -174,7 +174,7 @@ def test_a_file_that_cannot_be_opened_costs_nobody_else(files: list[Path], later
     assert read_by(files) == []
 
 
-def test_each_reader_and_version_finds_for_itself(
+def test_each_reader_and_version_has_its_own_rows(
     files: list[Path], later: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert read_by(files, "one") == read_by(files, "other") == ["a", "b", "c"]
@@ -182,7 +182,7 @@ def test_each_reader_and_version_finds_for_itself(
     assert read_by(files, "one") == ["a", "b", "c"]
 
 
-def test_a_file_whose_name_is_no_text_is_remembered(tmp_path: Path, later: None) -> None:
+def test_a_file_name_that_is_not_utf8_is_cached(tmp_path: Path, later: None) -> None:
     file = Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9"))
     file.write_text("x")
     assert (len(read_by([file])), len(read_by([file]))) == (1, 0)
@@ -202,7 +202,7 @@ def test_findings_come_in_order_and_a_bounded_number_ahead(tmp_path: Path) -> No
     assert int(next(endless).name) <= 300 + 2 * memory.LOOK_AHEAD
 
 
-def test_files_are_read_at_the_same_time(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_read_in_parallel(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     together = threading.Barrier(3, timeout=10)
 
@@ -213,14 +213,14 @@ def test_files_are_read_at_the_same_time(files: list[Path], monkeypatch: pytest.
     assert [file for file, _ in findings("test", files, read)] == files
 
 
-def test_what_was_found_before_an_interruption_is_kept(files: list[Path], later: None) -> None:
+def test_findings_before_an_interruption_are_kept(files: list[Path], later: None) -> None:
     found = findings("test", files, Reader())
     next(found)
     found.close()
     assert "a" not in read_by(files)
 
 
-def test_a_damaged_memory_is_begun_anew(files: list[Path], later: None, cache: Path) -> None:
+def test_a_damaged_cache_is_replaced(files: list[Path], later: None, cache: Path) -> None:
     for damage in (b"no database at all " * 100, b"SQLite format 3\0" + bytes(5000)):
         cache.write_bytes(damage)
         assert read_by(files) == ["a", "b", "c"]
@@ -236,7 +236,7 @@ def test_a_damaged_memory_is_begun_anew(files: list[Path], later: None, cache: P
     assert read_by(files) == []
 
 
-def test_a_locked_memory_stops_no_scan(
+def test_a_locked_cache_does_not_stop_a_scan(
     files: list[Path], later: None, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "PATIENCE", 0.1)
@@ -254,7 +254,7 @@ def test_a_locked_memory_stops_no_scan(
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "/proc/none", "folder"])
-def test_without_a_place_for_its_memory_a_scan_reads(
+def test_without_a_cache_folder_files_are_read(
     tmp_path: Path, files: list[Path], later: None, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     (tmp_path / "file").write_text("not a folder")
@@ -263,7 +263,7 @@ def test_without_a_place_for_its_memory_a_scan_reads(
     assert read_by(files) == read_by(files) == ["a", "b", "c"]
 
 
-def test_what_no_scan_has_seen_for_months_is_forgotten(
+def test_entries_unused_for_months_are_deleted(
     tmp_path: Path, files: list[Path], later: None, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a, b, c = files
@@ -282,7 +282,7 @@ def _scan_together(files: list[Path], start: threading.Barrier, found: multiproc
     found.put(list(findings("test", files, Reader())))
 
 
-def test_processes_that_scan_at_once_find_and_remember_the_same(tmp_path: Path) -> None:
+def test_concurrent_scans_find_and_cache_the_same(tmp_path: Path) -> None:
     files = [tmp_path / str(number) for number in range(300)]
     for file in files:
         file.write_text(file.name)

@@ -38,7 +38,7 @@ def test_a_folder_of_everything(tmp_path):
     assert [name for name, _ in find(tmp_path, "hdf5")] == ["hdf5"]
 
 
-def test_content_tells_where_the_name_does_not(tmp_path):
+def test_files_without_suffix_are_detected_by_content(tmp_path):
     shutil.move(write_video(tmp_path / "a.mp4", numbered(3)), tmp_path / "clip")
     shutil.move(write_demos(tmp_path / "a.hdf5"), tmp_path / "demos")
     assert find(tmp_path / "clip")[0][0] == "video"
@@ -56,7 +56,7 @@ def test_content_tells_where_the_name_does_not(tmp_path):
         ("text", "rosbag", "no such format; one of auto, rlds, lerobot, calvin, droid, bridge, aloha"),
     ],
 )
-def test_one_line_for_a_wrong_path(tmp_path, name, format, says):
+def test_a_wrong_path_is_explained_in_one_line(tmp_path, name, format, says):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("hello")
@@ -65,7 +65,7 @@ def test_one_line_for_a_wrong_path(tmp_path, name, format, says):
     assert "\n" not in str(raised.value)
 
 
-def test_other_schemes_are_named():
+def test_other_url_schemes_are_refused():
     with pytest.raises(UserError, match="local paths or file:// URLs"):
         find("s3://bucket/raw")
 
@@ -85,7 +85,7 @@ def test_a_copy_under_another_name_is_the_same_episode(tmp_path):
     assert before < after and len(after) == len(before) + 1
 
 
-def test_a_digest_covers_the_bytes_of_its_episode_and_no_others(tmp_path):
+def test_a_digest_covers_only_its_episodes_bytes(tmp_path):
     def sha(data: bytes) -> str:
         return hashlib.sha256(data).hexdigest()
 
@@ -104,7 +104,7 @@ def test_a_digest_covers_the_bytes_of_its_episode_and_no_others(tmp_path):
     ]
 
 
-def test_a_digest_is_read_anew(tmp_path):
+def test_digest_reads_the_files_again(tmp_path):
     write_video(tmp_path / "a.mp4", numbered(3))
     write_demos(tmp_path / "a.hdf5")
     write_lerobot(tmp_path / "robot")
@@ -127,19 +127,19 @@ def test_a_digest_is_read_anew(tmp_path):
     for format, says in (("lerobot", "camera top has no video for episode 1"), ("rlds", "no readable record 1")):
         with pytest.raises(BadEpisode, match=says):
             digest(refs[format])
-    with pytest.raises(BadEpisode, match="the file has 1 demonstrations now"):
+    with pytest.raises(BadEpisode, match="the file now has only 1 demonstrations"):
         digest(refs["hdf5"])
     (tmp_path / "a.hdf5").write_text("no longer HDF5")
     with pytest.raises(BadEpisode, match="cannot be read again: OSError"):
         digest(refs["hdf5"])
     for ref in refs.values():
         Path(ref.uri).unlink()
-        with pytest.raises(BadEpisode, match=r"was deleted after|there is no episode_000001\.parquet"):
+        with pytest.raises(BadEpisode, match=r"was deleted after|episode_000001\.parquet is missing"):
             digest(ref)
 
 
 @real
-def test_real_films_are_episodes_without_actions():
+def test_real_videos_are_episodes_without_actions():
     refs = refs_of(REAL / "video")
     counts = {}
     for ref in refs:
@@ -157,14 +157,14 @@ def test_real_films_are_episodes_without_actions():
     }
 
 
-def test_a_film_that_cannot_be_opened_is_listed_with_its_reason(tmp_path):
+def test_a_video_that_cannot_be_opened_is_listed_with_its_problem(tmp_path):
     write_video(tmp_path / "a.mp4", numbered(3))
     (tmp_path / "b.mp4").write_bytes(b"")
     problems = [ref.problem for ref in refs_of(tmp_path)]
     assert problems[0] is None and "cannot be opened as video" in problems[1]
 
 
-def test_a_contract_overrides_what_the_reader_found(tmp_path):
+def test_a_contract_overrides_the_reader(tmp_path):
     (ref,) = refs_of(write_demos(tmp_path / "a.hdf5", demos=1))
     layout = (ActionBlock(name="joints", size=6, kind="joint"), ActionBlock(name="hand", size=1))
     contract = DataContract(
@@ -194,7 +194,7 @@ def test_a_contract_overrides_what_the_reader_found(tmp_path):
         ({"action_layout": [{"name": "a", "size": 6}]}, "action_layout has 6 columns, the actions of .* have 7"),
     ],
 )
-def test_a_contract_that_does_not_fit_is_the_users_mistake(tmp_path, contract, says):
+def test_a_misfitting_contract_is_a_user_error(tmp_path, contract, says):
     (ref,) = refs_of(write_demos(tmp_path / "a.hdf5", demos=1))
     with pytest.raises(UserError, match=says):
         load(ref, DataContract.model_validate(contract))
