@@ -110,7 +110,7 @@ def ingest(
     keep_broken: Annotated[
         bool | None, typer.Option("--keep-broken", help="Keep the readable beginning of a broken video.")
     ] = None,
-    retry: Annotated[bool, typer.Option(help="Try quarantined episodes again.")] = False,
+    retry: Annotated[bool, typer.Option(help="Try quarantined and filtered episodes again.")] = False,
     address: Address = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -234,7 +234,7 @@ def finetune(
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)],
     store: Annotated[
-        str | None, typer.Option(metavar="URI", help="Evaluate open loop on the held-out episodes of this store.")
+        str | None, typer.Option(metavar="URI", help="Evaluate open loop on held-out episodes of this store; needed for a published MODEL.")
     ] = None,
     env: Annotated[
         str | None,

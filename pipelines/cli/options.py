@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON on stdout.")]
-SnapshotId = Annotated[str | None, typer.Option(help="Snapshot id or tag to read (default: newest).", metavar="ID")]
+SnapshotId = Annotated[str | None, typer.Option(help="Snapshot id or tag (default: newest).", metavar="ID")]
 
 
 def verbose() -> bool:

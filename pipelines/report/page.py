@@ -1,8 +1,8 @@
-"""The report: one self-contained HTML page that shows how a road went, from its verdict back to the source files.
+"""The report: one self-contained HTML page on a model, from the promotion back to the source files.
 
-Facts come from where they were recorded: the store's snapshot, the MLflow runs, the folders of ``uwm evaluate``.
-``report.html`` beside this file is the page. Pictures and videos are embedded as they are and curves are drawn as
-SVG, so the page opens from disk without a network; its content security policy forbids it to load anything.
+Facts come from where they were recorded: the store's snapshot, the MLflow runs, the folders of ``uwm evaluate``. The
+template is ``page.html``. Images and videos are embedded unchanged and curves are drawn as SVG, so the page opens from
+disk without a network; its content security policy forbids it to load anything.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from pipelines.registry.promote import Promotion
 from preprocessing.store.snapshot import Snapshot
 from preprocessing.store.store import LatentStore, LogEntry
 
-CLIPS = 10  # videos of one evaluation at most: the first ones, so that nobody has picked them
-MEDIA_BYTES = 13 * 2**20  # of pictures and videos in all; a third more as base64, which keeps the page below 20 MB
-FILES = 1000  # source files, and refused inputs, listed at most
-POINTS = 600  # of one curve
+CLIPS = 10  # maximum number of videos per evaluation: the first ones, so that nobody picks them
+MEDIA_BYTES = 13 * 2**20  # images and videos together; base64 adds a third, which keeps the page below 20 MB
+FILES = 1000  # maximum number of source files, and of quarantined episodes, to list
+POINTS = 600  # maximum number of points of a curve
 MODALITIES = ("action", "video")
-PLOT_LEFT, PLOT_RIGHT, PLOT_TOP, PLOT_BOTTOM = 44, 450, 12, 172  # of a curve's panel, 460 x 200
+PLOT_LEFT, PLOT_RIGHT, PLOT_TOP, PLOT_BOTTOM = 44, 450, 12, 172  # in a curve's panel of 460 x 200
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One verb of the road, as it went."""
+    """One verb that was run, its duration and a summary."""
 
     name: str
     seconds: float
@@ -53,17 +53,17 @@ def write_report(
     evaluations: dict[str, Path],
     promotion: Promotion | None,
 ) -> None:
-    """Write the page to ``path``, whole or not at all.
+    """Write the page to ``path`` atomically.
 
-    ``runs`` are MLflow run ids by label, in the order in which they were trained; ``evaluations`` are folders of
-    ``uwm evaluate`` by label, the baseline first. A section that has nothing to show is left out.
+    ``runs`` are MLflow run ids by label, in the order of training; ``evaluations`` are folders of ``uwm evaluate`` by
+    label, the baseline first. Sections with nothing to show are left out.
     """
     tracking.connect()
     snapshot = LatentStore.open(store_uri).snapshot(snapshot_id)
     described = _runs(runs)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,  # instructions and URIs are whatever the data's owner wrote
+        autoescape=True,  # instructions and URIs are untrusted text
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -90,7 +90,7 @@ def write_report(
 
 
 def _evaluation(label: str, folder: Path, budget: int) -> dict[str, Any]:
-    """One evaluation's numbers, its pictures, and its first episodes' videos as far as ``budget`` bytes go."""
+    """Return an evaluation's numbers, images, and videos of its first episodes, within ``budget`` bytes."""
     numbers = json.loads((folder / "evaluation.json").read_text())
     opened, closed = numbers.get("open_loop"), numbers.get("closed_loop")
     pictures = [
@@ -125,11 +125,11 @@ def _embedded(file: Path, mime: str) -> str:
 
 
 def _data(snapshot: Snapshot) -> dict[str, Any]:
-    """What the snapshot holds: by embodiment, by source file, what was repaired and what was refused."""
+    """Return the snapshot's content by embodiment and by source file, its repairs and its quarantine."""
     table = snapshot.episodes()
     encoders = Counter(zip(table["encoder"].to_pylist(), table["encoder_digest"].to_pylist(), strict=True))
     columns = ["id", "uri", "index", "format", "frames", "fps", "embodiment", "instruction", "cameras", "action_dim"]
-    rows = {row["id"]: row for row in table.select([*columns, "repairs"]).to_pylist()}.values()  # encodings count once
+    rows = {row["id"]: row for row in table.select([*columns, "repairs"]).to_pylist()}.values()  # one row per episode, not per encoder
     embodiments: dict[str, list[dict[str, Any]]] = {}
     files: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
@@ -182,13 +182,13 @@ def _total(rows: Iterable[dict[str, Any]]) -> int:
 
 
 def _commit(snapshot: Snapshot) -> LogEntry | None:
-    """The store's log entry of the snapshot; None where a rollback has taken it out of the log."""
+    """Return the snapshot's entry in the store's log; None if a rollback removed it from the log."""
     log = LatentStore.open(snapshot.uri).log()
     return next((entry for entry in log if entry["snapshot"] == snapshot.id), None)
 
 
 def _runs(runs: dict[str, str]) -> list[dict[str, Any]]:
-    """Each run with its losses, its pace, and the tags that say what it read and where it started from."""
+    """Return each run with its losses, its speed, and the tags for its snapshot and parent."""
     labels = {run_id: label for label, run_id in runs.items()}
     described = []
     for label, run_id in runs.items():
@@ -213,7 +213,7 @@ def _runs(runs: dict[str, str]) -> list[dict[str, Any]]:
 
 
 def _log_range(histories: Iterable[list[tuple[int, float]]]) -> tuple[float, float]:
-    """The bounds of one logarithmic axis for all these curves, each bound a tick."""
+    """Return the bounds of one logarithmic axis for all these curves. Both bounds are ticks."""
     values = [value for history in histories for _, value in history if _drawable(value)] or [1.0]
     ticks = [digit * 10.0**power for power in range(-12, 13) for digit in (1, 2, 5)]
     low = max((tick for tick in ticks if tick <= min(values)), default=ticks[0])
@@ -222,7 +222,7 @@ def _log_range(histories: Iterable[list[tuple[int, float]]]) -> tuple[float, flo
 
 
 def _curve(history: list[tuple[int, float]], held_out: float | None, bounds: tuple[float, float]) -> dict[str, Any]:
-    """One panel: points in SVG coordinates, every logged value and their moving average, over a logarithmic axis."""
+    """Return one panel: logged values and their moving average in SVG coordinates, on a logarithmic axis."""
     drawn = [(step, value) for step, value in history if _drawable(value)]
     last = max((step for step, _ in history), default=0) or 1
     low, high = bounds

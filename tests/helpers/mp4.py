@@ -1,4 +1,4 @@
-"""MP4 files with a box changed in place."""
+"""Patch boxes of MP4 files in place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def patch_mp4(path: Path, box: bytes, offset: int, values: bytes) -> None:
     path.write_bytes(data)
 
 
-# Matrices of ISO/IEC 14496-12 8.3.2 (a b; c d) as phones write them, and what the viewer sees.
+# Display matrices (a b; c d) of ISO/IEC 14496-12, 8.3.2, as phones write them, and what the viewer sees.
 TURNS = {
     "clockwise": ((0, 1, -1, 0), lambda p: np.rot90(p, -1)),
     "half": ((-1, 0, 0, -1), lambda p: np.rot90(p, 2)),

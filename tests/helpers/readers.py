@@ -1,4 +1,4 @@
-"""Episodes as the readers find them, and the mark of tests that read the real pieces beside the checkout."""
+"""Read episodes with the readers, and mark tests that need the real data next to the checkout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ray: a cluster that is already there (make soak names it by option); one of our own, and its end by Ctrl-C."""
+"""Ray: a cluster that is already running; one that the command starts, and Ctrl-C; an address without a cluster."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ UWM = Path(sys.executable).with_name("uwm")
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Any]:
-    """A cluster of two nodes, as another process would have started it, one with a GPU as far as Ray knows."""
+    """A cluster of two nodes, as another process would start it; Ray believes that one has a GPU."""
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1, "include_dashboard": False})
@@ -34,7 +34,7 @@ def running() -> Iterator[Any]:
 
 
 @pytest.mark.slow
-def test_an_ingest_runs_where_the_environment_says(running: Any, tmp_path: Path) -> None:
+def test_an_ingest_runs_on_the_cluster_at_ray_address(running: Any, tmp_path: Path) -> None:
     clip = write_video(tmp_path / "clip.mp4", numbered(40))
     command = [UWM, "ingest", clip, "--store", tmp_path / "store", "--json"]
     logs = Path(running.head_node.get_logs_dir_path())
@@ -43,7 +43,7 @@ def test_an_ingest_runs_where_the_environment_says(running: Any, tmp_path: Path)
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
     assert json.loads(ended.stdout.splitlines()[-1])["episodes"]["new"] == 1
-    assert set(logs.glob("python-core-driver-*")) - drivers, "no driver came to the cluster"
+    assert set(logs.glob("python-core-driver-*")) - drivers, "no driver connected to the cluster"
 
 
 @pytest.mark.slow
@@ -64,14 +64,16 @@ def test_ctrl_c_ends_an_ingest_with_one_line_and_nothing_half_written(tmp_path: 
     while not re.search(r"[1-9]\d* frames", text := log.read_text()):
         assert process.poll() is None and time.monotonic() < deadline, text
         time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole foreground group
+    os.killpg(process.pid, signal.SIGINT)  # to the whole foreground group, as a terminal does
     assert process.wait(60) == 130
     assert log.read_text().splitlines()[-1].startswith("interrupted")
     assert not LatentStore.open(str(store)).snapshot().episodes().num_rows
 
 
-def test_an_address_where_nobody_answers_is_told_in_one_line(tmp_path: Path) -> None:
+def test_an_address_without_a_cluster_is_reported_in_one_line(tmp_path: Path) -> None:
     clip = write_video(tmp_path / "clip.mp4", numbered(8))
     command = [UWM, "ingest", clip, "--store", tmp_path / "store", "--address", "127.0.0.1:1"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)  # this process may have a cluster
+    ended = subprocess.run(
+        command, capture_output=True, text=True, timeout=120
+    )  # in a subprocess: this process may already be connected
     assert ended.returncode == 2 and "127.0.0.1:1" in ended.stderr and "Traceback" not in ended.stderr

@@ -10,7 +10,7 @@ import pytest
 
 from preprocessing import sources
 
-if find_spec("metaworld") is None:  # importorskip would import it, before the module below has chosen how to render
+if find_spec("metaworld") is None:  # importorskip would import it before the module below selects the renderer
     pytest.skip("the extra 'sim' is not installed", allow_module_level=True)
 
 from infra.simulators.metaworld import CAMERAS, HORIZON, MetaWorld
@@ -39,7 +39,7 @@ def test_the_expert_succeeds_and_standing_still_does_not(task: str) -> None:
     assert [truncated for *_, truncated, _ in stood] == [False] * (HORIZON - 1) + [True]
 
 
-def test_what_is_recorded_is_read_back_upright_and_alike_from_both_formats(tmp_path: Path) -> None:
+def test_recordings_are_read_back_upright_and_alike_from_both_formats(tmp_path: Path) -> None:
     summary = record(tmp_path / "raw", ["drawer-close"], episodes=2, videos=1, image_size=64)
     assert "2 demonstrations and 1 videos" in summary
     assert "already recorded" in record(tmp_path / "raw", ["drawer-close"], episodes=2, videos=1, image_size=64)
@@ -50,7 +50,7 @@ def test_what_is_recorded_is_read_back_upright_and_alike_from_both_formats(tmp_p
         format: {name: next(video.frames(None))[0].astype(int) for name, video in episode.cameras.items()}
         for format, episode in episodes.items()
     }
-    # Two episodes of one task begin alike, so the same camera's first pictures differ little; upside down they would.
+    # Two episodes of one task start alike, so a camera's first frames differ little unless one is upside down.
     for camera in CAMERAS:
         upright = np.abs(first["hdf5"][camera] - first["lerobot"][camera]).mean()
         assert upright * 2 < np.abs(first["hdf5"][camera][::-1] - first["lerobot"][camera]).mean()

@@ -1,4 +1,4 @@
-"""A checkpoint is complete or absent, in a folder and on S3."""
+"""A checkpoint is either complete or ignored, in a folder and on S3."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def content(text: str) -> Callable[[Path], None]:
     return build
 
 
-def test_it_is_there_when_it_is_whole(folder: RunFolder) -> None:
+def test_a_checkpoint_is_listed_once_it_is_committed(folder: RunFolder) -> None:
     assert folder.complete() == {}
     folder.write(10, content("weights"))
     assert folder.complete() == {}
@@ -44,7 +44,7 @@ def test_it_is_there_when_it_is_whole(folder: RunFolder) -> None:
 
 
 @pytest.mark.parametrize(("name", "left"), [("model.safetensors", b"weig"), ("checkpoint.json", b'{"step')])
-def test_what_was_cut_off_is_not_there_and_is_swept_away(folder: RunFolder, name: str, left: bytes) -> None:
+def test_incomplete_checkpoints_are_ignored_and_swept_away(folder: RunFolder, name: str, left: bytes) -> None:
     for step in (10, 20):
         folder.write(step, content("weights"))
         folder.commit(step, {})
@@ -62,7 +62,7 @@ def test_what_was_cut_off_is_not_there_and_is_swept_away(folder: RunFolder, name
         assert {path.name for path in folder._local.iterdir()} == {"step-00000010", "step-00000030"}
 
 
-def test_the_last_ones_and_the_best_are_kept(folder: RunFolder) -> None:
+def test_the_newest_and_the_best_are_kept(folder: RunFolder) -> None:
     for step, loss in ((10, 0.5), (20, 0.2), (30, 0.4), (40, None), (50, 0.3)):
         folder.write(step, content("weights"))
         folder.commit(step, {"validation_loss": loss})
@@ -70,7 +70,7 @@ def test_the_last_ones_and_the_best_are_kept(folder: RunFolder) -> None:
     assert list(folder.complete()) == [20, 40, 50]
 
 
-def test_a_state_is_whole_again_however_it_was_shared_out(tmp_path: Path) -> None:
+def test_a_state_is_reassembled_from_any_number_of_slices(tmp_path: Path) -> None:
     values = torch.arange(10.0)
     for worker, (start, stop) in enumerate(((0, 4), (4, 5), (5, 10))):
         part = ParameterSlice("layer.weight", start, values[start:stop], {"exp_avg": -values[start:stop]})
@@ -81,14 +81,14 @@ def test_a_state_is_whole_again_however_it_was_shared_out(tmp_path: Path) -> Non
         assert saved.read("exp_avg", "layer.weight").equal(-values)
 
 
-def test_it_counts_when_all_workers_have_written(tmp_path: Path) -> None:
+def test_a_checkpoint_counts_when_all_workers_have_written(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path))
     savers = [CheckpointWriter(folder, leads=rank == 0, workers=2) for rank in range(2)]
 
     def settled() -> list[tuple[int | None, str | None]]:
         for saver in savers:
             if saver._draft:
-                saver._draft.written.exception()  # done
+                saver._draft.written.exception()  # waits
         written, failed = (sum(votes) for votes in zip(*(saver.votes() for saver in savers), strict=True))
         return [saver.settle(written, failed) for saver in savers]
 
@@ -100,6 +100,6 @@ def test_it_counts_when_all_workers_have_written(tmp_path: Path) -> None:
 
     savers[0].begin(20, {}, content("a"))
     savers[1].begin(20, {}, lambda _: Path("/dev/full").write_text("b") and None)
-    [(nothing, told), _] = settled()
-    assert nothing is None and told is not None and told.startswith("no checkpoint of step 20: ")
+    [(step, problem), _] = settled()
+    assert step is None and problem is not None and problem.startswith("no checkpoint of step 20: ")
     assert list(folder.complete()) == [10] and not list(tmp_path.glob(".step-*"))

@@ -1,7 +1,8 @@
-"""What a user's mistakes get: one clear line, the right exit code, nothing half-written."""
+"""The command line: results on stdout, and for each mistake of a user one clear line and the right exit code."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,7 @@ def _one_clear_line(answer: tuple[int, object, str], *words: str) -> None:
         assert word in line
 
 
-def test_ingest_of_what_is_not_there_or_not_known(tmp_path: Path, uwm: Uwm) -> None:
+def test_mistaken_arguments_of_ingest(tmp_path: Path, uwm: Uwm) -> None:
     store = tmp_path / "new"
     _one_clear_line(uwm("ingest", tmp_path / "nowhere", "--store", store), "nowhere")
     (tmp_path / "notes").mkdir()
@@ -50,7 +51,7 @@ def test_ingest_of_what_is_not_there_or_not_known(tmp_path: Path, uwm: Uwm) -> N
     assert not store.exists()
 
 
-def test_training_on_what_does_not_fit(store: Path, tmp_path: Path, uwm: Uwm) -> None:
+def test_mistaken_arguments_of_training(store: Path, tmp_path: Path, uwm: Uwm) -> None:
     runs = ("--output", tmp_path / "runs")
     _one_clear_line(uwm("pretrain", "--store", tmp_path / "nowhere", *runs), "nowhere", "uwm ingest")
     _one_clear_line(uwm("pretrain", "--store", store, "--recipe", "nonsense", *runs), "nonsense", "small")
@@ -68,11 +69,11 @@ def test_training_on_what_does_not_fit(store: Path, tmp_path: Path, uwm: Uwm) ->
 
 
 def test_a_dry_run_prints_the_resolved_recipe_and_writes_nothing(store: Path, tmp_path: Path, uwm: Uwm) -> None:
-    code, plan, err = uwm("pretrain", "--store", store, "--dry-run", "--json", "model.width=64", "steps=7")
+    code, plan, text = uwm("pretrain", "--store", store, "--dry-run", "--json", "model.width=64", "steps=7")
     assert code == 0
     assert plan["recipe"]["steps"] == 7 and plan["recipe"]["model"]["width"] == 64
     assert plan["recipe"]["model"]["latent_size"] == [8, 8] and plan["parameters"] > 1000
-    assert "learning_rate" in err
+    assert "learning_rate" in text
 
 
 def test_the_help_names_every_format() -> None:
@@ -103,9 +104,7 @@ def test_the_store_verbs(store: Path, uwm: Uwm) -> None:
     assert code == 1 and len(damage["damaged"]) == 1
 
 
-def test_evaluation_and_promotion_of_what_is_not_there(
-    tmp_path: Path, uwm: Uwm, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mistaken_arguments_of_evaluate_and_promote(tmp_path: Path, uwm: Uwm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     _one_clear_line(
         uwm("evaluate", "models:/none@champion", "--env", "metaworld:drawer-close"), "models:/none@champion"
@@ -114,6 +113,18 @@ def test_evaluation_and_promotion_of_what_is_not_there(
     _one_clear_line(uwm("promote", "none", "1"), "none version 1")
 
 
+def run_uwm(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([Path(sys.executable).with_name("uwm"), *arguments], capture_output=True, text=True)
+
+
 def test_help_names_every_verb() -> None:
-    shown = subprocess.run([Path(sys.executable).with_name("uwm"), "--help"], capture_output=True, text=True)
+    shown = run_uwm("--help")
     assert shown.returncode == 0 and all(verb in shown.stdout for verb in VERBS)
+
+
+def test_results_are_on_stdout_and_with_json_on_stderr(store: Path) -> None:
+    plain, as_json = run_uwm("store", "show", store), run_uwm("store", "show", store, "--json")
+    assert plain.stdout.startswith("snapshot ") and "2 episodes" in plain.stdout and plain.stderr == ""
+    assert as_json.stderr == plain.stdout
+    [line] = as_json.stdout.splitlines()
+    assert json.loads(line)["embodiments"][0]["episodes"] == 2

@@ -1,4 +1,4 @@
-"""Going on from a trained model on data it was not made for: what the new model is, what learns, what is saved."""
+"""Finetuning a trained model on data it was not made for: the new model, what learns, and what is saved."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def write(
     scale: float = 1.0,
     size: int = 8,
 ) -> str:
-    """A store of three episodes of random numbers, or three more in the store that is there."""
+    """Create a store of three episodes of random numbers, or add three to an existing one."""
     store = LatentStore.open(str(folder)) if folder.exists() else LatentStore.create(str(folder))
     random, made = np.random.default_rng(len(embodiment)), []
     for i in range(3):
@@ -49,14 +49,14 @@ def write(
     return store.uri
 
 
-def speak(store: str, encoder: str, width: int) -> None:
+def add_instruction(store: str, encoder: str, width: int) -> None:
     row = {"text": "close the drawer", "encoder": encoder, "encoder_digest": encoder * 2, "vector": [0.1] * width}
     LatentStore.open(store).add_instruction_vectors([row])
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of a robot "arm" with cameras front and wrist, as if it had been trained."""
+    """A checkpoint of an embodiment "arm" with cameras front and wrist, as if it had been trained."""
     root = tmp_path_factory.mktemp("trained")
     settings = pretrain.plan(write(root / "store"), load_recipe("small", TINY))
     torch.manual_seed(0)
@@ -75,10 +75,10 @@ def notes(settings: Settings) -> dict[str, str]:
     return {row["part"]: row["note"] for row in finetune.table(settings) if row["note"]}
 
 
-# What the new model is
+# The new model
 
 
-def test_the_same_robot_goes_on_with_the_same_model(trained: Path, tmp_path: Path) -> None:
+def test_the_same_embodiment_keeps_the_same_model(trained: Path, tmp_path: Path) -> None:
     settings = planned(trained, write(tmp_path / "store")).settings
     before = checkpoint.load_settings(trained)
     assert (settings.model, settings.embodiments) == (before.model, before.embodiments)
@@ -88,9 +88,9 @@ def test_the_same_robot_goes_on_with_the_same_model(trained: Path, tmp_path: Pat
         assert sum(row[column] for row in finetune.table(settings)) == sizes
 
 
-def test_another_robot_extends_the_model_and_finds_its_cameras_by_name(trained: Path, tmp_path: Path) -> None:
+def test_another_embodiment_extends_the_model_and_finds_its_cameras_by_name(trained: Path, tmp_path: Path) -> None:
     store = write(tmp_path / "store", "humanoid", ("wrist", "top", "side"), action_dim=5)
-    speak(store, "minilm", 6)
+    add_instruction(store, "minilm", 6)
     plan = planned(trained, store, "text_encoder=minilm", "model.action_chunk=20")
     settings, before = plan.settings, checkpoint.load_settings(trained)
     changed = {"cameras": 3, "action_dim": 5, "text_width": 6, "action_chunk": 20}
@@ -99,35 +99,35 @@ def test_another_robot_extends_the_model_and_finds_its_cameras_by_name(trained: 
     assert settings.embodiments["humanoid"].cameras == ("top", "wrist", "side")
     assert settings.embodiments["humanoid"].index == 1
     assert (settings.text_encoder, settings.text_encoder_digest) == ("minilm", "minilmminilm")
-    told = notes(settings)
-    assert told["action tokens"] == "fresh: action 3-4" and told["positions"].endswith("camera 2 (side)")
-    assert told["condition"] == "fresh: camera 2 (side), instruction" and told["images"] == "fresh: camera 2 (side)"
-    assert told["embodiments"] == "fresh: embodiment humanoid; left: spare embodiment 1"
-    assert "step 16-19" in told["positions"] and set(told) == {
+    found = notes(settings)
+    assert found["action tokens"] == "fresh: action 3-4" and found["positions"].endswith("camera 2 (side)")
+    assert found["condition"] == "fresh: camera 2 (side), instruction" and found["images"] == "fresh: camera 2 (side)"
+    assert found["embodiments"] == "fresh: embodiment humanoid; left: spare embodiment 1"
+    assert "step 16-19" in found["positions"] and set(found) == {
         "action tokens", "positions", "condition", "images", "instructions", "embodiments"
     }  # fmt: skip
     data = dataset(settings, validation=False, recipe=load_recipe("finetune", QUICK))
     assert data.gather(np.array([0]), np.array([0]))["camera_mask"].tolist() == [[True, True, True]]
 
 
-def test_a_robot_with_one_camera_has_it_where_the_model_knows_it(trained: Path, tmp_path: Path) -> None:
+def test_a_single_camera_takes_the_slot_where_the_model_knows_it(trained: Path, tmp_path: Path) -> None:
     store = write(tmp_path / "store", "cart", ("wrist",))
     settings = planned(trained, store).settings
     assert settings.embodiments["cart"].cameras == ("", "wrist") and settings.embodiments["cart"].seen == ("wrist",)
     assert settings.embodiments["cart"].interface.cameras == ("wrist",)
     data = dataset(settings, validation=False, recipe=load_recipe("finetune", QUICK))
     assert data.gather(np.array([0]), np.array([0]))["camera_mask"].tolist() == [[False, True]]
-    narrow = planned(trained, store, "model.cameras=1").settings  # what the data do not need is left
+    narrow = planned(trained, store, "model.cameras=1").settings  # slots that the data do not need are left out
     assert narrow.embodiments["cart"].cameras == narrow.embodiments["arm"].cameras == ("wrist",)
     assert notes(narrow)["positions"] == "left: camera 0 (front)"
 
 
-def test_a_smaller_model_is_made_only_where_the_recipe_says_so(trained: Path, tmp_path: Path) -> None:
+def test_the_model_is_made_smaller_only_if_the_recipe_says_so(trained: Path, tmp_path: Path) -> None:
     store = write(tmp_path / "store", "cart", action_dim=2)
     assert planned(trained, store).settings.model.action_dim == 3
     narrow = planned(trained, store, "model.action_dim=2").settings
     assert narrow.model.action_dim == 2 and notes(narrow)["action tokens"] == "left: action 2"
-    assert list(narrow.embodiments) == ["cart"]  # there is no room for the other
+    assert list(narrow.embodiments) == ["cart"]  # the other does not fit
     with pytest.raises(UserError, match=r"model.action_dim: embodiment cart needs 2; remove the key, or raise it"):
         planned(trained, store, "model.action_dim=1")
 
@@ -138,13 +138,12 @@ def start(plan: Finetuning, folder: Path) -> Path:
     return folder
 
 
-def test_words_are_added_kept_changed_and_left(trained: Path, tmp_path: Path) -> None:
+def test_instructions_are_added_kept_changed_and_removed(trained: Path, tmp_path: Path) -> None:
     store = write(tmp_path / "store")
-    speak(store, "minilm", 6)
-    speak(store, "clip", 4)
+    add_instruction(store, "minilm", 6)
+    add_instruction(store, "clip", 4)
     assert planned(trained, store).settings.text_encoder is None
-    told = planned(trained, store, "text_encoder=minilm")
-    start(told, tmp_path / "initial")
+    start(planned(trained, store, "text_encoder=minilm"), tmp_path / "initial")
     for overrides, encoder, note in (
         ([], "minilm", None),
         (["text_encoder=clip"], "clip", "fresh: text encoder clipclip; left: text encoder minilmminilm"),
@@ -155,14 +154,16 @@ def test_words_are_added_kept_changed_and_left(trained: Path, tmp_path: Path) ->
         assert again.text_encoder == encoder and notes(again).get("instructions") == note
 
 
-def test_pictures_of_another_size(trained: Path, tmp_path: Path) -> None:
+def test_frames_of_another_size(trained: Path, tmp_path: Path) -> None:
     larger = planned(trained, write(tmp_path / "large", size=16)).settings
     assert larger.model.latent_size == (16, 16) and larger.image_size == 128
     assert notes(larger)["positions"] == "fresh: 4 x 4 patches; left: 2 x 2 patches"
     cropped = planned(trained, write(tmp_path / "large"), "model.latent_size=[8,8]").settings
     assert cropped.model.latent_size == (8, 8) and notes(cropped) == {}
     small = write(tmp_path / "small", size=4)
-    with pytest.raises(UserError, match=r"latents are \(4, 4\), but the model sees \(8, 8\) .*model.latent_size=\[4, 4\]"):
+    with pytest.raises(
+        UserError, match=r"latents are \(4, 4\), but the model sees \(8, 8\) .*model.latent_size=\[4, 4\]"
+    ):
         planned(trained, small)
     assert planned(trained, small, "model.latent_size=[4,4]").settings.model.latent_size == (4, 4)
 
@@ -180,13 +181,13 @@ def test_pictures_of_another_size(trained: Path, tmp_path: Path) -> None:
         ("text_encoder=minilm", "of text encoder minilm: it holds none"),
     ],
 )
-def test_what_cannot_be_is_told_in_a_line(trained: Path, tmp_path: Path, override: str, message: str) -> None:
-    with pytest.raises(UserError, match=message) as told:
+def test_impossible_recipes_are_refused_in_one_line(trained: Path, tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as refused:
         planned(trained, write(tmp_path / "store"), override)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(refused.value)
 
 
-def test_the_weights_that_training_starts_from_are_the_parents(trained: Path, tmp_path: Path) -> None:
+def test_training_starts_from_the_parents_weights(trained: Path, tmp_path: Path) -> None:
     plan = planned(trained, write(tmp_path / "store", "humanoid", ("wrist", "top"), action_dim=5))
     folder = start(plan, tmp_path / "initial")
     (old, _), (new, settings) = checkpoint.load(trained), checkpoint.load(folder)
@@ -204,7 +205,7 @@ def test_the_weights_that_training_starts_from_are_the_parents(trained: Path, tm
 # Statistics
 
 
-def test_statistics_are_the_parents_unless_the_recipe_says_otherwise(trained: Path, tmp_path: Path) -> None:
+def test_statistics_are_the_parents_unless_the_recipe_chooses_the_datas(trained: Path, tmp_path: Path) -> None:
     store, before = write(tmp_path / "store", scale=3), checkpoint.load_settings(trained).embodiments["arm"]
 
     def both(settings: Settings) -> list[tuple[float, ...]]:
@@ -238,7 +239,7 @@ def test_statistics_are_the_parents_unless_the_recipe_says_otherwise(trained: Pa
 # What learns
 
 
-def test_adapters_start_as_nothing_learn_alone_and_merge_into_the_plain_model(trained: Path) -> None:
+def test_adapters_start_at_zero_learn_alone_and_merge_into_the_plain_model(trained: Path) -> None:
     recipe = Recipe(steps=1, batch_size=2, learning_rate=1, lora=Lora(rank=4, alpha=6), freeze=["*.blocks.1.mlp.*"])
     fresh = {"denoiser.registers", "denoiser.blocks.0.mlp.0.weight"}
     plain, settings = checkpoint.load(trained)
@@ -282,15 +283,15 @@ def test_frozen_parts_stay_and_the_rest_learns(trained: Path) -> None:
     assert len(frozen) > 10 < len(learns)
 
 
-def test_adapters_are_for_trained_weights(tmp_path: Path) -> None:
+def test_adapters_need_trained_weights(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="lora: adapters need trained weights"):
         pretrain.plan(write(tmp_path / "store"), load_recipe("small", ["lora.rank=2"]))
 
 
-# The road
+# A whole finetuning
 
 
-def test_a_new_robot_is_learned_through_adapters_and_saved_as_a_plain_model(
+def test_a_new_embodiment_is_learned_with_adapters_and_saved_as_a_plain_model(
     ray_cluster: None, trained: Path, tmp_path: Path, uwm: Uwm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
@@ -307,8 +308,8 @@ def test_a_new_robot_is_learned_through_adapters_and_saved_as_a_plain_model(
         tmp_path / "runs",
     )
     command = (*command, "--json", *QUICK, "ema_decay=0", "freeze=['*.blocks.1.*']", "lora.rank=2")
-    code, dry, told = uwm(*command, "--dry-run")
-    assert code == 0 and not (tmp_path / "runs").exists() and "fresh: action 3-4" in told
+    code, dry, text = uwm(*command, "--dry-run")
+    assert code == 0 and not (tmp_path / "runs").exists() and "fresh: action 3-4" in text
     code, report, err = uwm(*command)
     assert code == 0, err
     assert report["transplant"] == dry["transplant"] and "fresh: action 3-4" in err

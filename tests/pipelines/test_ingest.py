@@ -1,4 +1,4 @@
-"""What an ingest promises of a store, on small files: real decode tasks, encoder actors and commits."""
+"""Ingests of small files with real decode tasks, encoder actors and commits."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every few rows are written, and whatever is complete is committed twice a second."""
+    """Write every few rows, and commit complete episodes twice a second."""
     monkeypatch.setattr(ingest_job, "ROWS_PER_WRITE", 2)
     monkeypatch.setattr(committer, "COMMIT_MINUTES", 0)
 
 
 @pytest.mark.slow
-def test_encoders_share_one_pass_and_a_new_one_is_new_work_beside_the_old(tmp_path: Path) -> None:
+def test_encoders_share_one_pass_and_a_new_one_adds_to_the_old(tmp_path: Path) -> None:
     from diffusers import AutoencoderTiny
 
     raw, store, other = tmp_path / "raw", str(tmp_path / "store"), tmp_path / "other"
@@ -68,10 +68,10 @@ def test_encoders_share_one_pass_and_a_new_one_is_new_work_beside_the_old(tmp_pa
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder ``raw`` of a video, a broken copy of it and a demonstration, and the store ``store`` of its ingest."""
+    """A folder ``raw`` with a video, a broken copy of it and a demonstration; its ingest is in ``store``."""
     folder = tmp_path_factory.mktemp("mixed")
     (folder / "raw").mkdir()
-    whole = write_video(folder / "raw" / "clip.mp4", numbered(60)).read_bytes()  # at 20 frames a second
+    whole = write_video(folder / "raw" / "clip.mp4", numbered(60)).read_bytes()  # at 20 Hz
     (folder / "raw" / "broken.mp4").write_bytes(whole[: len(whole) * 2 // 3])
     write_demos(folder / "raw" / "toy_demo.hdf5", demos=1, steps=20)
     report = ingest([str(folder / "raw")], str(folder / "store"), IngestRecipe(image_size=64, fps=5))
@@ -81,7 +81,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def again(mixed: Path, tmp_path: Path) -> Path:
-    """A copy of ``mixed``, to be changed."""
+    """A copy of ``mixed`` that a test may change."""
     return shutil.copytree(mixed, tmp_path / "copy")
 
 
@@ -99,16 +99,16 @@ def test_a_corrupt_file_is_quarantined_once_and_the_rest_goes_in(mixed: Path, ag
     assert uwm("store", "quarantine", again / "store", "--json")[1] == [bad | {"filter": None}]
     expected = {"new": 0, "already": 2, "quarantined": 1, "filtered": 0}  # a dry run reads what is new
     assert uwm(*arguments, "--retry", "--dry-run")[1]["episodes"] == expected
-    shutil.copy(again / "raw" / "clip.mp4", again / "raw" / "broken.mp4")  # mended: now it is a copy of the good one
+    shutil.copy(again / "raw" / "clip.mp4", again / "raw" / "broken.mp4")  # repaired: now a copy of the good one
     report = uwm("ingest", again / "raw", "--store", again / "store", *OPTIONS)[1]
     assert report["episodes"] == {"new": 0, "already": 3, "quarantined": 0, "filtered": 0}
 
 
 @pytest.mark.slow
-def test_what_comes_before_a_break_is_kept_if_asked(tmp_path: Path, uwm: Uwm) -> None:
-    film = write_video(tmp_path / "film.mp4", moving(60), g="1", bf="0")
-    film.write_bytes(film.read_bytes()[: film.stat().st_size * 2 // 3])
-    arguments = ("ingest", film, "--store", tmp_path / "store", "--image-size", "64", "--json")
+def test_the_beginning_of_a_broken_video_is_kept_on_request(tmp_path: Path, uwm: Uwm) -> None:
+    video = write_video(tmp_path / "video.mp4", moving(60), g="1", bf="0")
+    video.write_bytes(video.read_bytes()[: video.stat().st_size * 2 // 3])
+    arguments = ("ingest", video, "--store", tmp_path / "store", "--image-size", "64", "--json")
     assert uwm(*arguments)[1]["episodes"] == {"new": 0, "already": 0, "quarantined": 1, "filtered": 0}
     code, report, _ = uwm(*arguments, "--keep-broken")
     assert code == 0 and report["episodes"] == {"new": 1, "already": 0, "quarantined": 0, "filtered": 0}
@@ -119,7 +119,7 @@ def test_what_comes_before_a_break_is_kept_if_asked(tmp_path: Path, uwm: Uwm) ->
 
 
 @pytest.mark.slow
-def test_videos_are_thinned_on_request_and_each_rate_is_work_of_its_own(mixed: Path, uwm: Uwm) -> None:
+def test_videos_are_thinned_on_request_and_each_rate_is_new_work(mixed: Path, uwm: Uwm) -> None:
     rows = {row["format"]: row for row in LatentStore.open(str(mixed / "store")).snapshot().rows()}
     assert (rows["video"]["frames"], rows["video"]["fps"], rows["hdf5"]["frames"]) == (15, 5.0, 20)
     every = ("ingest", mixed / "raw", "--store", mixed / "store", "--image-size", "64", "--dry-run", "--json")
@@ -144,12 +144,12 @@ def test_too_many_bad_inputs_stop_the_job_and_keep_what_is_good(
     good = write_video(tmp_path / "0.mp4", numbered(40)).read_bytes()
     for number, frames in ((1, 1000), (2, 3000), (7, 3000)):
         write_video(tmp_path / f"{number}.mp4", quadrants(128)[None].repeat(frames, 0) - np.uint8(number))
-    for number in range(3, 7):  # after so many others that the first one's rows cannot be left waiting for a full pass
+    for number in range(3, 7):  # after enough others that the first one's rows do not wait for a full pass
         (tmp_path / f"{number}.mp4").write_bytes(good[: len(good) * 2 // 3 + number])
     store, decode = str(tmp_path / "store"), ingest_job.decode
 
     def in_turn(batch: Any, **arguments: Any) -> Any:
-        """The bad ones once a good one is committed, and the last one once they all are refused."""
+        """Decode the bad ones after a good one is committed, and the last one after all bad ones are refused."""
         number = json.loads(batch["ref"][0].as_py())["uri"][-5]
 
         def too_early() -> bool:
@@ -177,18 +177,18 @@ def test_a_store_that_takes_no_commits_stops_a_long_job_early(
 ) -> None:
     for number, frames in enumerate((100, 1500, 1500, 1500)):
         write_video(tmp_path / f"{number}.mp4", quadrants(128)[None].repeat(frames, 0) - np.uint8(number))
-    asked = []
+    attempts = []
 
     def refuse(store: LatentStore, *arguments: Any) -> None:
-        asked.append(arguments)
+        attempts.append(arguments)
         raise PermissionError("the key was revoked")
 
     monkeypatch.setattr(LatentStore, "commit", refuse)
-    gc.disable()  # nothing but the next ingest itself may free the cores that this one took
+    gc.disable()  # the next ingest itself has to free the cores that this one took
     try:
         with pytest.raises(PermissionError, match="revoked"):
             ingest([str(tmp_path)], str(tmp_path / "store"), IngestRecipe(quality=Filters(frozen=None)))
-        assert len(asked) > 3 and len(asked[-1][2]) < 4  # its last breath came before all was encoded
+        assert len(attempts) > 3 and len(attempts[-1][2]) < 4  # it stopped before everything was encoded
         monkeypatch.undo()
         small = IngestRecipe(image_size=64, quality=Filters(frozen=None))
         assert ingest([str(tmp_path / "0.mp4")], str(tmp_path / "store"), small).episodes["new"] == 1
@@ -197,14 +197,14 @@ def test_a_store_that_takes_no_commits_stops_a_long_job_early(
 
 
 @pytest.mark.slow
-def test_files_that_change_vanish_or_kill_their_reader_stay_out_until_they_do_not(
+def test_files_that_change_vanish_or_kill_their_reader_are_quarantined_and_retried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, count in (("changing", 30), ("deadly", 100), ("staying", 32), ("vanishing", 31)):
         write_video(tmp_path / f"{name}.mp4", numbered(count))
     store, scan, decode = str(tmp_path / "store"), sources.scan, ingest_job.decode
 
-    def then_things_happen(*arguments: Any) -> Any:
+    def scan_then_change_files(*arguments: Any) -> Any:
         refs = list(scan(*arguments))
         write_video(tmp_path / "changing.mp4", numbered(33))
         (tmp_path / "vanishing.mp4").unlink()
@@ -216,7 +216,7 @@ def test_files_that_change_vanish_or_kill_their_reader_stay_out_until_they_do_no
             if "deadly" in batch["ref"][0].as_py():
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(sources, "scan", then_things_happen)
+    monkeypatch.setattr(sources, "scan", scan_then_change_files)
     monkeypatch.setattr(ingest_job, "decode", die)
     report = ingest([str(tmp_path)], store, IngestRecipe(image_size=64))
     assert report.episodes == {"new": 1, "already": 0, "quarantined": 3, "filtered": 0}
@@ -243,7 +243,7 @@ def _with_actions(path: Path, width: int, seed: int) -> Path:
 
 
 @pytest.mark.slow
-def test_a_source_keeps_its_contract_and_its_promise(tmp_path: Path, uwm: Uwm) -> None:
+def test_a_source_keeps_its_contract_and_its_interface(tmp_path: Path, uwm: Uwm) -> None:
     raw, store = tmp_path / "raw", tmp_path / "store"
     arguments = ("ingest", raw, "--store", store, "--image-size", "32", "--json")
     (tmp_path / "first.yaml").write_text("embodiment: somebody\nflip: []\n")
@@ -256,7 +256,7 @@ def test_a_source_keeps_its_contract_and_its_promise(tmp_path: Path, uwm: Uwm) -
     assert code == 0 and report["episodes"]["new"] == 1 and not report["notes"]
 
     _with_actions(raw / "b.hdf5", 7, 1)
-    _with_actions(raw / "c.hdf5", 6, 2)  # of the same robot, and yet other actions
+    _with_actions(raw / "c.hdf5", 6, 2)  # the same embodiment with other actions
     code, report, err = uwm(*arguments)
     assert code == 3 and report["episodes"] == {"new": 1, "already": 1, "quarantined": 1, "filtered": 0}
     assert report["notes"] == [f"{raw}: using the contract of its last ingest"]
@@ -269,7 +269,9 @@ def test_a_source_keeps_its_contract_and_its_promise(tmp_path: Path, uwm: Uwm) -
     assert rows[0]["texts"] == [{"name": "problem_info/language_instruction", "text": "open the drawer"}]
 
     code, report, err = uwm(*arguments, "--contract", tmp_path / "other.yaml", "--dry-run")
-    assert report["notes"] == [f"{raw}: 2 episodes were ingested with another contract (fps, flip); ingesting them again"]
+    assert report["notes"] == [
+        f"{raw}: 2 episodes were ingested with another contract (fps, flip); ingesting them again"
+    ]
     assert code == 3 and report["episodes"]["new"] == 2 and report["frames"] == 16
     assert report["expected"]["pictures"] == 16 and report["expected"]["seconds"] > 0
     assert report["expected"]["bytes"] == 16 * (4 * 4 * 4 * 2) + 16 * 4 * (7 + 7 + 1 + 1)
@@ -277,7 +279,7 @@ def test_a_source_keeps_its_contract_and_its_promise(tmp_path: Path, uwm: Uwm) -
 
 
 @pytest.mark.slow
-def test_what_is_not_worth_encoding_is_told_and_remembered(tmp_path: Path, uwm: Uwm) -> None:
+def test_filtered_episodes_are_listed_and_remembered(tmp_path: Path, uwm: Uwm) -> None:
     raw, store, noise = tmp_path / "raw", tmp_path / "store", np.random.default_rng(0)
     raw.mkdir()
     shots = np.concatenate([moving(40), 255 - moving(40)[:, ::-1]])

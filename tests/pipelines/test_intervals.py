@@ -1,4 +1,4 @@
-"""Intervals against values that can be worked out by hand."""
+"""Intervals against known values."""
 
 from __future__ import annotations
 

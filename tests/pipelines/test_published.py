@@ -1,4 +1,4 @@
-"""A published checkpoint on the command line: evaluated and finetuned on a store of its robot, refused on others."""
+"""A published checkpoint on the command line: evaluated and finetuned on its embodiment, refused on others."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from uwm_model.published import load_published
 
 
 def write(path: Path, scale: Any, offset: Any, actions: int = 7, **sizes: int) -> Path:
-    """As the published code does, its own class of normaliser pickled; heads are 64 wide."""
+    """Write a checkpoint as the published code does, with a pickled normaliser of its own class; heads are 64 wide."""
     lists = (repr([float(value) for value in values]).replace("inf", "np.inf") for values in (scale, offset))
     numbers = "LinearNormalizer(np.array({}), np.array({}))".format(*lists)
     writer = WRITER.replace("LinearNormalizer(np.arange(7, dtype=np.float32), torch.ones(7))", numbers)
@@ -56,7 +56,7 @@ def place(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def own_cache(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UWM_CACHE", str(place / "cache"))
-    monkeypatch.setattr(published_module, "OTHERS", ("pixels",))  # as if its small VAE were the published models'
+    monkeypatch.setattr(published_module, "OTHERS", ("pixels",))  # as if the published models used the tiny VAE
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place / 'mlflow.db'}")
 
 
@@ -66,7 +66,7 @@ def of_store(place: Path) -> Normalizer:
 
 
 @pytest.mark.parametrize("inverse", [False, True])
-def test_it_answers_as_the_published_model_in_the_robots_units(place: Path, inverse: bool) -> None:
+def test_it_predicts_like_the_published_model_in_the_robots_units(place: Path, inverse: bool) -> None:
     seen = of_store(place)
     scale, offset = np.asarray(seen.scale) * 1.1, np.asarray(seen.offset) + 0.01
     numbers = (1 / scale, -offset / scale) if inverse else (scale, offset)
@@ -104,7 +104,7 @@ def test_it_is_evaluated_and_finetuned(place: Path, uwm: Uwm, tmp_path: Path) ->
     assert settings.embodiments == known.embodiments
 
 
-def test_finetuning_extends_it_to_another_robot_and_a_dry_run_keeps_nothing(place: Path, uwm: Uwm) -> None:
+def test_finetuning_extends_it_to_another_embodiment_and_a_dry_run_keeps_nothing(place: Path, uwm: Uwm) -> None:
     seen = of_store(place)
     before = set((place / "cache").glob("published-*"))
     for name, numbers, sizes, notes in (
@@ -119,12 +119,17 @@ def test_finetuning_extends_it_to_another_robot_and_a_dry_run_keeps_nothing(plac
     assert set((place / "cache").glob("published-*")) == before
 
 
-def test_another_robot_is_refused_with_both_values(place: Path, uwm: Uwm) -> None:
+def test_another_embodiment_is_refused_with_both_values(place: Path, uwm: Uwm) -> None:
     seen, store = of_store(place), str(place / "store")
     plain = (seen.scale, seen.offset)
     for name, numbers, sizes, message in (
         ("two.pt", plain, {"cameras": 2}, r"two.pt: 2 cameras; .* in .*store has 1"),
-        ("big.pt", plain, {"grid": 4}, r"big.pt: sees 128 pixels; .*store holds 80; ingest with --image-size 128 or more"),
+        (
+            "big.pt",
+            plain,
+            {"grid": 4},
+            r"big.pt: sees 128 pixels; .*store holds 80; ingest with --image-size 128 or more",
+        ),
         ("units.pt", (np.asarray(seen.scale) * 100, seen.offset), {}, r"units.pt: its normaliser .* does not fit"),
         (
             "six.pt",
@@ -154,23 +159,25 @@ def test_another_robot_is_refused_with_both_values(place: Path, uwm: Uwm) -> Non
 @pytest.mark.parametrize(
     ("low", "high", "scale", "offset", "expected"),
     [
-        (-1, 1, 1.0, 0.0, (1.0, 0.0)),  # both readings are one
+        (-1, 1, 1.0, 0.0, (1.0, 0.0)),  # both readings are the same
         (0, 1, 2.0, -1.0, (0.5, 0.5)),  # multiplied: both reach 1, but one fills [-1, 1]
         (0, 1, 0.5, 0.5, (0.5, 0.5)),
-        (-1.4, 1.4, 1.4, 0.0, (1.4, 0.0)),  # exactly what it was made of
-        (-0.6, 0.6, 1.5, 0.0, None),  # part of what one was made of, or nearly all of the other's
+        (-1.4, 1.4, 1.4, 0.0, (1.4, 0.0)),  # exactly the range it was fitted to
+        (-0.6, 0.6, 1.5, 0.0, None),  # part of the range of one reading, nearly all of the other's
     ],
 )
-def test_the_stores_actions_say_which_way_a_normaliser_is_meant(low, high, scale, offset, expected, place) -> None:
+def test_the_stores_actions_decide_whether_a_normaliser_multiplies_or_divides(
+    low, high, scale, offset, expected, place
+) -> None:
     half, middle = (high - low) / 2, (high + low) / 2
-    still = MINIMUM_RANGE  # a third column never moves: it says nothing, whatever its scale
-    robot = Embodiment(
+    still = MINIMUM_RANGE  # a third, constant column says nothing, whatever its scale
+    embodiment = Embodiment(
         0, ("front",), 3, "[]", (), 10.0, Normalizer((middle, middle, 0.0), (half, half, still)), Normalizer((), ())
     )
     numbers = {"scale": np.array([scale, scale, 1e-6]), "offset": np.array([offset, offset, 0.0])}
     if expected is None:
         with pytest.raises(UserError, match=r"may multiply or divide: .* fit both"):
-            published_module._normalizer(numbers, robot, Path("file.pt"))
+            published_module._normalizer(numbers, embodiment, Path("file.pt"))
     else:
-        found = published_module._normalizer(numbers, robot, Path("file.pt"))
+        found = published_module._normalizer(numbers, embodiment, Path("file.pt"))
         assert (found.scale[0], found.offset[0]) == pytest.approx(expected)

@@ -1,4 +1,4 @@
-"""The report is one file that opens without a network, shows what was recorded, and trusts no text in the data."""
+"""The report is one file that opens offline, shows what was recorded, and escapes text from the data."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from preprocessing.store.store import LatentStore
 from preprocessing.video.write import write_video
 
 HOSTILE = "<script>alert(1)</script>"
-PICTURE = np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3)
+IMAGE = np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3)
 VOID = {"meta", "img", "br", "line", "path", "polyline"}
 
 
 class Page(HTMLParser):
-    """What a browser would load, and whether every tag is closed."""
+    """Collects what a browser would load, and checks that every tag is closed."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -56,7 +56,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """The arguments of write_report: a store, two runs and two evaluations of a road that was never driven."""
+    """Arguments of write_report: a store, two runs and two evaluations, all made up."""
     root = tmp_path_factory.mktemp("report")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
@@ -114,14 +114,14 @@ def _evaluation(folder: Path, successes: int, frames: bool) -> Path:
     for number in range(3):
         outcome = "success" if number < successes else "failure"
         file = f"push_{number:02d}_{outcome}.mp4"
-        write_video(folder / file, [np.concatenate([PICTURE, PICTURE], axis=1)] * 3, 10, quality=26)
+        write_video(folder / file, [np.concatenate([IMAGE, IMAGE], axis=1)] * 3, 10, quality=26)
         numbers["videos"].append({"file": file, "episode": number, "success": number < successes})
     if frames:
         errors = {"action_error_policy": 0.1, "action_error_inverse": 0.05, "action_error_mean": 0.4}
         quality = {"psnr_forward": 24.0, "psnr_floor": 21.0, "psnr_ceiling": 30.0}
         numbers["open_loop"] = {"windows": 64, **errors, **quality}
         numbers["pictures"] = [{"file": "forward_0.png", "columns": ["now", "predicted", "true"]}]
-        Image.fromarray(np.concatenate([PICTURE] * 3, axis=1)).save(folder / "forward_0.png")
+        Image.fromarray(np.concatenate([IMAGE] * 3, axis=1)).save(folder / "forward_0.png")
     (folder / "evaluation.json").write_text(json.dumps(numbers))
     return folder
 
@@ -144,29 +144,29 @@ def test_the_page_is_one_file_that_loads_nothing(road: dict[str, Any], tmp_path:
     assert any("default-src 'none'" in (attrs.get("content") or "") for tag, attrs in page.tags if tag == "meta")
 
 
-def test_pictures_and_videos_are_embedded_byte_for_byte(road: dict[str, Any], tmp_path: Path) -> None:
+def test_images_and_videos_are_embedded_byte_for_byte(road: dict[str, Any], tmp_path: Path) -> None:
     _, page = _write(tmp_path, **road)
-    [picture], videos = page.sources("img"), page.sources("video")
+    [image], videos = page.sources("img"), page.sources("video")
     folder = road["evaluations"]["finetuned"]
-    assert base64.b64decode(picture.split(",")[1]) == (folder / "forward_0.png").read_bytes()
+    assert base64.b64decode(image.split(",")[1]) == (folder / "forward_0.png").read_bytes()
     assert len(videos) == 6
     assert base64.b64decode(videos[1].split(",")[1]) == (folder / "push_00_success.mp4").read_bytes()
     assert all({"autoplay", "muted", "loop", "playsinline"} <= set(a) for tag, a in page.tags if tag == "video")
 
 
-def test_text_of_the_data_stays_text(road: dict[str, Any], tmp_path: Path) -> None:
+def test_text_from_the_data_is_escaped(road: dict[str, Any], tmp_path: Path) -> None:
     text, _ = _write(tmp_path, **road)
     assert HOSTILE not in text
     assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 3  # an instruction, a uri, a stage's summary
 
 
-def test_verdict_data_and_lineage_are_told(road: dict[str, Any], tmp_path: Path) -> None:
+def test_the_page_shows_verdict_data_and_lineage(road: dict[str, Any], tmp_path: Path) -> None:
     text, page = _write(tmp_path, **road)
     words = " ".join(re.sub(r"<style>.*</style>|<[^>]+>", " ", text, flags=re.DOTALL).split())
     assert page.sections == [
         "verdict", "rollouts", "frames", "actions", "data", "curves", "stages", "lineage"
     ]  # fmt: skip
-    for told in (
+    for expected in (
         "toy version 1 is now the champion",
         "67 % (21 % to 94 %)",
         "3.0 dB better than copying the current frame",
@@ -181,17 +181,17 @@ def test_verdict_data_and_lineage_are_told(road: dict[str, Any], tmp_path: Path)
         f"started from pretrain, {road['runs']['pretrain']}",
         f"read snapshot {road['snapshot_id']}",
     ):
-        assert told in words, told
+        assert expected in words, expected
 
 
-def test_what_is_absent_is_left_out(road: dict[str, Any], tmp_path: Path) -> None:
+def test_empty_sections_are_left_out(road: dict[str, Any], tmp_path: Path) -> None:
     bare = road | {"evaluations": {}, "promotion": None, "runs": {}, "stages": []}
     text, page = _write(tmp_path, **bare)
     assert page.sections == ["data", "lineage"]
     assert "champion" not in text and "<video" not in text
 
 
-def test_what_a_kind_of_model_cannot_do_is_not_measured(road: dict[str, Any], tmp_path: Path) -> None:
+def test_a_policy_without_frame_prediction_says_so(road: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / "policy"
     folder.mkdir()
     nothing = dict.fromkeys(("action_error_inverse", "psnr_forward", "psnr_floor", "psnr_ceiling"))

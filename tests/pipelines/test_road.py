@@ -1,4 +1,4 @@
-"""The verbs, one after the other, on small raw data of every format: what ``uwm demo`` does without a simulator."""
+"""The verbs in sequence on small raw data of several formats: ``uwm demo`` without a simulator."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TINY = ["model.width=32", "model.depth=1", "model.heads=2", "model.patch=[2,4,4]
 
 @pytest.fixture(scope="module")
 def road(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Any:
-    """Raw data of three kinds, ingested, pretrained on, finetuned: paths and ids."""
+    """Ingest raw data of three formats, pretrain and finetune; return paths and ids."""
     root = tmp_path_factory.mktemp("road")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
@@ -58,7 +58,7 @@ def road(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Any:
                "finetuned": fine, "finetune_run": fine_run}  # fmt: skip
 
 
-def test_an_ingest_brings_every_episode_in(road: Any) -> None:
+def test_an_ingest_stores_every_episode(road: Any) -> None:
     assert road["first"].episodes == {"new": 11, "already": 0, "quarantined": 0, "filtered": 0}
     rows = LatentStore.open(road["store"]).snapshot().episodes().to_pylist()
     assert sorted(row["format"] for row in rows) == ["hdf5"] * 6 + ["lerobot"] * 4 + ["video"]
@@ -101,7 +101,7 @@ def test_latents_are_those_of_the_frames_in_order(road: Any) -> None:
     assert np.corrcoef(levels, np.arange(90))[0, 1] > 0.99
 
 
-def test_training_lowers_nothing_it_should_not_and_tracks_what_it_read(road: Any) -> None:
+def test_training_records_its_losses_and_its_lineage(road: Any) -> None:
     settings = checkpoint.load_settings(road["pretrained"])
     assert settings.snapshot == road["first"].snapshot and settings.step == 6
     assert set(settings.embodiments) >= {"video"} and len(settings.embodiments) == 3
@@ -116,7 +116,7 @@ def test_training_lowers_nothing_it_should_not_and_tracks_what_it_read(road: Any
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_model_that_does_not_fit_the_stores_encoder_is_told_in_one_line(road: Any, tmp_path: Path, uwm: Uwm) -> None:
+def test_a_model_of_another_encoder_is_refused_in_one_line(road: Any, tmp_path: Path, uwm: Uwm) -> None:
     fill(LatentStore.create(str(tmp_path / "other")), ["a", "b"])
     runs = ("--output", tmp_path / "runs")
     code, _, err = uwm("finetune", "--from", road["pretrained"], "--store", tmp_path / "other", *runs)
@@ -131,7 +131,7 @@ def test_a_model_that_does_not_fit_the_stores_encoder_is_told_in_one_line(road: 
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_names_the_batch(road: Any, tmp_path: Path, uwm: Uwm) -> None:
+def test_a_nan_loss_stops_the_run_and_names_the_episodes(road: Any, tmp_path: Path, uwm: Uwm) -> None:
     code, _, err = uwm(
         "pretrain", "--store", road["store"], "--output", tmp_path, "steps=40", "learning_rate=1e18",
         "warmup_steps=0", *SMALL[:2], *TINY,
@@ -143,7 +143,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_batch(road: Any, t
     assert named and set(named) <= ids
 
 
-def test_a_model_answers_in_the_robots_units_and_refuses_other_inputs(road: Any) -> None:
+def test_a_policy_acts_in_the_robots_units_and_refuses_other_inputs(road: Any) -> None:
     settings = checkpoint.load_settings(road["finetuned"])
     name = next(name for name, spec in settings.embodiments.items() if spec.action_dim)
     policy = Policy(road["finetuned"], name)
@@ -156,7 +156,7 @@ def test_a_model_answers_in_the_robots_units_and_refuses_other_inputs(road: Any)
     fast = Policy(road["finetuned"], name, fast=True)
     near = fast.act(images, proprio, torch.Generator().manual_seed(0))
     gap = np.abs(near - action) / normalizer.scale
-    assert 0 < gap.mean() < 0.2, "as it was trained for six steps, its answers are little but noise"
+    assert 0 < gap.mean() < 0.2, "a model trained for six steps predicts little but noise"
     with pytest.raises(UserError, match="camera"):
         policy.act({"elsewhere": images[policy.spec.cameras[0]]}, proprio)
     with pytest.raises(UserError, match="expected uint8"):

@@ -1,4 +1,4 @@
-"""A training by the command line: what it says before, while and after it."""
+"""Training with the command line: dry run, progress, results and mistakes."""
 
 from __future__ import annotations
 
@@ -35,9 +35,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return made.uri
 
 
-def test_its_run_shows_curves_pictures_and_where_it_came_from(
-    ray_cluster: None, store: str, tmp_path: Path, uwm: Uwm
-) -> None:
+def test_a_run_logs_curves_images_and_its_lineage(ray_cluster: None, store: str, tmp_path: Path, uwm: Uwm) -> None:
     code, trained, err = uwm(
         "pretrain", "--store", store, "--output", tmp_path / "runs", "--json", "steps=6", "checkpoint_every=3",
         "log_every=2", "micro_batch_size=3", *TINY,
@@ -57,7 +55,7 @@ def test_its_run_shows_curves_pictures_and_where_it_came_from(
     assert kept == {"step-00000003", "step-00000006"}
 
 
-def test_it_goes_on_where_nobody_reads_what_it_says(
+def test_training_survives_a_closed_stderr(
     ray_cluster: None, store: str, tmp_path: Path, uwm: Uwm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nobody, end = os.pipe()
@@ -70,7 +68,7 @@ def test_it_goes_on_where_nobody_reads_what_it_says(
     assert code == 0 and checkpoint.load_settings(Path(trained["checkpoint"])).step == 2
 
 
-def test_a_number_that_is_none_in_the_data_stops_it_and_names_the_episode(
+def test_nan_in_the_data_stops_training_and_names_the_episode(
     ray_cluster: None, store: str, tmp_path: Path, uwm: Uwm
 ) -> None:
     broken = np.full((10, 4, 8, 8), np.nan, np.float16)
@@ -85,10 +83,10 @@ def test_a_number_that_is_none_in_the_data_stops_it_and_names_the_episode(
     line = err.strip().splitlines()[-1]
     assert code == 1 and "failed: Diverged: step" in line and "the loss is nan in 1 of 8 samples" in line, err
     found = re.search(r"step (\d+): .*; the last good checkpoint is at step (\d+); .* episodes: broken \(-v", line)
-    assert found and 0 < int(found[1]) - int(found[2]) < 4, line  # one is written while the next step is done
+    assert found and 0 < int(found[1]) - int(found[2]) < 4, line  # one is written while the next step runs
 
 
-def test_a_dry_run_says_what_it_takes(store: str, uwm: Uwm) -> None:
+def test_a_dry_run_estimates_memory_time_and_cost(store: str, uwm: Uwm) -> None:
     code, plan, err = uwm("pretrain", "--store", store, "--dry-run", "--json", "worker_price=2", "steps=1000", *TINY)
     assert code == 0, err
     found = plan["estimate"]
@@ -102,7 +100,7 @@ def test_a_dry_run_says_what_it_takes(store: str, uwm: Uwm) -> None:
     assert sharded["state_bytes"] == pytest.approx(found["parameters"] * (4 / 4 + 4 / 4 + 4 + 12 / 4), rel=0.01)
     less = uwm("pretrain", "--store", store, "--dry-run", "--json", *TINY, "activation_checkpointing=true")[1]
     assert less["estimate"]["activation_bytes"] < found["activation_bytes"]
-    assert "memory" in err and "a step, on workers like this" in err
+    assert "memory" in err and "s per step, if every worker is like this" in err
 
 
 def test_no_two_samples_share_their_noise() -> None:
@@ -121,10 +119,10 @@ def test_no_two_samples_share_their_noise() -> None:
         ("zero_stage=4", "zero_stage 4"),
     ],
 )
-def test_what_cannot_be_is_told_in_a_line(override: str, message: str) -> None:
-    with pytest.raises(UserError, match=message.replace("[", r"\[")) as told:
+def test_impossible_recipes_are_refused_in_one_line(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message.replace("[", r"\[")) as refused:
         load_recipe("small", [override])
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(refused.value)
 
 
 def test_stage_0_and_compiling_have_their_limits() -> None:

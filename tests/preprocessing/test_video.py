@@ -1,4 +1,4 @@
-"""Frames come out upright, in their colours, all of them or a reason why not."""
+"""Video decoding: upright frames, correct colours, no silently lost frames."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def decoded(path: Path, size: int | None = None) -> np.ndarray:
     return np.concatenate(list(open_video(path).frames(size)))
 
 
-def centres(picture: np.ndarray) -> np.ndarray:
-    """The colours of the four quadrants, in reading order."""
-    quarter = picture.shape[0] // 4
-    return np.array([picture[y, x] for y in (quarter, 3 * quarter) for x in (quarter, 3 * quarter)], int)
+def centres(image: np.ndarray) -> np.ndarray:
+    """The colours of the four quadrants, row by row."""
+    quarter = image.shape[0] // 4
+    return np.array([image[y, x] for y in (quarter, 3 * quarter) for x in (quarter, 3 * quarter)], int)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_colours_round_trip(tmp_path, name, codec, pix_fmt, size):
 
 
 def test_full_range_by_its_flag_alone(tmp_path):
-    """Plain yuv420p that says it is full range: read as limited, dark and bright would be 15 levels off."""
+    """yuv420p flagged as full range: read as limited, dark and bright would be off by 15 levels."""
     with av.open(str(tmp_path / "a.mkv"), "w") as container:
         stream = container.add_stream("ffv1", rate=20)
         stream.height = stream.width = 64
@@ -85,12 +85,12 @@ def test_grey_keeps_its_range(tmp_path):
 
 
 def test_the_matrix_in_the_stream_is_used(tmp_path):
-    """BT.709 coefficients, applied by hand, written under their name: reading them as BT.601 is 20 levels off."""
+    """BT.709 coefficients, applied by hand and declared: read as BT.601, colours would be off by 20 levels."""
     plain = write_video(tmp_path / "601.mp4", np.stack([quadrants()] * 3))
     named = write_video(
         tmp_path / "709.mp4", np.stack([quadrants()] * 3), **{"x264-params": "colormatrix=bt709:range=tv"}
     )
-    off = centres(decoded(named)[0]) - centres(decoded(plain)[0])  # same samples, another name
+    off = centres(decoded(named)[0]) - centres(decoded(plain)[0])  # same samples, another declared matrix
     assert np.abs(off).max() > 12
 
     def luma(colour: np.ndarray, red: float, blue: float) -> float:
@@ -175,7 +175,7 @@ def test_frames_hidden_by_an_edit_list_are_no_loss(tmp_path):
 
 
 def test_no_video_no_episode(tmp_path):
-    (tmp_path / "a.mp4").write_bytes(b"not a film at all" * 100)
+    (tmp_path / "a.mp4").write_bytes(b"not a write_texture at all" * 100)
     with pytest.raises(BadEpisode, match="cannot be opened as video"):
         probe_video(tmp_path / "a.mp4")
     with pytest.raises(BadEpisode, match="cannot be opened as video"):
@@ -212,7 +212,7 @@ def test_invalid_images_and_bombs():
             decode_image(data)
     deep = io.BytesIO()
     Image.fromarray(np.full((8, 8), 1000, np.uint16)).save(deep, "PNG")
-    with pytest.raises(BadEpisode, match="16-bit greyscale"):  # all of it would be white
+    with pytest.raises(BadEpisode, match="16-bit greyscale"):  # 8 bits would make it all white
         decode_image(deep.getvalue())
     bomb = io.BytesIO()
     Image.new("L", (9_000, 9_000)).save(bomb, "PNG")
@@ -225,16 +225,16 @@ def test_array_videos_and_their_wrappers():
     video = sliced_video(70, lambda a, b: frames[a:b])
     assert [len(chunk) for chunk in video.frames(None)] == [64, 6]
     assert [len(chunk) for chunk in first_frames(video, 65).frames(4)] == [64, 1]
-    picture = sliced_video(1, lambda a, b: quadrants()[None])
-    turned = upside_down(picture)
+    image = sliced_video(1, lambda a, b: quadrants()[None])
+    turned = upside_down(image)
     assert turned.turned and not upside_down(turned).turned
     assert np.array_equal(next(turned.frames(None))[0], quadrants()[::-1])
 
 
-def film(
+def write_texture(
     path: Path, codec: str, count: int = 60, gop: int = 12, times: Sequence[int] | None = None, **options: str
 ) -> Path:
-    """A texture that wanders, no two frames alike; every 1/30 s, or at these milliseconds."""
+    """A moving texture, no two frames alike; every 1/30 s, or at these times in milliseconds."""
     texture = np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8).repeat(8, axis=0).repeat(8, axis=1)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=30, options=options)
@@ -255,7 +255,7 @@ def film(
 
 UNEVEN = np.cumsum([0, *np.random.default_rng(1).integers(10, 60, 40), 900, *([33] * 18)]).tolist()
 OPEN = {"bf": "3", "x264-params": "open-gop=1:b-adapt=0"}
-FILMS: dict[str, tuple[str, dict]] = {
+VIDEOS: dict[str, tuple[str, dict]] = {
     "closed.mp4": ("libx264", {"bf": "3", "x264-params": "b-adapt=0"}),
     "open.mp4": ("libx264", OPEN),
     "open.mkv": ("libx264", OPEN),
@@ -274,17 +274,17 @@ FILMS: dict[str, tuple[str, dict]] = {
 
 
 def on_screen(path: Path, rate: float) -> list[int]:
-    """Which frame of all is shown at each tick of the rate, by exact arithmetic on their times."""
+    """The index of the frame shown at each tick of the rate, by exact arithmetic on timestamps."""
     with av.open(str(path)) as container:
         stream = max(container.streams.video, key=lambda stream: stream.width)
-        early = Fraction(TOLERANCE)
+        tolerance = Fraction(TOLERANCE)
         frames = [
             (frame.pts * stream.time_base, frame.duration * stream.time_base) for frame in container.decode(stream)
         ]
     (start, _), (last, shown) = frames[0], frames[-1]
     indices, tick = [], 0
-    while start + tick / Fraction(rate) < last + shown - early:
-        indices.append(sum(time <= start + tick / Fraction(rate) + early for time, _ in frames) - 1)
+    while start + tick / Fraction(rate) < last + shown - tolerance:
+        indices.append(sum(time <= start + tick / Fraction(rate) + tolerance for time, _ in frames) - 1)
         tick += 1
     return indices
 
@@ -293,12 +293,12 @@ def at_rate(path: Path, rate: float, size: int | None = None) -> np.ndarray:
     return np.concatenate(list(thinned(open_video(path), rate / probe_video(path).fps).frames(size)))
 
 
-@pytest.mark.parametrize("name", FILMS)
+@pytest.mark.parametrize("name", VIDEOS)
 def test_a_thinned_video_is_what_was_on_screen_bit_for_bit(tmp_path, name):
-    codec, options = FILMS[name]
+    codec, options = VIDEOS[name]
     if codec not in av.codecs_available:
         pytest.skip(f"this FFmpeg has no {codec}")
-    path = film(tmp_path / name, codec, **options)
+    path = write_texture(tmp_path / name, codec, **options)
     every = decoded(path)
     for rate in (1, 4.5, 7, 10, 23):
         expected = on_screen(path, rate)
@@ -312,18 +312,18 @@ def test_a_thinned_video_is_what_was_on_screen_bit_for_bit(tmp_path, name):
 
 
 def test_a_frame_that_stays_on_screen_is_repeated(tmp_path):
-    path = film(tmp_path / "a.mkv", "libx264", times=UNEVEN)
+    path = write_texture(tmp_path / "a.mkv", "libx264", times=UNEVEN)
     assert np.diff(on_screen(path, 10)).tolist().count(0) >= 8  # the 900 milliseconds in UNEVEN
     assert len(at_rate(path, 10)) == round(UNEVEN[-1] / 100)
 
 
 @pytest.mark.parametrize("name", ["closed.mp4", "open.mp4", "open.hevc.mp4", "old.mp4"])
 def test_unneeded_frames_are_not_decoded(tmp_path, name):
-    """Frame 0 is kept, and one more; all bytes but theirs and those they lean on are wiped out."""
-    codec, options = FILMS[name]
+    """Frame 0 and one more are kept; all bytes except theirs and those of their references are zeroed."""
+    codec, options = VIDEOS[name]
     if codec not in av.codecs_available:
         pytest.skip(f"this FFmpeg has no {codec}")
-    path = film(tmp_path / name, codec, **options)
+    path = write_texture(tmp_path / name, codec, **options)
     data = bytearray(path.read_bytes())
     with av.open(str(path)) as container:
         packets = [packet for packet in container.demux(video=0) if packet.size]
@@ -341,7 +341,7 @@ def test_unneeded_frames_are_not_decoded(tmp_path, name):
         alone = codec == "libx264" and place not in keys and not data[packet.pos + 4] & 0x60  # nal_ref_idc is 0
         needed = group <= place <= order.index(second) and (order[place] == second or not alone)
         if place > 0 and not needed:
-            data[packet.pos + 5 : packet.pos + packet.size] = bytes(packet.size - 5)  # behind the length and a type
+            data[packet.pos + 5 : packet.pos + packet.size] = bytes(packet.size - 5)  # after the length and the type
     path.write_bytes(data)
     assert np.array_equal(at_rate(path, 30 / second), kept)
     with pytest.raises(BadEpisode, match=r"(breaks|ends) after"):
@@ -349,7 +349,7 @@ def test_unneeded_frames_are_not_decoded(tmp_path, name):
 
 
 def test_a_truncated_video_is_refused_when_thinned_too(tmp_path):
-    path = film(tmp_path / "a.mp4", "libx264", movflags="faststart")
+    path = write_texture(tmp_path / "a.mp4", "libx264", movflags="faststart")
     data = path.read_bytes()
     with av.open(str(path)) as container:
         starts = [packet.pos for packet in container.demux(video=0) if packet.size]
@@ -361,17 +361,17 @@ def test_a_truncated_video_is_refused_when_thinned_too(tmp_path):
             with pytest.raises(BadEpisode) as thin:
                 at_rate(path, 1)
             assert str(thin.value) == str(whole.value)
-    path = film(tmp_path / "a.mkv", "libx264")
+    path = write_texture(tmp_path / "a.mkv", "libx264")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(BadEpisode, match=r"(breaks|ends) after \d+"):
         at_rate(path, 1)
 
 
 def test_a_packet_without_a_shown_frame_is_not_a_frame(tmp_path):
-    """VP8 hides frames that others lean on: show_frame (RFC 6386, 9.1) is 0."""
+    """VP8 has hidden reference frames: show_frame (RFC 6386, 9.1) is 0."""
     if "libvpx" not in av.codecs_available:
         pytest.skip("this FFmpeg has no libvpx")
-    path = film(tmp_path / "a.webm", "libvpx")
+    path = write_texture(tmp_path / "a.webm", "libvpx")
     with av.open(str(path)) as container:
         hidden = bytes(next(packet for packet in container.demux(video=0) if packet.pts == 1000))
     path.write_bytes(path.read_bytes().replace(hidden, bytes([hidden[0] & ~0x10]) + hidden[1:]))
@@ -382,7 +382,7 @@ def test_a_packet_without_a_shown_frame_is_not_a_frame(tmp_path):
 
 
 def test_a_cut_video_begins_with_frames_whose_references_are_gone(tmp_path):
-    path = film(tmp_path / "whole.ts", *FILMS["open.ts"][:1], **FILMS["open.ts"][1])
+    path = write_texture(tmp_path / "whole.ts", *VIDEOS["open.ts"][:1], **VIDEOS["open.ts"][1])
     with av.open(str(path)) as container, av.open(str(tmp_path / "cut.ts"), "w") as cut:
         out = cut.add_stream_from_template(container.streams.video[0])
         packets = [packet for packet in container.demux(video=0) if packet.size]
@@ -397,7 +397,7 @@ def test_a_cut_video_begins_with_frames_whose_references_are_gone(tmp_path):
 
 
 def test_thinning_ignores_frames_hidden_by_an_edit_list(tmp_path):
-    path = film(tmp_path / "a.mp4", "libx264", **OPEN)
+    path = write_texture(tmp_path / "a.mp4", "libx264", **OPEN)
     at = path.read_bytes().index(b"elst") + 12
     duration, start = struct.unpack(">Ii", path.read_bytes()[at : at + 8])
     patch_mp4(path, b"elst", 8, struct.pack(">Ii", duration // 2, start + 7 * 512))  # half, from the eighth frame on
@@ -408,7 +408,7 @@ def test_thinning_ignores_frames_hidden_by_an_edit_list(tmp_path):
 
 
 def test_thinning_with_a_clock_that_restarts(tmp_path):
-    once = film(tmp_path / "a.ts", "libx264", bf="0")
+    once = write_texture(tmp_path / "a.ts", "libx264", bf="0")
     twice = tmp_path / "twice.ts"
     twice.write_bytes(once.read_bytes() * 2)
     every = decoded(twice)
@@ -416,19 +416,19 @@ def test_thinning_with_a_clock_that_restarts(tmp_path):
 
 
 def test_avi_frames_are_counted(tmp_path):
-    path = film(tmp_path / "a.avi", "libx264", bf="3", **{"x264-params": "b-adapt=0"})
+    path = write_texture(tmp_path / "a.avi", "libx264", bf="3", **{"x264-params": "b-adapt=0"})
     assert np.array_equal(at_rate(path, 7), decoded(path)[[int(k * 30 / 7) for k in range(14)]])
 
 
 def test_a_stream_without_key_frames_is_not_held_in_memory(tmp_path, monkeypatch):
-    path = film(tmp_path / "a.mp4", "libx264", **FILMS["one-group.mp4"][1])
+    path = write_texture(tmp_path / "a.mp4", "libx264", **VIDEOS["one-group.mp4"][1])
     expected = at_rate(path, 7)
     monkeypatch.setattr("preprocessing.video.thinning.MAX_GROUP", 59)
     assert np.array_equal(at_rate(path, 7), expected)
 
 
 def test_a_clock_that_jumps_is_refused(tmp_path):
-    path = film(tmp_path / "a.mkv", "libx264", times=[*range(0, 1770, 30), 10**9])
+    path = write_texture(tmp_path / "a.mkv", "libx264", times=[*range(0, 1770, 30), 10**9])
     with pytest.raises(BadEpisode, match="its clock jumps"):
         at_rate(path, 20)
 
@@ -446,8 +446,8 @@ def test_arrays_and_images_are_thinned_by_counting():
         assert indices(thinned(first_frames(video, 70), rate / 30)) == [index for index in expected if index < 70]
     turned = thinned(upside_down(video), 1 / 30)
     assert turned.turned and indices(turned) == [0, 30, 60, 90]
-    picture = np.stack([quadrants()] * 4)
-    [[seen, _]] = thinned(upside_down(sliced_video(4, lambda a, b: picture[a:b])), 0.5).frames(None)
+    image = np.stack([quadrants()] * 4)
+    [[seen, _]] = thinned(upside_down(sliced_video(4, lambda a, b: image[a:b])), 0.5).frames(None)
     assert np.array_equal(seen, quadrants()[::-1])
     broken = images_video([jpeg(quadrants()), b"never looked at"] * 3)
     assert sum(len(chunk) for chunk in thinned(broken, 0.5).frames(None)) == 3
@@ -464,7 +464,7 @@ def test_thinning_holds_at_most_one_chunk():
 
 
 def test_videos_are_thinned_and_robot_logs_are_not(tmp_path):
-    path = film(tmp_path / "a.mp4", "libx264")
+    path = write_texture(tmp_path / "a.mp4", "libx264")
     [ref] = sources.scan("video", path)
 
     def loaded(contract: DataContract | None, fps: float | None) -> tuple[float, np.ndarray]:
@@ -472,7 +472,7 @@ def test_videos_are_thinned_and_robot_logs_are_not(tmp_path):
         return episode.fps, np.concatenate(list(episode.cameras["video"].frames(None)))
 
     every = decoded(path)
-    slow = DataContract(fps=10, flip=("video",))  # filmed at 10 a second, played at 30
+    slow = DataContract(fps=10, flip=("video",))  # recorded at 10 Hz, played at 30 Hz
     for contract, rate, fps, kept in (
         (None, None, 30, every),
         (None, 30, 30, every),

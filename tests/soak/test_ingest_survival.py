@@ -1,7 +1,7 @@
-"""What an ingest survives: real processes that die, a full disk, a bad network, a wrong clock, flipped bits.
+"""An ingest survives killed processes, a full disk, a faulty network, wrong clocks and flipped bits.
 
-Each store is afterwards read whole, and compared with that of an ingest which nobody disturbed. While it is disturbed a
-reader looks at it all the time, and finds whole snapshots only.
+Afterwards each store is read completely and compared with that of an undisturbed ingest. Meanwhile a reader keeps
+reading it and must only find complete snapshots.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from preprocessing.store.store import LatentStore
 
 pytest_plugins = ["helpers.s3"]
 
-# The command line, in a process of its own. Every few rows are written, and every half second there is a commit. Frames
-# are averaged, not encoded by the VAE: that one takes its time to import, and an ingest is to be disturbed at its work.
+# The command line in a separate process. It writes every few rows and commits every half second. Frames are averaged
+# instead of encoded by the VAE, which is slow to import: the faults should hit a running ingest.
 DRIVER = """
 import os, signal, sys
 import numpy as np
@@ -51,7 +51,7 @@ class Average(ingest_job.Encode):
 
 committer.COMMIT_MINUTES, ingest_job.ROWS_PER_WRITE, ingest_job.Encode = 0, 2, Average
 death, pool, commit, commits = sys.argv.pop(1), ingest_job.ActorPoolStrategy, Session.commit, []
-ingest_job.ActorPoolStrategy = lambda size: pool(size=1)  # there is to be room for several drivers
+ingest_job.ActorPoolStrategy = lambda size: pool(size=1)  # leaves room for several drivers
 
 def deadly(session, *arguments, **named):
     commits.append(session)
@@ -68,13 +68,13 @@ cli.main()
 
 
 class Drivers:
-    """Starts ingests of one folder on one cluster. ``reference`` is the store of one that nobody disturbed."""
+    """Starts ingests of one folder on one cluster. ``reference`` is the store of an undisturbed one."""
 
     def __init__(self, cluster: Any, raw: Path, folder: Path):
         self.cluster, self.raw, self.folder = cluster, raw, folder
         self.reference = str(folder / "reference")
         finish(self.start(self.reference))
-        assert len(LatentStore.open(self.reference).log()) > 3, "it is to commit as it goes"
+        assert len(LatentStore.open(self.reference).log()) > 3, "it should commit several times"
 
     def start(self, store: str, death: str = "never") -> subprocess.Popen[str]:
         command = [sys.executable, "-c", DRIVER, death, "ingest", self.raw, "--store", store, "--json"]
@@ -87,14 +87,14 @@ class Drivers:
 
 
 def finish(driver: subprocess.Popen[str], code: int = 0) -> tuple[Any, str]:
-    """Its report and what it told the user."""
+    """Wait for a driver; return its report and its stderr."""
     out, err = driver.communicate(timeout=240)
     assert driver.returncode == code, err[-3000:]
     return json.loads(out.splitlines()[-1]) if code == 0 else None, err
 
 
 @pytest.fixture(scope="module")
-def drivers(tmp_path_factory: pytest.TempPathFactory, s3: S3) -> Iterator[Drivers]:  # s3: workers get its credentials
+def drivers(tmp_path_factory: pytest.TempPathFactory, s3: S3) -> Iterator[Drivers]:  # s3 sets the workers' credentials
     from ray.cluster_utils import Cluster
 
     raw = tmp_path_factory.mktemp("raw")
@@ -109,12 +109,12 @@ def drivers(tmp_path_factory: pytest.TempPathFactory, s3: S3) -> Iterator[Driver
 
 @contextlib.contextmanager
 def reader(store: str) -> Iterator[None]:
-    """While the block runs, somebody opens the store again and again and reads all of its newest snapshot."""
+    """While the block runs, keep opening the store and reading its newest snapshot completely."""
     done, found = threading.Event(), list[str]()
 
     def read() -> None:
         while not done.wait(1):
-            with contextlib.suppress(UserError):  # nothing there yet
+            with contextlib.suppress(UserError):  # no store yet
                 snapshot = LatentStore.open(store).snapshot()
                 found.extend(snapshot.verify())
                 found.extend(row["id"] for row in snapshot.rows() if frames(row) != {row["frames"]})
@@ -147,7 +147,7 @@ def test_pairs_of_drivers_killed_at_random_moments(drivers: Drivers) -> None:
         store = str(drivers.folder / f"killed-{number}")
         with reader(store):
             pair = [drivers.start(store, deaths.pop() if deaths else "never") for _ in range(2)]
-            first = pair[0]  # which may be done sooner than seen, where little is left
+            first = pair[0]  # with little left to do it may finish before it is seen at work
             wait_for(lambda first=first: workers("MapBatches(decode)") or first.poll() is not None, first)
             for driver in pair:
                 time.sleep(chance.uniform(0, 5))
@@ -198,8 +198,8 @@ def test_a_disk_that_fills_up(drivers: Drivers, tmp_path: Path) -> None:
     try:
         store = str(tmp_path / "store")
         with reader(store):
-            _, told = finish(drivers.start(store), 1)
-            assert told.splitlines()[-1].startswith("failed: ") and "o space left" in told.splitlines()[-1]
+            _, err = finish(drivers.start(store), 1)
+            assert err.splitlines()[-1].startswith("failed: ") and "o space left" in err.splitlines()[-1]
         snapshot = LatentStore.open(store).snapshot()
         assert 0 < episodes(store) < episodes(drivers.reference) and not list(snapshot.verify())
         subprocess.run(["mount", "-o", "remount,size=64m", tmp_path], check=True)
@@ -219,8 +219,8 @@ def test_a_server_and_a_network_that_fail(drivers: Drivers, s3: S3) -> None:
         with reader(quiet):
             for _ in range(5):
                 driver = drivers.start(store)
-                _, told = driver.communicate(timeout=240)
-                assert "Traceback" not in told
+                _, err = driver.communicate(timeout=240)
+                assert "Traceback" not in err
                 if driver.returncode == 0:
                     break
         assert not differences(quiet, drivers.reference)
@@ -244,7 +244,7 @@ def test_clocks_that_differ(name: str, tmp_path: Path, s3: S3) -> None:
         refused = "" if offset.endswith("s") else "this machine's clock"
         assert ended.returncode == 0 and refused in ended.stdout, ended.stderr
         assert LatentStore.open(store.uri).snapshot("paper").episodes().num_rows == 1
-    commit(store, [late])  # it was begun before all this
+    commit(store, [late])  # written before the other commits
     assert store.snapshot().episodes(["id"])["id"].to_pylist() == ["now", "-4s", "+4s", "late"]
     assert not list(store.snapshot().verify())
 
@@ -281,7 +281,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path) -> None:
         path.write_bytes(flipped)
         try:
             lines = list(LatentStore.open(store.uri).snapshot().verify())
-        except BaseException as error:  # Icechunk's own panics among them
+        except BaseException as error:  # including Icechunk's panics
             lines = [f"{type(error).__name__}: {error}"]
         try:
             assert lines or everything(store.uri) == good, f"bit {bit} of {path} is not found"
@@ -296,7 +296,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path) -> None:
 
 
 def everything(uri: str) -> list[Any]:
-    """All that a reader can get from the newest snapshot."""
+    """Return everything that a reader can get from the newest snapshot."""
     snapshot = LatentStore.open(uri).snapshot()
     rows = snapshot.episodes().to_pylist()
     found: list[Any] = [snapshot.id, rows, snapshot.removed(), snapshot.quarantine(), snapshot.keys()]

@@ -1,6 +1,6 @@
-"""What a training survives: workers, drivers and a node that die, notices of the end, a full disk, a broken checkpoint.
+"""A training survives killed workers, drivers and nodes, preemption, a full disk and a broken checkpoint.
 
-Each run is compared with one that nobody disturbed: the same losses and the same weights, to the last bit.
+Each run is compared with an undisturbed one: losses and weights must be equal to the last bit.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TINY = [
 
 
 class Trainings:
-    """Pretrains on one store and one cluster, by the command line, in processes of their own."""
+    """Starts pretraining on one store and one cluster with the command line, in separate processes."""
 
     def __init__(self, cluster: Any, root: Path):
         self.cluster, self.root, self.store = cluster, root, root / "store"
@@ -49,7 +49,7 @@ class Trainings:
         self.reference = Training(self, "reference", None, None)
 
     def start(self, name: str, *more: str, checkpoints: str | None = None) -> Training:
-        for left in self.started:  # by a test that failed; it would keep the next one waiting for its workers
+        for left in self.started:  # by a failed test; the next run would wait for its workers
             left.kill()
         more = (*more, "--checkpoints", checkpoints) if checkpoints else more
         command = [sys.executable, "-c", "from pipelines.cli import main; main()", "pretrain", "--store", self.store]
@@ -70,31 +70,31 @@ class Training:
         self.place = checkpoints or str(self.folder)
 
     def finish(self, code: int = 0) -> str:
-        """What it told the user."""
-        assert self.process.wait(timeout=400) == code, self.told()[-3000:]
-        return self.told()
+        """Wait for the process; return its stderr."""
+        assert self.process.wait(timeout=400) == code, self.stderr()[-3000:]
+        return self.stderr()
 
-    def told(self) -> str:
+    def stderr(self) -> str:
         return self.folder.with_suffix(".err").read_text()
 
     def checkpoints(self) -> list[int]:
-        """Their steps."""
+        """Return the steps of its checkpoints."""
         files, root = parse(self.place).filesystem()
         held = files.get_file_info(pyarrow.fs.FileSelector(root, recursive=True, allow_not_found=True))
         return sorted(int(info.path.split("/")[-2][5:]) for info in held if info.base_name == "checkpoint.json")
 
     def after(self, count: int) -> None:
-        """Wait until so many checkpoints were written, the older of which may be gone."""
+        """Wait until ``count`` checkpoints were written; older ones may be deleted already."""
         wait_for(lambda: max(self.checkpoints(), default=0) >= count * EVERY, self.process)
 
     def losses(self) -> dict[int, float]:
         tracking.mlflow.set_tracking_uri(f"sqlite:///{self.folder}.db")
         [run] = tracking.MlflowClient().search_runs(["1"])
         points = tracking.history(run.info.run_id, "loss")
-        assert len(points) == len(dict(points)), "a step is on the curve twice"
+        assert len(points) == len(dict(points)), "a step was logged twice"
         return dict(points)
 
-    def is_as_if_undisturbed(self) -> None:
+    def assert_equals_reference(self) -> None:
         reference = self.trainings.reference
         assert self.losses() == reference.losses()
         [mine], [its] = (list(each.folder.glob("*/checkpoint")) for each in (self, reference))
@@ -103,7 +103,7 @@ class Training:
 
 
 @pytest.fixture(scope="module")
-def trainings(tmp_path_factory: pytest.TempPathFactory, s3: S3) -> Iterator[Trainings]:  # workers get its credentials
+def trainings(tmp_path_factory: pytest.TempPathFactory, s3: S3) -> Iterator[Trainings]:  # sets the workers' credentials
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
@@ -112,36 +112,36 @@ def trainings(tmp_path_factory: pytest.TempPathFactory, s3: S3) -> Iterator[Trai
 
 
 @pytest.mark.soak
-def test_workers_and_drivers_that_die_or_are_told_to(trainings: Trainings) -> None:
+def test_workers_and_drivers_that_die_or_are_asked_to_stop(trainings: Trainings) -> None:
     first = trainings.start("killed")
     first.after(1)
     os.kill(workers("RayTrainWorker")[0], signal.SIGKILL)
     first.after(3)
     first.process.kill()
     first.process.wait()
-    assert "a worker was lost" in first.told()
+    assert "a worker was lost" in first.stderr()
     [cut] = first.folder.glob(f"*/step-{first.checkpoints()[-1]:08d}/state-0.safetensors")
-    cut.write_bytes(cut.read_bytes()[:-1])  # as a disk that was not told to write may leave it
+    cut.write_bytes(cut.read_bytes()[:-1])  # as after a power failure without fsync
 
     second = trainings.start("killed")
     second.after(4)
     os.kill(wait_for(lambda: workers("RayTrainWorker"), second.process)[1], signal.SIGTERM)
-    wait_for(lambda: "a machine was preempted; resuming from step" in second.told(), second.process)
+    wait_for(lambda: "a machine was preempted; resuming from step" in second.stderr(), second.process)
     second.after(6)
     second.process.send_signal(signal.SIGINT)
-    told = second.finish(130)
-    assert "resuming interrupted run" in told
-    stopped = re.search(r"interrupted; stopped at step (\d+)", told)
+    err = second.finish(130)
+    assert "resuming interrupted run" in err
+    stopped = re.search(r"interrupted; stopped at step (\d+)", err)
     assert stopped and int(stopped[1]) >= 6 * EVERY
 
     third = trainings.start("killed")
     third.finish()
-    third.is_as_if_undisturbed()
+    third.assert_equals_reference()
     assert len(list(third.folder.glob("*/run.json"))) == 1
 
 
 @pytest.mark.soak
-def test_a_node_that_dies_and_one_worker_that_goes_on_from_s3(trainings: Trainings, s3: S3) -> None:
+def test_a_node_that_dies_and_one_worker_that_resumes_from_s3(trainings: Trainings, s3: S3) -> None:
     training = trainings.start("node", "workers=[1, 2]", checkpoints=s3.uri("runs"))
     try:
         training.after(2)
@@ -167,10 +167,10 @@ def test_a_disk_that_is_full_for_a_while(trainings: Trainings, tmp_path: Path) -
         with contextlib.suppress(OSError), (tmp_path / "full").open("wb", buffering=0) as full:
             while full.write(bytes(2**20)):
                 pass
-        wait_for(lambda: "no checkpoint of step 8: " in training.told(), training.process)
+        wait_for(lambda: "no checkpoint of step 8: " in training.stderr(), training.process)
         (tmp_path / "full").unlink()
         assert "o space left" in training.finish()
-        training.is_as_if_undisturbed()
+        training.assert_equals_reference()
         assert training.checkpoints()[-1] == STEPS
     finally:
         subprocess.run(["umount", "--lazy", tmp_path], check=True)

@@ -1,4 +1,4 @@
-"""Raw BridgeData. Real episodes of its RLDS release are written back into the layout that they came from."""
+"""Raw BridgeData. Real episodes of its RLDS release are written back into their original layout."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def write(
     cameras: dict[int, np.ndarray],
     action: np.ndarray,
     state: np.ndarray,
-    sentences: str | None = "put the spoon in the pot\nconfidence: 1\nmove the spoon\n",
+    instructions: str | None = "put the spoon in the pot\nconfidence: 1\nmove the spoon\n",
     dated: str = DATED,
     name: str = "traj0",
     protocol: int = 4,
 ) -> Path:
-    """``cameras`` and ``state`` have a row more than ``action``."""
+    """``cameras`` and ``state`` have one row more than ``action``."""
     folder = top / dated / "raw" / "traj_group0" / name
     for number, frames in cameras.items():
         (folder / f"images{number}").mkdir(parents=True)
@@ -54,8 +54,8 @@ def write(
     (folder / "obs_dict.pkl").write_bytes(pickle.dumps(observed, protocol))
     (folder / "policy_out.pkl").write_bytes(pickle.dumps(commanded, protocol))
     (folder / "agent_data.pkl").write_bytes(pickle.dumps({"camera_info": "x"}))
-    if sentences is not None:
-        (folder / "lang.txt").write_text(sentences)
+    if instructions is not None:
+        (folder / "lang.txt").write_text(instructions)
     return folder
 
 
@@ -77,17 +77,17 @@ def test_real_episodes_equal_rlds(tmp_path, number):
     source = load(refs_of(REAL / "bridge_rlds")[number])
     frames = {camera: frames_of(source, camera) for camera in ("image_0", "image_1")}
     assert source.action is not None
-    steps = len(source.action) - 1  # the last action's picture is there, what came after it is not
+    steps = len(source.action) - 1  # RLDS lacks the frame after the last action
     cameras = {int(camera[-1]): rows for camera, rows in frames.items()}
     action, state = source.action[:steps], source.proprio["state"]
-    episode = one(write(tmp_path, cameras, action, state, sentences=f"{source.instruction}\nconfidence: 1\n"))
+    episode = one(write(tmp_path, cameras, action, state, instructions=f"{source.instruction}\nconfidence: 1\n"))
     assert list(episode.cameras) == ["image_0", "image_1"]
     for camera, wanted in frames.items():
-        quality = psnr(frames_of(episode, camera)[:, None], wanted[None])  # each frame against each that went in
+        quality = psnr(frames_of(episode, camera)[:, None], wanted[None])  # each frame against each original
         assert quality.shape == (steps, steps + 1) and np.diag(quality).min() > 32
         others = np.where(np.eye(steps, steps + 1, dtype=bool), 0, quality)
         moved = [np.diag(quality)[t] > others[t].max() for t in range(steps)]
-        assert np.mean(moved) > 0.8  # where the arm stands still, neighbours are as good
+        assert np.mean(moved) > 0.8  # while the arm stands still, neighbours match as well
     assert np.array_equal(episode.action, action) and np.array_equal(episode.proprio["state"], state[:steps])
     assert (episode.instruction, episode.fps, episode.embodiment) == (source.instruction, 5, "widowx")
     shipped = DataContract.load("bridge")
@@ -133,7 +133,7 @@ def test_lagging_cameras(tmp_path):
     assert np.array_equal(late.proprio["state"], in_time.proprio["state"][1:])
     assert np.array_equal(late.signals["qpos"], in_time.signals["qpos"][1:])
     assert np.array_equal(late.signals["delta_robot_transform"], in_time.signals["delta_robot_transform"][:10])
-    assert said(one(toy(tmp_path / "2021-01-01_00-00-00"))) == []  # of the copy, not of the recording
+    assert said(one(toy(tmp_path / "2021-01-01_00-00-00"))) == []  # the date of a copy, not of the recording
     assert late.id != in_time.id and "lagged by one frame" in said(late)[0] and said(in_time) == []
 
 
@@ -160,7 +160,7 @@ def test_only_numbers_are_signals(tmp_path):
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_bare_actions_no_instruction_and_every_protocol(tmp_path, protocol):
-    folder = toy(tmp_path, sentences=None, protocol=protocol)
+    folder = toy(tmp_path, instructions=None, protocol=protocol)
     rows = [np.full(7, index / 2) for index in range(11)]
     (folder / "policy_out.pkl").write_bytes(pickle.dumps(rows, protocol))
     episode = one(tmp_path)
@@ -172,7 +172,7 @@ def test_digests(tmp_path, monkeypatch):
     [ref] = refs_of(tmp_path)
     moved = shutil.copytree(tmp_path / "a", tmp_path / "b")
     assert refs_of(moved)[0].id == ref.id
-    monkeypatch.setattr("time.time_ns", lambda: 2**62)  # all is at rest, and remembered
+    monkeypatch.setattr("time.time_ns", lambda: 2**62)  # all files are old enough to be cached
     assert refs_of(tmp_path / "a")[0].id == ref.id
     read: list[Path] = []
     whole = bridge.file_digest
@@ -210,7 +210,10 @@ def change(name: str, data: object) -> Callable[[Path], object]:
     [
         (lambda folder: (folder / "policy_out.pkl").unlink(), "has no policy_out.pkl"),
         (lambda folder: (folder / "obs_dict.pkl").unlink(), "has no obs_dict.pkl"),
-        (lambda folder: (folder / "images2/im_5.jpg").unlink(), "images2 holds 11 images; 11 actions need images 0 to 11"),
+        (
+            lambda folder: (folder / "images2/im_5.jpg").unlink(),
+            "images2 holds 11 images; 11 actions need images 0 to 11",
+        ),
         (lambda folder: (folder / "images0/im_5.jpg").write_bytes(b"x"), "an image of 1 bytes is neither JPEG nor PNG"),
         (change("policy_out.pkl", b"\x80"), "the pickle cannot be read"),
         (change("policy_out.pkl", Hostile()), "it asks for builtins.__import__"),

@@ -1,4 +1,4 @@
-"""CALVIN: a file a step, and sentences in a pickle."""
+"""CALVIN: one file per step, and instructions in a pickle."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ def test_instructions_in_another_lang_folder(tmp_path):
     assert [(e.instruction, len(e.action)) for e in episodes_of(folder)] == [("push", 4), ("pull", 7)]
     (folder / "lang_paraphrase-MiniLM-L3-v2" / "auto_lang_ann.npy").rename(folder / "auto_lang_ann.npy")
     assert [e.instruction for e in episodes_of(folder)] == ["push", "pull"]
-    for name, sentence in (("lang_a", "other words"), ("lang_annotations", "the first of all")):
+    for name, text in (("lang_a", "other words"), ("lang_annotations", "the first of all")):
         (folder / name).mkdir()
-        table = {"language": {"ann": [sentence]}, "info": {"indx": [(0, 3)]}}
+        table = {"language": {"ann": [text]}, "info": {"indx": [(0, 3)]}}
         np.save(folder / name / "auto_lang_ann.npy", table)  # type: ignore[arg-type]
-        assert [e.instruction for e in episodes_of(folder)] == [sentence]
+        assert [e.instruction for e in episodes_of(folder)] == [text]
 
 
 def test_a_list_of_more_steps_than_exist(tmp_path):
@@ -117,14 +117,14 @@ def test_an_array_that_decompresses_to_more_than_declared(tmp_path):
 def test_an_encrypted_image(tmp_path):
     folder = write_calvin(tmp_path / "x", numbered(3, 16), first=0)
     data = bytearray((folder / "episode_0000001.npz").read_bytes())
-    data[data.index(b"PK\1\2") + 8] |= 1  # the first member in the file's table of contents
+    data[data.index(b"PK\1\2") + 8] |= 1  # the first member in the central directory
     (folder / "episode_0000001.npz").write_bytes(data)
     [episode] = episodes_of(folder)
     with pytest.raises(BadEpisode, match=r"episode_0000001.npz cannot be read: .*encrypted"):
         frames_of(episode, "static")
 
 
-@pytest.mark.parametrize("sentence", [["push"], 7, b"push", {"a": "push"}])
-def test_an_instruction_that_is_not_text(tmp_path, sentence):
-    [broken] = refs_of(write_calvin(tmp_path / "x", numbered(3, 16), first=0, sentences={(0, 2): sentence}))
-    assert f"an instruction that is a {type(sentence).__name__}" in broken.problem
+@pytest.mark.parametrize("text", [["push"], 7, b"push", {"a": "push"}])
+def test_an_instruction_that_is_not_text(tmp_path, text):
+    [broken] = refs_of(write_calvin(tmp_path / "x", numbered(3, 16), first=0, sentences={(0, 2): text}))
+    assert f"an instruction that is a {type(text).__name__}" in broken.problem

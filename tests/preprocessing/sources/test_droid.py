@@ -1,4 +1,4 @@
-"""Raw DROID. No public sample is at hand, so real episodes of Bridge are written in DROID's layout: real frames and
+"""Raw DROID. Without a public sample at hand, real Bridge episodes are written in DROID's layout: real frames and
 numbers, but not DROID's. The writers here follow DROID's own (``TrajectoryWriter``, ``svo2mp4.py``, ``schema.py``)."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from preprocessing.errors import BadEpisode
 from preprocessing.sources import digest, droid, find, load
 from uwm_model.metrics import psnr
 
-SERIALS = {"wrist": "31177322", "ext1": "13062452", "ext2": "22246076"}  # by name, exterior ones come first
+SERIALS = {"wrist": "31177322", "ext1": "13062452", "ext2": "22246076"}  # exterior cameras sort first
 CAMERAS = {"wrist": "wrist", "exterior_1": "ext1", "exterior_2": "ext2"}
 UUID = "IRIS+ef107c48+2023-03-02-15h-14m-31s"
 SENTENCES = {
@@ -39,22 +39,22 @@ TASK = "Move object into or out of container (ex: drawer, clothes hamper, sink, 
 
 
 @dataclass
-class Recorded:
-    """What a robot's computer writes of one episode."""
+class RawEpisode:
+    """The files that a robot's computer writes for one episode."""
 
-    films: dict[str, np.ndarray]  # by role
+    videos: dict[str, np.ndarray]  # by role
     rows: dict[str, np.ndarray]  # by path in trajectory.h5
     uuid: str = UUID
-    metadata: dict[str, object] = field(default_factory=dict)  # beside what every episode has
+    metadata: dict[str, object] = field(default_factory=dict)  # besides what every episode has
 
     def write(self, folder: Path) -> Path:
-        films = folder / "recordings" / "MP4"
-        films.mkdir(parents=True)
+        videos = folder / "recordings" / "MP4"
+        videos.mkdir(parents=True)
         (folder / "recordings" / "SVO").mkdir()
-        for role, frames in self.films.items():
-            write_mp4(films / f"{SERIALS[role]}.mp4", frames)
+        for role, frames in self.videos.items():
+            write_mp4(videos / f"{SERIALS[role]}.mp4", frames)
             stereo = np.concatenate([frames, frames[:, :, ::-1]], axis=2)
-            write_mp4(films / f"{SERIALS[role]}-stereo.mp4", stereo)
+            write_mp4(videos / f"{SERIALS[role]}-stereo.mp4", stereo)
             (folder / "recordings" / "SVO" / f"{SERIALS[role]}.svo").write_bytes(b"ZED")
         with h5py.File(folder / "trajectory.h5", "w") as file:
             file.attrs["user"], file.attrs["success"] = "Somebody", True
@@ -70,7 +70,7 @@ class Recorded:
 
 
 def write_mp4(path: Path, frames: np.ndarray) -> None:
-    """MPEG-4 at the camera's 60 frames a second, which OpenCV's ``mp4v`` is, but of better quality."""
+    """MPEG-4 at the camera's 60 frames a second, like OpenCV's ``mp4v``, but of better quality."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=60)
         stream.height, stream.width = frames.shape[1:3]
@@ -82,7 +82,7 @@ def write_mp4(path: Path, frames: np.ndarray) -> None:
 
 
 def rows(steps: int, velocity: np.ndarray, state: np.ndarray) -> dict[str, np.ndarray]:
-    """All names that DROID's ``to_tfrecord.py`` lists, of these speeds ``[T, 7]`` and states ``[T, 7]``."""
+    """All names in DROID's ``to_tfrecord.py``, made of these velocities ``[T, 7]`` and states ``[T, 7]``."""
     rng = np.random.default_rng(steps)
     robot = {
         "cartesian_position": state[:, :6].astype(np.float64),
@@ -127,21 +127,25 @@ def rows(steps: int, velocity: np.ndarray, state: np.ndarray) -> dict[str, np.nd
     )
 
 
-def toy(steps: int = 6, frames: int | None = None, size: int = 32, **metadata: object) -> Recorded:
+def toy(steps: int = 6, frames: int | None = None, size: int = 32, **metadata: object) -> RawEpisode:
     rng = np.random.default_rng(0)
     pictures = numbered(steps if frames is None else frames, size)
-    films = {role: pictures + 40 * index for index, role in enumerate(SERIALS)}
-    return Recorded(films, rows(steps, rng.uniform(-1, 1, (steps, 7)), rng.normal(size=(steps, 7))), metadata=metadata)
+    videos = {role: pictures + 40 * index for index, role in enumerate(SERIALS)}
+    return RawEpisode(
+        videos, rows(steps, rng.uniform(-1, 1, (steps, 7)), rng.normal(size=(steps, 7))), metadata=metadata
+    )
 
 
 def place(top: Path, name: str = "Thu_Mar__2_15:14:31_2023", outcome: str = "success") -> Path:
-    """An episode's folder in the data set's folder."""
+    """The path of an episode's folder in the data set's folder."""
     return top / "IRIS" / outcome / "2023-03-02" / name
 
 
-def annotate(top: Path, sentences: dict[str, dict[str, str]], name: str = "aggregated-annotations-030724.json") -> Path:
+def annotate(
+    top: Path, instructions: dict[str, dict[str, str]], name: str = "aggregated-annotations-030724.json"
+) -> Path:
     top.mkdir(parents=True, exist_ok=True)
-    (top / name).write_text(json.dumps(sentences))
+    (top / name).write_text(json.dumps(instructions))
     return top / name
 
 
@@ -152,7 +156,7 @@ def one(path: Path, contract: DataContract | None = None) -> Episode:
 
 
 def problem_of(path: Path) -> str:
-    """What is wrong with the one episode there, said by ``scan`` or by ``load`` and its frames."""
+    """The problem of the only episode, from ``scan`` or from ``load`` and its frames."""
     [ref] = refs_of(path)
     try:
         for video in load(ref).cameras.values():
@@ -178,10 +182,10 @@ def test_real_episodes_round_trip(tmp_path, number):
     source = bridge()[number]
     assert source.action is not None
     roles = {"wrist": "image_2", "ext1": "image_0", "ext2": "image_1"}
-    films = {role: frames_of(source, camera).copy() for role, camera in roles.items()}
-    for frames in films.values():  # the arm may stand still, so a corner says which frame it is
+    videos = {role: frames_of(source, camera).copy() for role, camera in roles.items()}
+    for frames in videos.values():  # the arm may stand still, so a corner marks each frame
         frames[:, -16:, -16:] = 10 + 20 * np.arange(len(frames))[:, None, None, None]
-    recorded = Recorded(films, rows(len(source.action), source.action, source.proprio["state"]))
+    recorded = RawEpisode(videos, rows(len(source.action), source.action, source.proprio["state"]))
     annotate(tmp_path, {UUID: {**SENTENCES, "language_instruction1": source.instruction or ""}})
     recorded.write(place(tmp_path))
     episode = one(tmp_path)
@@ -189,12 +193,12 @@ def test_real_episodes_round_trip(tmp_path, number):
     assert list(episode.cameras) == ["wrist", "exterior_1", "exterior_2"]
     for camera, role in CAMERAS.items():
         frames = frames_of(episode, camera)
-        quality = psnr(frames[:, None], films[role][None])  # each frame against each one that went in
+        quality = psnr(frames[:, None], videos[role][None])  # each frame against each original
         assert np.diag(quality).min() > 32
         assert quality.argmax(axis=1).tolist() == list(range(len(frames)))
-        others = [other for other in films if other != role]
-        assert max(psnr(frames, films[other]).max() for other in others) < 20
-        assert psnr(frames, frames[:, ::-1]).max() < 20 and psnr(frames, films[role][..., ::-1]).max() < 32
+        others = [other for other in videos if other != role]
+        assert max(psnr(frames, videos[other]).max() for other in others) < 20
+        assert psnr(frames, frames[:, ::-1]).max() < 20 and psnr(frames, videos[role][..., ::-1]).max() < 32
 
     assert np.array_equal(episode.action, source.action)
     state = source.proprio["state"]
@@ -249,7 +253,7 @@ def test_contract_for_the_papers_ten_columns(tmp_path):
         ("rotation", 6),
         ("gripper", 1),
     ]
-    assert "action" in episode.signals  # the reader's own choice stays
+    assert "action" in episode.signals  # the reader's own choice is kept
     plain = one(folder)
     assert plain.action is not None and plain.action.shape == (6, 7)
 
@@ -262,7 +266,7 @@ def test_contracts_for_other_commands(tmp_path):
     assert np.array_equal(joints.action, np.concatenate(parts, axis=1).astype(np.float32))
 
 
-# --------------------------------------------------------------------------------------------- what is mended, said
+# --------------------------------------------------------------------------------------------- what is mended
 
 
 @pytest.mark.parametrize("frames", [5, 6, 7])
@@ -486,7 +490,10 @@ def shortened(folder: Path) -> None:
     [
         (lambda folder: cut(folder / "trajectory.h5"), "trajectory.h5 cannot be read: .*truncated file"),
         (lambda folder: cut(folder / "recordings" / "MP4" / "31177322.mp4"), "31177322.mp4 holds no video stream"),
-        (lambda folder: (folder / f"metadata_{UUID}.json").unlink(), "has no metadata_.*which maps cameras to their videos"),
+        (
+            lambda folder: (folder / f"metadata_{UUID}.json").unlink(),
+            "has no metadata_.*which maps cameras to their videos",
+        ),
         (lambda folder: cut(folder / f"metadata_{UUID}.json"), "metadata_IRIS.* cannot be read: "),
         (lambda folder: (folder / f"metadata_{UUID}.json").write_text("[" * 100_000), "metadata_IRIS.* cannot be read"),
         (lambda folder: (folder / f"metadata_{UUID}.json").write_text(" " * 2**21 + "{}"), "2097154 bytes, more than"),

@@ -1,6 +1,6 @@
-"""Films of every kind, each frame with its number drawn into it: the frame that comes out is the one that it should be.
+"""Videos of every kind, each frame with its number drawn into it, to check that every frame is the expected one.
 
-The number is ten cells, black or white, which any codec leaves readable, in a picture that no turn leaves as it is.
+The number is ten black or white cells, readable after any codec, in an image that no rotation leaves unchanged.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ COUNT = 36
 
 
 def drawn(index: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
-    picture = quadrants(96)[:height, :width].copy()
+    image = quadrants(96)[:height, :width].copy()
     for cell in range(CELLS):
-        picture[:CELL, cell * CELL : (cell + 1) * CELL] = 255 if index >> cell & 1 else 0
-    return picture
+        image[:CELL, cell * CELL : (cell + 1) * CELL] = 255 if index >> cell & 1 else 0
+    return image
 
 
 def numbers_in(frames: np.ndarray) -> list[int]:
-    """Of upright frames in their recorded size."""
+    """The numbers drawn into upright frames of the recorded size."""
     cells = frames[:, 2 : CELL - 2, : CELLS * CELL].reshape(len(frames), CELL - 4, CELLS, CELL, 3)[:, :, :, 2:-2]
     return ((cells.mean(axis=(1, 3, 4)) > 127) @ (1 << np.arange(CELLS))).tolist()
 
@@ -57,10 +57,10 @@ def write(
     rate: int = 20,
     full: bool = False,
     aspect: Fraction | None = None,
-    turned: Callable[[np.ndarray], np.ndarray] = lambda picture: picture,
+    turned: Callable[[np.ndarray], np.ndarray] = lambda image: image,
     **options: str,
 ) -> Path:
-    """Numbered frames at a rate, or at these milliseconds."""
+    """Write numbered frames at a rate, or at these times in milliseconds."""
     with av.open(str(path), "w", options={"movflags": "faststart"} if path.suffix == ".mp4" else {}) as container:
         stream = container.add_stream(codec, rate=rate, options=options)
         frames = [turned(drawn(index, *size)) for index in range(count)]
@@ -74,8 +74,8 @@ def write(
             context.sample_aspect_ratio = aspect
         if times:
             context.time_base = Fraction(1, 1000)
-        for index, picture in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        for index, image in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             if full:
                 frame = frame.reformat(format=pix_fmt, dst_color_range=ColorRange.JPEG)
             if times:
@@ -104,7 +104,7 @@ def frames_of(episode: Episode, size: int | None = None) -> np.ndarray:
 class Kind:
     codec: str
     pix_fmt: str = "yuv420p"
-    worst: float = 24.0  # dB; one chroma sample for four pixels costs the edges of colours
+    worst: float = 24.0  # dB; 4:2:0 chroma blurs the edges of colours
     options: tuple[tuple[str, str], ...] = ()
 
 
@@ -141,7 +141,7 @@ def test_every_frame_is_the_expected_one(tmp_path, name):
     kind = KINDS[name]
     if kind.codec not in av.codecs_available:
         pytest.skip(f"this FFmpeg has no {kind.codec}")
-    rate = 25 if name.endswith("mpg") else 20  # MPEG-2 knows few rates
+    rate = 25 if name.endswith("mpg") else 20  # MPEG-2 has few rates
     path = write(tmp_path / name, kind.codec, kind.pix_fmt, rate=rate, **dict(kind.options))
     episode = episode_of(path)
     frames = frames_of(episode)
@@ -166,8 +166,8 @@ def test_rotated_videos(tmp_path, turn):
     (a, b, c, d), _ = TURNS[turn]
     undo = {"clockwise": 1, "half": 2, "counter-clockwise": -1}
 
-    def turned(picture: np.ndarray) -> np.ndarray:
-        return picture[:, ::-1] if turn == "mirrored" else np.rot90(picture, undo[turn])
+    def turned(image: np.ndarray) -> np.ndarray:
+        return image[:, ::-1] if turn == "mirrored" else np.rot90(image, undo[turn])
 
     path = write(tmp_path / "a.mp4", turned=turned)
     one = 1 << 16
@@ -177,7 +177,7 @@ def test_rotated_videos(tmp_path, turn):
     assert numbers_in(frames_of(episode_of(path, fps=5))) == list(range(0, COUNT, 4))
 
 
-# Twice as slow in the second half; and once, nothing new for half a second.
+# Half the rate in the second half, and once no new frame for half a second.
 UNEVEN = [50 * index for index in range(18)] + [900 + 100 * index for index in range(18)]
 PAUSE = [50 * index + (500 if index >= 20 else 0) for index in range(COUNT)]
 
@@ -217,7 +217,7 @@ def test_small_jitter_is_left_alone(tmp_path, times):
 
 
 def held(path: Path) -> Path:
-    """Twenty pictures a second, of which the last is shown for three seconds."""
+    """Twenty frames a second; the last one is shown for three seconds."""
     if path.suffix == ".gif":
         first, *others = [Image.fromarray(drawn(index)).quantize() for index in range(COUNT)]
         first.save(path, save_all=True, append_images=others, duration=[50] * (COUNT - 1) + [3000])
@@ -263,8 +263,8 @@ def test_videos_that_begin_late(tmp_path, suffix):
 
 
 def retimed(path: Path, change: Callable[[int, int], int]) -> Path:
-    """Each frame's time in a Matroska file, a signed 16 bit number of milliseconds two bytes before its data
-    (RFC 9559, 10.2), becomes ``change(index, time)``. FFmpeg would not write such files."""
+    """Set each frame's time in a Matroska file, int16 milliseconds two bytes before its data (RFC 9559, 10.2), to
+    ``change(index, time)``. FFmpeg would not write such files."""
     with av.open(str(path)) as container:
         packets = [bytes(packet) for packet in container.demux(video=0) if packet.size]
     data, at = bytearray(path.read_bytes()), 0
@@ -362,17 +362,17 @@ def test_a_title_that_is_not_utf8(tmp_path):
     assert numbers_in(frames_of(episode_of(path))) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("brand, film", [(b"isom", True), (b"qt  ", True), (b"M4A ", False), (b"heic", False)])
-def test_files_without_suffix_are_detected_by_brand(tmp_path, brand, film):
+@pytest.mark.parametrize("brand, is_video", [(b"isom", True), (b"qt  ", True), (b"M4A ", False), (b"heic", False)])
+def test_files_without_suffix_are_detected_by_brand(tmp_path, brand, is_video):
     data = bytearray(write(tmp_path / "a.mp4").read_bytes())
     data[8:12] = brand
     (tmp_path / "a.mp4").unlink()
-    (tmp_path / "film").write_bytes(data)
-    if film:
-        assert numbers_in(frames_of(episode_of(tmp_path / "film"))) == list(range(COUNT))
+    (tmp_path / "is_video").write_bytes(data)
+    if is_video:
+        assert numbers_in(frames_of(episode_of(tmp_path / "is_video"))) == list(range(COUNT))
     else:
         with pytest.raises(UserError, match="no known format"):
-            find(tmp_path / "film")
+            find(tmp_path / "is_video")
 
 
 def test_raw_streams_without_timestamps(tmp_path):
@@ -387,7 +387,7 @@ def test_raw_streams_without_timestamps(tmp_path):
 
 @pytest.mark.parametrize("make, name", [(write, "a.h264"), (misdeclared, "a.mkv")])
 def test_a_contract_settles_the_rate(tmp_path, make, name):
-    """Whether the frames have no timestamps or the declared rate is not theirs."""
+    """Both for frames without timestamps and for a declared rate that contradicts them."""
     [ref] = scan("video", make(tmp_path / name))
     assert [repair.field for repair in load(ref).repairs] == ["fps"]
     episode = load(ref, DataContract(fps=12))
@@ -408,8 +408,8 @@ def test_the_best_of_several_streams(tmp_path, default):
             streams.append(stream)
         for index in range(COUNT):
             for place, stream in enumerate(streams):
-                picture = drawn(index + 100 * place).repeat(place + 1, axis=0).repeat(place + 1, axis=1)
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+                image = drawn(index + 100 * place).repeat(place + 1, axis=0).repeat(place + 1, axis=1)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         for stream in streams:
             container.mux(stream.encode())
     episode = episode_of(path)
@@ -425,7 +425,7 @@ def test_pixels_that_are_not_square(tmp_path, suffix):
     path = write(tmp_path / f"a.{suffix}", aspect=Fraction(2, 1))
     frames = frames_of(episode_of(path))
     assert frames.shape == (COUNT, HEIGHT, 2 * WIDTH, 3) and numbers_in(frames[:, :, ::2]) == list(range(COUNT))
-    assert frames_of(episode_of(path), 32).shape == (COUNT, 32, 32, 3)  # the whole frame, as of any film
+    assert frames_of(episode_of(path), 32).shape == (COUNT, 32, 32, 3)  # the whole frame, as in any video
 
 
 @pytest.mark.parametrize("size", [(81, 33), (95, 63)])
@@ -439,7 +439,7 @@ def test_odd_sizes(tmp_path, size):
 
 
 def middle(path: Path) -> int:
-    """The byte at which the 20th frame is stored."""
+    """The offset of the 20th frame's bytes."""
     with av.open(str(path)) as container:
         return [packet.pos for packet in container.demux(video=0) if packet.size][20]
 
@@ -479,7 +479,7 @@ def test_a_concealed_frame_is_a_break(tmp_path, name, codec, fps):
     start = at + packet.size // 2
     data[start : start + 2] = bytes(byte ^ 0x5F for byte in data[start : start + 2])
     path.write_bytes(data)
-    with av.open(str(path)) as container:  # what makes up the rest of the picture says so in passing
+    with av.open(str(path)) as container:  # the decoder logs that it conceals the rest of the frame
         assert sum(frame.is_corrupt for frame in container.decode(video=0)) > 0
     with pytest.raises(BadEpisode, match=r"breaks after 20: a frame is damaged"):
         frames_of(episode_of(path, fps))
@@ -490,12 +490,12 @@ def test_a_concealed_frame_is_a_break(tmp_path, name, codec, fps):
 
 @pytest.mark.skipif("libsvtav1" not in av.codecs_available, reason="this FFmpeg writes no AV1")
 def test_a_lost_frame_is_a_break(tmp_path):
-    """FFmpeg's binding tells no error of a packet where an earlier frame comes out: those behind would move up."""
+    """PyAV hides a packet's error if an earlier frame is returned; later frames would then move up."""
     path = write(tmp_path / "a.mp4", "libsvtav1", preset="12")
     with av.open(str(path)) as container:
         packet = [packet for packet in container.demux(video=0) if packet.size][20]
     whole, at, lost = path.read_bytes(), packet.pos, 0
-    for place in range(8):  # its header and the next one's
+    for place in range(8):  # its header and the next frame's
         data = bytearray(whole)
         data[at + place : at + place + 2] = bytes([data[at + place] ^ 0x55, data[at + place + 1] ^ 0xFF])
         path.write_bytes(data)
@@ -521,7 +521,7 @@ def test_a_truncated_matroska_file_without_tags_is_detected_by_size(tmp_path, su
         path.write_bytes(whole[:keep])
         with pytest.raises(BadEpisode, match="ends after 20: the file is cut off"):
             frames_of(episode_of(path))
-    live = bytearray(whole[:keep])  # whose end nobody knew when it was written
+    live = bytearray(whole[:keep])  # its size was unknown when it was written
     at = live.index(b"\x18\x53\x80\x67") + 4
     live[at : at + 8] = b"\x01" + b"\xff" * 7
     path.write_bytes(live)
@@ -604,14 +604,14 @@ def test_pixels_that_are_very_wide(tmp_path):
 
 
 def test_the_limit_holds_while_opening(tmp_path, strict):
-    """Of a JPEG the size is told by decoding it."""
+    """A JPEG's size is known only by decoding it."""
     path = write(tmp_path / "a.avi", "mjpeg", "yuvj420p")
     with open_container(path) as container:
         assert container.streams.video[0].width == 0
 
 
 def test_coded_frames_larger_than_declared_are_refused(tmp_path):
-    """The container says 64 x 64; the decoder would take memory for what the stream itself says."""
+    """The container says 64 x 64; the decoder would allocate what the stream itself says."""
     path = write(tmp_path / "a.mkv", "mjpeg", "yuvj420p", size=(96, 64))
     data = bytearray(path.read_bytes())
     at = 0

@@ -1,8 +1,8 @@
-"""Whatever happens to the bytes of a data set: it is read or refused with a reason, in bounded memory and time.
+"""Damaged data sets are read or refused with a reason, in bounded memory and time.
 
-A process for each format damages a small data set over and over, and reads it each time as an ingest does. Its limits
-are low, so that the bound on memory shows whether they hold. What kills or stops it fails the test, which then tells
-the damage that did it. UWM_FUZZ_EXAMPLES=2000 looks longer.
+One process per format repeatedly damages a small data set and reads it as an ingest does. Its limits are low, so that
+its memory use shows whether they hold. Whatever kills or stops it fails the test, which reports the damage. Set
+UWM_FUZZ_EXAMPLES=2000 for a longer search.
 """
 
 from __future__ import annotations
@@ -42,50 +42,50 @@ from preprocessing.errors import BadEpisode, UserError
 from preprocessing.sources import find, load, scan
 
 EXAMPLES = int(os.environ.get("UWM_FUZZ_EXAMPLES", "40"))
-SECONDS = 20  # for one data set; the slowest take one
-MORE_MEMORY = 256  # MiB, beside what reading the undamaged data set takes
-HARD_LIMIT = 4 * 2**30  # bytes of address space: who asks for all memory is told no
+SECONDS = 20  # per data set; the slowest take one
+MORE_MEMORY = 256  # MiB, besides what reading the undamaged data set takes
+HARD_LIMIT = 4 * 2**30  # bytes of address space; larger allocations fail
 
 
 def write(name: str, folder: Path) -> None:
-    pictures = numbered(4, 32)
+    images = numbered(4, 32)
 
     def lerobot_v3(where: Path) -> None:
         write_lerobot(where.with_name("v2"), rows=6, episodes=2)
         as_lerobot_v3(where.with_name("v2"), where)
 
     def zipped(where: Path) -> None:
-        repacked(pusht(pictures, [2, 4], where.with_name("open.zarr"))[0], where / "a.zarr.zip")
+        repacked(pusht(images, [2, 4], where.with_name("open.zarr"))[0], where / "a.zarr.zip")
 
     def tar(where: Path) -> None:
-        film = write_video(where / "film.mp4", pictures).read_bytes()
-        stills = {f"b.{i}.jpg": jpeg(picture) for i, picture in enumerate(pictures)}
-        shard(where / "a.tar", {"a.json": b'{"caption": "x"}', "a.mp4": film} | stills)
-        (where / "film.mp4").unlink()
+        video_writer = write_video(where / "video_writer.mp4", images).read_bytes()
+        stills = {f"b.{i}.jpg": jpeg(picture) for i, picture in enumerate(images)}
+        shard(where / "a.tar", {"a.json": b'{"caption": "x"}', "a.mp4": video_writer} | stills)
+        (where / "video_writer.mp4").unlink()
 
-    def film(suffix: str, codec: str = "libx264", pix_fmt: str = "yuv420p") -> Callable[[Path], object]:
-        return lambda where: write_video(where / f"a.{suffix}", pictures, codec=codec, pix_fmt=pix_fmt)
+    def video_writer(suffix: str, codec: str = "libx264", pix_fmt: str = "yuv420p") -> Callable[[Path], object]:
+        return lambda where: write_video(where / f"a.{suffix}", images, codec=codec, pix_fmt=pix_fmt)
 
     writers: dict[str, Callable[[Path], object]] = {
         "rlds": lambda where: write_rlds(where, [rlds_episode()] * 2),
         "lerobot_v2": lambda where: write_lerobot(where, rows=6, episodes=1),
         "lerobot_v3": lerobot_v3,
         "hdf5": lambda where: write_demos(where / "a.hdf5", demos=1),
-        "aloha": lambda where: write_aloha(where / "a.hdf5", pictures, compress=True),
+        "aloha": lambda where: write_aloha(where / "a.hdf5", images, compress=True),
         "droid": lambda where: toy(3, size=16).write(place(where)),
         "bridge": lambda where: raw_bridge(where, steps=3),
-        "calvin": lambda where: write_calvin(where / "a", pictures, sentences={(358482, 358484): "push"}),
+        "calvin": lambda where: write_calvin(where / "a", images, sentences={(358482, 358484): "push"}),
         "mcap": lambda where: write_mcap(where / "a.mcap", scene()),
         "bag2": lambda where: write_bag2(where / "a", scene()),
         "bag1": lambda where: write_bag1(where / "a.bag", scene()),
-        "zarr": lambda where: pusht(pictures, [2, 4], where / "a.zarr"),
+        "zarr": lambda where: pusht(images, [2, 4], where / "a.zarr"),
         "zarr_zip": zipped,
         "webdataset": tar,
-        "mp4": film("mp4"),
-        "mkv": film("mkv"),
-        "avi": film("avi", "mjpeg", "yuvj420p"),
-        "ts": film("ts"),
-        "gif": film("gif", "gif", "rgb8"),
+        "mp4": video_writer("mp4"),
+        "mkv": video_writer("mkv"),
+        "avi": video_writer("avi", "mjpeg", "yuvj420p"),
+        "ts": video_writer("ts"),
+        "gif": video_writer("gif", "gif", "rgb8"),
     }
     folder.mkdir()
     writers[name](folder)
@@ -120,10 +120,10 @@ def damage(files: list[Path], edits: list[tuple[int, int, str, bytes]]) -> None:
 
 
 def read(folder: Path) -> int:
-    """How many episodes come out whole."""
+    """How many episodes are read completely."""
     try:
         found = find(folder)
-    except UserError:  # nothing is left by which a format is known
+    except UserError:  # no format is recognised any more
         return 0
     whole = 0
     for ref in (ref for format, path in found for ref in scan(format, path)):

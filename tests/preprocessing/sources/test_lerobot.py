@@ -1,4 +1,4 @@
-"""LeRobot v2 and v3: tables, films and metadata, whole, out of order and broken."""
+"""LeRobot v2 and v3: tables, videos and metadata, intact, out of order and broken."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_validity_annotations_are_not_instructions(tmp_path):
 
 
 def edit_table(folder: Path, change: Callable[[pa.Table], pa.Table]) -> None:
-    """Of the first episode."""
+    """Change the table of the first episode."""
     file = folder / "data/chunk-000/episode_000000.parquet"
     pq.write_table(change(pq.read_table(file)), file)
 
@@ -290,8 +290,8 @@ def test_depth_is_not_a_camera(tmp_path):
     deep = {"dtype": "video", "shape": [64, 64, 3], "info": {"video.is_depth_map": True}}
     info["features"]["observation.images.deep"] = deep
     (folder / "meta" / "info.json").write_text(json.dumps(info))
-    films = folder / "videos/chunk-000"
-    shutil.copytree(films / "observation.images.top", films / "observation.images.deep")
+    videos = folder / "videos/chunk-000"
+    shutil.copytree(videos / "observation.images.top", videos / "observation.images.deep")
     assert [list(episode.cameras) for episode in episodes_of(folder)] == [["top"]]
 
 
@@ -307,7 +307,7 @@ def test_image_columns(tmp_path):
     (episode,) = episodes_of(folder)
     assert np.abs(frames_of(episode, "image")[2].astype(int) - quadrants(32)).mean() < 4
     write_video(folder / "videos/chunk-000/observation.images.top/episode_000000.mp4", numbered(2))
-    (episode,) = episodes_of(folder)  # a film that is a frame short cuts the images too
+    (episode,) = episodes_of(folder)  # a video that is one frame short cuts the images, too
     assert [len(frames_of(episode, camera)) for camera in ("image", "top")] == [2, 2]
 
 
@@ -326,7 +326,7 @@ def test_broken_metadata_is_named_and_costs_only_its_data_set(tmp_path):
 
 
 def same(one: Episode, other: Episode) -> bool:
-    """But for where they are."""
+    """Whether episodes are equal except for their location."""
     assert one.cameras.keys() == other.cameras.keys() and one.proprio.keys() == other.proprio.keys()
     assert np.array_equal(one.action, other.action)
     assert all(np.array_equal(values, other.proprio[name]) for name, values in one.proprio.items())
@@ -366,8 +366,8 @@ def test_a_two_dimensional_state(tmp_path):
 
 def test_instructions_written_by_newer_pandas(tmp_path):
     folder = as_lerobot_v3(write_lerobot(tmp_path / "v2", episodes=1), tmp_path / "v3")
-    sentences = pa.table({"task_index": [0], "task": pa.array(["push the cube"], pa.large_string())})
-    pq.write_table(sentences, folder / "meta" / "tasks.parquet")
+    tasks = pa.table({"task_index": [0], "task": pa.array(["push the cube"], pa.large_string())})
+    pq.write_table(tasks, folder / "meta" / "tasks.parquet")
     assert [episode.instruction for episode in episodes_of(folder)] == ["push the cube"]
 
 
@@ -383,7 +383,7 @@ def test_path_templates_of_v3_files(tmp_path):
 def test_lying_v3_files_cost_only_their_episodes(tmp_path):
     folder = as_lerobot_v3(write_lerobot(tmp_path / "v2", rows=40, episodes=6), tmp_path / "v3", per_file=2)
     (folder / "videos/observation.images.top/chunk-000/file-001.mp4").unlink()
-    film = folder / "videos/observation.images.top/chunk-000/file-002.mp4"
+    video_file = folder / "videos/observation.images.top/chunk-000/file-002.mp4"
     listed = folder / "meta/episodes/chunk-000/file-000.parquet"
     rows = pq.read_table(listed).to_pylist()
     rows[4]["videos/observation.images.top/from_timestamp"] = 1.0
@@ -398,7 +398,7 @@ def test_lying_v3_files_cost_only_their_episodes(tmp_path):
     with pytest.raises(BadEpisode, match="top declares 20 frames, the table has 40 rows"):
         load(refs[4])
     assert refs[5].index == 5 and "does not list it" in refs[5].problem
-    film.write_bytes(film.read_bytes()[: film.stat().st_size // 2])
+    video_file.write_bytes(video_file.read_bytes()[: video_file.stat().st_size // 2])
     assert "file-002.mp4" in refs_of(folder)[4].problem
 
 
@@ -436,23 +436,23 @@ def test_another_instruction_is_another_episode(tmp_path):
 
 
 def test_an_excerpt_checks_its_frames_timestamps(tmp_path):
-    film = write_video(tmp_path / "a.mp4", numbered(30))
+    video_file = write_video(tmp_path / "a.mp4", numbered(30))
     late = tmp_path / "late.mp4"
-    with av.open(str(film)) as source, av.open(str(late), "w") as container:
+    with av.open(str(video_file)) as source, av.open(str(late), "w") as container:
         stream = container.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(video=0):
             if packet.size:
-                moved = round(0.5 / packet.time_base)  # the film begins half a second after its clock
+                moved = round(0.5 / packet.time_base)  # the video begins half a second after its clock
                 packet.pts, packet.dts, packet.stream = packet.pts + moved, packet.dts + moved, stream
                 container.mux(packet)
-    whole = np.concatenate(list(open_video(film).frames(None)))
-    for path in (film, late):
+    whole = np.concatenate(list(open_video(video_file).frames(None)))
+    for path in (video_file, late):
         assert np.array_equal(np.concatenate(list(excerpt(path, 7, 9, 20).frames(None))), whole[7:16])
         assert [excerpt_digests(path, [(0, count)], 20)[0][1] for count in range(1, 31)] == list(range(1, 31))
     with pytest.raises(BadEpisode, match="has an unexpected timestamp"):
-        list(excerpt(film, 0, 30, 19).frames(None))
+        list(excerpt(video_file, 0, 30, 19).frames(None))
     with pytest.raises(BadEpisode, match="ends 1 frames before its episode"):
-        list(excerpt(film, 25, 6, 20).frames(None))
+        list(excerpt(video_file, 25, 6, 20).frames(None))
 
 
 @real
@@ -475,6 +475,6 @@ def test_real_gr1():
 
 @real
 def test_real_gr1_as_v3(tmp_path):
-    """The real episodes in the layout of v3.0, their films joined without encoding again."""
+    """The real episodes in the layout of v3.0, their videos concatenated without re-encoding."""
     joined = episodes_of(as_lerobot_v3(REAL / "gr1_lerobot_v2", tmp_path / "v3"))
     assert all(same(one, other) for one, other in zip(episodes_of(REAL / "gr1_lerobot_v2"), joined, strict=True))

@@ -1,7 +1,7 @@
-"""A real episode, re-encoded into the official layout of each format, comes out as it went in.
+"""A real episode, re-encoded into the official layout of each format, survives the round trip.
 
-The episode is the GR1's first, beside the checkout: its film decoded by PyAV alone, its numbers from its own table. Raw
-DROID, raw BridgeData, ROS, replay buffers and WebDataset have such tests in files of their own.
+It is GR1's first episode, stored next to the checkout: its video is decoded by PyAV alone, its numbers are from its own
+table. Raw DROID, raw BridgeData, ROS, replay buffers and WebDataset have such tests in their own files.
 """
 
 from __future__ import annotations
@@ -26,47 +26,47 @@ from uwm_model.metrics import psnr
 pytestmark = pytest.mark.skipif(not REAL.exists(), reason=f"no real data at {REAL}")
 
 GR1 = REAL / "gr1_lerobot_v2"
-EVERY = 10  # of its frames, so that each differs from its neighbours
+EVERY = 10  # frames, so that each differs from its neighbours
 SENTENCE = "pick the pear from the counter and place it in the plate"
 
 
 LOSSLESS, AS_JPEG = np.inf, 28.0  # decibels, at least
 
 
-class Recorded(NamedTuple):
-    pictures: np.ndarray  # uint8 [T, 256, 256, 3]
+class Original(NamedTuple):
+    images: np.ndarray  # uint8 [T, 256, 256, 3]
     state: np.ndarray  # float32 [T, 44]
     action: np.ndarray  # float32 [T, 44]
 
 
-class Expected(NamedTuple):
-    cameras: dict[str, tuple[np.ndarray, float]]  # pictures and decibels
+class ExpectedEpisode(NamedTuple):
+    cameras: dict[str, tuple[np.ndarray, float]]  # images and decibels
     proprio: dict[str, np.ndarray]
     action: np.ndarray
 
 
 @pytest.fixture(scope="module")
-def recorded() -> Recorded:
+def recorded() -> Original:
     table = pq.read_table(GR1 / "data/chunk-000/episode_000000.parquet")
     state, action = (np.stack(table[name].to_numpy()).astype(np.float32) for name in ("observation.state", "action"))
-    with av.open(str(GR1 / "videos/chunk-000/observation.images.ego_view/episode_000000.mp4")) as film:
-        pictures = np.stack([frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)])
-    assert len(pictures) == len(state) == len(action)
-    return Recorded(*(values[::EVERY] for values in (pictures, state, action)))
+    with av.open(str(GR1 / "videos/chunk-000/observation.images.ego_view/episode_000000.mp4")) as container:
+        images = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    assert len(images) == len(state) == len(action)
+    return Original(*(values[::EVERY] for values in (images, state, action)))
 
 
-def compare(frames: np.ndarray, pictures: np.ndarray, decibels: float) -> None:
-    """Every frame is nearest to the picture of its number; upright, not mirrored, red where red was."""
-    quality = psnr(frames, pictures)
-    assert frames.shape == pictures.shape and quality.min() >= decibels
+def compare(frames: np.ndarray, images: np.ndarray, decibels: float) -> None:
+    """Each frame is closest to the original of its number: upright, not mirrored, colours not swapped."""
+    quality = psnr(frames, images)
+    assert frames.shape == images.shape and quality.min() >= decibels
     for number, frame in enumerate(frames):
-        assert psnr(frame, np.delete(pictures, number, axis=0)).max() < quality[number]
-    for wrong in (pictures[:, ::-1], pictures[:, :, ::-1], pictures[..., ::-1]):
+        assert psnr(frame, np.delete(images, number, axis=0)).max() < quality[number]
+    for wrong in (images[:, ::-1], images[:, :, ::-1], images[..., ::-1]):
         assert psnr(frames, wrong).max() < min(decibels, 30) - 5
 
 
-def write_robomimic(folder: Path, recorded: Recorded) -> Expected:
-    """robomimic's layout: pictures as OpenGL gives them, from the bottom up."""
+def write_robomimic(folder: Path, recorded: Original) -> ExpectedEpisode:
+    """robomimic's layout: images bottom-up, as OpenGL renders them."""
     with h5py.File(folder / "a.hdf5", "w") as file:
         data = file.create_group("data")
         data.attrs["macros_image_convention"] = "opengl"
@@ -75,15 +75,15 @@ def write_robomimic(folder: Path, recorded: Recorded) -> Expected:
         demo = data.create_group("demo_0")
         demo["actions"], demo["states"] = recorded.action[:, :7].astype(np.float64), recorded.state.astype(np.float64)
         demo["dones"] = np.arange(len(recorded.action)) == len(recorded.action) - 1
-        demo["obs/agentview_image"] = recorded.pictures[:, ::-1]
+        demo["obs/agentview_image"] = recorded.images[:, ::-1]
         demo["obs/robot0_joint_pos"] = recorded.state[:, :7].astype(np.float64)
-    cameras = {"agentview": (recorded.pictures, LOSSLESS)}
-    return Expected(cameras, {"robot0_joint_pos": recorded.state[:, :7]}, recorded.action[:, :7])
+    cameras = {"agentview": (recorded.images, LOSSLESS)}
+    return ExpectedEpisode(cameras, {"robot0_joint_pos": recorded.state[:, :7]}, recorded.action[:, :7])
 
 
-def write_aloha(folder: Path, recorded: Recorded) -> Expected:
-    """OpenCV takes the first channel for blue; JPEG files are padded to one length."""
-    files = [jpeg(picture[..., ::-1]) for picture in recorded.pictures]
+def write_aloha(folder: Path, recorded: Original) -> ExpectedEpisode:
+    """OpenCV takes the first channel as blue; JPEG files are padded to one length."""
+    files = [jpeg(picture[..., ::-1]) for picture in recorded.images]
     longest = max(map(len, files))
     with h5py.File(folder / "episode_0.hdf5", "w") as file:
         file.attrs["sim"], file.attrs["compress"] = False, True
@@ -92,10 +92,10 @@ def write_aloha(folder: Path, recorded: Recorded) -> Expected:
         padded = [np.frombuffer(data.ljust(longest, b"\0"), np.uint8) for data in files]
         file["observations/images/cam_high"] = np.stack(padded)
     proprio = {"qpos": recorded.state[:, :14], "qvel": np.zeros_like(recorded.state[:, :14])}
-    return Expected({"cam_high": (recorded.pictures, AS_JPEG)}, proprio, recorded.action[:, :14])
+    return ExpectedEpisode({"cam_high": (recorded.images, AS_JPEG)}, proprio, recorded.action[:, :14])
 
 
-def write_calvin(folder: Path, recorded: Recorded) -> Expected:
+def write_calvin(folder: Path, recorded: Original) -> ExpectedEpisode:
     first = 358482
     for step, (picture, state, action) in enumerate(zip(*recorded, strict=True), first):
         np.savez(
@@ -112,12 +112,12 @@ def write_calvin(folder: Path, recorded: Recorded) -> Expected:
     (folder / "lang_annotations").mkdir()
     table = {"language": {"ann": [SENTENCE], "task": ["pick"]}, "info": {"episodes": [], "indx": [(first, last)]}}
     np.save(folder / "lang_annotations" / "auto_lang_ann.npy", table)  # type: ignore[arg-type]
-    cameras = {"static": (recorded.pictures, LOSSLESS), "gripper": (recorded.pictures[:, :, ::-1], LOSSLESS)}
-    return Expected(cameras, {"robot_obs": recorded.state[:, :15]}, recorded.action[:, :7])
+    cameras = {"static": (recorded.images, LOSSLESS), "gripper": (recorded.images[:, :, ::-1], LOSSLESS)}
+    return ExpectedEpisode(cameras, {"robot_obs": recorded.state[:, :15]}, recorded.action[:, :7])
 
 
-def write_rlds(folder: Path, recorded: Recorded) -> Expected:
-    """One camera as JPEG, one as PNG, which TFDS does not tell apart in the record."""
+def write_rlds(folder: Path, recorded: Original) -> ExpectedEpisode:
+    """One camera as JPEG, one as PNG; TFDS does not distinguish them in the record."""
     steps = len(recorded.state)
     fields = {
         "steps/observation/image": "jpeg",
@@ -130,16 +130,16 @@ def write_rlds(folder: Path, recorded: Recorded) -> Expected:
         "steps/language_embedding": "float32 512",
     }
     episode = {
-        "steps/observation/image": [jpeg(picture) for picture in recorded.pictures],
-        "steps/observation/wrist": [png(picture[:, ::-1]) for picture in recorded.pictures],
+        "steps/observation/image": [jpeg(picture) for picture in recorded.images],
+        "steps/observation/wrist": [png(picture[:, ::-1]) for picture in recorded.images],
         "steps/observation/state": recorded.state,
         "steps/action": recorded.action[:, :7],
         "steps/language_instruction": [SENTENCE] * steps,
         "steps/language_embedding": np.ones((steps, 512)),
     }
     write_tfds(folder, "gr1_as_rlds", fields, [episode])
-    cameras = {"image": (recorded.pictures, AS_JPEG), "wrist": (recorded.pictures[:, :, ::-1], LOSSLESS)}
-    return Expected(cameras, {"state": recorded.state}, recorded.action[:, :7])
+    cameras = {"image": (recorded.images, AS_JPEG), "wrist": (recorded.images[:, :, ::-1], LOSSLESS)}
+    return ExpectedEpisode(cameras, {"state": recorded.state}, recorded.action[:, :7])
 
 
 def png(picture: np.ndarray) -> bytes:
@@ -152,7 +152,7 @@ WRITERS = {"hdf5": write_robomimic, "aloha": write_aloha, "calvin": write_calvin
 
 
 @pytest.mark.parametrize("format", WRITERS)
-def test_a_real_episode_in_another_layout(tmp_path: Path, recorded: Recorded, format: str) -> None:
+def test_a_real_episode_in_another_layout(tmp_path: Path, recorded: Original, format: str) -> None:
     expected = WRITERS[format](tmp_path, recorded)
     [(kind, path)] = find(tmp_path)
     [episode] = [load(ref) for ref in scan(kind, path)]
@@ -161,14 +161,14 @@ def test_a_real_episode_in_another_layout(tmp_path: Path, recorded: Recorded, fo
     assert episode.proprio.keys() == expected.proprio.keys() and episode.cameras.keys() == expected.cameras.keys()
     for name, values in expected.proprio.items():
         assert np.array_equal(episode.proprio[name], values)
-    for camera, (pictures, decibels) in expected.cameras.items():
-        compare(frames_of(episode, camera), pictures, decibels)
+    for camera, (images, decibels) in expected.cameras.items():
+        compare(frames_of(episode, camera), images, decibels)
 
 
-def test_a_real_episode_in_its_own_layout(recorded: Recorded) -> None:
+def test_a_real_episode_in_its_own_layout(recorded: Original) -> None:
     [(kind, path)] = find(GR1)
     episode = load(next(iter(scan(kind, path))))
     assert (kind, episode.instruction) == ("lerobot", SENTENCE)
     assert episode.action is not None and np.array_equal(episode.action[::EVERY], recorded.action)
     assert np.array_equal(episode.proprio["state"][::EVERY], recorded.state)
-    compare(frames_of(episode, "ego_view")[::EVERY], recorded.pictures, 40)  # chroma is scaled up better than by PyAV
+    compare(frames_of(episode, "ego_view")[::EVERY], recorded.images, 40)  # chroma is upsampled better than by PyAV

@@ -1,4 +1,4 @@
-"""Replay buffers as Diffusion Policy and UMI write them, of real frames, and buffers that lie or are broken."""
+"""Replay buffers as Diffusion Policy and UMI write them, with real frames, and malicious or broken ones."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from preprocessing.contracts.contract import DataContract
 from preprocessing.errors import BadEpisode, UserError
 from preprocessing.sources import digest, find, load
 
-DISK = numcodecs.Blosc("zstd", clevel=5, shuffle=numcodecs.Blosc.BITSHUFFLE)  # what PushT is compressed with
+DISK = numcodecs.Blosc("zstd", clevel=5, shuffle=numcodecs.Blosc.BITSHUFFLE)  # PushT's compressor
 
 
 @cache
 def real_frames(number: int, size: int) -> np.ndarray:
-    """Every fifth frame of a film of GR1, cropped to a square in the middle."""
-    film = REAL / f"gr1_lerobot_v2/videos/chunk-000/observation.images.ego_view/episode_{number:06d}.mp4"
-    with av.open(str(film)) as container:
+    """Every fifth frame of a GR1 video, cropped to a central square."""
+    video_file = REAL / f"gr1_lerobot_v2/videos/chunk-000/observation.images.ego_view/episode_{number:06d}.mp4"
+    with av.open(str(video_file)) as container:
         frames = [f.to_ndarray(format="rgb24") for at, f in enumerate(container.decode(video=0)) if at % 5 == 0]
-    pictures = np.stack(frames[:12])
-    step = min(pictures.shape[1:3]) // size
-    return np.ascontiguousarray(pictures[:, : size * step : step, : size * step : step])
+    images = np.stack(frames[:12])
+    step = min(images.shape[1:3]) // size
+    return np.ascontiguousarray(images[:, : size * step : step, : size * step : step])
 
 
 def psnr(one: np.ndarray, other: np.ndarray) -> float:
@@ -51,7 +51,7 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
 def write_buffer(
     path: Path, data: dict, ends: list[int], chunks: dict | None = None, packed: dict | None = None
 ) -> Path:
-    """A Zarr group of version 2, by the library. ``chunks`` and ``packed`` (compressors) by the array's name."""
+    """Write a Zarr v2 group with the zarr library. ``chunks`` and ``packed`` (compressors) are by array name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     store = zarr.storage.ZipStore(path, mode="w") if path.suffix == ".zip" else zarr.storage.LocalStore(path)
     root = zarr.open_group(store, mode="w", zarr_format=2)
@@ -70,7 +70,7 @@ def write_buffer(
 
 
 def pusht(frames: np.ndarray, ends: list[int], path: Path, **more: np.ndarray) -> tuple[Path, dict]:
-    rng = np.random.default_rng(7)  # the rows of a longer buffer begin with those of a shorter one
+    rng = np.random.default_rng(7)  # a longer buffer begins with the rows of a shorter one
     rows = rng.normal(200, 50, (100, 40)).astype(np.float32)[: len(frames)]
     data = {
         "img": frames.astype(np.float32),
@@ -110,7 +110,7 @@ def repacked(folder: Path, path: Path, root: str = "", method: int = zipfile.ZIP
 
 
 def old(folder: Path) -> None:
-    """As if at rest for an hour; the time of the change itself cannot be set."""
+    """Set mtimes an hour back; ctime cannot be set."""
     for file in folder.rglob("*"):
         os.utime(file, (file.stat().st_mtime - 3600,) * 2)
 
@@ -155,9 +155,9 @@ def test_umi(tmp_path, robots):
         for robot in range(robots):
             seen, recorded = frames_of(episode, f"camera{robot}_rgb"), data[f"camera{robot}_rgb"][rows]
             assert len(seen) == len(recorded)
-            for at, picture in enumerate(seen):
-                assert psnr(picture, recorded[at]) > 35
-                assert psnr(picture, recorded[at]) > psnr(picture[..., ::-1], recorded[at]) + 5
+            for at, image in enumerate(seen):
+                assert psnr(image, recorded[at]) > 35
+                assert psnr(image, recorded[at]) > psnr(image[..., ::-1], recorded[at]) + 5
             parts = ("eef_pos", "eef_rot_axis_angle", "gripper_width")
             pose = np.concatenate([data[f"robot{robot}_{part}"][rows] for part in parts], axis=1)
             action = episode.action[:, 7 * robot : 7 * robot + 7]
@@ -179,9 +179,9 @@ def test_umi(tmp_path, robots):
 
 @real
 def test_videos_next_to_a_buffer(tmp_path):
-    """As the real robot's recorder writes: steps at 10 Hz, films at 30."""
+    """As the real robot's recorder writes: steps at 10 Hz, videos at 30 Hz."""
     rng = np.random.default_rng(0)
-    steps, films = [6, 8], {}
+    steps, videos = [6, 8], {}
     data = {
         "action": rng.normal(size=(14, 6)),
         "robot_eef_pose": rng.normal(size=(14, 6)),
@@ -194,8 +194,8 @@ def test_videos_next_to_a_buffer(tmp_path):
         folder = tmp_path / "real" / "videos" / str(episode)
         folder.mkdir(parents=True)
         for camera in (0, 2):
-            films[episode, camera] = shown = real_frames(episode + camera, 96)[:count].copy()
-            for at in range(count):  # the robot of these films hardly moves
+            videos[episode, camera] = shown = real_frames(episode + camera, 96)[:count].copy()
+            for at in range(count):  # the robot hardly moves in these videos
                 shown[at, :8, 8 * at : 8 * at + 8] = 255
             shown = shown.repeat(3, axis=0)
             write_video(folder / f"{camera}.mp4", np.concatenate([shown, shown[-2:]]), fps=30, crf="8")
@@ -208,8 +208,8 @@ def test_videos_next_to_a_buffer(tmp_path):
         for camera in (0, 2):
             seen = frames_of(episode, f"camera_{camera}")
             assert len(seen) == steps[number]
-            for at, picture in enumerate(seen):
-                quality = [psnr(picture, recorded) for recorded in films[number, camera]]
+            for at, image in enumerate(seen):
+                quality = [psnr(image, recorded) for recorded in videos[number, camera]]
                 assert quality[at] > 33 and quality[at] == max(quality)
         assert np.allclose(episode.action, data["action"][rows])
         assert np.allclose(episode.proprio["robot_joint"], data["robot_joint"][rows])
@@ -326,13 +326,13 @@ def test_zip_files_with_several_buffers(tmp_path):
 
 
 def test_where_buffers_are_found(tmp_path):
-    """A buffer's folder is its own; zip files stand beside others."""
+    """A buffer's folder is closed; zip files may be among other files."""
     path, _ = pusht(numbered(6, 16), [6], tmp_path / "many" / "a.zarr")
     repacked(path, tmp_path / "many" / "b.zarr.zip")
     repacked(path, tmp_path / "many" / "pusht.zip", root="pusht/a.zarr/", method=zipfile.ZIP_DEFLATED)
     (tmp_path / "many" / "cut.zarr.zip").write_bytes((tmp_path / "many" / "b.zarr.zip").read_bytes()[:-300])
     (tmp_path / "many" / "other.zip").write_bytes(b"PK\x03\x04 nothing")
-    write_video(tmp_path / "many" / "film.mp4", numbered(3))
+    write_video(tmp_path / "many" / "video_file.mp4", numbered(3))
     assert [(format, found.name) for format, found in find(tmp_path)] == [
         ("replay_buffer", "many"),
         ("video", "many"),
@@ -438,7 +438,7 @@ def mend(path: Path, name: str, **changes: object) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-class Bomb:
+class Exploit:
     def __reduce__(self):
         return os.mkdir, ("executed",)
 
@@ -478,7 +478,7 @@ class Bomb:
 def test_hostile_metadata(tmp_path, monkeypatch, name, changes, says):
     monkeypatch.chdir(tmp_path)
     path, _ = pusht(numbered(12, 16), [12], tmp_path / "a.zarr")
-    (path / "data/img/0.0.0.0").write_bytes(pickle.dumps(Bomb())) if "pickle" in str(changes) else None
+    (path / "data/img/0.0.0.0").write_bytes(pickle.dumps(Exploit())) if "pickle" in str(changes) else None
     mend(path, name, **changes)
     tracemalloc.start()
     with pytest.raises(BadEpisode, match=says):
@@ -527,7 +527,7 @@ print(json.dumps([said, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - bef
 
 
 def test_chunks_that_decompress_to_more(tmp_path):
-    """48 megabytes of zeros in a few kilobytes, where a picture of 768 bytes is expected. Real memory counts."""
+    """48 MB of zeros in a few kB, where an image of 768 bytes is expected. Resident memory is measured."""
     zeros = np.zeros((4096, 4096, 3), np.uint8)
     codecs = [numcodecs.Blosc(), numcodecs.Zstd(), numcodecs.LZ4(), numcodecs.Zlib(), numcodecs.GZip(), numcodecs.BZ2()]
     for codec in [*codecs, numcodecs.LZMA(preset=0), Jpegxl(), None]:
@@ -566,7 +566,7 @@ def test_values_that_are_not_colours(tmp_path):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A few valid buffers, and their bytes by file."""
+    """A few valid buffers, and the bytes of each of their files."""
     folder = tmp_path_factory.mktemp("small")
     frames = np.stack([quadrants(16)] * 6)
     first, _ = pusht(frames, [2, 6], folder / "a.zarr")
@@ -599,7 +599,7 @@ def test_any_bytes_are_read_or_refused(small, data):
                     for chunk in camera.frames(None):
                         assert chunk.dtype == np.uint8
     except UserError:
-        pass  # no longer known for a buffer
+        pass  # no longer recognised as a buffer
     finally:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()

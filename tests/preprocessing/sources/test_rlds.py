@@ -1,4 +1,4 @@
-"""RLDS: TFRecord shards, features.json and what they say, or fail to."""
+"""RLDS: TFRecord shards and features.json, valid and broken."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Demonstrations in HDF5: robomimic, robosuite, LIBERO, Isaac Lab; and ALOHA's files."""
+"""Demonstrations in HDF5: robomimic, robosuite, LIBERO, Isaac Lab; and ALOHA."""
 
 from __future__ import annotations
 
@@ -137,23 +137,23 @@ def test_the_frame_after_the_last_action_is_dropped(tmp_path):
 
 def test_libero_observations_follow_their_actions(tmp_path):
     path = write_demos(tmp_path / "a.hdf5", demos=1, steps=6)
-    pictures = numbered(6)[:, ::-1]  # the picture after action i is number i, the state before it i
+    images = numbered(6)[:, ::-1]  # image i is from after action i, state i from before it
     with h5py.File(path, "a") as file:
         file["data"].attrs["bddl_file_name"] = "libero/bddl_files/libero_90/KITCHEN_SCENE1_open_the_drawer.bddl"
         demo = file["data/demo_0"]
         del demo["obs/agentview_rgb"]
-        demo["obs/agentview_rgb"], demo["robot_states"] = pictures, np.arange(6.0)[:, None]
+        demo["obs/agentview_rgb"], demo["robot_states"] = images, np.arange(6.0)[:, None]
         demo["states"], demo["rewards"] = np.arange(6.0)[:, None], np.arange(6) == 5
         actions, joints = demo["actions"][()].astype(np.float32), demo["obs/joint_states"][()].astype(np.float32)
     (episode,) = episodes_of(path)
     assert np.array_equal(episode.action, actions[1:]) and np.array_equal(episode.proprio["joint_states"], joints[:5])
     assert np.array_equal(frames_of(episode, "agentview"), numbered(6)[:5])
-    assert episode.signals["states"].ravel().tolist() == [1, 2, 3, 4, 5]  # from which action 1, 2, ... was taken
+    assert episode.signals["states"].ravel().tolist() == [1, 2, 3, 4, 5]  # the states before actions 1, 2, ...
     assert episode.signals["robot_states"].ravel().tolist() == [0, 1, 2, 3, 4]
     assert episode.signals["rewards"].ravel().tolist() == [0, 0, 0, 0, 1] and episode.success
     assert "LIBERO stores the observation after each action; actions are shifted by one row" in said(episode)
     assert (episode.dataset, episode.fps, episode.embodiment) == ("libero_90", 20, "panda")
-    assert not [repair for repair in said(episode) if "unknown" in repair]  # LIBERO's contract tells
+    assert not [repair for repair in said(episode) if "unknown" in repair]  # known by LIBERO's contract
     assert [block.unit for block in episode.action_layout[:2]] == ["scaled", "scaled"]
 
 
@@ -239,16 +239,16 @@ def test_broken_hdf5(tmp_path):
 
 @pytest.mark.parametrize("compress", [True, False])
 def test_aloha(tmp_path, compress):
-    pictures = numbered(70)
-    pictures[:, :32, :32] = 220, 30, 30
+    images = numbered(70)
+    images[:, :32, :32] = 220, 30, 30
     more = {"base_action": np.ones((70, 2)), "rewards": np.arange(70.0), "goal": np.zeros(3)}
-    write_aloha(tmp_path / "episode_0.hdf5", pictures, compress, **more)
+    write_aloha(tmp_path / "episode_0.hdf5", images, compress, **more)
     write_demos(tmp_path / "demos.hdf5")
     [(kind, _), (other, _)] = find(tmp_path)
     assert (kind, other) == ("aloha", "hdf5")
     [ref] = scan("aloha", tmp_path)
     episode = load(ref)
-    assert np.abs(frames_of(episode, "cam_high").astype(int) - pictures).mean() < 2
+    assert np.abs(frames_of(episode, "cam_high").astype(int) - images).mean() < 2
     rng = np.random.default_rng(0)
     assert np.array_equal(episode.action[:, :14], rng.normal(size=(70, 14)).astype(np.float32))
     assert np.array_equal(episode.proprio["qpos"], rng.normal(size=(70, 14)).astype(np.float32))
@@ -272,7 +272,9 @@ def test_aloha_observations_besides_joints(tmp_path):
     assert list(episode.proprio) == ["qpos", "qvel", "time"]
     assert episode.proprio["time"].ravel().tolist() == [0, 1, 2, 3, 4]
     left_out = [repair for repair in said(episode) if "left out" in repair]
-    assert left_out == [f"observations/{name} is not one vector of numbers per step; left out" for name in ("depth", "note")]
+    assert left_out == [
+        f"observations/{name} is not one vector of numbers per step; left out" for name in ("depth", "note")
+    ]
 
 
 def test_aloha_with_mismatched_lengths(tmp_path):

@@ -1,4 +1,4 @@
-"""ROS recordings, written by the formats' own writers from messages that are laid out here byte by byte."""
+"""ROS recordings, written by the formats' own writers from messages that are serialised here byte by byte."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ TWIST, TWIST_STAMPED, FLOATS = (
 
 
 class Wire:
-    """CDR (OMG, little-endian) and ROS 1's serialisation, which aligns nothing and ends no string."""
+    """CDR (OMG, little-endian) and ROS 1's serialisation, which has no alignment and no string terminators."""
 
     def __init__(self, ros1: bool = False):
         self.ros1, self.data = ros1, b""
@@ -84,8 +84,8 @@ Write = Callable[[Wire, float | None], Wire]
 
 
 @dataclass(frozen=True)
-class Said:
-    """One message: when it was sent and when received, in seconds after START."""
+class Sent:
+    """A message, with the times it was sent and received in seconds after START."""
 
     topic: str
     type: str
@@ -101,8 +101,8 @@ class Said:
         return START + round(self.received * 1e9)
 
 
-def raw(picture: np.ndarray, encoding: str = "rgb8", padding: int = 0) -> Write:
-    red, green, blue = np.moveaxis(picture, -1, 0)
+def raw(image: np.ndarray, encoding: str = "rgb8", padding: int = 0) -> Write:
+    red, green, blue = np.moveaxis(image, -1, 0)
     full = np.full_like(red, 9)
     order = {"rgb8": (red, green, blue), "bgr8": (blue, green, red), "rgba8": (red, green, blue, full)}
     order |= {"bgra8": (blue, green, red, full), "8UC3": order["bgr8"], "8UC4": (blue, green, red, full)}
@@ -151,10 +151,10 @@ def every(hertz: float, since: float, until: float) -> list[float]:
 
 
 def numbered(index: int, size: int = 24) -> np.ndarray:
-    """Which way is up and which colour is which shows, and the number in the lower right quarter."""
-    picture = quadrants(size)
-    picture[size // 2 :, size // 2 :] = index * 4
-    return picture
+    """An image that shows its orientation, its channel order and, in the lower right quarter, its number."""
+    image = quadrants(size)
+    image[size // 2 :, size // 2 :] = index * 4
+    return image
 
 
 def numbers_in(frames: np.ndarray) -> list[int]:
@@ -162,29 +162,29 @@ def numbers_in(frames: np.ndarray) -> list[int]:
     return np.round(frames[:, half + 3 : -3, half + 3 : -3].mean(axis=(1, 2, 3)) / 4).astype(int).tolist()
 
 
-def filmed(topic: str, times: list[float], late: float = 0.004, **how: object) -> list[Said]:
-    return [Said(topic, IMAGE, t, t + late, raw(numbered(i), **how)) for i, t in enumerate(times)]  # type: ignore[arg-type]
+def images_at(topic: str, times: list[float], late: float = 0.004, **how: object) -> list[Sent]:
+    return [Sent(topic, IMAGE, t, t + late, raw(numbered(i), **how)) for i, t in enumerate(times)]  # type: ignore[arg-type]
 
 
 FRONT, WRIST, ARM = every(20, 0, 2), every(30, 0.013, 2.013), every(50, 0.203, 2)
 
 
-def scene() -> list[Said]:
-    """A front camera of 20 pictures a second, a wrist camera of 30, and joints that say when they were measured."""
-    sent = filmed("/front/image_raw", FRONT, padding=5)
+def scene() -> list[Sent]:
+    """A front camera at 20 Hz, a wrist camera at 30 Hz, and joints with header stamps."""
+    sent = images_at("/front/image_raw", FRONT, padding=5)
     sent += [
-        Said("/wrist/image/compressed", COMPRESSED, t, t + 0.03, packed(jpeg(numbered(i)))) for i, t in enumerate(WRIST)
+        Sent("/wrist/image/compressed", COMPRESSED, t, t + 0.03, packed(jpeg(numbered(i)))) for i, t in enumerate(WRIST)
     ]
-    sent += [Said("/joint_states", JOINTS, t, t + 0.001, joints(["a", "b"], [t, -t], [2 * t, 0])) for t in ARM]
-    sent.append(Said("/instruction", TEXT, None, 0.5, text("lift the blöck")))
+    sent += [Sent("/joint_states", JOINTS, t, t + 0.001, joints(["a", "b"], [t, -t], [2 * t, 0])) for t in ARM]
+    sent.append(Sent("/instruction", TEXT, None, 0.5, text("lift the blöck")))
     return sorted(sent, key=lambda message: message.received)
 
 
 # -------------------------------------------------------------------------------------------------------- writers
 
 
-def write_mcap(path: Path, sent: list[Said], ros: int = 2, **options: object) -> Path:
-    """As ROS 2 records it, or as ROS 1's bags are converted."""
+def write_mcap(path: Path, sent: list[Sent], ros: int = 2, **options: object) -> Path:
+    """An MCAP file as ROS 2 records it, or as converted from a ROS 1 bag."""
     store = get_typestore(Stores.ROS2_HUMBLE if ros == 2 else Stores.ROS1_NOETIC)
     with path.open("wb") as file:
         writer = McapWriter(file, chunk_size=20_000, **options)  # type: ignore[arg-type]
@@ -203,7 +203,7 @@ def write_mcap(path: Path, sent: list[Said], ros: int = 2, **options: object) ->
     return path
 
 
-def write_bag2(folder: Path, sent: list[Said], storage: str = "SQLITE3", mode: str | None = None) -> Path:
+def write_bag2(folder: Path, sent: list[Sent], storage: str = "SQLITE3", mode: str | None = None) -> Path:
     store = get_typestore(Stores.ROS2_HUMBLE)
     writer = rosbag2.Writer(folder, version=9, storage_plugin=rosbag2.StoragePlugin[storage])
     if mode:
@@ -217,7 +217,7 @@ def write_bag2(folder: Path, sent: list[Said], storage: str = "SQLITE3", mode: s
     return folder
 
 
-def write_bag1(path: Path, sent: list[Said], packing: str | None = None) -> Path:
+def write_bag1(path: Path, sent: list[Sent], packing: str | None = None) -> Path:
     store = get_typestore(Stores.ROS1_NOETIC)
     writer = rosbag1.Writer(path)
     if packing:
@@ -231,19 +231,19 @@ def write_bag1(path: Path, sent: list[Said], packing: str | None = None) -> Path
     return path
 
 
-def lone_db3(folder: Path, sent: list[Said]) -> Path:
+def lone_db3(folder: Path, sent: list[Sent]) -> Path:
     return shutil.move(next(write_bag2(folder / "bag", sent).glob("*.db3")), folder / "lone.db3")
 
 
 def old_metadata(folder: Path) -> Path:
-    """Before version 4, files were named with their folder."""
+    """Before version 4, file names included the folder."""
     (file,) = folder.glob("*.db3")
     metadata = folder / "metadata.yaml"
     metadata.write_text(metadata.read_text().replace(file.name, f"bag/{file.name}"))
     return folder
 
 
-CONTAINERS: dict[str, Callable[[Path, list[Said]], Path]] = {
+CONTAINERS: dict[str, Callable[[Path, list[Sent]], Path]] = {
     "mcap-zstd": lambda folder, sent: write_mcap(folder / "a.mcap", sent),
     "mcap-lz4": lambda folder, sent: write_mcap(folder / "a.mcap", sent, compression=CompressionType.LZ4),
     "mcap-plain": lambda folder, sent: write_mcap(folder / "a", sent, compression=CompressionType.NONE),
@@ -267,11 +267,11 @@ def episode_of(path: Path, contract: DataContract | None = None) -> Episode:
 
 
 def before(times: list[float], at: float) -> int:
-    """The last that is not later."""
+    """The index of the last one that is not later."""
     return max(i for i, t in enumerate(times) if t <= at)
 
 
-def heard(tmp_path: Path, sent: list[Said], contract: DataContract | None = None) -> Episode:
+def recorded(tmp_path: Path, sent: list[Sent], contract: DataContract | None = None) -> Episode:
     return episode_of(write_mcap(tmp_path / "a.mcap", sent), contract)
 
 
@@ -291,7 +291,7 @@ def test_every_container_holds_the_same_episode(tmp_path, container):
     assert numbers_in(front) == list(range(5, 40))
     assert np.array_equal(front[3], numbered(8))
     assert numbers_in(wrist) == [before(WRIST, t) for t in frames]
-    assert min(psnr(picture / 255, numbered(i) / 255) for picture, i in zip(wrist, numbers_in(wrist), strict=True)) > 24
+    assert min(psnr(image / 255, numbered(i) / 255) for image, i in zip(wrist, numbers_in(wrist), strict=True)) > 24
     measured = [ARM[before(ARM, t)] for t in frames]
     assert np.allclose(episode.proprio["/joint_states/position"], [[t, -t] for t in measured])
     assert np.allclose(episode.proprio["/joint_states/velocity"], [[2 * t, 0] for t in measured])
@@ -305,38 +305,38 @@ def test_every_container_holds_the_same_episode(tmp_path, container):
 
 @pytest.mark.skipif(not REAL.exists(), reason=f"no real data at {REAL}")
 def test_real_frames_round_trip(tmp_path):
-    film = sorted((REAL / "gr1_lerobot_v2").rglob("*.mp4"))[0]
-    pictures = next(open_video(film).frames(None))[:30].copy()
-    pictures[:, -24:, -24:] = (np.arange(30) * 8)[:, None, None, None]
+    file = sorted((REAL / "gr1_lerobot_v2").rglob("*.mp4"))[0]
+    images = next(open_video(file).frames(None))[:30].copy()
+    images[:, -24:, -24:] = (np.arange(30) * 8)[:, None, None, None]
     png = io.BytesIO()
-    Image.fromarray(pictures[0]).save(png, "PNG")
+    Image.fromarray(images[0]).save(png, "PNG")
     times = every(20, 0, 1.5)
     writes = {
-        "/bgr": [raw(picture, "bgr8", padding=7) for picture in pictures],
-        "/rgb": [raw(picture) for picture in pictures],
-        "/jpeg": [packed(jpeg(picture)) for picture in pictures],
+        "/bgr": [raw(image, "bgr8", padding=7) for image in images],
+        "/rgb": [raw(image) for image in images],
+        "/jpeg": [packed(jpeg(image)) for image in images],
         "/png": [packed(png.getvalue(), "png")] * 30,
     }
     sent = [
-        Said(topic, COMPRESSED if topic in ("/jpeg", "/png") else IMAGE, t, t, write)
+        Sent(topic, COMPRESSED if topic in ("/jpeg", "/png") else IMAGE, t, t, write)
         for topic, all_writes in writes.items()
         for t, write in zip(times, all_writes, strict=True)
     ]
     bag = write_bag2(tmp_path / "bag", sorted(sent, key=lambda message: message.received), "MCAP")
     episode = episode_of(bag)
-    assert np.array_equal(frames_of(episode, "/bgr"), pictures)
-    assert np.array_equal(frames_of(episode, "/rgb"), pictures)
-    assert np.array_equal(frames_of(episode, "/png"), pictures[[0] * 30])
+    assert np.array_equal(frames_of(episode, "/bgr"), images)
+    assert np.array_equal(frames_of(episode, "/rgb"), images)
+    assert np.array_equal(frames_of(episode, "/png"), images[[0] * 30])
     packed_frames = frames_of(episode, "/jpeg")
     assert np.round(packed_frames[:, -16:-8, -16:-8].mean(axis=(1, 2, 3)) / 8).tolist() == list(range(30))
-    for picture, source in zip(packed_frames, pictures, strict=True):
-        assert psnr(picture / 255, source / 255) > 30
+    for image, source in zip(packed_frames, images, strict=True):
+        assert psnr(image / 255, source / 255) > 30
 
 
 @pytest.mark.parametrize("encoding", ["rgb8", "bgr8", "rgba8", "bgra8", "mono8", "8UC1"])
 @pytest.mark.parametrize("padding", [0, 3])
 def test_encodings(tmp_path, encoding, padding):
-    episode = heard(tmp_path, filmed("/cam", every(10, 0, 1), encoding=encoding, padding=padding))
+    episode = recorded(tmp_path, images_at("/cam", every(10, 0, 1), encoding=encoding, padding=padding))
     expected = np.stack([numbered(i) for i in range(10)])
     if encoding in ("mono8", "8UC1"):
         expected = expected[..., [0, 0, 0]]
@@ -345,8 +345,8 @@ def test_encodings(tmp_path, encoding, padding):
 
 @pytest.mark.parametrize("encoding", ["8UC3", "8UC4"])
 def test_an_encoding_without_channel_order_is_bgr_with_a_repair(tmp_path, encoding):
-    cameras = filmed("/cam", every(10, 0, 1), encoding=encoding) + filmed("/side", every(10, 0, 1))
-    episode = heard(tmp_path, cameras)
+    cameras = images_at("/cam", every(10, 0, 1), encoding=encoding) + images_at("/side", every(10, 0, 1))
+    episode = recorded(tmp_path, cameras)
     for camera in ("/cam", "/side"):
         assert np.array_equal(frames_of(episode, camera), np.stack([numbered(i) for i in range(10)]))
     sent = [repair for repair in said(episode) if "channel order" in repair]
@@ -359,11 +359,11 @@ def test_an_encoding_without_channel_order_is_bgr_with_a_repair(tmp_path, encodi
 )
 @pytest.mark.parametrize("padding", [0, 6])
 def test_yuv_422(tmp_path, encoding, pix_fmt, padding):
-    """Packed by FFmpeg. Every colour, with edges between pixels that share theirs."""
-    pictures = [numbered(i) for i in range(10)]
+    """Encoded by FFmpeg: every colour, with edges between pixels that share their chroma."""
+    images = [numbered(i) for i in range(10)]
 
-    def yuv(picture: np.ndarray) -> Write:
-        frame = VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pix_fmt, interpolation="AREA")
+    def yuv(image: np.ndarray) -> Write:
+        frame = VideoFrame.from_ndarray(image, format="rgb24").reformat(format=pix_fmt, interpolation="AREA")
         [plane] = frame.planes
         rows = np.full((24, 48 + padding), 99, np.uint8)
         rows[:, :48] = np.frombuffer(plane, np.uint8).reshape(24, -1)[:, :48]
@@ -374,10 +374,10 @@ def test_yuv_422(tmp_path, encoding, pix_fmt, padding):
 
         return write
 
-    sent = [Said("/cam", IMAGE, t, t, yuv(picture)) for t, picture in zip(every(10, 0, 1), pictures, strict=True)]
-    frames = frames_of(heard(tmp_path, sent), "/cam")
+    sent = [Sent("/cam", IMAGE, t, t, yuv(image)) for t, image in zip(every(10, 0, 1), images, strict=True)]
+    frames = frames_of(recorded(tmp_path, sent), "/cam")
     assert frames.shape == (10, 24, 24, 3) and numbers_in(frames) == list(range(10))
-    assert np.abs(frames.astype(int) - np.stack(pictures)).max() <= 4
+    assert np.abs(frames.astype(int) - np.stack(images)).max() <= 4
 
 
 @pytest.mark.parametrize("step, size", [(72, 71 * 24), (71, 72 * 24), (0, 0), (2**32 - 1, 72 * 24)])
@@ -385,7 +385,7 @@ def test_images_with_wrong_sizes_are_refused(tmp_path, step, size):
     def write(wire: Wire, at: float | None) -> Wire:
         return wire.header(at).put("I", 24, 24).text("rgb8").put("B", 0).put("I", step).blob(bytes(size))
 
-    sent = [Said("/cam", IMAGE, t, t, write) for t in (0, 1)]
+    sent = [Sent("/cam", IMAGE, t, t, write) for t in (0, 1)]
     assert f"24x24 pixels has {size} bytes, {step} per row" in problem_of(write_mcap(tmp_path / "a.mcap", sent))
 
 
@@ -393,7 +393,9 @@ def test_yuv_422_of_odd_width_is_refused(tmp_path):
     def odd(wire: Wire, at: float | None) -> Wire:
         return wire.header(at).put("I", 2, 3).text("yuyv").put("B", 0).put("I", 6).blob(bytes(12))
 
-    assert "has an odd width" in problem_of(write_mcap(tmp_path / "a.mcap", [Said("/cam", IMAGE, t, t, odd) for t in (0, 1)]))
+    assert "has an odd width" in problem_of(
+        write_mcap(tmp_path / "a.mcap", [Sent("/cam", IMAGE, t, t, odd) for t in (0, 1)])
+    )
 
 
 def deep_png() -> bytes:
@@ -417,31 +419,31 @@ UNFIT = {
 @pytest.mark.parametrize("why", UNFIT)
 def test_topics_that_are_no_camera_are_named(tmp_path, why):
     kind, write = UNFIT[why]
-    odd = [Said("/odd", kind, t, t, write) for t in every(5, 0, 1)]
+    odd = [Sent("/odd", kind, t, t, write) for t in every(5, 0, 1)]
     with pytest.raises(BadEpisode, match="holds no camera: topics are /odd") as refused:
-        heard(tmp_path, odd)
+        recorded(tmp_path, odd)
     assert why in str(refused.value)
-    episode = heard(tmp_path, [*odd, *filmed("/cam", every(10, 0, 1))])
+    episode = recorded(tmp_path, [*odd, *images_at("/cam", every(10, 0, 1))])
     assert list(episode.cameras) == ["/cam"]
     assert any("not read: /odd" in repair and why in repair for repair in said(episode))
 
 
 def test_a_recording_without_a_camera_is_refused(tmp_path):
     with pytest.raises(BadEpisode, match="holds no camera: topics are /joint_states"):
-        heard(tmp_path, [message for message in scene() if message.topic == "/joint_states"])
+        recorded(tmp_path, [message for message in scene() if message.topic == "/joint_states"])
     with pytest.raises(BadEpisode, match="holds no camera: topics are none"):
-        heard(tmp_path, [])
+        recorded(tmp_path, [])
 
 
 def test_joints_are_mapped_by_name(tmp_path):
     times = every(10, 0, 2)
-    sent = filmed("/cam", times, late=0)
+    sent = images_at("/cam", times, late=0)
     for i, t in enumerate(times):
         names = ["a", "b"] if i % 2 else ["b", "a"]
-        sent.append(Said("/joint_states", JOINTS, t, t, joints(names, [{"a": t, "b": -t}[name] for name in names])))
-        if i >= 3:  # another driver, for the gripper alone
-            sent.append(Said("/joint_states", JOINTS, t, t, joints(["grip"], [10 + t])))
-    episode = heard(tmp_path, sent)
+        sent.append(Sent("/joint_states", JOINTS, t, t, joints(names, [{"a": t, "b": -t}[name] for name in names])))
+        if i >= 3:  # a second driver, for the gripper only
+            sent.append(Sent("/joint_states", JOINTS, t, t, joints(["grip"], [10 + t])))
+    episode = recorded(tmp_path, sent)
     assert numbers_in(frames_of(episode, "/cam")) == list(range(3, 20))
     assert np.allclose(episode.proprio["/joint_states/position"], [[-t, t, 10 + t] for t in times[3:]])
     assert any("/joint_states/position does not always list the same joints" in repair for repair in said(episode))
@@ -449,15 +451,15 @@ def test_joints_are_mapped_by_name(tmp_path):
 
 def test_commands_are_signals_and_the_action_by_contract(tmp_path):
     commanded = every(8, 0.3, 2)
-    sent = scene() + [Said("/cmd_vel", TWIST, None, t, twist(t, 0, 0, 0, 0, 1)) for t in commanded]
-    sent += [Said("/gripper/Target", FLOATS, None, t, floats([t])) for t in every(3, 0, 2)]
+    sent = scene() + [Sent("/cmd_vel", TWIST, None, t, twist(t, 0, 0, 0, 0, 1)) for t in commanded]
+    sent += [Sent("/gripper/Target", FLOATS, None, t, floats([t])) for t in every(3, 0, 2)]
     sent.sort(key=lambda message: message.received)
-    episode = heard(tmp_path, sent)
+    episode = recorded(tmp_path, sent)
     assert episode.action is None
     assert sorted(episode.proprio) == ["/joint_states/position", "/joint_states/velocity"]
     assert sorted(episode.signals) == ["/cmd_vel", "/gripper/Target"]
 
-    received = [t + 0.004 for t in FRONT if t + 0.004 >= 0.3]  # no header, so no header counts
+    received = [t + 0.004 for t in FRONT if t + 0.004 >= 0.3]  # one topic has no header, so none is used
     assert any(repair == "receive times are used: /gripper/Target has no header stamps" for repair in said(episode))
     assert numbers_in(frames_of(episode, "/front/image_raw")) == list(range(6, 40))
     assert numbers_in(frames_of(episode, "/wrist/image/compressed")) == [
@@ -484,8 +486,8 @@ def test_commands_are_signals_and_the_action_by_contract(tmp_path):
 
 @pytest.mark.parametrize("topic", ["/joint_states_desired", "/master/joint_left", "/leader/arm", "/gello/state"])
 def test_leader_arms_are_signals(tmp_path, topic):
-    sent = [Said(name, JOINTS, t, t, joints(["a"], [t])) for t in every(10, 0, 1) for name in (topic, "/puppet/joint")]
-    episode = heard(tmp_path, filmed("/cam", every(10, 0, 1), late=0) + sent)
+    sent = [Sent(name, JOINTS, t, t, joints(["a"], [t])) for t in every(10, 0, 1) for name in (topic, "/puppet/joint")]
+    episode = recorded(tmp_path, images_at("/cam", every(10, 0, 1), late=0) + sent)
     assert (list(episode.signals), list(episode.proprio)) == ([f"{topic}/position"], ["/puppet/joint/position"])
 
 
@@ -509,14 +511,14 @@ def test_types_of_numbers(tmp_path):
         "/flag": ("std_msgs/msg/Bool", lambda wire, at: wire.put("B", 1), [1]),
         "/unnamed/position": (JOINTS, joints([], [1.0, 2.0]), [1, 2]),
     }
-    sent = filmed("/cam", times, late=0)
-    sent += [Said(topic, kind, t, t, write) for topic, (kind, write, _) in topics.items() for t in times]
-    sent += [Said("/ragged", FLOATS, t, t, floats([1.0] * (i + 1))) for i, t in enumerate(times)]
-    sent += [Said("/map", FLOATS, t, t, floats([1.0] * 2000)) for t in times]
-    sent += [Said("/torque", JOINTS, t, t, joints(["a"], [t], [], [float("nan")])) for t in times]
-    sent += [Said("/rosout", "rcl_interfaces/msg/Log", t, t, text("hello")) for t in times]
-    sent += [Said("/robot_description", TEXT, None, t, text("<robot/>")) for t in times]
-    episode = heard(tmp_path, sent)
+    sent = images_at("/cam", times, late=0)
+    sent += [Sent(topic, kind, t, t, write) for topic, (kind, write, _) in topics.items() for t in times]
+    sent += [Sent("/ragged", FLOATS, t, t, floats([1.0] * (i + 1))) for i, t in enumerate(times)]
+    sent += [Sent("/map", FLOATS, t, t, floats([1.0] * 2000)) for t in times]
+    sent += [Sent("/torque", JOINTS, t, t, joints(["a"], [t], [], [float("nan")])) for t in times]
+    sent += [Sent("/rosout", "rcl_interfaces/msg/Log", t, t, text("hello")) for t in times]
+    sent += [Sent("/robot_description", TEXT, None, t, text("<robot/>")) for t in times]
+    episode = recorded(tmp_path, sent)
     expected = {
         topic.replace("/unnamed/position", "/unnamed/position/position"): v for topic, (_, _, v) in topics.items()
     }
@@ -531,56 +533,59 @@ def test_types_of_numbers(tmp_path):
 
 def test_repairs(tmp_path):
     times = [*every(10, 0, 1), *every(10, 1.5, 2.5)]  # a gap of half a second
-    sent = filmed("/cam", times) + filmed("/snapshot", [0.1]) + filmed("/frozen", every(20, 0, 1))
-    sent += [Said("/late", FLOATS, None, t, floats([t])) for t in every(10, 2, 2.5)]
-    sent += [Said("/task", TEXT, None, t, text(f"step {t}")) for t in (0.3, 1.3)]
-    episode = heard(tmp_path, sorted(sent, key=lambda message: message.received))
+    sent = images_at("/cam", times) + images_at("/snapshot", [0.1]) + images_at("/frozen", every(20, 0, 1))
+    sent += [Sent("/late", FLOATS, None, t, floats([t])) for t in every(10, 2, 2.5)]
+    sent += [Sent("/task", TEXT, None, t, text(f"step {t}")) for t in (0.3, 1.3)]
+    episode = recorded(tmp_path, sorted(sent, key=lambda message: message.received))
     assert sorted(episode.cameras) == ["/cam", "/frozen"]
     assert not episode.proprio and episode.instruction == "step 0.3"
     assert numbers_in(frames_of(episode, "/frozen"))[-8:] == [19] * 8
-    for said_so in (
+    for repair in (
         "/snapshot has only 1 images, another camera 20; left out",
         "/late is incomplete until past half of the frames; left out",
         "/frozen is up to 1.4 s old at a frame",
-        "1 of 19 intervals between frames differ by half from 0.1 s",
-        "/task says other things later; its first sentence is taken",
+        "1 of 19 frame intervals differ by more than half from 0.1 s",
+        "the text of /task changes; its first one is kept",
     ):
-        assert said_so in said(episode)
+        assert repair in said(episode)
 
 
 def test_clocks(tmp_path):
-    front = filmed("/front", every(10, 0, 1))
+    front = images_at("/front", every(10, 0, 1))
     for odd, says in (
-        (filmed("/side", every(10, -3600, -3599), late=3600), "/side has header stamps far from its receive times"),
-        (filmed("/side", every(10, 0, 1)[::-1], late=0), "/side has header stamps that run backwards"),
+        (
+            images_at("/side", every(10, -3600, -3599), late=3600),
+            "/side has header stamps far from its receive times",
+        ),
+        (images_at("/side", every(10, 0, 1)[::-1], late=0), "/side has header stamps that run backwards"),
     ):
         received = every(10, 0.01, 1.01)
-        odd = [Said(m.topic, m.type, m.sent, t, m.write) for m, t in zip(odd, received, strict=True)]
-        episode = heard(tmp_path, sorted(front + odd, key=lambda message: message.received))
+        odd = [Sent(m.topic, m.type, m.sent, t, m.write) for m, t in zip(odd, received, strict=True)]
+        episode = recorded(tmp_path, sorted(front + odd, key=lambda message: message.received))
         assert f"receive times are used: {says}" in said(episode)
         assert len(frames_of(episode, "/side")) == len(frames_of(episode, "/front"))
 
-    slow = [Said("/side", IMAGE, t - 3, t, raw(numbered(i))) for i, t in enumerate(every(10, 0, 1))]
-    episode = heard(tmp_path, sorted(front + slow, key=lambda message: message.received))
+    slow = [Sent("/side", IMAGE, t - 3, t, raw(numbered(i))) for i, t in enumerate(every(10, 0, 1))]
+    episode = recorded(tmp_path, sorted(front + slow, key=lambda message: message.received))
     assert "receive times are used: /side has header stamps far from its receive times" in said(episode)
-    assert len(frames_of(episode, "/side")) == 9  # one camera is heard after the other
-    stalled = [Said(m.topic, m.type, m.sent, m.received + 4 * (i >= 7), m.write) for i, m in enumerate(front)]
-    assert "header stamps are used as times" in said(heard(tmp_path, stalled))
+    assert len(frames_of(episode, "/side")) == 9  # one camera starts after the other
+    stalled = [Sent(m.topic, m.type, m.sent, m.received + 4 * (i >= 7), m.write) for i, m in enumerate(front)]
+    assert "header stamps are used as times" in said(recorded(tmp_path, stalled))
 
-    arm = [Said("/arm", FLOATS, None, t, floats([t])) for t in every(20, 0, 1)]
-    episode = heard(tmp_path, arm[::-1] + front)
+    arm = [Sent("/arm", FLOATS, None, t, floats([t])) for t in every(20, 0, 1)]
+    episode = recorded(tmp_path, arm[::-1] + front)
     assert "messages of /arm are not sorted by time; sorted" in said(episode)
     assert np.allclose(episode.proprio["/arm"][:, 0], every(10, 0, 1))
     with pytest.raises(BadEpisode, match="the images of /front are not sorted by time; run `mcap sort`"):
-        heard(tmp_path, front[::-1])
+        recorded(tmp_path, front[::-1])
     with pytest.raises(BadEpisode, match="1 frames are left"):
-        heard(tmp_path, front[:1])
-    with pytest.raises(BadEpisode, match="have the time of the one before"):
-        heard(tmp_path, filmed("/front", [0.1] * 5))
+        recorded(tmp_path, front[:1])
+    with pytest.raises(BadEpisode, match="have the same time as the one before"):
+        recorded(tmp_path, images_at("/front", [0.1] * 5))
 
 
 def test_chunks_are_of_bounded_size(tmp_path):
-    episode = heard(tmp_path, [Said("/cam", IMAGE, t, t, raw(numbered(3, 8))) for t in every(50, 0, 2.6)])
+    episode = recorded(tmp_path, [Sent("/cam", IMAGE, t, t, raw(numbered(3, 8))) for t in every(50, 0, 2.6)])
     assert [len(chunk) for chunk in episode.cameras["/cam"].frames(None)] == [64, 64, 2]
 
 
@@ -620,8 +625,8 @@ def test_message_types_are_the_same_in_all_releases():
 # ------------------------------------------------------------------------------------------ digests, broken files
 
 
-def split_bag(folder: Path, sent: list[Said]) -> Path:
-    """Two storage files, as `ros2 bag record --max-bag-size` leaves them."""
+def split_bag(folder: Path, sent: list[Sent]) -> Path:
+    """Two storage files, as `ros2 bag record --max-bag-size` writes them."""
     half = len(sent) // 2
     write_bag2(folder, sent[:half])
     rest = write_bag2(folder.with_name("rest"), sent[half:])
@@ -669,7 +674,7 @@ def test_bags_are_found_among_other_files(tmp_path):
 
 
 def problem_of(path: Path) -> str:
-    """Of the last recording there that cannot be read to its end."""
+    """The problem of the last recording that cannot be read to its end."""
     problem = "none"
     for ref in (ref for format, found in find(path) for ref in scan(format, found)):
         try:
@@ -693,7 +698,7 @@ def test_truncated_recordings_are_named(tmp_path):
     file.write_bytes(damaged)
     assert "breaks after" in problem_of(file)
     damaged = bytearray(whole)
-    damaged[-60] ^= 1  # in the summary, which says nothing new
+    damaged[-60] ^= 1  # in the summary, which is redundant
     file.write_bytes(damaged)
     assert problem_of(file) == "none"
     bag = write_bag2(tmp_path / "bag", scene())
@@ -730,11 +735,13 @@ def test_lying_metadata(tmp_path, change, says):
 
 
 def test_oversized_contents_are_refused_or_left_out(tmp_path, monkeypatch):
-    sent = filmed("/cam", every(10, 0, 1)) + [Said("/arm", FLOATS, None, t, floats([t] * 100)) for t in every(10, 0, 1)]
-    wordy = [Said("/say", TEXT, None, t, text("x" * 10_001)) for t in every(10, 0, 1)]
-    episode = heard(tmp_path, sent + wordy)
+    sent = images_at("/cam", every(10, 0, 1)) + [
+        Sent("/arm", FLOATS, None, t, floats([t] * 100)) for t in every(10, 0, 1)
+    ]
+    wordy = [Sent("/say", TEXT, None, t, text("x" * 10_001)) for t in every(10, 0, 1)]
+    episode = recorded(tmp_path, sent + wordy)
     assert episode.texts == {} and "not read: /say (a text of 10001 characters)" in said(episode)
-    other = [*sent, Said("/arm", TWIST, None, 1, twist(*range(6)))]
+    other = [*sent, Sent("/arm", TWIST, None, 1, twist(*range(6)))]
     (tmp_path / "bag").mkdir()
     with sqlite3.connect(lone_db3(tmp_path / "bag", sent)) as database:
         database.execute("UPDATE messages SET timestamp = -1 WHERE rowid = 3")
@@ -743,13 +750,13 @@ def test_oversized_contents_are_refused_or_left_out(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("preprocessing.sources.ros.reader.MAX_NUMBERS", 999)
         with pytest.raises(BadEpisode, match="/arm holds too many numbers for a robot's state"):
-            heard(tmp_path, sent)
+            recorded(tmp_path, sent)
     with monkeypatch.context() as patch:
         patch.setattr("preprocessing.sources.ros.bags.MAX_MESSAGES", 19)
         with pytest.raises(BadEpisode, match="holds more than 19 messages"):
-            heard(tmp_path, sent)
+            recorded(tmp_path, sent)
     with pytest.raises(BadEpisode, match=r"/arm has messages of type .*MultiArray and of type .*Twist"):
-        heard(tmp_path, other)
+        recorded(tmp_path, other)
 
 
 def test_sqlite_views_and_tables_are_not_run(tmp_path):
@@ -766,7 +773,7 @@ def test_sqlite_views_and_tables_are_not_run(tmp_path):
 def test_bombs_are_not_decompressed(tmp_path, monkeypatch):
     monkeypatch.setattr("preprocessing.sources.ros.bags.MAX_BYTES", 2**20)
     black = np.zeros((1000, 1000, 3), np.uint8)
-    sent = [Said("/cam", IMAGE, t, t, raw(black)) for t in every(10, 0, 0.3)]
+    sent = [Sent("/cam", IMAGE, t, t, raw(black)) for t in every(10, 0, 0.3)]
     refused = {
         name: problem_of(CONTAINERS[name](tmp_path / name, sent))
         for name in CONTAINERS
@@ -778,24 +785,24 @@ def test_bombs_are_not_decompressed(tmp_path, monkeypatch):
         assert "data decompresses to more than" in refused[packed_one], packed_one
 
     monkeypatch.setattr("preprocessing.sources.ros.bags.MAX_BYTES", 2**27)
-    huge = Said(
+    huge = Sent(
         "/cam",
         IMAGE,
         0,
         0,
         lambda wire, at: wire.header(at).put("I", 2**16, 2**16).text("rgb8").put("B", 0).put("I", 2**18).blob(b""),
     )
-    assert "65536x65536 pixels is empty or more than a camera" in problem_of(
-        write_mcap(tmp_path / "a.mcap", [huge, Said("/cam", IMAGE, 1, 1, huge.write)])
+    assert "65536x65536 pixels is empty or exceeds limits" in problem_of(
+        write_mcap(tmp_path / "a.mcap", [huge, Sent("/cam", IMAGE, 1, 1, huge.write)])
     )
 
 
 def small(container: str, folder: Path) -> Path:
     times = every(10, 0, 0.4)
-    sent = [Said("/cam", IMAGE, t, t, raw(numbered(i, 6))) for i, t in enumerate(times)]
-    sent += [Said("/arm", JOINTS, t, t, joints(["a", "b"], [t, t], [t, t])) for t in times]
-    sent += [Said("/say", TEXT, t, t, text("go")) for t in times]
-    sent += [Said("/jpeg", COMPRESSED, t, t, packed(jpeg(numbered(i, 6)))) for i, t in enumerate(times)]
+    sent = [Sent("/cam", IMAGE, t, t, raw(numbered(i, 6))) for i, t in enumerate(times)]
+    sent += [Sent("/arm", JOINTS, t, t, joints(["a", "b"], [t, t], [t, t])) for t in times]
+    sent += [Sent("/say", TEXT, t, t, text("go")) for t in times]
+    sent += [Sent("/jpeg", COMPRESSED, t, t, packed(jpeg(numbered(i, 6)))) for i, t in enumerate(times)]
     return CONTAINERS[container](folder, sorted(sent, key=lambda message: message.received))
 
 
@@ -816,7 +823,7 @@ def test_damaged_bytes_are_read_or_refused(tmp_path, container):
             at %= len(data)
             data[at : at if inserted else at + max(1, len(noise))] = noise
         target.write_bytes(data)
-        with contextlib.suppress(UserError):  # it is no recording any more
+        with contextlib.suppress(UserError):  # no longer a recording
             problem_of(source)
         target.write_bytes(originals[target])
 

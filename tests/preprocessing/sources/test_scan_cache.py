@@ -1,4 +1,4 @@
-"""A second scan reads nothing that has not changed, and whatever befalls its memory, it finds the same."""
+"""A second scan reads only what changed, and finds the same whatever happens to the cache."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files written just now are at rest: whoever asks for the time is three seconds ahead."""
+    """The clock is three seconds ahead, so files just written are old enough to be cached."""
     now = time.time_ns
     monkeypatch.setattr(time, "time_ns", lambda: now() + 3 * 10**9)
 
@@ -43,8 +43,8 @@ def files(tmp_path: Path) -> list[Path]:
     return sorted(tmp_path.iterdir())
 
 
-class Reader:
-    """Finds a file's digest, and notes which files it was asked for."""
+class RecordingReader:
+    """Returns a file's digest, and records which files it read."""
 
     def __init__(self) -> None:
         self.read: list[str] = []
@@ -55,15 +55,15 @@ class Reader:
 
 
 def read_by(files: list[Path], reader: str = "test") -> list[str]:
-    """The files that a scan reads. What it finds, it finds right."""
-    read = Reader()
+    """The files that a scan reads. Its findings are checked."""
+    read = RecordingReader()
     found = list(findings(reader, files, read))
     assert [(file, finding.digest) for file, [finding] in found] == [(file, file_digest(file)) for file in files]
     return sorted(read.read)
 
 
 def write(format: str, folder: Path) -> Path:
-    """A data set of one format, and the file that holds most of its 100 kB."""
+    """A data set of one format, and the file with most of its 100 kB."""
     match format:
         case "video":
             return _padded(write_video(folder / "a.mp4", numbered(3)))
@@ -76,14 +76,14 @@ def write(format: str, folder: Path) -> Path:
             return write_demos(folder / "a.hdf5", demos=1, steps=10)
 
 
-def _padded(film: Path) -> Path:
-    with film.open("ab") as file:
+def _padded(path: Path) -> Path:
+    with path.open("ab") as file:
         file.write(bytes(100_000))
-    return film
+    return path
 
 
 def change(format: str, file: Path) -> None:
-    """Other content of the same size, at the same time."""
+    """Replace the content, keeping size and times."""
     before = file.stat()
     time.sleep(0.02)  # longer than a tick of the kernel's clock
     if format == "hdf5":
@@ -99,7 +99,7 @@ def change(format: str, file: Path) -> None:
 
 
 def bytes_read() -> int:
-    """By this process so far, whatever library asked for them."""
+    """Bytes that this process has read, by any library."""
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
@@ -117,14 +117,16 @@ def test_a_second_scan_reads_no_file(tmp_path: Path, format: str) -> None:
         folder.mkdir()
         write(format, folder)
     time.sleep(memory.AT_REST / 1e9)
-    context = multiprocessing.get_context("spawn")  # a process of its own: other tests' Ray and MLflow read, too
+    context = multiprocessing.get_context("spawn")  # a separate process: other tests' Ray and MLflow read files, too
     found = context.Queue()
-    process = context.Process(target=_scan_each, args=([other, path, path], found))  # the other's scan imports
+    process = context.Process(
+        target=_scan_each, args=([other, path, path], found)
+    )  # scanning the other one does the imports
     process.start()
     _, (first, read), (second, read_again) = [found.get(timeout=60) for _ in range(3)]
     process.join()
     assert first == second and len(first) == 1
-    assert read > 100_000 and read_again < 50_000  # the heads of files are looked at for their format
+    assert read > 100_000 and read_again < 50_000  # detecting formats reads the files' first bytes
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -140,7 +142,7 @@ def test_a_recent_file_is_read_again(files: list[Path], monkeypatch: pytest.Monk
     assert read_by(files) == read_by(files) == ["a", "b", "c"]
     now = time.time_ns
     monkeypatch.setattr(time, "time_ns", lambda: now() + 3 * 10**9)
-    os.utime(files[1], ns=(now(), now() + 3 * 10**9))  # by its own account it was written this moment
+    os.utime(files[1], ns=(now(), now() + 3 * 10**9))  # its mtime says that it was just written
     assert read_by(files) == ["a", "b", "c"]
     assert read_by(files) == ["b"]
 
@@ -168,7 +170,7 @@ def test_a_file_with_a_problem_is_read_again(files: list[Path], later: None) -> 
 
 def test_a_file_that_cannot_be_opened_costs_no_other(files: list[Path], later: None) -> None:
     gone = files[0].parent / "gone"
-    found = dict(findings("test", [files[0], gone, *files[1:]], Reader()))
+    found = dict(findings("test", [files[0], gone, *files[1:]], RecordingReader()))
     assert found[gone][0].problem == "cannot be read: No such file or directory"
     assert [found[file] for file in files] == [[Finding(file_digest(file))] for file in files]
     assert read_by(files) == []
@@ -207,14 +209,14 @@ def test_files_are_read_in_parallel(files: list[Path], monkeypatch: pytest.Monke
     together = threading.Barrier(3, timeout=10)
 
     def read(file: Path) -> list[Finding]:
-        together.wait()  # broken, unless all three are being read
+        together.wait()  # times out unless all three are being read
         return [Finding(file.name)]
 
     assert [file for file, _ in findings("test", files, read)] == files
 
 
 def test_findings_before_an_interruption_are_kept(files: list[Path], later: None) -> None:
-    found = findings("test", files, Reader())
+    found = findings("test", files, RecordingReader())
     next(found)
     found.close()
     assert "a" not in read_by(files)
@@ -270,7 +272,7 @@ def test_entries_unused_for_months_are_deleted(
     today = time.time()
     for days, seen in ((0, [a, b]), (70, [a]), (140, [c])):
         monkeypatch.setattr(time, "time", lambda days=days: today + days * 86400)
-        list(findings("test", seen, Reader()))
+        list(findings("test", seen, RecordingReader()))
     with sqlite3.connect(cache) as database:
         kept = database.execute("SELECT path FROM findings ORDER BY path").fetchall()
     database.close()
@@ -279,7 +281,7 @@ def test_entries_unused_for_months_are_deleted(
 
 def _scan_together(files: list[Path], start: threading.Barrier, found: multiprocessing.Queue) -> None:
     start.wait(60)
-    found.put(list(findings("test", files, Reader())))
+    found.put(list(findings("test", files, RecordingReader())))
 
 
 def test_concurrent_scans_find_and_cache_the_same(tmp_path: Path) -> None:
@@ -289,7 +291,7 @@ def test_concurrent_scans_find_and_cache_the_same(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     start, found = context.Barrier(2), context.Queue()
     processes = [context.Process(target=_scan_together, args=(files, start, found)) for _ in range(2)]
-    time.sleep(memory.AT_REST / 1e9)  # before any of them asks for the time
+    time.sleep(memory.AT_REST / 1e9)  # before any of them reads the clock
     for process in processes:
         process.start()
     assert found.get(timeout=60) == found.get(timeout=60) == [(file, [Finding(file_digest(file))]) for file in files]

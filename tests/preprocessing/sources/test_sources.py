@@ -1,4 +1,4 @@
-"""What is found in a folder, what an episode's digest covers, films, and contracts over what a reader found."""
+"""Finding data sets in folders, what digests cover, videos, and contracts that override a reader."""
 
 from __future__ import annotations
 
@@ -73,11 +73,11 @@ def test_other_url_schemes_are_refused():
 def test_a_copy_under_another_name_is_the_same_episode(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    write_video(tmp_path / "a" / "film.mp4", numbered(3))
+    write_video(tmp_path / "a" / "video_file.mp4", numbered(3))
     write_demos(tmp_path / "a" / "demos.hdf5")
     write_rlds(tmp_path / "a" / "rlds", [rlds_episode()])
     write_lerobot(tmp_path / "a" / "robot")
-    shutil.copy(tmp_path / "a" / "film.mp4", tmp_path / "b" / "other.mov")
+    shutil.copy(tmp_path / "a" / "video_file.mp4", tmp_path / "b" / "other.mov")
     shutil.copy(tmp_path / "a" / "demos.hdf5", tmp_path / "b" / "other.h5")
     shutil.copytree(tmp_path / "a" / "robot", tmp_path / "b" / "elsewhere")
     write_rlds(tmp_path / "b" / "shards", [rlds_episode(seed=9), rlds_episode()], name="renamed")
@@ -89,8 +89,8 @@ def test_a_digest_covers_only_its_episodes_bytes(tmp_path):
     def sha(data: bytes) -> str:
         return hashlib.sha256(data).hexdigest()
 
-    film = write_video(tmp_path / "a.mp4", numbered(3))
-    assert [ref.digest for ref in refs_of(film)] == [sha(film.read_bytes())]
+    video_file = write_video(tmp_path / "a.mp4", numbered(3))
+    assert [ref.digest for ref in refs_of(video_file)] == [sha(video_file.read_bytes())]
     records = [rlds_episode(seed=seed) for seed in range(3)]
     assert [ref.digest for ref in refs_of(write_rlds(tmp_path / "rlds", records))] == list(map(sha, records))
     robot = write_lerobot(tmp_path / "robot")
@@ -177,7 +177,7 @@ def test_a_contract_overrides_the_reader(tmp_path):
     )
     episode = load(ref, contract)
     assert list(episode.cameras) == ["front"]
-    assert np.array_equal(frames_of(episode, "front")[0], quadrants()[::-1])  # as stored: the contract says no flip
+    assert np.array_equal(frames_of(episode, "front")[0], quadrants()[::-1])  # as stored: the contract sets no flip
     assert (episode.embodiment, episode.fps, episode.instruction) == ("panda-mobile", 10, "close it")
     assert episode.action_layout == layout
     for flip in (None, ("agentview",)):

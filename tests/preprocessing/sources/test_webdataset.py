@@ -1,4 +1,4 @@
-"""WebDataset. Its tar files are written here as ``video2dataset`` writes them; real films are packed as they are."""
+"""WebDataset. Tar files are written as by ``video2dataset``; real videos are added unchanged."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def shard(path: Path, members: dict[str, bytes], format: int = tarfile.PAX_FORMA
     return path
 
 
-def film(folder: Path, frames: np.ndarray, name: str = "film.mp4", fps: int = 20) -> bytes:
+def encoded(folder: Path, frames: np.ndarray, name: str = "encoded.mp4", fps: int = 20) -> bytes:
     codec = "libvpx" if name.endswith("webm") else "libx264"
     return write_video(folder / name, frames, fps=fps, codec=codec).read_bytes()
 
@@ -44,7 +44,7 @@ def one(path: Path) -> Episode:
 
 
 def problem_of(ref: EpisodeRef) -> str:
-    """Said by ``scan``, or by ``load`` and its frames."""
+    """The problem, from ``scan`` or from ``load`` and its frames."""
     try:
         for video in load(ref).cameras.values():
             for _ in video.frames(None):
@@ -76,10 +76,10 @@ def test_real_videos_equal_those_outside_a_shard(tmp_path):
 
 
 def test_videos_in_several_shards_and_formats(tmp_path):
-    top = tmp_path / "a, b:c"  # what a protocol of FFmpeg might stumble over
-    first = {"x/a.mp4": film(tmp_path, numbered(40)), "x/b.webm": film(tmp_path, numbered(30), "b.webm")}
+    top = tmp_path / "a, b:c"  # might confuse FFmpeg's subfile protocol
+    first = {"x/a.mp4": encoded(tmp_path, numbered(40)), "x/b.webm": encoded(tmp_path, numbered(30), "b.webm")}
     shard(top / "0.tar", first, tarfile.USTAR_FORMAT)
-    shard(top / "1.tar", {f"{'long' * 50}.MP4": film(tmp_path, quadrants()[None].repeat(5, 0))}, tarfile.GNU_FORMAT)
+    shard(top / "1.tar", {f"{'long' * 50}.MP4": encoded(tmp_path, quadrants()[None].repeat(5, 0))}, tarfile.GNU_FORMAT)
     a, b, long = (load(ref) for ref in refs_of(top))
     for episode, count in ((a, 40), (b, 30)):
         assert np.allclose(frames_of(episode).mean(axis=(1, 2, 3)), 20 + 2 * np.arange(count), atol=1.5)
@@ -89,43 +89,43 @@ def test_videos_in_several_shards_and_formats(tmp_path):
 
 
 def test_several_videos_are_cameras(tmp_path):
-    films = {"k.top.mp4": film(tmp_path, numbered(9)), "k.wrist.mp4": film(tmp_path, moving(9))}
-    episode = one(shard(tmp_path / "a.tar", films))
+    videos = {"k.top.mp4": encoded(tmp_path, numbered(9)), "k.wrist.mp4": encoded(tmp_path, moving(9))}
+    episode = one(shard(tmp_path / "a.tar", videos))
     assert list(episode.cameras) == ["top", "wrist"]
     assert psnr(frames_of(episode, "wrist"), moving(9)).min() > 25
-    slow = films | {"k.wrist.mp4": film(tmp_path, moving(9), fps=10)}
+    slow = videos | {"k.wrist.mp4": encoded(tmp_path, moving(9), fps=10)}
     [ref] = refs_of(shard(tmp_path / "b.tar", slow))
     assert problem_of(ref) == "sample k holds videos of 2 different rates"
 
 
 @pytest.mark.parametrize("inside", [True, False])
 def test_numbered_images_are_a_clip(tmp_path, inside):
-    """As members of one sample, or as samples of one folder; in the order of their numbers, not of their names."""
+    """As members of one sample or as samples of one folder, sorted by number, not by name."""
     source = moving(12)
     order = sorted(range(12), key=str)
     names = {i: f"clips/7.frame_{i}.jpg" if inside else f"clips/7/{i}.jpg" for i in order}
     members = {name: jpeg(source[i]) for i, name in names.items()}
     members |= {"clips/7.json" if inside else "clips/7/0.json": json.dumps({"fps": 5, "text": "a square"}).encode()}
-    if not inside:  # words stand beside the first picture
+    if not inside:  # the caption is next to the first image
         members = dict(sorted(members.items()))
-    members["clips/8.mp4"] = film(tmp_path, numbered(5))
+    members["clips/8.mp4"] = encoded(tmp_path, numbered(5))
     clip, other = refs_of(shard(tmp_path / "a.tar", members))
     episode = load(clip)
-    quality = psnr(frames_of(episode)[:, None], source[None])  # each frame against each one that went in
+    quality = psnr(frames_of(episode)[:, None], source[None])  # each frame against each original
     assert quality.argmax(axis=1).tolist() == list(range(12)) and np.diag(quality).min() > 28
     assert (episode.fps, episode.instruction, said(episode)) == (5, "a square", [])
     assert len(frames_of(load(other))) == 5
 
 
 def test_images_without_a_rate(tmp_path):
-    members = {f"a.{i}.png": png(picture) for i, picture in enumerate(moving(3))}
+    members = {f"a.{i}.png": png(image) for i, image in enumerate(moving(3))}
     episode = one(shard(tmp_path / "a.tar", members))
     assert said(episode) == ["the rate of the images is not recorded; 10 Hz assumed"] and episode.fps == 10
     assert np.array_equal(frames_of(episode), moving(3))
 
 
 def test_a_contract_settles_the_rate(tmp_path):
-    members = {f"a.{i}.png": png(picture) for i, picture in enumerate(moving(3))}
+    members = {f"a.{i}.png": png(image) for i, image in enumerate(moving(3))}
     [ref] = refs_of(shard(tmp_path / "a.tar", members))
     episode = load(ref, DataContract(fps=25))
     assert episode.fps == 25 and said(episode) == []
@@ -133,7 +133,7 @@ def test_a_contract_settles_the_rate(tmp_path):
 
 @pytest.mark.parametrize("rate", [0, -5, 1e9, "30"])
 def test_invalid_rates_are_ignored(tmp_path, rate):
-    members = {f"a.{i}.png": png(picture) for i, picture in enumerate(moving(3))}
+    members = {f"a.{i}.png": png(image) for i, image in enumerate(moving(3))}
     members["a.json"] = json.dumps({"fps": rate}).encode()
     assert one(shard(tmp_path / "a.tar", members)).fps == 10
 
@@ -145,8 +145,8 @@ def test_repairs_of_a_video_name_its_camera(tmp_path):
 
 
 def test_limits_and_links(tmp_path, monkeypatch):
-    pictures = {f"a.{i}.png": png(picture) for i, picture in enumerate(moving(3))}
-    [ref] = refs_of(shard(tmp_path / "a.tar", pictures))
+    images = {f"a.{i}.png": png(image) for i, image in enumerate(moving(3))}
+    [ref] = refs_of(shard(tmp_path / "a.tar", images))
     use(Limits(array_bytes=100))
     try:
         assert "0.png has" in problem_of(ref) and "more than limits.array_bytes" in problem_of(ref)
@@ -161,16 +161,16 @@ def test_limits_and_links(tmp_path, monkeypatch):
     assert "more than 2 members" in str(refs_of(tmp_path / "a.tar")[-1].problem)
 
 
-def png(picture: np.ndarray) -> bytes:
+def png(image: np.ndarray) -> bytes:
     from PIL import Image
 
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG")
+    Image.fromarray(image).save(file, "PNG")
     return file.getvalue()
 
 
 @pytest.mark.parametrize(
-    "words, texts, repairs",
+    "members, texts, repairs",
     [
         ({"json": b'{"caption": null, "prompt": " go ", "fps": 3}'}, {"prompt": "go"}, ()),
         ({"json": b'{"captions": ["one", "two", 3]}'}, {"captions": "one", "captions_1": "two"}, ()),
@@ -183,16 +183,16 @@ def png(picture: np.ndarray) -> bytes:
         ({"txt": b"x" * (2**20 + 1)}, {}, ("txt cannot be read (1048577 bytes); left out",)),
     ],
 )
-def test_captions(tmp_path, words, texts, repairs):
-    data = film(tmp_path, numbered(3))
-    episode = one(shard(tmp_path / "a.tar", {f"k.{name}": word for name, word in words.items()} | {"k.mp4": data}))
+def test_captions(tmp_path, members, texts, repairs):
+    data = encoded(tmp_path, numbered(3))
+    episode = one(shard(tmp_path / "a.tar", {f"k.{name}": word for name, word in members.items()} | {"k.mp4": data}))
     assert episode.texts == texts and episode.instruction == next(iter(texts.values()), None)
     assert len(said(episode)) == len(repairs)
     assert all(found.startswith(text) for found, text in zip(said(episode), repairs, strict=True))
 
 
 def joined(folder: Path, *parts: dict[str, bytes]) -> Path:
-    """Members of several tar files in one, whose names may repeat."""
+    """Join the members of several tar files in one; names may repeat."""
     with tarfile.open(folder / "joined.tar", "w") as tar:
         for name, data in (member for part in parts for member in part.items()):
             info = tarfile.TarInfo(name)
@@ -202,9 +202,9 @@ def joined(folder: Path, *parts: dict[str, bytes]) -> Path:
 
 
 def test_repeated_names_are_separate_samples(tmp_path):
-    films = [film(tmp_path, numbered(count)) for count in (5, 6)]
-    parts = [{"k.mp4": data, "k.txt": text} for data, text in zip(films, (b"one", b"two"), strict=True)]
-    for between in ([], [{"l.mp4": films[0]}]):
+    videos = [encoded(tmp_path, numbered(count)) for count in (5, 6)]
+    parts = [{"k.mp4": data, "k.txt": text} for data, text in zip(videos, (b"one", b"two"), strict=True)]
+    for between in ([], [{"l.mp4": videos[0]}]):
         found = [load(ref) for ref in refs_of(joined(tmp_path, parts[0], *between, parts[1]))]
         found = [episode for episode in found if episode.instruction]
         assert [episode.instruction for episode in found] == ["one", "two"]
@@ -212,7 +212,7 @@ def test_repeated_names_are_separate_samples(tmp_path):
 
 
 def test_a_scattered_sample_is_refused(tmp_path):
-    data = film(tmp_path, numbered(5))
+    data = encoded(tmp_path, numbered(5))
     refs = refs_of(shard(tmp_path / "a.tar", {"k.mp4": data, "l.mp4": data, "k.txt": b"go", "m.mp4": data}))
     says = "members of sample k are not consecutive; sort the shard (`tar --sort=name`)"
     assert [problem_of(ref) for ref in refs] == [says, "none", says, "none"]
@@ -221,16 +221,17 @@ def test_a_scattered_sample_is_refused(tmp_path):
 def test_a_shard_is_detected_by_its_members(tmp_path):
     members = {f"k.{i:02}.npy": b"x" for i in range(30)}
     assert (
-        len(frames_of(one(shard(tmp_path / "a.tar", members | {"k.top.mp4": film(tmp_path, numbered(5))})), "top")) == 5
+        len(frames_of(one(shard(tmp_path / "a.tar", members | {"k.top.mp4": encoded(tmp_path, numbered(5))})), "top"))
+        == 5
     )
 
 
 def test_a_sample_keeps_its_id_in_another_shard(tmp_path):
-    one_film, other = film(tmp_path, numbered(5)), film(tmp_path, numbered(6))
-    [ref, _] = refs_of(shard(tmp_path / "a.tar", {"k.mp4": one_film, "k.txt": b"go", "l.mp4": other}))
-    moved = refs_of(shard(tmp_path / "b.tar", {"l.mp4": other, "m.npy": b"x", "n/k.mp4": one_film, "n/k.txt": b"go"}))
+    one_video, other = encoded(tmp_path, numbered(5)), encoded(tmp_path, numbered(6))
+    [ref, _] = refs_of(shard(tmp_path / "a.tar", {"k.mp4": one_video, "k.txt": b"go", "l.mp4": other}))
+    moved = refs_of(shard(tmp_path / "b.tar", {"l.mp4": other, "m.npy": b"x", "n/k.mp4": one_video, "n/k.txt": b"go"}))
     assert moved[1].id == ref.id and moved[1].index == 1 and len(moved) == 2
-    [changed] = refs_of(shard(tmp_path / "c.tar", {"k.mp4": one_film, "k.txt": b"stop"}))
+    [changed] = refs_of(shard(tmp_path / "c.tar", {"k.mp4": one_video, "k.txt": b"stop"}))
     assert changed.id != ref.id
     shard(tmp_path / "a.tar", {"k.mp4": other, "k.txt": b"go", "l.mp4": other})
     assert digest(ref) != ref.digest
@@ -265,8 +266,8 @@ def test_images_with_a_caption_each_are_not_a_clip(tmp_path):
 
 
 def test_a_truncated_shard_keeps_complete_episodes(tmp_path):
-    films = {f"{i}.mp4": film(tmp_path, numbered(10 + i)) for i in range(4)}
-    whole = refs_of(shard(tmp_path / "a.tar", films))
+    videos = {f"{i}.mp4": encoded(tmp_path, numbered(10 + i)) for i in range(4)}
+    whole = refs_of(shard(tmp_path / "a.tar", videos))
     data = (tmp_path / "a.tar").read_bytes()
     with tarfile.open(tmp_path / "a.tar") as tar:
         starts = [member.offset for member in tar]
@@ -326,7 +327,7 @@ def test_shard_headers_are_read_once(tmp_path, monkeypatch):
     listed = []
     real = webdataset._listed
     monkeypatch.setattr(webdataset, "_listed", lambda file: listed.append(file) or real(file))
-    refs = refs_of(shard(tmp_path / "a.tar", {f"{i}.mp4": film(tmp_path, numbered(3)) for i in range(5)}))
+    refs = refs_of(shard(tmp_path / "a.tar", {f"{i}.mp4": encoded(tmp_path, numbered(3)) for i in range(5)}))
     for ref in refs:
         load(ref)
         digest(ref)
