@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 UWM = .venv/bin/uwm
 
-.PHONY: install demo test soak bench-vae bench-store bench-ingest bench-model bench-query bench-step bench-loader bench-train check lock
+.PHONY: install demo test soak bench-vae bench-store bench-ingest bench-model bench-query bench-step bench-loader bench-train bench-start check lock
 install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
@@ -22,7 +22,7 @@ soak: install # kills drivers, workers and a node, fills a disk, breaks a networ
 bench-vae: install # PLACES="folder ..." adds other frames
 	PYTHONPATH=tests .venv/bin/python tests/benchmarks/bench_vae.py $(PLACES)
 
-bench-store bench-ingest bench-query bench-model bench-step bench-loader bench-train: bench-%: install
+bench-store bench-ingest bench-query bench-model bench-step bench-loader bench-train bench-start: bench-%: install
 	PYTHONPATH=tests .venv/bin/python tests/benchmarks/bench_$*.py
 
 check: install

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from uwm_model.config import DiffusionConfig, ModelConfig
 from uwm_model.objective import Losses
 from uwm_model.randomness import Random
 from uwm_model.sampling import Mode
+
+Loss = TypeVar("Loss", Tensor, float)
 
 
 class Model(nn.Module, ABC):
@@ -37,6 +39,15 @@ class Model(nn.Module, ABC):
         shares' losses is then the loss of the global batch. Raises ValueError if ``action`` or ``future_latents`` is
         missing and needed.
         """
+
+    def total_loss(self, action: Loss, video: Loss) -> Loss:
+        """Return the loss that is minimised: the one place that weighs the two modalities, equally."""
+        return action + video
+
+    def losses(self, action: Tensor, video: Tensor, action_per_sample: Tensor, video_per_sample: Tensor) -> Losses:
+        """Return them with their total; ``action`` and ``video`` carry gradients."""
+        parts = (action, video, action_per_sample, video_per_sample)
+        return Losses(self.total_loss(action, video), *(part.detach() for part in parts))
 
     @abstractmethod
     def loss_counts(self, batch: Batch) -> Tensor:

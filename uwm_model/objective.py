@@ -7,7 +7,7 @@ so the network learns that this timestep means "the action is unknown"; sampling
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,28 +16,15 @@ from uwm_model.denoiser import Denoise
 from uwm_model.randomness import Random, unit_noise
 from uwm_model.schedule import Schedule
 
-Loss = TypeVar("Loss", Tensor, float)
-
-
-def total_loss(action: Loss, video: Loss) -> Loss:
-    """Return the loss that is minimised: the one place that weighs the two modalities, equally."""
-    return action + video
-
 
 class Losses(NamedTuple):
     """Only ``total`` carries gradients. Per-sample losses are NaN where a sample lacks the modality."""
 
-    total: Tensor  # float []: total_loss(action, video)
+    total: Tensor  # float []: Model.total_loss of the next two
     action: Tensor  # float []
     video: Tensor  # float []
     action_per_sample: Tensor  # float [B]
     video_per_sample: Tensor  # float [B]
-
-    @classmethod
-    def of(cls, action: Tensor, video: Tensor, action_per_sample: Tensor, video_per_sample: Tensor) -> Losses:
-        """Return them with their total; ``action`` and ``video`` carry gradients."""
-        parts = (action, video, action_per_sample, video_per_sample)
-        return cls(total_loss(action, video), *(part.detach() for part in parts))
 
 
 @dataclass(frozen=True)
@@ -67,8 +54,8 @@ def joint_loss(
     noise: Noise,
     action_counted: Tensor,
     counts: Tensor | None = None,
-) -> Losses:
-    """Return the loss of clean actions [B, L, A] and clean latents [B, V, Tf, C, h, w].
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (action loss, video loss, both by sample) of clean actions [B, L, A] and latents [B, V, Tf, C, h, w].
 
     action_mask bool [B, L, A]: which action values exist. action_counted bool [B, L, A]: which of them have a loss.
     camera_mask bool [B, V]. counts float [2]: what ``masked_mean`` divides the action and the video loss by.
@@ -86,7 +73,7 @@ def joint_loss(
     target = schedule.target(latents, noise.latents, noise.t_video)
     video_error_BV = squared_error(latent_prediction, target).mean(dim=(2, 3, 4, 5))
     video_loss, video_each = masked_mean(video_error_BV, camera_mask, None if counts is None else counts[1])
-    return Losses.of(action_loss, video_loss, action_each, video_each)
+    return action_loss, video_loss, action_each, video_each
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class UnifiedWorldModel(Model):
         if batch.action is None or batch.future_latents is None:
             raise ValueError("training needs batch.action and batch.future_latents (zeros where masked)")
         latents = batch.future_latents / self.diffusion_config.latent_divisor
-        return objective.joint_loss(
+        parts = objective.joint_loss(
             self._denoiser_of(batch),
             self.schedule,
             batch.action,
@@ -48,6 +48,7 @@ class UnifiedWorldModel(Model):
             self._action_counted(batch),
             counts,
         )
+        return self.losses(*parts)
 
     def loss_counts(self, batch: Batch) -> Tensor:
         return objective.loss_counts(self._action_counted(batch), batch.camera_mask)

@@ -234,7 +234,10 @@ def finetune(
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)],
     store: Annotated[
-        str | None, typer.Option(metavar="URI", help="Evaluate open loop on held-out episodes of this store; needed for a published MODEL.")
+        str | None,
+        typer.Option(
+            metavar="URI", help="Evaluate open loop on held-out episodes of this store; needed for a published MODEL."
+        ),
     ] = None,
     env: Annotated[
         str | None,

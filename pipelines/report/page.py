@@ -129,7 +129,8 @@ def _data(snapshot: Snapshot) -> dict[str, Any]:
     table = snapshot.episodes()
     encoders = Counter(zip(table["encoder"].to_pylist(), table["encoder_digest"].to_pylist(), strict=True))
     columns = ["id", "uri", "index", "format", "frames", "fps", "embodiment", "instruction", "cameras", "action_dim"]
-    rows = {row["id"]: row for row in table.select([*columns, "repairs"]).to_pylist()}.values()  # one row per episode, not per encoder
+    # One row per episode, not per encoder.
+    rows = {row["id"]: row for row in table.select([*columns, "repairs"]).to_pylist()}.values()
     embodiments: dict[str, list[dict[str, Any]]] = {}
     files: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:

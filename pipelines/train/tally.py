@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from uwm_model.objective import Losses, total_loss
+from uwm_model.objective import Losses
 
 
 class Tally:
@@ -46,10 +45,10 @@ class Tally:
         """Return mean losses, named like ``loss_action.SOURCE``, and reset. Collective."""
         rows = self.summed()
         self._sums.zero_()
-        found: dict[str, Any] = {}
+        found: dict[str, float] = {}
         for name, row in zip([*self._sources, None], rows, strict=True):
             for modality, (total, count) in (("action", row[:2]), ("video", row[2:])):
                 if count:
                     suffix = "." + re.sub(r"[^\w.-]", "_", name) if name else ""
                     found[f"loss_{modality}{suffix}"] = total / count
-        return found | {"loss": total_loss(found["loss_action"], found["loss_video"])}
+        return found

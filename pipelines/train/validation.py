@@ -17,7 +17,6 @@ from pipelines.recipe import Recipe
 from preprocessing.encoders.vae import load_encoder
 from uwm_model.augment import centre
 from uwm_model.batch import Batch
-from uwm_model.objective import total_loss
 from uwm_model.randomness import SampleGenerators
 
 BATCHES, SIZE = 4, 64
@@ -65,7 +64,7 @@ class Validation:
             return {}
         action, video = totals.tolist()
         return {
-            "validation_loss": total_loss(action, video),
+            "validation_loss": self._model.total_loss(action, video),
             "validation_loss_action": action,
             "validation_loss_video": video,
         }

@@ -197,6 +197,7 @@ class Worker:
         if self.rank != 0:
             return
         metrics |= {
+            "loss": self.averaged.total_loss(metrics["loss_action"], metrics["loss_video"]),
             "learning_rate": self.engine.get_lr()[0],
             "gradient_norm": float(self.engine.get_global_grad_norm() or 0.0),
             "samples_per_second": rate,

@@ -162,7 +162,7 @@ def test_frames_of_another_size(trained: Path, tmp_path: Path) -> None:
     assert cropped.model.latent_size == (8, 8) and notes(cropped) == {}
     small = write(tmp_path / "small", size=4)
     with pytest.raises(
-        UserError, match=r"latents are \(4, 4\), but the model sees \(8, 8\) .*model.latent_size=\[4, 4\]"
+        UserError, match=r"latents are \(4, 4\), but the model sees \(8, 8\); .*model.latent_size=\[4, 4\]"
     ):
         planned(trained, small)
     assert planned(trained, small, "model.latent_size=[4,4]").settings.model.latent_size == (4, 4)

@@ -113,7 +113,7 @@ def test_shares_follow_the_mixture_or_else_the_number_of_windows(mixed: LatentDa
     np.testing.assert_array_equal(second.arrays["current_latents"], samples[0].arrays["current_latents"][1::3])
     with pytest.raises(UserError, match="names neither"):
         LatentDataset(snapshot, rows, embodiments, SHAPE, mixture={"arm": 1})
-    for wrong, why in (("{arm: 0}", "give at least one source a share above 0"), ("{arm: -1}", "greater than or equal to 0")):
+    for wrong, why in (("{arm: 0}", "one source a share above 0"), ("{arm: -1}", "greater than or equal to 0")):
         with pytest.raises(UserError, match=why):
             load_recipe("small", [f"mixture={wrong}"])
 

@@ -25,7 +25,6 @@ from uwm_model.baselines.dp import DiffusionPolicy
 from uwm_model.baselines.gr1 import GR1
 from uwm_model.baselines.pad import PredictionWithAction
 from uwm_model.config import DiffusionConfig, ModelConfig
-from uwm_model.objective import total_loss
 from uwm_model.randomness import SampleGenerators
 from uwm_model.sampling import ROLES, Mode
 from uwm_model.world_model import UnifiedWorldModel
@@ -131,7 +130,7 @@ def test_the_mean_of_the_shares_losses_is_the_loss_of_the_batch(kind: str, actio
     assert counts.tolist() == [visible.sum(), 7]
     random = SampleGenerators.of(0, 1, range(4))
     whole = model.loss(batch, random)
-    assert whole.total == total_loss(whole.action, whole.video)
+    assert whole.total == model.total_loss(whole.action, whole.video)
     random = SampleGenerators.of(0, 1, range(4))
     shares = [model(batch[some], random[some], counts / 2) for some in (slice(0, 2), slice(2, 4))]
     torch.testing.assert_close(sum(share.total for share in shares) / 2, whole.total)

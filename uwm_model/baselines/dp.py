@@ -46,7 +46,7 @@ class DiffusionPolicy(Model):
         prediction = self._predict(batch, self.observation(batch), self.schedule.noisy(action, noise, t), t)
         error = squared_error(prediction, self.schedule.target(action, noise, t))
         action_loss, each = masked_mean(error, batch.action_mask, None if counts is None else counts[0])
-        return Losses.of(action_loss, torch.zeros_like(action_loss), each, torch.full_like(each, torch.nan))
+        return self.losses(action_loss, torch.zeros_like(action_loss), each, torch.full_like(each, torch.nan))
 
     def loss_counts(self, batch: Batch) -> Tensor:
         return loss_counts(batch.action_mask, batch.camera_mask)

@@ -54,7 +54,7 @@ class GR1(Model):
         action_loss, action_each = masked_mean(action_error, batch.action_mask, action_count)
         video_error_BV = (latents - target).square().mean(dim=(2, 3, 4, 5))
         video_loss, video_each = masked_mean(video_error_BV, batch.camera_mask, video_count)
-        return Losses.of(action_loss, video_loss, action_each, video_each)
+        return self.losses(action_loss, video_loss, action_each, video_each)
 
     def loss_counts(self, batch: Batch) -> Tensor:
         return loss_counts(batch.action_mask, batch.camera_mask)

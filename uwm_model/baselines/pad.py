@@ -46,7 +46,7 @@ class PredictionWithAction(Model):
             raise ValueError("training needs batch.action and batch.future_latents (zeros where masked)")
         latents = batch.future_latents / self.diffusion_config.latent_divisor
         drawn = objective.draw_noise(batch.action, latents, self.schedule, random)
-        return objective.joint_loss(
+        parts = objective.joint_loss(
             self._denoiser_of(batch),
             self.schedule,
             batch.action,
@@ -57,6 +57,7 @@ class PredictionWithAction(Model):
             batch.action_mask,
             counts,
         )
+        return self.losses(*parts)
 
     def loss_counts(self, batch: Batch) -> Tensor:
         return objective.loss_counts(batch.action_mask, batch.camera_mask)

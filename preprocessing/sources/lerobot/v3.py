@@ -154,7 +154,7 @@ class FilesV3:
         for pattern, wrong in ((self.meta.info.get(template), ""), (default, template)):
             if file := self.meta.file(pattern, **numbers, **named):
                 return file, wrong
-        raise BadEpisode(f"episode {index} is listed, but its file of {group} is problems")
+        raise BadEpisode(f"episode {index} is listed, but its file of {group} is missing")
 
     def _read_video(self, spans: list[VideoSpan]) -> list[Finding]:
         """One finding per span, in order."""

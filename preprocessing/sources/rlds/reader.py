@@ -39,7 +39,7 @@ def detect(path: Path) -> bool:
 def scan(path: Path) -> Iterator[EpisodeRef]:
     shards = _shards(path)
     for shard, found in findings("rlds", shards, lambda shard: list(records(shard))):
-        missing = None if (shard.parent / "features.json").is_file() else "no features.json beside the shard"
+        missing = None if (shard.parent / "features.json").is_file() else "no features.json next to the shard"
         for index, record in enumerate(found):
             yield EpisodeRef(str(shard.absolute()), "rlds", index, record.digest, record.problem or missing)
     for shard, problem in missing_shards(shards) if path.is_dir() else ():

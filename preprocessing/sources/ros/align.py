@@ -2,7 +2,7 @@
 
 A *track* is one topic's values and their times. The camera with the fewest images is the reference: its images are the
 episode's frames, so no frame repeats. Every other topic contributes its latest message that is not after the frame.
-Frames before the first message of any topic are dropped.
+Frames are dropped until every topic has sent a message.
 
 There are two clocks: the sender's, in the message header, and the recorder's. Mixing them would shift topics against
 one another, so the senders' is used only if every topic has it and it agrees with the recorder's.

@@ -58,10 +58,10 @@ def write(name: str, folder: Path) -> None:
         repacked(pusht(images, [2, 4], where.with_name("open.zarr"))[0], where / "a.zarr.zip")
 
     def tar(where: Path) -> None:
-        video_writer = write_video(where / "video_writer.mp4", images).read_bytes()
-        stills = {f"b.{i}.jpg": jpeg(picture) for i, picture in enumerate(images)}
-        shard(where / "a.tar", {"a.json": b'{"caption": "x"}', "a.mp4": video_writer} | stills)
-        (where / "video_writer.mp4").unlink()
+        video = write_video(where / "video.mp4", images).read_bytes()
+        stills = {f"b.{i}.jpg": jpeg(image) for i, image in enumerate(images)}
+        shard(where / "a.tar", {"a.json": b'{"caption": "x"}', "a.mp4": video} | stills)
+        (where / "video.mp4").unlink()
 
     def video_writer(suffix: str, codec: str = "libx264", pix_fmt: str = "yuv420p") -> Callable[[Path], object]:
         return lambda where: write_video(where / f"a.{suffix}", images, codec=codec, pix_fmt=pix_fmt)
@@ -164,7 +164,8 @@ def attack(name: str, top: Path) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_damaged_bytes_cost_only_their_episode(name: str, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, __file__, name, str(tmp_path)], capture_output=True, text=True, check=False)
+    command, path = [sys.executable, __file__, name, str(tmp_path)], os.pathsep.join(sys.path)
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
     last = (tmp_path / "last").read_text() if (tmp_path / "last").exists() else "none"
     assert done.returncode == 0, f"exit {done.returncode} after the damage {last}\n{done.stderr[-4000:]}"
 
