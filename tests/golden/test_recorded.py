@@ -1,4 +1,4 @@
-"""What version 0.1.0 wrote is still read: ``recorded-0.1.0.tar.xz`` holds raw files, a store and a run cut off at step 4.
+"""What version 0.1.0 wrote is read: ``recorded-0.1.0.tar.xz`` holds raw files, a store and a run cut off at step 4.
 
 It was made by that version's command line:
 
