@@ -7,7 +7,7 @@ install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --progress-bar off -c constraints.txt -e '.[sim,text,vae,dev]'
+	.venv/bin/pip install --quiet --progress-bar off -c constraints.txt -e '.[all,dev]'
 	touch $@
 
 demo: install
