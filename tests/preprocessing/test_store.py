@@ -14,7 +14,7 @@ from helpers.rows import commit, fill, is_blank, random_episode
 
 from preprocessing.contracts.interface import InterfaceRow
 from preprocessing.errors import UserError
-from preprocessing.store import catalogue
+from preprocessing.store import catalogue, rows
 from preprocessing.store.store import LatentStore
 
 
@@ -241,16 +241,16 @@ def test_a_place_that_is_no_store_is_refused_in_one_line(tmp_path: Path, uri: st
 @pytest.mark.parametrize(
     ("row", "columns"),
     [
-        (catalogue.LocationRow, catalogue.LOCATION),
+        (rows.LocationRow, catalogue.LOCATION),
         (catalogue.NamedWidth, catalogue.NAMED.value_type),
-        (catalogue.Span, catalogue.SPAN),
-        (catalogue.CameraRow, catalogue.CATALOGUE.field("cameras").type.value_type),
-        (catalogue.NamedText, catalogue.CATALOGUE.field("texts").type.value_type),
-        (catalogue.EpisodeRow, catalogue.CATALOGUE),
-        (catalogue.StatisticsRow, catalogue.STATISTICS),
-        (catalogue.QuarantineRow, catalogue.QUARANTINE),
-        (catalogue.RemovedRow, catalogue.REMOVED),
-        (catalogue.InstructionRow, catalogue.INSTRUCTIONS),
+        (rows.Span, catalogue.SPAN),
+        (rows.CameraRow, catalogue.CATALOGUE.field("cameras").type.value_type),
+        (rows.NamedText, catalogue.CATALOGUE.field("texts").type.value_type),
+        (rows.EpisodeRow, catalogue.CATALOGUE),
+        (rows.StatisticsRow, catalogue.STATISTICS),
+        (rows.QuarantineRow, catalogue.QUARANTINE),
+        (rows.RemovedRow, catalogue.REMOVED),
+        (rows.InstructionRow, catalogue.INSTRUCTIONS),
     ],
 )
 def test_the_types_of_rows_have_the_columns_of_the_tables(row: type, columns: Any) -> None:
@@ -259,6 +259,6 @@ def test_the_types_of_rows_have_the_columns_of_the_tables(row: type, columns: An
 
 def test_what_a_snapshot_adds_and_lists() -> None:
     columns = set(catalogue.CATALOGUE.names)
-    assert get_type_hints(catalogue.TrainingRow).keys() == columns | {"statistics"}
-    assert get_type_hints(catalogue.BriefRow).keys() < columns
+    assert get_type_hints(rows.TrainingRow).keys() == columns | {"statistics"}
+    assert get_type_hints(rows.BriefRow).keys() < columns
     assert get_type_hints(InterfaceRow).keys() < columns
