@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers.rows import commit, fill, is_blank, random_episode
 
-from preprocessing.contracts.interface import InterfaceRow
+from preprocessing.contracts.interface import InterfaceRow, NamedWidth
 from preprocessing.errors import UserError
 from preprocessing.store import catalogue, rows
 from preprocessing.store.store import LatentStore
@@ -242,7 +242,7 @@ def test_a_place_that_is_no_store_is_refused_in_one_line(tmp_path: Path, uri: st
     ("row", "columns"),
     [
         (rows.LocationRow, catalogue.LOCATION),
-        (catalogue.NamedWidth, catalogue.NAMED.value_type),
+        (NamedWidth, catalogue.NAMED.value_type),
         (rows.Span, catalogue.SPAN),
         (rows.CameraRow, catalogue.CATALOGUE.field("cameras").type.value_type),
         (rows.NamedText, catalogue.CATALOGUE.field("texts").type.value_type),
