@@ -31,7 +31,7 @@ class IngestRecipe(BaseModel):
     precision: Precision = "float32"
     text_encoder: str | None = Field(default=None, description="text encoder whose instruction vectors are stored")
     image_size: int = Field(
-        default=128, ge=16, description="side of a frame in pixels, a multiple of the encoders' stride (8)"
+        default=128, ge=32, description="side of a frame in pixels, a multiple of the encoders' stride (8)"
     )
     fps: float | None = Field(default=None, ge=0.01, description="maximum frame rate of videos without actions, in Hz")
     max_bad: float = Field(

@@ -104,7 +104,8 @@ def test_levels_within_a_package(package: str) -> None:
 def test_libraries_have_homes(library: str) -> None:
     for path in MODULES:
         if any(name.split(".")[0] == library for name in imported(path)):
-            assert name_of(path).startswith(HOMES[library]), f"{path}: imports {library}"
+            homes = [f"{home}." for home in HOMES[library]]
+            assert f"{name_of(path)}.".startswith(tuple(homes)), f"{path}: imports {library}"
 
 
 LOADED = "import sys; import {module}; print(*(name for name in {unwanted} if name in sys.modules))"

@@ -98,8 +98,10 @@ def ingest(
     places = [place for uri in uris for place in sources.find(uri, format)]
     digests = {_absolute(name): encoder_digest(name, recipe.precision) for name in recipe.encoder}
     for name in recipe.encoder:
-        if recipe.image_size % (stride := encoder_stride(name)):
-            raise UserError(f"image_size {recipe.image_size}: choose a multiple of {stride} for encoder {name}")
+        stride = encoder_stride(name)
+        if recipe.image_size % stride or recipe.image_size < 4 * stride:
+            wanted = f"a multiple of {stride}, at least {4 * stride}"
+            raise UserError(f"image_size {recipe.image_size}: choose {wanted}, for encoder {name}")
     if recipe.text_encoder:
         text_encoder_digest(recipe.text_encoder)  # fails early if the encoder is missing
     absent = dry_run and parse(store_uri).content() == "nothing"

@@ -42,14 +42,14 @@ class Agreement:
 
     def __init__(self, rank: int, shares: int, meter: Any, writer: CheckpointWriter):
         self._rank, self._shares, self._meter, self._writer = rank, shares, meter, writer
-        self.group = torch.distributed.new_group(backend="gloo")
+        self._group = torch.distributed.new_group(backend="gloo")
         self._answer: Any = None  # pending answer of the driver
         self._polled_at = self._asked_ray_at = time.monotonic()
 
     def newest(self, step: int) -> int:
         """Return the first worker's ``step``: a checkpoint may appear between two workers' looks."""
         first = torch.tensor([step])
-        torch.distributed.broadcast(first, 0, group=self.group)
+        torch.distributed.broadcast(first, 0, group=self._group)
         return int(first)
 
     def begin(self, counts: Tensor) -> Pending:
@@ -57,7 +57,7 @@ class Agreement:
         asks_ray = self._rank == 0 and time.monotonic() - self._asked_ray_at > RAY_SECONDS
         flags = [sigterm_received.is_set(), asks_ray, self._stop_requested(), *self._writer.votes()]
         sums = torch.cat([counts.double(), torch.tensor([*map(float, flags)], dtype=torch.float64)])
-        return Pending(sums, torch.distributed.all_reduce(sums, group=self.group, async_op=True))
+        return Pending(sums, torch.distributed.all_reduce(sums, group=self._group, async_op=True))
 
     def end(self, pending: Pending) -> Agreed:
         """Wait for the sums. If they show that a checkpoint is complete, the first worker commits it."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from pipelines.recipe import Recipe
 from pipelines.train.setup import optimizer_settings, prepare
 from uwm_model.batch import Batch
 from uwm_model.config import ModelConfig
+from uwm_model.model import Model
 from uwm_model.optimizer import adamw
 
 MEASURED = 4  # maximum number of samples in the training step that is timed here
@@ -37,7 +37,7 @@ class Estimate:
     cost: float
 
 
-def estimate(settings: Settings, recipe: Recipe, model: Any) -> Estimate:
+def estimate(settings: Settings, recipe: Recipe, model: Model) -> Estimate:
     """Measure one training step of ``model``, which is changed by it, and extrapolate."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     threads = torch.get_num_threads()

@@ -80,8 +80,8 @@ def tracked(
         tracking.connect()
         tracking.resume_run(str(run.settings.run_id))
         say(f"resuming interrupted run {run.settings.run_id} ({run.name}); use --new to start another")
+    run = adopted(run, kind, asked, recipe)
     settings, run_id = run.settings, str(run.settings.run_id)
-    settings.recipe = recipe.model_dump()
     folder, kept = options.output.resolve() / run.name, RunFolder(_below(home, run.name))
     folder.mkdir(parents=True, exist_ok=True)
     resolved = json.loads(json.dumps(_resolved(recipe, settings)))
@@ -144,6 +144,13 @@ def is_same(run: RunRecord, kind: str, asked: dict[str, str | None], recipe: Rec
     then = Recipe.model_validate(recorded)  # with today's defaults for keys that did not exist
     same_result = all(getattr(then, key) == getattr(recipe, key) for key in RESULT_KEYS)
     return same_result and run.identity == _identity(kind, asked, recorded)
+
+
+def adopted(run: RunRecord, kind: str, asked: dict[str, str | None], recipe: Recipe) -> RunRecord:
+    """Return the record with this recipe in it, and the identity that goes with that."""
+    values = recipe.model_dump()
+    settings = run.settings.model_copy(update={"recipe": values})
+    return run.model_copy(update={"settings": settings, "identity": _identity(kind, asked, values)})
 
 
 def _identity(kind: str, asked: dict[str, str | None], recipe: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ from pipelines.train.checkpoints import RunFolder
 from pipelines.train.state import SavedState
 from pipelines.train.trainable import adapt
 from uwm_model.blocks import Block
+from uwm_model.model import Model
 from uwm_model.optimizer import OptimizerSettings, adamw
 
 
@@ -30,7 +31,7 @@ class Training:
     """``averaged`` is a plain float32 copy of the model; it receives the averaged weights at each checkpoint."""
 
     engine: Any
-    averaged: Any
+    averaged: Model
 
 
 def passes(recipe: Recipe, world: int) -> int:
@@ -72,7 +73,7 @@ def optimizer_settings(recipe: Recipe) -> OptimizerSettings:
     return OptimizerSettings(**{name: getattr(recipe, name) for name in names})
 
 
-def prepare(model: Any, recipe: Recipe) -> None:
+def prepare(model: Model, recipe: Recipe) -> None:
     """Apply activation checkpointing and compilation to the transformer blocks, in place."""
     for block in [module for module in model.modules() if isinstance(module, Block)]:
         if recipe.activation_checkpointing:

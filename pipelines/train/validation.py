@@ -17,6 +17,7 @@ from pipelines.recipe import Recipe
 from preprocessing.encoders.vae import load_encoder
 from uwm_model.augment import centre
 from uwm_model.batch import Batch
+from uwm_model.model import Model
 from uwm_model.randomness import SampleGenerators
 
 BATCHES, SIZE = 4, 64
@@ -30,7 +31,7 @@ class Validation:
     """
 
     def __init__(
-        self, settings: Settings, recipe: Recipe, model: Any, rank: int, world: int, tell: Callable[[int, int], None]
+        self, settings: Settings, recipe: Recipe, model: Model, rank: int, world: int, tell: Callable[[int, int], None]
     ):
         self._settings, self._recipe, self._model = settings, recipe, model
         self._rank, self._world = rank, world

@@ -9,6 +9,7 @@ It was made by that version's command line:
 
 from __future__ import annotations
 
+import json
 import shutil
 import tarfile
 from pathlib import Path
@@ -24,7 +25,8 @@ from pipelines.models.policy import Policy
 from pipelines.recipe import Recipe, load_recipe
 from pipelines.train.checkpoints import RunFolder
 from pipelines.train.driver import train
-from pipelines.train.run import RunRecord, is_same
+from pipelines.train.run import RunRecord, _identity, adopted, is_same
+from preprocessing.errors import UserError
 from preprocessing.store.store import LatentStore
 
 COMMAND = [
@@ -82,6 +84,24 @@ def test_the_same_command_resumes_its_run(run: Path) -> None:
     assert is_same(record, "pretrain", asked, load_recipe("small", [*COMMAND, "workers=2", "zero_stage=2"]))
     assert not is_same(record, "pretrain", asked, load_recipe("small", [*COMMAND, "seed=5"]))
     assert not is_same(record, "finetune", asked, load_recipe("small", COMMAND))
+
+
+def test_a_run_resumes_again_after_recipes_have_gained_a_key(run: Path) -> None:
+    record, asked = RunRecord.model_validate_json((run / "run.json").read_text()), {"store": "S", "snapshot": None}
+    recipe = load_recipe("small", COMMAND)
+    fewer = {key: value for key, value in recipe.model_dump().items() if key != "shuffle_windows"}
+    settings = record.settings.model_copy(update={"recipe": fewer})
+    older = record.model_copy(update={"settings": settings, "identity": _identity("pretrain", asked, fewer)})
+    assert is_same(older, "pretrain", asked, recipe)
+    assert not is_same(older, "pretrain", asked, load_recipe("small", [*COMMAND, "shuffle_windows=9"]))
+    assert is_same(adopted(older, "pretrain", asked, recipe), "pretrain", asked, recipe)
+
+
+def test_settings_of_a_newer_version_are_refused_in_one_line(run: Path, tmp_path: Path) -> None:
+    values = json.loads((run / "checkpoint" / "settings.json").read_text())
+    (tmp_path / "settings.json").write_text(json.dumps(values | {"format": 99, "unknown": 1}))
+    with pytest.raises(UserError, match="settings of format 99; this version reads up to 1; upgrade"):
+        checkpoint.load_settings(tmp_path)
 
 
 def test_its_run_is_trained_to_the_end(ray_cluster: None, recorded: Path, run: Path, tmp_path: Path) -> None:
