@@ -14,15 +14,15 @@ import os
 import sys
 import tempfile
 import warnings
-from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from pipelines.cli.contract import Format, contract_app
 from pipelines.cli.extras import explain
 from pipelines.cli.options import AsJson, SnapshotId, verbose
+from pipelines.cli.results import show_dry_run, show_ingest, show_trained_run, show_training_plan
 from pipelines.cli.store import store_app
 from pipelines.console import Printer, ResilientStream, say
 from pipelines.errors import Interrupted, Refused
@@ -147,10 +147,10 @@ def ingest(
         shares = ", ".join(f"{name}rs waited {share:.0%} of the time" for name, share in report.waiting.items())
         say(f"bound by {report.bound_by}: {shares}")
     if dry_run:
-        _show_dry_run(report, printer)
+        show_dry_run(report, printer)
         say("nothing was written")
     else:
-        _show_ingest(report, printer)
+        show_ingest(report, printer)
     printer.answer(dataclasses.asdict(report))
     if report.quarantine:
         raise typer.Exit(3)
@@ -177,11 +177,11 @@ def pretrain(
     chosen = load_recipe(recipe, overrides or [])
     printer = Printer(as_json)
     if dry_run:
-        _show_training_plan(verb.plan(store, chosen, snapshot), chosen, printer)
+        show_training_plan(verb.plan(store, chosen, snapshot), chosen, printer)
         return
     options = RunOptions(output=output, checkpoints=checkpoints, new=new, address=address, verbose=verbose())
     run_id, folder = verb.pretrain(store, chosen, options, snapshot_id=snapshot)
-    _show_trained_run(run_id, folder, printer)
+    show_trained_run(run_id, folder, printer)
 
 
 @app.command()
@@ -221,13 +221,13 @@ def finetune(
             settings = verb.plan(initial, store, chosen, snapshot).settings
             for line in verb.lines(settings):
                 printer.show(line)
-            _show_training_plan(settings, chosen, printer, transplant=verb.table(settings))
+            show_training_plan(settings, chosen, printer, transplant=verb.table(settings))
         return
     options = RunOptions(output=output, checkpoints=checkpoints, new=new, address=address, verbose=verbose())
     run_id, folder = verb.finetune(model, store, chosen, options, snapshot_id=snapshot, embodiment=embodiment)
     version = to_registry(folder, register, embodiment) if register else None
     named = {"name": register, "version": version} if register else {}
-    _show_trained_run(run_id, folder, printer, transplant=verb.table(load_settings(folder)), **named)
+    show_trained_run(run_id, folder, printer, transplant=verb.table(load_settings(folder)), **named)
 
 
 @app.command()
@@ -337,78 +337,6 @@ def train_vae(
     for kind, value in quality.items():
         printer.show(f"{kind:>30} {value:.1f} dB")
     printer.answer(quality)
-
-
-def _show_ingest(report: Any, printer: Printer) -> None:
-    counts, filtered = report.episodes, _counted(report.filtered)
-    which = f" ({filtered})" if filtered else ""
-    printer.show(
-        f"ingested {counts['new']} episodes ({counts['already']} already there, {counts['quarantined']} "
-        f"quarantined, {counts['filtered']} filtered{which}), {report.frames} frames, {report.seconds:.0f} s"
-    )
-    printer.show(f"snapshot {report.snapshot}")
-
-
-def _show_dry_run(report: Any, printer: Printer) -> None:
-    counts, expected = report.episodes, report.expected or {"pictures": 0, "seconds": 0, "bytes": 0}
-    for name, value in (
-        ("new", f"{counts['new']:8} episodes, {report.frames} frames"),
-        ("already", f"{counts['already']:8}"),
-        ("filtered", f"{counts['filtered']:8}  {_counted(report.filtered)}".rstrip()),
-        ("quarantined", f"{counts['quarantined']:8}"),
-        ("to encode", f"{expected['pictures']:8.0f} frames of all cameras and encoders"),
-        ("expected", f"{expected['seconds']:8.0f} s, {expected['bytes'] / 1e6:.1f} MB"),
-    ):
-        printer.show(f"{name:>12}  {value}")
-
-
-def _counted(filtered: list[dict[str, Any]]) -> str:
-    """Return the number of filtered episodes by filter, the most frequent first."""
-    counts = Counter(row["filter"] for row in filtered)
-    return ", ".join(f"{count} {name}" for name, count in counts.most_common())
-
-
-def _show_training_plan(settings: Any, recipe: Any, printer: Printer, **more: Any) -> None:
-    """Print the resolved recipe as YAML, and what the training would take."""
-    import yaml
-
-    from pipelines.train.dry_run import estimate
-    from pipelines.train.trainable import adapt
-
-    resolved = settings.recipe | {"model": dataclasses.asdict(settings.model)}
-    printer.show(yaml.safe_dump(json.loads(json.dumps(resolved)), sort_keys=False).rstrip())
-    model = settings.build()
-    adapt(model, recipe, settings.fresh)
-    found = estimate(settings, recipe, model)
-    host = f", {found.host_bytes / 1e9:.2f} GB of host memory" if found.host_bytes else ""
-    for name, value in (
-        ("snapshot", f"{settings.snapshot}; {', '.join(settings.embodiments)}"),
-        ("parameters", f"{found.parameters / 1e6:.1f} M, {found.trained / 1e6:.1f} M trained"),
-        ("samples", f"{found.samples} in {found.steps} steps of {recipe.batch_size}, by {found.workers} workers"),
-        (
-            "memory",
-            f"{(found.state_bytes + found.activation_bytes) / 1e9:.2f} GB per worker, "
-            f"{found.activation_bytes / 1e9:.2f} GB of it activations{host}",
-        ),
-        (
-            "time",
-            f"{found.seconds / 3600:.2f} h, {found.step_seconds:.3g} s per step, if every worker is like this "
-            f"{found.device}",
-        ),
-        (
-            "cost",
-            f"{found.cost:.2f}" if recipe.worker_price else "unknown; set worker_price, the price of a worker-hour",
-        ),
-    ):
-        printer.show(f"# {name:>10}  {value}")
-    report = {"parameters": found.parameters, "snapshot": settings.snapshot, "recipe": resolved}
-    printer.answer(report | {"estimate": dataclasses.asdict(found), **more})
-
-
-def _show_trained_run(run_id: str, folder: Path, printer: Printer, **more: Any) -> None:
-    version = f", {more['name']} version {more['version']}" if "version" in more else ""
-    printer.show(f"run {run_id}: checkpoint in {folder}{version}")
-    printer.answer({"run_id": run_id, "checkpoint": str(folder), **more})
 
 
 def main() -> None:
