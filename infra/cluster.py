@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 @contextlib.contextmanager
@@ -42,6 +43,12 @@ def cluster(address: str | None = None, verbose: bool = False) -> Iterator[None]
         yield
     finally:
         ray.shutdown()
+
+
+def actor(kind: type, **options: Any) -> Any:
+    """Start an actor of this class on the driver's node, where it survives the loss of other nodes."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(kind).options(num_cpus=0, scheduling_strategy=here, **options).remote()
 
 
 @contextlib.contextmanager

@@ -1,24 +1,14 @@
-"""Report progress from Ray workers to the driver's terminal."""
+"""Progress of workers, as the driver's terminal shows it."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
-
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
-def on_this_node() -> NodeAffinitySchedulingStrategy:
-    """Return a strategy that places an actor on the driver's node, so that it survives the loss of other nodes."""
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-
-
-@ray.remote(num_cpus=0)
 class Meter:
-    """Sums, latest values and messages that workers and driver send each other.
+    """Sums, latest values and messages that workers and driver send each other; an actor where Ray runs the workers.
 
     The driver's progress line reads them.
     """
@@ -47,14 +37,16 @@ class Meter:
 
 
 @contextlib.contextmanager
-def watch(meter: Any, show: Callable[[dict[str, float]], None], every: float = 0.5) -> Iterator[None]:
-    """Call ``show`` with the meter's values every ``every`` seconds while the block runs, and once at its end."""
+def watch(
+    read: Callable[[], dict[str, float]], show: Callable[[dict[str, float]], None], every: float = 0.5
+) -> Iterator[None]:
+    """Call ``show`` with what ``read`` returns every ``every`` seconds while the block runs, and once at its end."""
     done = threading.Event()
 
     def loop() -> None:
         while not done.wait(every):
             with contextlib.suppress(Exception):  # a progress line must not fail the run
-                show(ray.get(meter.read.remote(), timeout=10))
+                show(read())
 
     thread = threading.Thread(target=loop, daemon=True)
     thread.start()
@@ -64,4 +56,4 @@ def watch(meter: Any, show: Callable[[dict[str, float]], None], every: float = 0
         done.set()
         thread.join()
         with contextlib.suppress(Exception):
-            show(ray.get(meter.read.remote(), timeout=10))
+            show(read())

@@ -38,6 +38,9 @@ class IngestRecipe(BaseModel):
         default=0.5, ge=0, le=1, description="stop if more than this share of the new episodes is bad"
     )
     keep_broken: bool = Field(default=False, description="keep the readable beginning of a broken video")
+    local_seconds: float = Field(
+        default=60, ge=0, description="encoding that takes less than this runs without Ray, unless an address is given"
+    )
     quality: Filters = Filters()
     limits: Limits = Limits()
 

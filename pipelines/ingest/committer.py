@@ -1,24 +1,23 @@
 """Commits an ingest's rows on the driver while the job runs.
 
-Write tasks put what they wrote into an inbox. The committer joins these rows into episodes and commits the complete
+Whoever writes puts what it wrote into an inbox. The committer joins these rows into episodes and commits the complete
 ones every few minutes, which bounds both the work lost in a crash and the driver's memory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import ray
 from icechunk import ForkSession
 
-from infra.progress import on_this_node
 from pipelines.ingest.episode_reader import EpisodeRecord, Gate, Plan, Refusal, Work
 from preprocessing.store.rows import CameraRow, EpisodeRow, LocationRow, QuarantineRow, StatisticsRow
 from preprocessing.store.statistics import Statistics, StatisticsColumns, merge
@@ -37,12 +36,12 @@ class Committer:
 
     def __init__(self, store: LatentStore, work: list[Work], plan: Plan, max_bad: float):
         self.store = store
-        self.inbox = Inbox.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]
         self.snapshot: str | None = None
         self.episodes = self.already = self.frames = 0
         self.quarantine: list[QuarantineRow] = []
         self.too_bad = False
         self.failure: Exception | None = None  # of the commit that stopped the job
+        self._inbox: Any = Inbox()
         self._work = {one.ref.id: one for one in work}
         self._left = {one.ref.id: place for place, one in enumerate(work)}  # episodes not committed yet
         self._plan = plan
@@ -55,7 +54,24 @@ class Committer:
         self._last_commit = time.monotonic()
         self._failed = 0  # failed commits in a row
 
+    @contextlib.contextmanager
+    def receiving(self, inbox: Any) -> Iterator[None]:
+        """Take what is written from this Inbox while the block runs. If it fails, commit all complete episodes."""
+        with self._lock:
+            self._inbox = inbox
+            if self.too_bad or self.failure:
+                inbox.stop()
+        try:
+            yield
+        except BaseException:
+            self.commit_complete()
+            raise
+        with self._lock:
+            self._receive()
+            self._inbox = Inbox()
+
     def start(self) -> None:
+        """Begin the time until the first commit."""
         self._last_commit = time.monotonic()
 
     def tick(self) -> int:
@@ -71,7 +87,7 @@ class Committer:
                     self._failed += 1
                     if self._failed == FAILURES:  # everything encoded from here on would be lost
                         self.failure = error
-                        self.inbox.stop.remote()
+                        self._inbox.stop()
                     raise
                 self._failed, complete = 0, []
             return len(self._work) - len(self._left) + len(complete)
@@ -90,7 +106,7 @@ class Committer:
             raise RuntimeError(f"{len(self._left)} episodes came back incomplete, including {first.uri} #{first.index}")
 
     def _receive(self) -> None:
-        writings, refusals = ray.get(self.inbox.take.remote())
+        writings, refusals = self._inbox.take()
         for written in writings:
             self._forks.append((written["fork"], written["rows"]))
             for row in written["rows"]:
@@ -99,7 +115,11 @@ class Committer:
                 pending = self._pending.setdefault(row["episode"], _Pending())
                 if row["camera"] is not None:
                     [encoder] = row["encoders"]
-                    pending.segments.setdefault((encoder, row["camera"]), {})[row["first"]] = row
+                    segments = pending.segments.setdefault((encoder, row["camera"]), {})
+                    if row["first"] in segments:  # begun by one job and done by the next
+                        pending.unused.append(row["place"])
+                    else:
+                        segments[row["first"]] = row
                 else:
                     pending.record, pending.steps = json.loads(row["record"]), row
         for episode, refusal in refusals.items():
@@ -130,6 +150,7 @@ class Committer:
             one, pending = self._work[episode], self._pending[episode]
             if pending.record and not pending.refusal:
                 pending.refusal = self._gate.admit(one.source, pending.record)
+            batch.unused += pending.unused
             if pending.refusal:
                 batch.quarantine.append(pending.refusal.row(one))
                 batch.unused += [row["place"] for found in pending.segments.values() for row in found.values()]
@@ -164,19 +185,23 @@ class Committer:
         ]
         if sum(not row["filter"] for row in self.quarantine) > self._max_bad:
             self.too_bad = True
-            self.inbox.stop.remote()
+            self._inbox.stop()
 
 
-@ray.remote(num_cpus=0)
+class JobStopped(Exception):
+    """The committer asked the job to stop."""
+
+
 class Inbox:
-    """Collects what tasks wrote and which episodes they refused. Runs on the driver's node."""
+    """Collects what was written and which episodes were refused, until the committer takes it."""
 
     def __init__(self) -> None:
         self._begun: Counter[str] = Counter()
         self._seen: set[int] = set()
-        self._written: list[Any] = []
+        self._written: list[dict[str, Any]] = []
         self._refused: dict[str, Refusal] = {}
         self._stopped = False
+        self._lock = threading.Lock()
 
     def begin(self, episode: str) -> int:
         """Return how often the episode was begun: more than once if a task's process died."""
@@ -184,19 +209,22 @@ class Inbox:
         return self._begun[episode]
 
     def refuse(self, episode: str, refusal: Refusal) -> None:
-        self._refused[episode] = refusal._replace(reason=" ".join(refusal.reason.split()))
+        with self._lock:
+            self._refused[episode] = refusal._replace(reason=" ".join(refusal.reason.split()))
 
-    def put(self, task: int, written: Any) -> bool:
+    def put(self, task: int, written: dict[str, Any]) -> bool:
         """Return whether the job should continue. If Ray ran a task twice, its second result is ignored."""
-        if task not in self._seen:
-            self._seen.add(task)
-            self._written.append(written)
-        return not self._stopped
+        with self._lock:
+            if task not in self._seen:
+                self._seen.add(task)
+                self._written.append(written)
+            return not self._stopped
 
-    def take(self) -> tuple[list[Any], dict[str, Refusal]]:
-        taken = self._written, self._refused
-        self._written, self._refused = [], {}
-        return taken
+    def take(self) -> tuple[list[dict[str, Any]], dict[str, Refusal]]:
+        with self._lock:
+            taken = self._written, self._refused
+            self._written, self._refused = [], {}
+            return taken
 
     def stop(self) -> None:
         self._stopped = True
@@ -210,6 +238,7 @@ class _Pending:
     record: EpisodeRecord | None = None
     steps: dict[str, Any] | None = None
     segments: dict[tuple[str, str], dict[int, dict[str, Any]]] = field(default_factory=dict)  # by (encoder, camera)
+    unused: list[LocationRow] = field(default_factory=list)
 
     def complete(self, encoders: Iterable[str]) -> bool:
         if self.refusal or self.record is None:

@@ -10,20 +10,21 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
 from tqdm import tqdm
 
-from infra.cluster import data_context
+from pipelines.ingest.apart import apart
 from pipelines.ingest.episode_reader import EpisodeRecord, Gate, Plan, Reading, Refusal, Work, refusal
-from pipelines.ingest.job import Encode, actors, encoder_resources
+from pipelines.ingest.local import too_long
+from pipelines.ingest.stages import Encode
 from preprocessing.episode import FRAMES_PER_CHUNK, EpisodeRef
 from preprocessing.store.snapshot import Snapshot
 
-STARTING = 20  # seconds until encoders have started
+STARTING, STARTING_ON_RAY = 2, 20  # seconds until encoders have started
 MEASURED = 2.0  # seconds of encoding to measure each encoder
 
 
@@ -47,21 +48,23 @@ class Expected:
     bytes: int
 
 
-def read_all(work: list[Work], plan: Plan, head: Snapshot) -> list[Candidate]:
-    """Read every episode, in the order of ``work``. Needs a connection to Ray."""
+def read_all(work: list[Work], plan: Plan, head: Snapshot, address: str | None, verbose: bool) -> list[Candidate]:
+    """Read every episode, in the order of ``work``: in one process, or on Ray where an ingest would."""
     items = [{"place": i, "work": json.dumps(asdict(one))} for i, one in enumerate(work)]
     found: dict[int, dict[str, Any]] = {}
-    with data_context(), tqdm(total=len(work), desc="read", unit="ep", mininterval=0.5) as bar:
-        read = ray.data.from_items(items, override_num_blocks=min(len(items), 512)).map_batches(
-            _read,  # type: ignore[arg-type]
-            batch_size=1,
-            batch_format="pyarrow",
-            fn_kwargs={"plan": plan},
-            num_cpus=1,
-        )
-        for row in read.iter_rows():
-            found[row["place"]] = json.loads(row["found"])
-            bar.update()
+    with tqdm(total=len(work), desc="read", unit="ep", mininterval=0.5) as bar:
+        if plan.recipe.local_seconds and not address:
+            began = time.monotonic()
+            with apart(read_one, items, plan=plan) as tables:
+                for table in tables:
+                    _take(table, found, bar)
+                    if too_long(time.monotonic() - began, len(found) / len(work), plan):
+                        break
+        if left := [item for item in items if item["place"] not in found]:
+            from pipelines.ingest.job import read_on_ray
+
+            for table in read_on_ray(partial(read_one, plan=plan), left, address, verbose):
+                _take(table, found, bar)
     seen, gate = [], Gate(plan, head)
     for place, one in enumerate(work):
         row, frames, columns, why = (found[place][key] for key in ("row", "frames", "columns", "refusal"))
@@ -72,25 +75,38 @@ def read_all(work: list[Work], plan: Plan, head: Snapshot) -> list[Candidate]:
     return seen
 
 
-def expected(seen: list[Candidate], plan: Plan) -> Expected:
+def expected(seen: list[Candidate], plan: Plan, address: str | None, verbose: bool) -> Expected:
     """Estimate the cost of the accepted episodes. Encoders are loaded and measured where an ingest would run them."""
     accepted = [one for one in seen if one.refusal is None]
     frames = sum(one.frames * len(one.work.keys) for one in accepted)
     rates: dict[str, tuple[float, int]] = {}
-    if accepted:
-        rates = ray.get(ray.remote(_rates).options(**encoder_resources()).remote(plan))
-    seconds, size = float(STARTING if accepted else 0), 0
+    encoders = 1
+    if accepted and address:
+        from pipelines.ingest.job import on_an_encoder
+
+        rates, encoders = on_an_encoder(measure, plan, address, verbose)
+    elif accepted:
+        rates = measure(plan)
+    seconds, size = 0.0, 0
     for one in accepted:
         assert one.row is not None
         for name in one.work.keys:
             rate, latent = rates[name]
-            seconds += one.frames / rate / actors()
+            seconds += one.frames / rate / encoders
             size += one.frames * latent + one.row["frames"] * one.columns * 4
+    if accepted:
+        seconds += STARTING_ON_RAY if address or seconds > plan.recipe.local_seconds else STARTING
     return Expected(frames, round(seconds, 1), size)
 
 
-def _read(batch: pa.Table, plan: Plan) -> Iterator[pa.Table]:
-    [item] = batch.to_pylist()
+def _take(table: pa.Table, found: dict[int, dict[str, Any]], bar: tqdm) -> None:
+    for row in table.to_pylist():
+        found[row["place"]] = json.loads(row["found"])
+        bar.update()
+
+
+def read_one(item: dict[str, Any], plan: Plan) -> Iterator[pa.Table]:
+    """Yield one row: the episode's place, and as JSON what a Candidate says of it."""
     values = json.loads(item["work"])
     ref = EpisodeRef(**values["ref"])
     found: dict[str, Any] = {"row": None, "frames": 0, "columns": 0, "refusal": None}
@@ -105,9 +121,9 @@ def _read(batch: pa.Table, plan: Plan) -> Iterator[pa.Table]:
     yield pa.table({"place": [item["place"]], "found": [json.dumps(found)]})
 
 
-def _rates(plan: Plan) -> dict[str, tuple[float, int]]:
-    """Return each encoder's frames per second and bytes per frame of latents, with one actor's resources."""
-    encode = Encode(plan, None)
+def measure(plan: Plan) -> dict[str, tuple[float, int]]:
+    """Return each encoder's frames per second here, and bytes per frame of latents."""
+    encode = Encode(plan, lambda **_: None)
     size = plan.recipe.image_size
     frames = np.random.default_rng(0).integers(0, 256, (FRAMES_PER_CHUNK, size, size, 3), np.uint8)
     rates = {}

@@ -1,13 +1,14 @@
 """``uwm ingest``: encode raw robot logs and videos into the latent store, each episode once.
 
-The driver lists the episodes and drops those that the store already holds, before anything is decoded. The others go
-through one Ray Data job (:mod:`pipelines.ingest.job`), which commits as it runs. An episode that cannot be read is
-quarantined with its reason; the others are ingested.
+The driver lists the episodes and drops those that the store already holds, before anything is decoded. A few others
+are encoded without Ray (:mod:`pipelines.ingest.local`), many by one Ray Data job (:mod:`pipelines.ingest.job`), which
+commits as it runs. An episode that cannot be read is quarantined with its reason; the others are ingested.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -17,11 +18,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from infra.cluster import cluster
-from infra.progress import Meter, on_this_node, watch
+from infra.progress import Meter, watch
+from pipelines.ingest import local
 from pipelines.ingest.committer import Committer
 from pipelines.ingest.episode_reader import READER, Plan, Work
-from pipelines.ingest.job import run
 from pipelines.recipe import IngestRecipe, load_recipe
 from preprocessing import limits, sources
 from preprocessing.contracts.contract import DataContract
@@ -117,8 +117,11 @@ def ingest(
         report.episodes["new"] = len(work)
         _check_contracts(work, plan)
         if work:
-            with cluster(address, verbose):
-                _dry_run(work, plan, head, report) if dry_run else _run(store, work, plan, report)
+            address = address or os.environ.get("RAY_ADDRESS")
+            if dry_run:
+                _dry_run(work, plan, head, report, address, verbose)
+            else:
+                _run(store, work, plan, report, address, verbose)
         if recipe.text_encoder and not dry_run:
             report.snapshot = keep_instruction_vectors(store, recipe.text_encoder)
     report.seconds = round(time.monotonic() - began, 2)
@@ -149,17 +152,19 @@ def _check_contracts(work: list[Work], plan: Plan) -> None:
             sources.load(one.ref, plan.contracts[source])
 
 
-def _dry_run(work: list[Work], plan: Plan, head: Snapshot, report: IngestReport) -> None:
+def _dry_run(
+    work: list[Work], plan: Plan, head: Snapshot, report: IngestReport, address: str | None, verbose: bool
+) -> None:
     from pipelines.ingest.dry_run import expected, read_all
 
-    seen = read_all(work, plan, head)
+    seen = read_all(work, plan, head, address, verbose)
     for one in seen:
         if one.refusal:
             report.refuse(one.refusal.row(one.work))
     going = [one.row for one in seen if one.row and not one.refusal]
     report.episodes["new"] = len(going)
     report.frames = sum(row["frames"] for row in going)
-    report.expected = asdict(expected(seen, plan))
+    report.expected = asdict(expected(seen, plan, address, verbose))
 
 
 def _absolute(encoder: str) -> str:
@@ -236,11 +241,13 @@ def _new_work(
     return work
 
 
-def _run(store: LatentStore, work: list[Work], plan: Plan, report: IngestReport) -> None:
+def _run(
+    store: LatentStore, work: list[Work], plan: Plan, report: IngestReport, address: str | None, verbose: bool
+) -> None:
+    """Encode and commit the episodes: a few in this process, many on Ray."""
     max_bad = plan.recipe.max_bad
-    # Reading the meter drives the commits, so it has to live as long as the driver.
-    meter = Meter.options(scheduling_strategy=on_this_node(), max_restarts=-1).remote()  # type: ignore[attr-defined]
     committer = Committer(store, work, plan, max_bad=max(ENOUGH_TO_JUDGE - 1, max_bad * len(work)))
+    meter = Meter()
     with tqdm(total=len(work), desc="ingest", unit="ep", mininterval=0.5) as bar:
 
         def show(values: dict[str, float]) -> None:
@@ -252,24 +259,30 @@ def _run(store: LatentStore, work: list[Work], plan: Plan, report: IngestReport)
             else:
                 bar.set_postfix_str("starting")
 
-        with watch(meter, show):
-            try:
-                run(work, plan, committer, meter)
-            except BaseException as error:
-                committer.commit_complete()
-                if committer.failure:
-                    reason = str(committer.failure).strip().splitlines()[0]
-                    raise UserError(
-                        f"stopped: commits failed ({reason}); run the same command when the store is writable again"
-                    ) from error
-                if not committer.too_bad:
-                    raise
-                bad = len(committer.quarantine)
+        try:
+            left = work
+            if plan.recipe.local_seconds and not address:
+                with watch(meter.read, show):
+                    left = local.run(work, plan, committer, meter.add)
+            if left:
+                from pipelines.ingest import job  # imported lazily: Ray takes longer than a small ingest
+
+                job.run(left, plan, committer, meter, show, address, verbose)
+        except Exception as error:
+            if committer.failure:
+                reason = str(committer.failure).strip().splitlines()[0]
                 raise UserError(
-                    f"stopped: {bad} of {len(work)} episodes are bad, more than --max-bad {max_bad:g}; "
-                    f"{committer.episodes} good ones are in snapshot {committer.snapshot}; for the reasons run: "
-                    f"uwm store quarantine {store.uri}"
+                    f"stopped: commits failed ({reason}); run the same command when the store is writable again"
                 ) from error
+            if not committer.too_bad:
+                raise
+    if committer.too_bad:
+        bad = len(committer.quarantine)
+        raise UserError(
+            f"stopped: {bad} of {len(work)} episodes are bad, more than --max-bad {max_bad:g}; "
+            f"{committer.episodes} good ones are in snapshot {committer.snapshot}; for the reasons run: "
+            f"uwm store quarantine {store.uri}"
+        )
     report.snapshot = committer.snapshot or report.snapshot
     report.frames = committer.frames
     report.episodes["new"] = committer.episodes

@@ -24,8 +24,8 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from tqdm import tqdm
 
 from infra import tracking
-from infra.cluster import cluster
-from infra.progress import Meter, on_this_node, watch
+from infra.cluster import actor, cluster
+from infra.progress import Meter, watch
 from pipelines.errors import Interrupted
 from pipelines.models.checkpoint import Settings
 from pipelines.recipe import Recipe
@@ -60,10 +60,11 @@ def train(
         "tracking_uri": tracking.connect(),
     }
     with cluster(address, verbose):
-        meter = Meter.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]
+        meter = actor(Meter)
         with (
             tqdm(total=recipe.steps, desc=recipe.name, unit="step", mininterval=0.5) as bar,
-            watch(meter, ProgressLine(bar, meter), every=1.0),  # each poll costs the workers time
+            # Each poll costs the workers time.
+            watch(lambda: ray.get(meter.read.remote(), timeout=10), ProgressLine(bar, meter), every=1.0),
             _save_on_signals(meter) as stop_requested,
             _silence_stdout(verbose),
         ):

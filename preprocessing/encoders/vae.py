@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from safetensors import SafetensorError
 
 from preprocessing.encoders.hub import digest, model_folder, read_config, require_files
 from preprocessing.errors import UserError
@@ -34,21 +35,18 @@ class Encoder:
     """One VAE on one device. ``digest`` identifies its settings, weights and precision."""
 
     def __init__(self, folder: Path, device: str, precision: Precision):
-        import diffusers
         import torch
 
         self.digest = _digest(folder, precision)
         self._device = device
         self._batch = BATCH[torch.device(device).type]
         self._dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-        kind = _config(folder)["_class_name"]
-        diffusers.utils.logging.set_verbosity_error()  # it warns about settings it wrote itself
-        vae: Any = getattr(diffusers, kind).from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+        vae, config = _load(folder)
         self._vae = vae.eval().requires_grad_(False).to(device, self._dtype, memory_format=torch.channels_last)
-        self._scale = float(vae.config.scaling_factor or 1.0)
-        self._shift = float(vae.config.get("shift_factor") or 0.0)
-        self.channels = int(vae.config.latent_channels)
-        self.stride = _stride(vae.config)
+        self._scale = float(config.get("scaling_factor") or 1.0)
+        self._shift = float(config.get("shift_factor") or 0.0)
+        self.channels = int(config["latent_channels"])
+        self.stride = _stride(config)
 
     def encode(self, frames: np.ndarray) -> np.ndarray:
         """uint8 ``[N, H, W, 3]`` RGB -> float16 ``[N, channels, H/stride, W/stride]``.
@@ -66,7 +64,7 @@ class Encoder:
                 batch = torch.tensor(frames[start : start + self._batch], device=self._device).permute(0, 3, 1, 2)
                 images = (batch.to(self._dtype) / 127.5 - 1).contiguous(memory_format=torch.channels_last)
                 encoded = self._vae.encode(images)
-                latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+                latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded
                 parts.append(((latents.float() - self._shift) * self._scale).half().cpu().numpy())
         return np.concatenate(parts)
 
@@ -78,7 +76,8 @@ class Encoder:
         with torch.inference_mode():
             for start in range(0, len(latents), self._batch):
                 batch = torch.tensor(latents[start : start + self._batch], device=self._device).float()
-                images = self._vae.decode((batch / self._scale + self._shift).to(self._dtype)).sample.float()
+                decoded = self._vae.decode((batch / self._scale + self._shift).to(self._dtype))
+                images = getattr(decoded, "sample", decoded).float()
                 parts.append(((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy())
         return np.concatenate(parts)
 
@@ -107,7 +106,7 @@ def load_encoder(name: str, device: str = "cpu", precision: Precision = "float32
     folder = _folder(name)
     try:
         return Encoder(folder, device, precision)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"encoder {name}: does not load from {folder} ({str(error).splitlines()[0]})") from None
 
 
@@ -119,6 +118,20 @@ def encoder_digest(name: str, precision: Precision = "float32") -> str:
 def encoder_stride(name: str) -> int:
     """Return the pixels per latent along one side, without loading the weights."""
     return Pixels.stride if name == PIXELS else _stride(_config(_folder(name)))
+
+
+def _load(folder: Path) -> tuple[Any, Mapping[str, Any]]:
+    """Return a VAE and its settings. Only AutoencoderKL needs diffusers, which takes seconds to import."""
+    config = _config(folder)
+    if config["_class_name"] == "AutoencoderTiny":
+        from preprocessing.encoders.taesd import Taesd
+
+        return Taesd.load(config, folder / FILES[0]), config
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()  # it warns about settings it wrote itself
+    vae = diffusers.AutoencoderKL.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+    return vae, vae.config
 
 
 def _stride(config: Mapping[str, Any]) -> int:

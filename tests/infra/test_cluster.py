@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from helpers.formats import moving, numbered, write_video
 
@@ -47,14 +46,14 @@ def test_an_ingest_runs_on_the_cluster_at_ray_address(running: Any, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_an_ingest_with_one_line_and_nothing_half_written(tmp_path: Path) -> None:
-    for number in range(4):
-        write_video(tmp_path / f"{number}.mp4", moving(1500) - np.uint8(number))
+@pytest.mark.parametrize("without_ray", [60, 0])
+def test_ctrl_c_ends_an_ingest_with_one_line_and_nothing_half_written(tmp_path: Path, without_ray: int) -> None:
+    write_video(tmp_path / "video.mp4", moving(6000))
     store, log = tmp_path / "store", tmp_path / "log"
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     with log.open("w") as stderr:
         process = subprocess.Popen(
-            [UWM, "ingest", tmp_path, "--store", store],
+            [UWM, "ingest", tmp_path, "--store", store, "--set", f"local_seconds={without_ray}"],
             env=environment,
             stderr=stderr,
             start_new_session=True,

@@ -1,69 +1,20 @@
-"""Ingests of small files with real decode tasks, encoder actors and commits."""
+"""Ingests of small files: what goes in, what is refused, and what a second ingest does."""
 
 from __future__ import annotations
 
-import gc
-import json
-import os
 import shutil
-import signal
-import time
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 from helpers.command import Uwm
-from helpers.formats import moving, numbered, quadrants, write_demos, write_video
+from helpers.formats import moving, numbered, write_demos, write_video
 
-from pipelines.ingest import committer
-from pipelines.ingest import job as ingest_job
-from pipelines.ingest import run as verb
 from pipelines.ingest.run import ingest
 from pipelines.recipe import IngestRecipe
-from preprocessing import sources
-from preprocessing.encoders.vae import encoder_digest, load_encoder
-from preprocessing.errors import UserError
-from preprocessing.quality.filters import Filters
+from preprocessing.encoders.vae import encoder_digest
 from preprocessing.store.store import LatentStore
-
-pytestmark = pytest.mark.usefixtures("ray_cluster")
-
-
-@pytest.fixture
-def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write every few rows, and commit complete episodes twice a second."""
-    monkeypatch.setattr(ingest_job, "ROWS_PER_WRITE", 2)
-    monkeypatch.setattr(committer, "COMMIT_MINUTES", 0)
-
-
-@pytest.mark.slow
-def test_encoders_share_one_pass_and_a_new_one_adds_to_the_old(tmp_path: Path) -> None:
-    from diffusers import AutoencoderTiny
-
-    raw, store, other = tmp_path / "raw", str(tmp_path / "store"), tmp_path / "other"
-    raw.mkdir()
-    write_demos(raw / "toy_demo.hdf5", demos=3, steps=20)
-    AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4).save_pretrained(other)
-    assert ingest([str(raw)], store, IngestRecipe(image_size=64)).episodes["new"] == 3
-    write_video(raw / "clip.mp4", numbered(90))
-    both = ingest([str(raw)], store, IngestRecipe(image_size=64, encoder=["tiny", str(other)]))
-    assert both.episodes == {"new": 4, "already": 0, "quarantined": 0, "filtered": 0} and both.bound_by
-    assert ingest([str(raw)], store, IngestRecipe(image_size=64, encoder=[str(other)])).episodes["already"] == 4
-    snapshot = LatentStore.open(store).snapshot()
-    assert len(snapshot.episodes(["id"])) == 8 and not list(snapshot.verify())
-    rows = {name: {row["id"]: row for row in snapshot.rows(encoder_digest(name))} for name in ("tiny", str(other))}
-    assert rows["tiny"].keys() == rows[str(other)].keys() and len(rows["tiny"]) == 4
-    for row, twin in zip(rows["tiny"].values(), (rows[str(other)][id] for id in rows["tiny"]), strict=True):
-        if row["format"] == "hdf5":
-            np.testing.assert_array_equal(snapshot.read([row["steps"]]), snapshot.read([twin["steps"]]))
-        latents, theirs = (snapshot.read(one["cameras"][0]["segments"]) for one in (row, twin))
-        assert latents.shape == theirs.shape and not np.array_equal(latents, theirs)
-        statistics = snapshot.statistics([row["key"]], row["cameras"][0]["name"])
-        assert statistics and statistics.count == row["frames"] * 64
-        np.testing.assert_allclose(statistics.mean, latents.mean((0, 2, 3), dtype=np.float64), atol=1e-4)
-        np.testing.assert_allclose(statistics.std, latents.std((0, 2, 3), dtype=np.float64), rtol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +39,6 @@ def again(mixed: Path, tmp_path: Path) -> Path:
 OPTIONS = ("--image-size", "64", "--fps", "5", "--json")
 
 
-@pytest.mark.slow
 def test_a_corrupt_file_is_quarantined_once_and_the_rest_goes_in(mixed: Path, again: Path, uwm: Uwm) -> None:
     head = LatentStore.open(str(mixed / "store")).snapshot().id
     arguments = ("ingest", mixed / "raw", "--store", again / "store", *OPTIONS)
@@ -104,7 +54,6 @@ def test_a_corrupt_file_is_quarantined_once_and_the_rest_goes_in(mixed: Path, ag
     assert report["episodes"] == {"new": 0, "already": 3, "quarantined": 0, "filtered": 0}
 
 
-@pytest.mark.slow
 def test_the_beginning_of_a_broken_video_is_kept_on_request(tmp_path: Path, uwm: Uwm) -> None:
     video = write_video(tmp_path / "video.mp4", moving(60), g="1", bf="0")
     video.write_bytes(video.read_bytes()[: video.stat().st_size * 2 // 3])
@@ -118,7 +67,6 @@ def test_the_beginning_of_a_broken_video_is_kept_on_request(tmp_path: Path, uwm:
     assert row["repairs"][-1].endswith("; kept up to there")
 
 
-@pytest.mark.slow
 def test_videos_are_thinned_on_request_and_each_rate_is_new_work(mixed: Path, uwm: Uwm) -> None:
     rows = {row["format"]: row for row in LatentStore.open(str(mixed / "store")).snapshot().rows()}
     assert (rows["video"]["frames"], rows["video"]["fps"], rows["hdf5"]["frames"]) == (15, 5.0, 20)
@@ -126,7 +74,6 @@ def test_videos_are_thinned_on_request_and_each_rate_is_new_work(mixed: Path, uw
     assert uwm(*every)[1]["episodes"] == {"new": 1, "already": 1, "quarantined": 1, "filtered": 0}
 
 
-@pytest.mark.slow
 def test_a_removed_episode_is_not_ingested_again(mixed: Path, again: Path, uwm: Uwm) -> None:
     code, removed, _ = uwm("store", "remove", again / "store", "--source", mixed / "raw" / "clip.mp4", "--json")
     assert code == 0 and len(removed["removed"]) == 1
@@ -134,104 +81,6 @@ def test_a_removed_episode_is_not_ingested_again(mixed: Path, again: Path, uwm: 
     code, report, err = uwm("ingest", copy, "--store", again / "store", *OPTIONS)
     assert code == 0 and report["episodes"] == {"new": 0, "already": 0, "quarantined": 0, "filtered": 0}
     assert report["removed"] == 1 and "removed from this store" in err and report["snapshot"] == removed["snapshot"]
-
-
-@pytest.mark.slow
-def test_too_many_bad_inputs_stop_the_job_and_keep_what_is_good(
-    tmp_path: Path, eager: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(verb, "ENOUGH_TO_JUDGE", 3)
-    good = write_video(tmp_path / "0.mp4", numbered(40)).read_bytes()
-    for number, frames in ((1, 1000), (2, 3000), (7, 3000)):
-        write_video(tmp_path / f"{number}.mp4", quadrants(128)[None].repeat(frames, 0) - np.uint8(number))
-    for number in range(3, 7):  # after enough others that the first one's rows do not wait for a full pass
-        (tmp_path / f"{number}.mp4").write_bytes(good[: len(good) * 2 // 3 + number])
-    store, decode = str(tmp_path / "store"), ingest_job.decode
-
-    def in_turn(batch: Any, **arguments: Any) -> Any:
-        """Decode the bad ones after a good one is committed, and the last one after all bad ones are refused."""
-        number = json.loads(batch["ref"][0].as_py())["uri"][-5]
-
-        def too_early() -> bool:
-            now = LatentStore.open(store).snapshot()
-            if number == "7":
-                return len(now.quarantine()) < 4
-            return number in "3456" and not now.episodes(["id"]).num_rows
-
-        while too_early():
-            time.sleep(0.1)
-        yield from decode(batch, **arguments)
-
-    monkeypatch.setattr(ingest_job, "decode", in_turn)
-    with pytest.raises(UserError, match=r"4 of 8 episodes are bad, more than --max-bad 0\.4"):
-        ingest([str(tmp_path)], store, IngestRecipe(max_bad=0.4, quality=Filters(frozen=None)))
-    snapshot = LatentStore.open(store).snapshot()
-    names = [Path(uri).name for uri in snapshot.episodes(["uri"])["uri"].to_pylist()]
-    assert "0.mp4" in names and len(names) < 4
-    assert len(snapshot.quarantine()) == 4 and not list(snapshot.verify())
-
-
-@pytest.mark.slow
-def test_a_store_that_takes_no_commits_stops_a_long_job_early(
-    tmp_path: Path, eager: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for number, frames in enumerate((100, 1500, 1500, 1500)):
-        write_video(tmp_path / f"{number}.mp4", quadrants(128)[None].repeat(frames, 0) - np.uint8(number))
-    attempts = []
-
-    def refuse(store: LatentStore, *arguments: Any) -> None:
-        attempts.append(arguments)
-        raise PermissionError("the key was revoked")
-
-    monkeypatch.setattr(LatentStore, "commit", refuse)
-    gc.disable()  # the next ingest itself has to free the cores that this one took
-    try:
-        with pytest.raises(PermissionError, match="revoked"):
-            ingest([str(tmp_path)], str(tmp_path / "store"), IngestRecipe(quality=Filters(frozen=None)))
-        assert len(attempts) > 3 and len(attempts[-1][2]) < 4  # it stopped before everything was encoded
-        monkeypatch.undo()
-        small = IngestRecipe(image_size=64, quality=Filters(frozen=None))
-        assert ingest([str(tmp_path / "0.mp4")], str(tmp_path / "store"), small).episodes["new"] == 1
-    finally:
-        gc.enable()
-
-
-@pytest.mark.slow
-def test_files_that_change_vanish_or_kill_their_reader_are_quarantined_and_retried(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, count in (("changing", 30), ("deadly", 100), ("staying", 32), ("vanishing", 31)):
-        write_video(tmp_path / f"{name}.mp4", numbered(count))
-    store, scan, decode = str(tmp_path / "store"), sources.scan, ingest_job.decode
-
-    def scan_then_change_files(*arguments: Any) -> Any:
-        refs = list(scan(*arguments))
-        write_video(tmp_path / "changing.mp4", numbered(33))
-        (tmp_path / "vanishing.mp4").unlink()
-        return refs
-
-    def die(batch: Any, **arguments: Any) -> Any:
-        for rows in decode(batch, **arguments):
-            yield rows
-            if "deadly" in batch["ref"][0].as_py():
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    monkeypatch.setattr(sources, "scan", scan_then_change_files)
-    monkeypatch.setattr(ingest_job, "decode", die)
-    report = ingest([str(tmp_path)], store, IngestRecipe(image_size=64))
-    assert report.episodes == {"new": 1, "already": 0, "quarantined": 3, "filtered": 0}
-    reasons = {Path(row["uri"]).stem: row["reason"] for row in report.quarantine}
-    assert "changed while it was read" in reasons["changing"] and "No such file" in reasons["vanishing"]
-    assert "died 3 times" in reasons["deadly"]
-    monkeypatch.setattr(sources, "scan", scan)
-    monkeypatch.setattr(ingest_job, "decode", decode)
-    again = ingest([str(tmp_path)], store, IngestRecipe(image_size=64))
-    assert again.episodes == {"new": 2, "already": 1, "quarantined": 0, "filtered": 0}
-    snapshot = LatentStore.open(store).snapshot()
-    assert {row["frames"] for row in snapshot.rows()} == {32, 33, 100} and not list(snapshot.verify())
-    [row] = [row for row in snapshot.rows() if row["frames"] == 33]
-    seen = load_encoder("tiny").decode(snapshot.read(row["cameras"][0]["segments"])).reshape(33, -1).mean(1)
-    assert np.corrcoef(seen, np.arange(33))[0, 1] > 0.99
 
 
 def _with_actions(path: Path, width: int, seed: int) -> Path:
@@ -242,7 +91,6 @@ def _with_actions(path: Path, width: int, seed: int) -> Path:
     return path
 
 
-@pytest.mark.slow
 def test_a_source_keeps_its_contract_and_its_interface(tmp_path: Path, uwm: Uwm) -> None:
     raw, store = tmp_path / "raw", tmp_path / "store"
     arguments = ("ingest", raw, "--store", store, "--image-size", "32", "--json")
@@ -278,7 +126,6 @@ def test_a_source_keeps_its_contract_and_its_interface(tmp_path: Path, uwm: Uwm)
     assert "nothing was written" in err and "16 frames" in err
 
 
-@pytest.mark.slow
 def test_filtered_episodes_are_listed_and_remembered(tmp_path: Path, uwm: Uwm) -> None:
     raw, store, noise = tmp_path / "raw", tmp_path / "store", np.random.default_rng(0)
     raw.mkdir()
@@ -311,3 +158,30 @@ def test_filtered_episodes_are_listed_and_remembered(tmp_path: Path, uwm: Uwm) -
     assert again["snapshot"] == report["snapshot"]
     code, report, _ = uwm(*arguments, "--set", "quality.black=false", "--set", "quality.frozen=false")
     assert code == 0 and report["episodes"] == {"new": 2, "already": 1, "quarantined": 0, "filtered": 2}
+
+
+def test_encoders_share_one_pass_and_a_new_one_adds_to_the_old(tmp_path: Path) -> None:
+    from diffusers import AutoencoderTiny
+
+    raw, store, other = tmp_path / "raw", str(tmp_path / "store"), tmp_path / "other"
+    raw.mkdir()
+    write_demos(raw / "toy_demo.hdf5", demos=3, steps=20)
+    AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4).save_pretrained(other)
+    assert ingest([str(raw)], store, IngestRecipe(image_size=64)).episodes["new"] == 3
+    write_video(raw / "clip.mp4", numbered(90))
+    both = ingest([str(raw)], store, IngestRecipe(image_size=64, encoder=["tiny", str(other)]))
+    assert both.episodes == {"new": 4, "already": 0, "quarantined": 0, "filtered": 0} and both.bound_by
+    assert ingest([str(raw)], store, IngestRecipe(image_size=64, encoder=[str(other)])).episodes["already"] == 4
+    snapshot = LatentStore.open(store).snapshot()
+    assert len(snapshot.episodes(["id"])) == 8 and not list(snapshot.verify())
+    rows = {name: {row["id"]: row for row in snapshot.rows(encoder_digest(name))} for name in ("tiny", str(other))}
+    assert rows["tiny"].keys() == rows[str(other)].keys() and len(rows["tiny"]) == 4
+    for row, twin in zip(rows["tiny"].values(), (rows[str(other)][id] for id in rows["tiny"]), strict=True):
+        if row["format"] == "hdf5":
+            np.testing.assert_array_equal(snapshot.read([row["steps"]]), snapshot.read([twin["steps"]]))
+        latents, theirs = (snapshot.read(one["cameras"][0]["segments"]) for one in (row, twin))
+        assert latents.shape == theirs.shape and not np.array_equal(latents, theirs)
+        statistics = snapshot.statistics([row["key"]], row["cameras"][0]["name"])
+        assert statistics and statistics.count == row["frames"] * 64
+        np.testing.assert_allclose(statistics.mean, latents.mean((0, 2, 3), dtype=np.float64), atol=1e-4)
+        np.testing.assert_allclose(statistics.std, latents.std((0, 2, 3), dtype=np.float64), rtol=1e-4)

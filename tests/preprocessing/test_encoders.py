@@ -8,7 +8,9 @@ import torch
 from helpers.formats import REAL
 
 from preprocessing import sources
-from preprocessing.encoders.vae import encoder_digest, load_encoder
+from preprocessing.encoders.hub import read_config
+from preprocessing.encoders.taesd import Taesd
+from preprocessing.encoders.vae import FILES, SHIPPED, encoder_digest, load_encoder
 from preprocessing.errors import UserError
 from uwm_model.metrics import psnr
 
@@ -48,6 +50,21 @@ def test_a_folder_loads_and_batching_changes_nothing(folders: dict[str, Path], f
     np.testing.assert_allclose(one.astype(float), latents[[0, 33, 36]].astype(float), atol=2e-3)
     assert encoder.decode(latents).shape == frames.shape
     assert encoder.digest == encoder_digest(str(folders[kind]))
+
+
+def test_tiny_vaes_are_those_of_diffusers(folders: dict[str, Path], frames: np.ndarray) -> None:
+    """To the bit, with diffusers' own settings and weights."""
+    from diffusers import AutoencoderTiny
+
+    for folder in (SHIPPED, folders["tiny"]):
+        theirs, ours = AutoencoderTiny.from_pretrained(folder), Taesd.load(read_config("", folder), folder / FILES[0])
+        images = torch.from_numpy(frames[:3]).permute(0, 3, 1, 2) / 127.5 - 1
+        with torch.inference_mode():
+            latents = ours.encode(images)
+            assert latents.equal(theirs.encode(images).latents) and latents.std() > 0
+            assert ours.decode(latents).equal(theirs.decode(latents).sample)
+    with pytest.raises(ValueError, match="act_fn is gelu, not relu"):
+        Taesd.load(read_config("", SHIPPED) | {"act_fn": "gelu"}, SHIPPED / FILES[0])
 
 
 def test_the_digest_depends_on_weights_and_precision_but_not_on_the_path(

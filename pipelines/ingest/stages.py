@@ -1,0 +1,143 @@
+"""The three stages of an ingest: decode an episode, encode its frames, write its rows.
+
+``decode`` turns an episode into rows of at most 64 frames of one camera, then one row with its record. ``Encode``
+replaces the frames of several rows, of any episodes and cameras, with the latents of each encoder. ``write`` puts rows
+into a Zarr group of their own. :mod:`pipelines.ingest.local` and :mod:`pipelines.ingest.job` join them.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.ingest.episode_reader import Plan, Reading, Work
+from preprocessing.encoders.vae import PIXELS
+from preprocessing.episode import EpisodeRef
+from preprocessing.store.statistics import Statistics
+from preprocessing.store.store import LatentStore, write_segments
+
+ROWS_PER_PASS = 8  # rows, of up to 64 frames, per call of an encoder
+ROWS_PER_WRITE = 256
+ROW = pa.schema(
+    [
+        ("episode", pa.string()),
+        ("camera", pa.string()),  # null in the row that carries the record
+        ("encoders", pa.list_(pa.string())),  # those that will encode these frames, or the one that has
+        ("first", pa.int64()),
+        ("shape", pa.list_(pa.int64())),
+        ("data", pa.large_binary()),  # uint8 frames, then latents or pixels; float32 steps with the record
+        ("record", pa.string()),  # JSON: a catalogue row without storage locations
+    ]
+)
+
+
+def item(work: Work) -> dict[str, Any]:
+    """Return what ``decode`` needs of an episode, as columns of a table."""
+    return {"ref": json.dumps(asdict(work.ref)), "source": work.source, "encoders": list(work.keys), "fps": work.fps}
+
+
+def ref(item: dict[str, Any]) -> EpisodeRef:
+    return EpisodeRef(**json.loads(item["ref"]))
+
+
+def decode(item: dict[str, Any], plan: Plan) -> Iterator[pa.Table]:
+    """Yield an episode as rows: its cameras' frames 64 at a time, then its record. May raise anything."""
+    episode, encoders = ref(item), item["encoders"]
+    reading = Reading(episode, item["source"], item["fps"], plan)
+    for camera, first, frames in reading.frames():
+        yield row(episode.id, frames, camera, encoders, first)
+    record, steps = reading.record()
+    yield row(episode.id, steps, record=record)
+
+
+def row(
+    episode: str,
+    data: np.ndarray,
+    camera: str | None = None,
+    encoders: Sequence[str] = (),
+    first: int = 0,
+    record: Mapping[str, Any] | None = None,
+) -> pa.Table:
+    raw, text = np.ascontiguousarray(data).tobytes(), json.dumps(record) if record else None
+    values: list[Any] = [episode, camera, list(encoders), first, data.shape, raw, text]
+    return pa.table([[value] for value in values], schema=ROW)
+
+
+class Clock:
+    """Counts how long a stage worked and waited, as seconds ``NAME_work`` and ``NAME_wait``."""
+
+    def __init__(self, count: Callable[..., None], name: str):
+        self._count, self._name, self._since = count, name, time.monotonic()
+
+    def work(self) -> None:
+        self._passed("wait")
+
+    def wait(self) -> None:
+        self._passed("work")
+
+    def _passed(self, what: str) -> None:
+        now = time.monotonic()
+        self._count(**{f"{self._name}_{what}": now - self._since})
+        self._since = now
+
+
+class Encode:
+    """Holds the frozen VAEs and replaces the frames of all rows of a table with latents, in one pass.
+
+    ``count`` adds amounts by name to those that the progress line shows.
+    """
+
+    def __init__(self, plan: Plan, count: Callable[..., None]):
+        import torch  # imported lazily: slow, and workers that decode or write do not need it
+
+        from preprocessing.encoders.vae import load_encoder
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.encoders = {name: load_encoder(name, device, plan.recipe.precision) for name in plan.encoders}
+        self._count = count
+        self._clock: Clock | None = None  # starts with the first rows: waiting before them is not waiting for decoders
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        if self._clock is None:
+            self._clock = Clock(self._count, "encode")
+        self._clock.work()
+        data = [value.as_buffer() for value in batch["data"]]
+        rows = batch.drop_columns(["data"]).to_pylist()
+        done = [row | {"data": bytes(data[i])} for i, row in enumerate(rows) if row["camera"] is None]
+        self._count(episodes=len(done))
+        for name, encoder in self.encoders.items():
+            mine = [i for i, row in enumerate(rows) if name in row["encoders"]]
+            if not mine:
+                continue
+            frames = np.concatenate([np.frombuffer(data[i], np.uint8).reshape(rows[i]["shape"]) for i in mine])
+            latents = encoder.encode(frames)
+            ends = np.cumsum([rows[i]["shape"][0] for i in mine])
+            for i, chunk in zip(mine, np.split(latents, ends[:-1]), strict=True):
+                done.append(rows[i] | {"encoders": [name], "shape": list(chunk.shape), "data": chunk.tobytes()})
+            self._count(frames=len(frames))
+        self._clock.wait()
+        return pa.Table.from_pylist(done, schema=ROW)
+
+
+def write(store_uri: str, tables: Iterable[pa.Table]) -> dict[str, Any]:
+    """Write encoded rows; return what the committer needs of them: the Icechunk fork, and the rows with locations."""
+    rows, arrays = [], []
+    for table in tables:
+        data = [value.as_buffer() for value in table["data"]]
+        for row, buffer in zip(table.drop_columns(["data"]).to_pylist(), data, strict=True):
+            kind = "f4" if row["camera"] is None else "u1" if row["encoders"] == [PIXELS] else "f2"
+            rows.append(row)
+            arrays.append(np.frombuffer(buffer, kind).reshape(row["shape"]))
+    fork = LatentStore.open(store_uri).fork()  # of the current head: gc may have deleted an older one
+    for row, values, place in zip(rows, arrays, write_segments(fork, arrays), strict=True):
+        row["place"] = place
+        if values.size and values.dtype != np.uint8:  # pixels need no statistics: they are not normalised by them
+            columns = np.moveaxis(values, 1, -1).reshape(-1, values.shape[1])  # channels of latents
+            row["statistics"] = Statistics.of(columns).to_row()
+    return {"fork": fork, "rows": rows}
