@@ -102,15 +102,10 @@ def test_the_command_line_starts_on_the_base_alone(base: Path, tmp_path: Path) -
     ("words", "extras"),
     [
         ("ingest x --store y", "ingest"),
-        ("store show y", "ingest"),
-        ("contract check x", "ingest"),
         ("pretrain --store y --dry-run", "train"),
-        ("finetune --from x --store y", "train"),
-        ("evaluate x --store y", "ingest,train"),
         ("promote x 1", "train"),
         ("demo", "ingest,train,sim"),
         ("record x", "sim"),
-        ("train-vae x", "ingest"),
     ],
 )
 def test_a_verb_names_its_extra(base: Path, tmp_path: Path, words: str, extras: str) -> None:

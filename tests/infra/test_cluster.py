@@ -53,7 +53,7 @@ def test_ctrl_c_ends_an_ingest_with_one_line_and_nothing_half_written(tmp_path: 
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     with log.open("w") as stderr:
         process = subprocess.Popen(
-            [UWM, "ingest", tmp_path, "--store", store, "--set", f"local_seconds={without_ray}"],
+            [UWM, "ingest", tmp_path, "--store", store, "--image-size", "64", "--set", f"local_seconds={without_ray}"],
             env=environment,
             stderr=stderr,
             start_new_session=True,

@@ -91,7 +91,7 @@ def test_a_store_that_takes_no_commits_stops_a_long_job_early(
     monkeypatch.setattr(LatentStore, "commit", refuse)
     gc.disable()  # the next ingest itself has to free the cores that this one took
     try:
-        with pytest.raises(PermissionError, match="revoked"):
+        with pytest.raises(UserError, match=r"stopped: commits failed \(the key was revoked\)"):
             ingest([str(tmp_path)], str(tmp_path / "store"), IngestRecipe(**SMALL))
         assert len(attempts) > 3 and len(attempts[-1][2]) < 4  # it stopped before everything was encoded
         monkeypatch.undo()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -41,7 +41,8 @@ def write(path: Path, scale: Any, offset: Any, actions: int = 7, **sizes: int) -
     for kind in ("weight", "bias"):
         weights[f"{decoder}.2.{kind}"] = weights[f"{decoder}.2.{kind}"][:actions].clone()
     torch.save(weights, path.with_suffix(".weights"))
-    subprocess.run([sys.executable, "-c", writer, path.with_suffix(".weights"), path], check=True)
+    with patch.object(sys, "argv", ["", path.with_suffix(".weights"), path]), patch.dict(sys.modules):
+        exec(writer, {})
     return path
 
 
