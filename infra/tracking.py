@@ -11,12 +11,12 @@ from typing import Any
 import mlflow
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
+from mlflow.tracking import MlflowClient as MlflowClient
 
 
-def connect() -> str:
-    """Use MLFLOW_TRACKING_URI, or the SQLite file ``mlflow.db`` in the current folder; return the URI."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+def connect(uri: str | None = None) -> str:
+    """Use this URI, MLFLOW_TRACKING_URI, or the SQLite file ``mlflow.db`` in the current folder; return the URI."""
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
     mlflow.set_tracking_uri(uri)
     for name in ("mlflow", "mlflow.store.db.utils", "alembic"):  # creating a database logs many lines
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -7,6 +7,7 @@ import shlex
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 from helpers.command import Uwm
@@ -39,7 +40,7 @@ def test_every_command_of_the_readme_runs(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("UWM_CACHE", str(tmp_path / "cache"))
-    record(Path("demo-output/raw"), ["drawer-close"], episodes=8, videos=1)
+    record(Path("demo-output/raw"), ["drawer-close"], episodes=5, videos=1)
     places = {
         "/data/my_lerobot": "demo-output/raw/lerobot",
         "/data/more.hdf5": "demo-output/raw/hdf5/drawer-close_demo.hdf5",
@@ -61,3 +62,5 @@ def test_every_command_of_the_readme_runs(
         done.append(verb)
     assert {"ingest", "store", "pretrain", "finetune", "evaluate", "promote", "record", "train-vae"} <= set(done)
     assert len(list(Path("runs").glob("evaluation-*/drawer-close_*.mp4"))) == 2
+    act = run_path(str(README.parent / "examples" / "act.py"))["main"]
+    assert act("models:/my-policy/1", "drawer-close") in (True, False)

@@ -99,7 +99,7 @@ def expected(seen: list[Candidate], plan: Plan, address: str | None, verbose: bo
     return Expected(frames, round(seconds, 1), size)
 
 
-def _take(table: pa.Table, found: dict[int, dict[str, Any]], bar: tqdm) -> None:
+def _take(table: pa.Table, found: dict[int, dict[str, Any]], bar: tqdm[Any]) -> None:
     for row in table.to_pylist():
         found[row["place"]] = json.loads(row["found"])
         bar.update()

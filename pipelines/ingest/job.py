@@ -155,7 +155,7 @@ def decode(batch: pa.Table, plan: Plan, count: Any, inbox: ActorInbox) -> Iterat
         inbox.refuse(episode.id, refusal(error, episode))
 
 
-class LatentSink(Datasink):
+class LatentSink(Datasink[None]):
     """Each write task writes its own Zarr group and hands it to the committer's inbox."""
 
     def __init__(self, committer: Committer, inbox: ActorInbox):

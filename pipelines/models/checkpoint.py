@@ -18,7 +18,8 @@ from preprocessing.dataset.embodiment import Embodiment
 from preprocessing.dataset.normalizer import Normalizer
 from preprocessing.errors import UserError
 from uwm_model.config import DiffusionConfig, ModelConfig
-from uwm_model.kinds import Model, build
+from uwm_model.kinds import build
+from uwm_model.model import Model
 from uwm_model.transplant import TransplantedPart
 
 

@@ -25,7 +25,7 @@ class PolicyModel(PythonModel):
         self._policy = Policy(Path(context.artifacts["checkpoint"]), config["embodiment"], config["fast"])
 
     # No type hints: MLflow would read them as a second signature, and does not support dictionaries of arrays.
-    def predict(self, context, model_input, params=None):
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         def part(prefix: str) -> dict[str, np.ndarray]:
             return {k.removeprefix(prefix): v for k, v in model_input.items() if k.startswith(prefix)}
 

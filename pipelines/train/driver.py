@@ -138,7 +138,7 @@ def _run_workers(recipe: Recipe, config: dict[str, Any]) -> None:
 class ProgressLine:
     """Shows the progress bar, and above it the workers' messages."""
 
-    def __init__(self, bar: tqdm, meter: Any):
+    def __init__(self, bar: tqdm[Any], meter: Any):
         self._bar, self._meter, self._shown = bar, meter, 0
 
     def __call__(self, values: dict[str, float]) -> None:

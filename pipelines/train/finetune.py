@@ -29,7 +29,7 @@ from preprocessing.dataset.selection import text_encoder_of
 from preprocessing.errors import UserError
 from preprocessing.store.store import LatentStore
 from uwm_model.config import ModelConfig
-from uwm_model.kinds import Model
+from uwm_model.model import Model
 from uwm_model.transplant import Inputs, part_of, plan_transplant, transplant
 
 

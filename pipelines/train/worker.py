@@ -80,7 +80,7 @@ class Worker:
         self.settings = settings = Settings.model_validate_json(config["settings"])
         self.recipe = recipe = Recipe.model_validate_json(config["recipe"])
         self.folder, self.meter = RunFolder(config["folder"]), config["meter"]
-        tracking.mlflow.set_tracking_uri(config["tracking_uri"])
+        tracking.connect(config["tracking_uri"])
         if not torch.cuda.is_available():
             torch.set_num_threads(1)  # a worker has one core
         self.passes = passes(recipe, world)

@@ -212,12 +212,12 @@ class Snapshot:
     @property
     def _store(self) -> Any:
         if "_opened" not in self.__dict__:
-            self._arrays: dict[str, zarr.Array] = {}
+            self._arrays: dict[str, zarr.Array[Any]] = {}
             repository = icechunk.Repository.open(parse(self.uri).storage())
             self._opened = repository.readonly_session(snapshot_id=self.id).store
         return self._opened
 
-    def _array(self, path: str) -> zarr.Array:
+    def _array(self, path: str) -> zarr.Array[Any]:
         store = self._store
         if path not in self._arrays:
             self._arrays[path] = zarr.open_array(store, path=path, mode="r")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 from av.packet import PktSideDataT
@@ -65,7 +65,7 @@ def all_frames(
             state.end = _end(frame, stream)
 
 
-def _end(frame: av.VideoFrame | av.Packet, stream: av.VideoStream) -> float | None:
+def _end(frame: av.VideoFrame | av.Packet[Any], stream: av.VideoStream) -> float | None:
     """When this frame stops being shown, in seconds of the stream's clock."""
     if frame.pts is None or frame.time_base is None:
         return None
@@ -103,7 +103,7 @@ class _Coded(NamedTuple):
     """A frame before decoding, and its timestamp in the stream's ticks."""
 
     time: int
-    packet: av.Packet
+    packet: av.Packet[Any]
 
 
 def frames_needed(
@@ -134,7 +134,7 @@ def frames_needed(
         state.end = _end(coded[shown[-1]].packet, stream)
 
 
-def _groups(packets: Iterable[av.Packet]) -> Iterator[tuple[list[_Coded], list[_Coded]]]:
+def _groups(packets: Iterable[av.Packet[Any]]) -> Iterator[tuple[list[_Coded], list[_Coded]]]:
     """Yield each group of pictures, and separately the next key frame with its leading frames.
 
     Leading frames follow a key frame in the file but are shown before it. They may reference the previous group (an

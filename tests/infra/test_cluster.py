@@ -48,7 +48,7 @@ def test_an_ingest_runs_on_the_cluster_at_ray_address(running: Any, tmp_path: Pa
 @pytest.mark.slow
 @pytest.mark.parametrize("without_ray", [60, 0])
 def test_ctrl_c_ends_an_ingest_with_one_line_and_nothing_half_written(tmp_path: Path, without_ray: int) -> None:
-    write_video(tmp_path / "video.mp4", moving(6000))
+    write_video(tmp_path / "video.mp4", moving(3000))
     store, log = tmp_path / "store", tmp_path / "log"
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     with log.open("w") as stderr:

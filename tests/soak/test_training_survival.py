@@ -88,7 +88,7 @@ class Training:
         wait_for(lambda: max(self.checkpoints(), default=0) >= count * EVERY, self.process)
 
     def losses(self) -> dict[int, float]:
-        tracking.mlflow.set_tracking_uri(f"sqlite:///{self.folder}.db")
+        tracking.connect(f"sqlite:///{self.folder}.db")
         [run] = tracking.MlflowClient().search_runs(["1"])
         points = tracking.history(run.info.run_id, "loss")
         assert len(points) == len(dict(points)), "a step was logged twice"

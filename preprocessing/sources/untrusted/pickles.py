@@ -140,7 +140,7 @@ class _Steps(dict[int, Any]):
         return super().__getitem__(code)
 
 
-class _Unpickler(_Python):
+class _Unpickler(_Python):  # type: ignore[misc]
     def __init__(self, data: bytes):
         super().__init__(io.BytesIO(data))
         self.dispatch = _Steps(STEPS)
