@@ -128,10 +128,10 @@ def measure(plan: Plan) -> dict[str, tuple[float, int]]:
     frames = np.random.default_rng(0).integers(0, 256, (FRAMES_PER_CHUNK, size, size, 3), np.uint8)
     rates = {}
     for name, encoder in encode.encoders.items():
-        latents = encoder.encode(frames)  # warm-up: the first call takes longer
+        latents = encode.latents(encoder, frames)  # warm-up: the first call takes longer
         done, began = 0, time.monotonic()
         while (passed := time.monotonic() - began) < MEASURED:
-            encoder.encode(frames)
+            encode.latents(encoder, frames)
             done += len(frames)
         rates[name] = done / passed, latents[0].nbytes
     return rates
