@@ -24,8 +24,10 @@ def apart(function: Callable[..., Iterator[pa.Table]], items: list[Any], **argum
 
     They have one schema. The iterator ends early if the process dies; leaving the block ends the process.
     """
-    command = [sys.executable, "-c", f"from {__name__} import main; main()"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    # -P: whatever lies in the current folder, such as a random.py, is not imported in place of the library's.
+    command = [sys.executable, "-P", "-c", f"from {__name__} import main; main()"]
+    modules = os.pathsep.join(map(os.path.abspath, sys.path))
+    environment = os.environ | {"PYTHONPATH": modules, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )

@@ -172,7 +172,8 @@ class LatentSink(Datasink[None]):
         self._committer.start()
 
     def write(self, blocks: Iterable[pa.Table], ctx: Any) -> None:
-        if not self._inbox.put(ctx.task_idx, write(self._uri, blocks)):
+        tables = [block for block in blocks if block.num_rows]
+        if tables and not self._inbox.put(ctx.task_idx, write(self._uri, tables)):
             raise JobStopped
 
     def on_write_complete(self, write_result: Any) -> None:

@@ -110,6 +110,8 @@ class Encode:
         self._clock: Clock | None = None  # starts with the first rows: waiting before them is not waiting for decoders
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        if not batch.num_rows:  # without columns, too, if every episode was refused
+            return ROW.empty_table()
         if self._clock is None:
             self._clock = Clock(self._count, "encode")
         self._clock.work()
