@@ -18,7 +18,8 @@ from typing import Any
 
 from icechunk import ForkSession
 
-from pipelines.ingest.episode_reader import EpisodeRecord, Gate, Plan, Refusal, Work
+from pipelines.ingest.episode_reader import EpisodeRecord, Gate, Plan, Refusal, Work, refusal
+from preprocessing.store.catalogue import as_table
 from preprocessing.store.rows import CameraRow, EpisodeRow, LocationRow, QuarantineRow, StatisticsRow
 from preprocessing.store.statistics import Statistics, StatisticsColumns, merge
 from preprocessing.store.store import LatentStore
@@ -122,9 +123,9 @@ class Committer:
                         segments[row["first"]] = row
                 else:
                     pending.record, pending.steps = json.loads(row["record"]), row
-        for episode, refusal in refusals.items():
+        for episode, why in refusals.items():
             if episode in self._left:
-                self._pending.setdefault(episode, _Pending()).refusal = refusal
+                self._pending.setdefault(episode, _Pending()).refusal = why
 
     def _complete(self) -> list[str]:
         """Return the complete episodes in the order of the sources, whichever tasks ended first."""
@@ -148,15 +149,20 @@ class Committer:
                 batch.unused += [row["place"] for row in rows if row["episode"] not in self._left]
         for episode in complete:
             one, pending = self._work[episode], self._pending[episode]
+            made: list[tuple[EpisodeRow, list[StatisticsRow]]] = []
             if pending.record and not pending.refusal:
-                pending.refusal = self._gate.admit(one.source, pending.record)
+                try:  # what this episode cannot have stored must not fail the others' commit
+                    made = [_catalogue_rows(one, pending, name, key, self._plan) for name, key in one.keys.items()]
+                    as_table("catalogue", [row for row, _ in made])
+                    pending.refusal = self._gate.admit(one.source, pending.record)
+                except Exception as error:
+                    pending.refusal = refusal(error, one.ref)
             batch.unused += pending.unused
             if pending.refusal:
                 batch.quarantine.append(pending.refusal.row(one))
                 batch.unused += [row["place"] for found in pending.segments.values() for row in found.values()]
                 continue
-            for encoder, key in one.keys.items():
-                row, statistics = _catalogue_rows(one, pending, encoder, key, self._plan)
+            for row, statistics in made:
                 batch.rows.append(row)
                 batch.statistics += statistics
         return batch

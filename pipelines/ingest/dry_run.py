@@ -123,7 +123,7 @@ def read_one(item: dict[str, Any], plan: Plan) -> Iterator[pa.Table]:
 
 def measure(plan: Plan) -> dict[str, tuple[float, int]]:
     """Return each encoder's frames per second here, and bytes per frame of latents."""
-    encode = Encode(plan, lambda **_: None)
+    encode = Encode(plan, lambda **_: None, lambda *_: None)
     size = plan.recipe.image_size
     frames = np.random.default_rng(0).integers(0, 256, (FRAMES_PER_CHUNK, size, size, 3), np.uint8)
     rates = {}

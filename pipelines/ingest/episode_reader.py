@@ -19,7 +19,7 @@ from preprocessing.episode import Episode, EpisodeRef, Repair
 from preprocessing.errors import BadEpisode, UserError
 from preprocessing.quality.duplicates import Fingerprints
 from preprocessing.quality.filters import Inspector
-from preprocessing.store.rows import EpisodeColumns, QuarantineRow
+from preprocessing.store.rows import EpisodeColumns, QuarantineRow, printable
 from preprocessing.store.snapshot import Snapshot
 
 READER = version("unified-world-models")
@@ -63,9 +63,9 @@ class Refusal(NamedTuple):
         return {
             "key": work.quarantine_key,
             "id": work.ref.id,
-            "uri": work.ref.uri,
-            "index": work.ref.index,
-            "reason": " ".join(self.reason.split()),
+            "uri": printable(work.ref.uri),
+            "index": work.ref.index if abs(work.ref.index) < 2**63 else -1,
+            "reason": printable(" ".join(self.reason.split())),
             "reader": self.reader,
             "filter": self.filter,
         }

@@ -70,7 +70,7 @@ def _run(work: list[Work], plan: Plan, committer: Committer, inbox: ActorInbox, 
         )
         latents = frames.map_batches(
             Encode,
-            fn_constructor_args=(plan, count),
+            fn_constructor_args=(plan, count, inbox.refuse),
             batch_size=ROWS_PER_PASS,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=actors()),

@@ -39,7 +39,7 @@ def run(work: list[Work], plan: Plan, committer: Committer, count: Callable[...,
         latents.clear()
 
     with committer.receiving(inbox), apart(decode_or_refuse, [item(one) for one in work], plan=plan) as rows:
-        encode = Encode(plan, count)
+        encode = Encode(plan, count, inbox.refuse)
         began = time.monotonic()
         for one in rows:
             [values] = one.select(["episode", "camera", "record"]).to_pylist()

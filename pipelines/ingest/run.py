@@ -31,7 +31,7 @@ from preprocessing.encoders.vae import encoder_digest, encoder_stride
 from preprocessing.episode import EpisodeRef
 from preprocessing.errors import BadEpisode, UserError
 from preprocessing.store.keys import work_key
-from preprocessing.store.rows import QuarantineRow
+from preprocessing.store.rows import QuarantineRow, printable
 from preprocessing.store.snapshot import Snapshot
 from preprocessing.store.storage import parse
 from preprocessing.store.store import LatentStore
@@ -175,7 +175,7 @@ def _absolute(encoder: str) -> str:
 def _source(place: tuple[str, Path]) -> str:
     """Return the source's name: the folder whose episodes belong together."""
     _, path = place
-    return str(path if path.is_dir() else path.parent)
+    return printable(str(path if path.is_dir() else path.parent))
 
 
 def _contracts(

@@ -11,13 +11,14 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from pipelines.ingest.episode_reader import Plan, Reading, Work
+from pipelines.ingest.episode_reader import Plan, Reading, Refusal, Work
 from preprocessing.encoders.vae import BATCH, PIXELS
 from preprocessing.episode import EpisodeRef
 from preprocessing.store.statistics import Statistics
@@ -92,10 +93,11 @@ class Clock:
 class Encode:
     """Holds the frozen VAEs and replaces the frames of all rows of a table with latents, in one pass.
 
-    ``count`` adds amounts by name to those that the progress line shows.
+    ``count`` adds amounts by name to those that the progress line shows. An episode whose frames the encoders cannot
+    take goes to ``refuse``.
     """
 
-    def __init__(self, plan: Plan, count: Callable[..., None]):
+    def __init__(self, plan: Plan, count: Callable[..., None], refuse: Callable[[str, Refusal], None]):
         import torch  # imported lazily: slow, and workers that decode or write do not need it
 
         from preprocessing.encoders.vae import load_encoder
@@ -106,7 +108,7 @@ class Encode:
         # end: 2.5 times slower as soon as another process has one of two cores. Ray's workers have one thread.
         threads = min(torch.get_num_threads(), THREADS) if device == "cpu" else 1
         self._pool = ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) if threads > 1 else None
-        self._count = count
+        self._count, self._refuse = count, refuse
         self._clock: Clock | None = None  # starts with the first rows: waiting before them is not waiting for decoders
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -123,14 +125,28 @@ class Encode:
             mine = [i for i, row in enumerate(rows) if name in row["encoders"]]
             if not mine:
                 continue
-            frames = np.concatenate([np.frombuffer(data[i], np.uint8).reshape(rows[i]["shape"]) for i in mine])
-            latents = self.latents(encoder, frames)
-            ends = np.cumsum([rows[i]["shape"][0] for i in mine])
-            for i, chunk in zip(mine, np.split(latents, ends[:-1]), strict=True):
-                done.append(rows[i] | {"encoders": [name], "shape": list(chunk.shape), "data": chunk.tobytes()})
-            self._count(frames=len(frames))
+            frames = [np.frombuffer(data[i], np.uint8).reshape(rows[i]["shape"]) for i in mine]
+            for i, chunk in zip(mine, self._encoded(encoder, frames, [rows[i]["episode"] for i in mine]), strict=True):
+                if chunk is not None:
+                    done.append(rows[i] | {"encoders": [name], "shape": list(chunk.shape), "data": chunk.tobytes()})
+            self._count(frames=sum(map(len, frames)))
         self._clock.wait()
         return pa.Table.from_pylist(done, schema=ROW)
+
+    def _encoded(self, encoder: Any, frames: list[np.ndarray], episodes: list[str]) -> Sequence[np.ndarray | None]:
+        """Return the latents of each array of frames; None, and a refusal, for an episode that breaks the encoder."""
+        ends = np.cumsum([len(some) for some in frames])
+        with suppress(Exception):
+            return np.split(self.latents(encoder, np.concatenate(frames)), ends[:-1])
+        self.latents(encoder, np.zeros_like(frames[0][:1]))  # raises if the encoder itself is what is broken
+        found: list[np.ndarray | None] = []
+        for some, episode in zip(frames, episodes, strict=True):
+            try:
+                found.append(self.latents(encoder, some))
+            except Exception as error:
+                found.append(None)
+                self._refuse(episode, Refusal(f"its frames cannot be encoded: {type(error).__name__}: {error}", None))
+        return found
 
     def latents(self, encoder: Any, frames: np.ndarray) -> np.ndarray:
         """uint8 ``[N, S, S, 3]`` -> the encoder's latents, on all threads."""

@@ -9,6 +9,7 @@ Contracts (:mod:`preprocessing.contracts.contract`) are applied here, once for a
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -89,24 +90,30 @@ TABLE = {
     "video": Format(video, "*.mp4, *.mkv, *.webm, ...", actionless=True),
 }
 FORMATS: dict[str, Reader] = {name: format.reader for name, format in TABLE.items()}
+UNREADABLE = "unreadable"  # in place of a format: a folder that cannot be looked into
 ACTIONLESS = tuple(name for name, format in TABLE.items() if format.actionless)  # these may be thinned
 
 
 def find(path: str | Path, format: str = "auto") -> list[tuple[str, Path]]:
-    """Find the data sets at or below a path, as (format, path for ``scan``). Raises UserError where there are none."""
+    """Find the data sets at or below a path, as (format, path for ``scan``). Raises UserError where there are none.
+
+    A folder below it that cannot be read is listed as UNREADABLE: it must not hide the others.
+    """
     start = _local(path)
     if format != "auto" and format not in TABLE:
         raise UserError(f"--format {format}: no such format; one of auto, {', '.join(TABLE)}")
     wanted = list(TABLE) if format == "auto" else [format]
     if not start.exists():
         raise UserError(f"{path}: no such file or folder; check the path")
+    if not (start.is_dir() or start.is_file()):
+        raise UserError(f"{path}: neither a file nor a folder; copy what it yields to a file")
     # No ".." remains. A linked file keeps its own name and folder: its neighbours may matter (features.json).
     start = start.resolve() if start.is_dir() else start.parent.resolve() / start.name
     try:
-        found = list(_walk(start, wanted, set()))
         empty = start.is_dir() and not any(start.iterdir())
-    except PermissionError as error:
-        raise UserError(f"{error.filename}: permission denied; check its permissions") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; check its permissions") from None
+    found = list(_walk(start, wanted, set()))
     if empty:
         raise UserError(f"{path}: the folder is empty; put {_expected(format)} there")
     if not found and format != "auto":
@@ -122,6 +129,9 @@ def scan(format: str, path: Path) -> Iterator[EpisodeRef]:
     Unchanged files are not read again. A data set that cannot be listed at all yields one episode with a problem, so
     that the others are still read.
     """
+    if format == UNREADABLE:
+        yield _broken(format, path, f"{path}: cannot be read; check its permissions")
+        return
     try:
         yield from FORMATS[format].scan(path)
     except UserError as error:
@@ -131,7 +141,7 @@ def scan(format: str, path: Path) -> Iterator[EpisodeRef]:
 
 
 def _broken(format: str, path: Path, problem: str) -> EpisodeRef:
-    return EpisodeRef(str(path.absolute()), format, 0, hashlib.sha256(problem.encode()).hexdigest(), problem)
+    return EpisodeRef(str(path.absolute()), format, 0, hashlib.sha256(os.fsencode(problem)).hexdigest(), problem)
 
 
 def digest(ref: EpisodeRef) -> str:
@@ -230,16 +240,20 @@ def _walk(path: Path, wanted: list[str], seen: set[Path]) -> Iterator[tuple[str,
         if path.resolve() in seen:  # a link that leads back up
             return
         seen.add(path.resolve())
-    for name in wanted:
-        format = TABLE[name]
-        if format.reader.detect(path):
-            yield name, path
-            if format.closed and format.closed(path):
-                return
-    if path.is_dir():
-        for child in sorted(path.iterdir()):
-            if child.is_dir() and not child.name.startswith("."):
-                yield from _walk(child, wanted, seen)
+    try:
+        for name in wanted:
+            format = TABLE[name]
+            if format.reader.detect(path):
+                yield name, path
+                if format.closed and format.closed(path):
+                    return
+        children = sorted(path.iterdir()) if path.is_dir() else []
+    except BREAKS:
+        yield UNREADABLE, path
+        return
+    for child in children:
+        if child.is_dir() and not child.name.startswith("."):
+            yield from _walk(child, wanted, seen)
 
 
 def _local(path: str | Path) -> Path:

@@ -16,6 +16,8 @@ import numpy as np
 import pyarrow as pa
 import zarr
 
+from preprocessing.store.rows import printable
+
 LOCATION = pa.struct([("array", pa.string()), ("start", pa.int64()), ("count", pa.int64()), ("checksum", pa.string())])
 NAMED = pa.list_(pa.struct([("name", pa.string()), ("width", pa.int64())]))  # consecutive columns of the steps
 SPAN = pa.struct([("first", pa.int64()), ("stop", pa.int64())])
@@ -108,12 +110,27 @@ def parts(store: Any, group: str) -> list[str]:
     return sorted(zarr.open_group(store, path=group, mode="r").array_keys()) if group in root else []
 
 
+def as_table(group: str, rows: Sequence[Mapping[str, object]]) -> pa.Table:
+    """Return rows as a table of a group; text that is not Unicode is escaped. Raises what Arrow raises for others."""
+    try:
+        return pa.Table.from_pylist(rows, schema=TABLES[group])
+    except UnicodeEncodeError:
+        return pa.Table.from_pylist([_printable(row) for row in rows], schema=TABLES[group])
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, Mapping):
+        return {name: _printable(inner) for name, inner in value.items()}
+    return [_printable(inner) for inner in value] if isinstance(value, list) else value
+
+
 def write_table(store: Any, group: str, part: str, rows: Sequence[Mapping[str, object]]) -> None:
     """Write the rows as the table ``group/part``; without rows, write nothing."""
     if not rows:
         return
-    sink = pa.BufferOutputStream()
-    table = pa.Table.from_pylist(rows, schema=TABLES[group])
+    sink, table = pa.BufferOutputStream(), as_table(group, rows)
     with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
         writer.write_table(table)
     data = np.frombuffer(sink.getvalue(), np.uint8)

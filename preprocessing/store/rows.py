@@ -8,6 +8,14 @@ from preprocessing.contracts.interface import NamedWidth
 from preprocessing.store.statistics import Statistics, StatisticsColumns
 
 
+def printable(text: str) -> str:
+    """Return the text with everything escaped that is not Unicode: it can be stored and shown anywhere.
+
+    A file name's bytes need not be UTF-8, and JSON may hold half a surrogate pair; Python keeps both as surrogates.
+    """
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 class LocationRow(TypedDict):
     """Rows ``[start, start + count)`` of one array, and the CRC-32C of their bytes in hexadecimal."""
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -11,9 +16,12 @@ import pytest
 from helpers.command import Uwm
 from helpers.formats import moving, numbered, write_demos, write_video
 
+from pipelines.ingest import local
 from pipelines.ingest.run import ingest
 from pipelines.recipe import IngestRecipe
-from preprocessing.encoders.vae import encoder_digest
+from preprocessing.encoders.vae import Encoder, encoder_digest
+from preprocessing.episode import Episode, EpisodeRef
+from preprocessing.sources import video
 from preprocessing.store.store import LatentStore
 
 
@@ -185,3 +193,93 @@ def test_encoders_share_one_pass_and_a_new_one_adds_to_the_old(tmp_path: Path) -
         assert statistics and statistics.count == row["frames"] * 64
         np.testing.assert_allclose(statistics.mean, latents.mean((0, 2, 3), dtype=np.float64), atol=1e-4)
         np.testing.assert_allclose(statistics.std, latents.std((0, 2, 3), dtype=np.float64), rtol=1e-4)
+
+
+def test_nothing_that_one_input_holds_ends_the_ingest_of_the_others(
+    tmp_path: Path, uwm: Uwm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, store = tmp_path / "raw", tmp_path / "store"
+    (raw / "sub").mkdir(parents=True)
+    names = {b"good.mp4": "good.mp4", b"sub/\xb2\xe2.mp4": r"sub/\udcb2\udce2.mp4", b"\xff/x.mp4": r"\udcff/x.mp4"}
+    (raw / os.fsdecode(b"\xff")).mkdir()
+    for number, name in enumerate(names):
+        write_video(tmp_path / "any.mp4", numbered(30 + number)).rename(raw / os.fsdecode(name))
+    (raw / os.fsdecode(b"\xff") / os.fsdecode(b"cut\xfe.mp4")).write_bytes(b"cut")
+    locked, beyond, surrogates = raw / "locked", raw / "beyond.mp4", raw / "half a pair.mp4"
+    locked.mkdir()
+    for place, frames in ((locked / "any.mp4", 10), (beyond, 11), (surrogates, 12)):
+        write_video(place, numbered(frames))
+    look, load, scan = video.detect, video.load, video.scan
+
+    def refuse_to_look(path: Path) -> bool:
+        if path == locked:
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path)
+
+    def number_beyond_int64(path: Path) -> Iterator[EpisodeRef]:
+        for found in scan(path):
+            yield replace(found, index=2**70) if found.uri == str(beyond) else found
+
+    def half_a_surrogate_pair(ref: EpisodeRef) -> Episode:
+        half = ref.uri == str(surrogates)
+        return replace(load(ref), instruction="\ud83d", texts={"\ud83d": "\ud83d"}) if half else load(ref)
+
+    monkeypatch.setattr(video, "detect", refuse_to_look)
+    monkeypatch.setattr(video, "scan", number_beyond_int64)
+    monkeypatch.setattr(video, "load", half_a_surrogate_pair)
+    monkeypatch.setattr(local, "apart", in_this_process)
+    code, report, err = uwm("ingest", raw, "--store", store, "--image-size", "64", "--json")
+    assert code == 3 and report["episodes"] == {"new": 4, "already": 0, "quarantined": 3, "filtered": 0}, err
+    rows = {row["uri"].removeprefix(f"{raw}/"): row for row in LatentStore.open(str(store)).snapshot().rows()}
+    assert rows.keys() == {*names.values(), "half a pair.mp4"}
+    assert rows["half a pair.mp4"]["instruction"] == r"\ud83d"
+    reasons = {row["uri"].removeprefix(f"{raw}/"): row["reason"] for row in report["quarantine"]}
+    assert reasons.keys() == {"locked", "beyond.mp4", r"\udcff/cut\udcfe.mp4"}
+    assert "check its permissions" in reasons["locked"] and "OverflowError" in reasons["beyond.mp4"]
+    code, report, _ = uwm("ingest", raw, "--store", store, "--image-size", "64", "--json")
+    assert report["episodes"] == {"new": 0, "already": 4, "quarantined": 3, "filtered": 0}
+
+
+@contextmanager
+def in_this_process(function: Callable[..., Any], items: list[Any], **arguments: Any) -> Iterator[Iterator[Any]]:
+    """In place of a decoding process, so that a test can replace what it calls."""
+    yield (table for item in items for table in function(item, **arguments))
+
+
+def test_an_episode_that_breaks_the_encoder_is_quarantined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_demos(tmp_path / "raw" / "toy_demo.hdf5", demos=3, steps=20)
+    write_video(tmp_path / "raw" / "clip.mp4", numbered(21))
+    encode = Encoder.encode
+
+    def fail_for_the_video(encoder: Encoder, frames: np.ndarray) -> np.ndarray:
+        if len(frames) > 1 and len(frames) % 20:
+            raise RuntimeError("a shape that no kernel takes")
+        return encode(encoder, frames)
+
+    monkeypatch.setattr(Encoder, "encode", fail_for_the_video)
+    report = ingest([str(tmp_path / "raw")], str(tmp_path / "store"), IngestRecipe(image_size=64))
+    assert report.episodes == {"new": 3, "already": 0, "quarantined": 1, "filtered": 0}
+    assert "cannot be encoded: RuntimeError: a shape" in report.quarantine[0]["reason"]
+
+    def fail(encoder: Encoder, frames: np.ndarray) -> np.ndarray:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Encoder, "encode", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):  # not any episode's fault
+        ingest([str(tmp_path / "raw")], str(tmp_path / "other"), IngestRecipe(image_size=64))
+
+
+@pytest.mark.parametrize("seconds", [60, 0])
+def test_an_ingest_in_which_nothing_can_be_read(tmp_path: Path, uwm: Uwm, ray_cluster: None, seconds: int) -> None:
+    for name in ("only.mp4", "two.mp4"):
+        (tmp_path / name).write_text(f"not a film: {name}")
+    store = tmp_path / "store"
+    code, report, err = uwm("ingest", tmp_path, "--store", store, "--json", "--set", f"local_seconds={seconds}")
+    assert code == 3 and report["episodes"] == {"new": 0, "already": 0, "quarantined": 2, "filtered": 0}, err
+
+
+def test_a_source_that_is_no_file_is_refused_in_one_line(tmp_path: Path, uwm: Uwm) -> None:
+    os.mkfifo(tmp_path / "pipe.mp4")
+    for source in (tmp_path / "pipe.mp4", Path("/dev/null")):
+        code, _, err = uwm("ingest", source, "--store", tmp_path / "store")
+        assert code == 2 and err == f"error: {source}: neither a file nor a folder; copy what it yields to a file\n"

@@ -44,7 +44,7 @@ from pipelines.ingest import committer
 from pipelines.ingest import job as ingest_job
 
 class Average(ingest_job.Encode):
-    def __init__(self, plan, count):
+    def __init__(self, plan, count, refuse):
         self.encoders, self._count = dict.fromkeys(plan.encoders, self), count
         self._clock = self._pool = None
     def encode(self, frames):
