@@ -7,24 +7,39 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import time
 from typing import Any, TextIO
 
 import typer
 
 
-class ResilientStream:
-    """A stderr that survives the loss of its reader, such as a closed terminal or pipe; the text is lost.
+class Stderr:
+    """The stream that progress is written to, made fit for what is at its other end.
 
-    Otherwise the progress thread dies holding tqdm's lock.
+    Where that is no terminal but a file or a pipe, a progress bar becomes a line every ten seconds, and one at its end.
+    If the reader is gone (a closed terminal or pipe) the text is lost; otherwise tqdm's thread would die with its lock.
     """
 
     def __init__(self, stream: TextIO):
         self._stream = stream
+        self._every = 0.0 if stream.isatty() else float(os.environ.get("UWM_PROGRESS_SECONDS", "10"))
+        self._told, self._bar = time.monotonic(), ""
 
     def write(self, text: str) -> int:
+        if self._every and text.startswith("\r"):  # tqdm draws its bar, or clears it with spaces
+            self._bar = text.strip()
+            if self._bar and time.monotonic() - self._told > self._every:
+                self._put(self._bar + "\n")
+                self._told, self._bar = time.monotonic(), ""
+        else:
+            self._put(self._bar + text if text == "\n" else text)
+            self._bar = ""
+        return len(text)
+
+    def _put(self, text: str) -> None:
         with contextlib.suppress(OSError):
             self._stream.write(text)
-        return len(text)
 
     def flush(self) -> None:
         with contextlib.suppress(OSError):

@@ -24,7 +24,7 @@ from pipelines.cli.extras import explain
 from pipelines.cli.options import AsJson, SnapshotId, verbose
 from pipelines.cli.results import show_dry_run, show_ingest, show_trained_run, show_training_plan
 from pipelines.cli.store import store_app
-from pipelines.console import Printer, ResilientStream, say
+from pipelines.console import Printer, Stderr, say
 from pipelines.errors import Interrupted, Refused
 from preprocessing.contracts.contract import DataContract
 from preprocessing.errors import UserError
@@ -340,7 +340,7 @@ def train_vae(
 
 
 def main() -> None:
-    with contextlib.redirect_stderr(ResilientStream(sys.stderr)):
+    with contextlib.redirect_stderr(Stderr(sys.stderr)):
         _main()
 
 

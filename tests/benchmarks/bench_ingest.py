@@ -117,7 +117,8 @@ class Ingest:
 def ingest(raw: Path, store: Path, size: int = SIZE) -> Ingest:
     command = [UWM, "ingest", raw, "--store", store, "--image-size", f"{size}", "--max-bad", "0", "--json"]
     command += ["--set", "local_seconds=0"]  # on Ray from the start
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = os.environ | {"UWM_PROGRESS_SECONDS": "0.4"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout and process.stderr
     run, cpu, used = Ingest(), Counter[str](), dict[str, float]()
     for line in process.stderr:

@@ -51,6 +51,7 @@ def test_ctrl_c_ends_an_ingest_with_one_line_and_nothing_half_written(tmp_path: 
     write_video(tmp_path / "video.mp4", moving(3000))
     store, log = tmp_path / "store", tmp_path / "log"
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment["UWM_PROGRESS_SECONDS"] = "0.1"
     with log.open("w") as stderr:
         process = subprocess.Popen(
             [UWM, "ingest", tmp_path, "--store", store, "--image-size", "64", "--set", f"local_seconds={without_ray}"],
