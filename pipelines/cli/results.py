@@ -18,7 +18,22 @@ def show_ingest(report: Any, printer: Printer) -> None:
         f"ingested {counts['new']} episodes ({counts['already']} already there, {counts['quarantined']} "
         f"quarantined, {counts['filtered']} filtered{which}), {report.frames} frames, {report.seconds:.0f} s"
     )
+    if report.without_action:
+        printer.show(
+            f"{report.without_action} robot log{'s' * (report.without_action != 1)} without actions, to be trained on "
+            "as videos; to name the actions: uwm contract infer SOURCE"
+        )
+    show_repairs(report.repairs, printer)
     printer.show(f"snapshot {report.snapshot}")
+
+
+def show_repairs(repairs: list[Any], printer: Printer, most: int = 10) -> None:
+    """Print what readers guessed, mended or left out, by the number of episodes."""
+    for repair in repairs[:most]:
+        count, field = repair["episodes"], repair["field"] or "unknown"
+        printer.show(f"repair of {field} in {count} episode{'s' * (count != 1)}: {repair['text']}")
+    if len(repairs) > most:
+        printer.show(f"{len(repairs) - most} other repairs (to list all: --json)")
 
 
 def show_dry_run(report: Any, printer: Printer) -> None:

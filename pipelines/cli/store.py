@@ -18,17 +18,23 @@ StoreArgument = Annotated[str, typer.Argument(metavar="URI", help="Latent store:
 
 @store_app.command("show")
 def show(uri: StoreArgument, snapshot: SnapshotId = None, as_json: AsJson = False) -> None:
-    """Show counts by embodiment and encoder, and quarantined episodes."""
+    """Show counts by embodiment and encoder, repairs, and quarantined episodes."""
+    from pipelines.cli.results import show_repairs
+    from preprocessing.store.rows import CountedRepairs
     from preprocessing.store.store import LatentStore
 
     state = LatentStore.open(uri).snapshot(snapshot)
     groups: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in state.episodes(("embodiment", "encoder", "frames", "cameras")).to_pylist():
+    columns = ("id", "embodiment", "encoder", "frames", "cameras", "action_dim", "repairs", "repair_fields")
+    rows = state.episodes(columns).to_pylist()
+    for row in rows:
         group = groups.setdefault(
             (row["embodiment"], row["encoder"]),
-            {"embodiment": row["embodiment"], "encoder": row["encoder"], "episodes": 0, "frames": 0, "cameras": []},
+            {"embodiment": row["embodiment"], "encoder": row["encoder"], "episodes": 0, "with_actions": 0, "frames": 0}
+            | {"cameras": []},
         )
         group["episodes"] += 1
+        group["with_actions"] += row["action_dim"] > 0
         group["frames"] += row["frames"]
         names = [camera["name"] for camera in row["cameras"]]
         group["cameras"] += [name for name in names if name not in group["cameras"]]
@@ -39,16 +45,19 @@ def show(uri: StoreArgument, snapshot: SnapshotId = None, as_json: AsJson = Fals
     printer.show(f"snapshot {state.id}")
     for group in groups.values():
         printer.show(
-            f"{group['embodiment']:>20}  {group['episodes']:6} episodes  {group['frames']:8} frames  "
+            f"{group['embodiment']:>20}  {group['episodes']:6} episodes  {group['with_actions']:6} with actions  "
+            f"{group['frames']:8} frames  "
             f"encoder {group['encoder']}  cameras {', '.join(group['cameras'])}"
         )
+    repairs = CountedRepairs()
+    repairs.add(rows)
+    show_repairs(repairs.counted(), printer)
     for row in quarantine:
         printer.show(f"quarantined {row['uri']} #{row['index']}: {row['reason']}")
     if filtered:
         printer.show(f"{filtered} filtered (to list them: uwm store quarantine {uri})")
-    printer.answer(
-        {"snapshot": state.id, "embodiments": list(groups.values()), "quarantine": quarantine, "filtered": filtered}
-    )
+    found = {"embodiments": list(groups.values()), "repairs": repairs.counted(), "quarantine": quarantine}
+    printer.answer({"snapshot": state.id, **found, "filtered": filtered})
 
 
 @store_app.command("log")
@@ -70,12 +79,13 @@ def episodes(uri: StoreArgument, snapshot: SnapshotId = None, as_json: AsJson = 
     from preprocessing.store.store import LatentStore
 
     printer = Printer(as_json)
-    kept = ("id", "uri", "index", "format", "frames", "fps", "cameras", "action_dim", "proprio", "instruction")
+    kept: tuple[str, ...] = ("id", "uri", "index", "format", "frames", "fps", "cameras", "action_dim", "proprio")
+    kept += ("instruction", "embodiment", "repairs", "repair_fields")
     rows = []
-    for row in LatentStore.open(uri).snapshot(snapshot).episodes((*kept, "embodiment")).to_pylist():
+    for row in LatentStore.open(uri).snapshot(snapshot).episodes(kept).to_pylist():
         row["cameras"] = [camera["name"] for camera in row["cameras"]]
         row["proprio"] = {part["name"]: part["width"] for part in row["proprio"]}
-        rows.append({key: row[key] for key in (*kept, "embodiment")})
+        rows.append({key: row[key] for key in kept})
     if not as_json:
         for row in rows:
             printer.show(

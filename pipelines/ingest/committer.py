@@ -19,8 +19,9 @@ from typing import Any
 from icechunk import ForkSession
 
 from pipelines.ingest.episode_reader import EpisodeRecord, Gate, Plan, Refusal, Work, refusal
+from preprocessing.sources import ACTIONLESS
 from preprocessing.store.catalogue import as_table
-from preprocessing.store.rows import CameraRow, EpisodeRow, LocationRow, QuarantineRow, StatisticsRow
+from preprocessing.store.rows import CameraRow, CountedRepairs, EpisodeRow, LocationRow, QuarantineRow, StatisticsRow
 from preprocessing.store.statistics import Statistics, StatisticsColumns, merge
 from preprocessing.store.store import LatentStore
 
@@ -40,6 +41,8 @@ class Committer:
         self.snapshot: str | None = None
         self.episodes = self.already = self.frames = 0
         self.quarantine: list[QuarantineRow] = []
+        self.repairs = CountedRepairs()  # of the episodes that this ingest added
+        self.without_action = 0  # robot logs among them in which no action was found
         self.too_bad = False
         self.failure: Exception | None = None  # of the commit that stopped the job
         self._inbox: Any = Inbox()
@@ -173,7 +176,11 @@ class Committer:
         )
         self._batch = None
         self.snapshot = commit.snapshot
-        frames = {row["id"]: row["frames"] for row in batch.rows if row["key"] in commit.keys}
+        new = [row for row in batch.rows if row["key"] in commit.keys]
+        self.repairs.add(new)
+        logs = {row["id"]: row["action_dim"] for row in new if row["format"] not in ACTIONLESS}
+        self.without_action += sum(not width for width in logs.values())
+        frames = {row["id"]: row["frames"] for row in new}
         self.episodes += len(frames)
         self.frames += sum(frames.values())
         self.already += len({row["id"] for row in batch.rows} - frames.keys())

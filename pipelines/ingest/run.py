@@ -31,7 +31,7 @@ from preprocessing.encoders.vae import encoder_digest, encoder_stride
 from preprocessing.episode import EpisodeRef
 from preprocessing.errors import BadEpisode, UserError
 from preprocessing.store.keys import work_key
-from preprocessing.store.rows import QuarantineRow, printable
+from preprocessing.store.rows import CountedRepair, QuarantineRow, printable
 from preprocessing.store.snapshot import Snapshot
 from preprocessing.store.storage import parse
 from preprocessing.store.store import LatentStore
@@ -50,6 +50,8 @@ class IngestReport:
     seconds: float = 0.0
     quarantine: list[dict[str, Any]] = field(default_factory=list)
     filtered: list[dict[str, Any]] = field(default_factory=list)  # uri, index, filter, reason
+    repairs: list[CountedRepair] = field(default_factory=list)  # of new episodes
+    without_action: int = 0  # new episodes of robot logs in which no action was found
     removed: int = 0  # episodes skipped because they were removed from the store earlier
     notes: list[str] = field(default_factory=list)
     expected: dict[str, float] | None = None  # dry run: frames to encode ("pictures"), seconds, bytes
@@ -286,6 +288,7 @@ def _run(
     report.snapshot = committer.snapshot or report.snapshot
     report.frames = committer.frames
     report.episodes["new"] = committer.episodes
+    report.repairs, report.without_action = committer.repairs.counted(), committer.without_action
     report.episodes["already"] += committer.already
     for row in committer.quarantine:
         report.refuse(row)

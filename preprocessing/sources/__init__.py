@@ -179,11 +179,21 @@ def load(
         raise BadEpisode(f"cannot be read as {ref.format}: {type(error).__name__}: {error}") from error
     _check(episode)
     episode = contract.apply(episode) if contract else _with_shipped_contract(episode)
-    episode = replace(episode, embodiment=_slug(episode.embodiment))
+    episode = replace(_with_actions_or_a_word(episode), embodiment=_slug(episode.embodiment))
     episode = _at_most(episode, fps) if fps else episode
     if breaks is None or ref.format not in ACTIONLESS:
         return episode
     return replace(episode, cameras={name: until_broken(video, breaks) for name, video in episode.cameras.items()})
+
+
+def _with_actions_or_a_word(episode: Episode) -> Episode:
+    """A robot's log without actions trains as a video, which nobody may overlook."""
+    if episode.action is not None or episode.ref.format in ACTIONLESS:
+        return episode
+    vectors = [name for name, values in (episode.signals | episode.proprio).items() if values.shape[1] > 1]
+    names = ", ".join(vectors) or "none"
+    text = f"no action was found; a contract's key `action` names the columns it is made of. Recorded vectors: {names}"
+    return replace(episode, repairs=(*episode.repairs, Repair("action", text)))
 
 
 def _with_shipped_contract(episode: Episode) -> Episode:

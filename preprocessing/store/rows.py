@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, TypedDict
 
 from preprocessing.contracts.interface import NamedWidth
 from preprocessing.store.statistics import Statistics, StatisticsColumns
@@ -14,6 +16,34 @@ def printable(text: str) -> str:
     A file name's bytes need not be UTF-8, and JSON may hold half a surrogate pair; Python keeps both as surrogates.
     """
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+class CountedRepair(TypedDict):
+    """How many episodes have a repair (preprocessing.episode.Repair). ``field`` is None before version 0.2."""
+
+    field: str | None
+    text: str
+    episodes: int
+
+
+class CountedRepairs:
+    """Counts the repairs of catalogue rows. An episode with several encoders counts once."""
+
+    def __init__(self) -> None:
+        self._episodes: Counter[tuple[str | None, str]] = Counter()
+
+    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Count rows; all those of an episode at once."""
+        for row in {row["id"]: row for row in rows}.values():
+            texts = row["repairs"] or []
+            fields = row["repair_fields"] or [None] * len(texts)
+            self._episodes.update(set(zip(fields, texts, strict=True)))
+
+    def counted(self) -> list[CountedRepair]:
+        """Return the repairs, the most frequent first."""
+        return [
+            {"field": field, "text": text, "episodes": count} for (field, text), count in self._episodes.most_common()
+        ]
 
 
 class LocationRow(TypedDict):

@@ -250,6 +250,17 @@ def write_lerobot(folder: Path, rows: int = 12, frames: int | None = None, episo
     return folder
 
 
+def renamed(folder: Path, names: dict[str, str]) -> Path:
+    """Rename columns of a LeRobot data set, in its tables and in info.json."""
+    info = json.loads((folder / "meta" / "info.json").read_text())
+    info["features"] = {names.get(key, key): feature for key, feature in info["features"].items()}
+    (folder / "meta" / "info.json").write_text(json.dumps(info))
+    for file in (folder / "data").rglob("*.parquet"):
+        table = pq.read_table(file)
+        pq.write_table(table.rename_columns([names.get(name, name) for name in table.column_names]), file)
+    return folder
+
+
 def as_lerobot_v3(source: Path, folder: Path, per_file: int = 3, shift: int = 0) -> Path:
     """Rewrite a v2 data set in the layout of v3.0: ``per_file`` episodes per file, videos without re-encoding.
 

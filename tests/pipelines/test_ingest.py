@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 import pytest
 from helpers.command import Uwm
-from helpers.formats import moving, numbered, write_demos, write_video
+from helpers.formats import moving, numbered, renamed, write_demos, write_lerobot, write_video
 
 from pipelines.ingest import local
 from pipelines.ingest.run import ingest
@@ -36,6 +36,25 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     report = ingest([str(folder / "raw")], str(folder / "store"), IngestRecipe(image_size=64, fps=5))
     assert report.episodes == {"new": 2, "already": 0, "quarantined": 1, "filtered": 0}
     return folder
+
+
+def test_what_was_guessed_or_mended_is_told_and_kept(tmp_path: Path, uwm: Uwm) -> None:
+    raw, store = tmp_path / "raw", tmp_path / "store"
+    write_demos(raw / "toy_demo.hdf5", demos=2, steps=20)
+    renamed(write_lerobot(raw / "lerobot", rows=20, episodes=1), {"action": "commands"})
+    code, report, err = uwm("ingest", raw, "--store", store, "--image-size", "64", "--json")
+    assert code == 0 and report["without_action"] == 1 and "1 robot log without actions" in err
+    [guess] = [repair for repair in report["repairs"] if repair["field"] == "fps"]
+    assert guess == {"field": "fps", "text": "control rate unknown; 20 Hz assumed", "episodes": 2}
+    assert "repair of fps in 2 episodes: control rate unknown; 20 Hz assumed" in err
+    assert "repair of action in 1 episode: no action was found" in err and "Recorded vectors: commands, state" in err
+    shown = uwm("store", "show", store, "--json")[1]
+    assert shown["repairs"] == report["repairs"]
+    with_actions = {group["embodiment"]: group["with_actions"] for group in shown["embodiments"]}
+    assert with_actions == {"panda": 2, "so100-follower": 0}
+    rows = uwm("store", "episodes", store, "--json")[1]
+    found = [dict(zip(row["repair_fields"], row["repairs"], strict=True)) for row in rows]
+    assert [repairs.get("fps") for repairs in found].count("control rate unknown; 20 Hz assumed") == 2
 
 
 @pytest.fixture

@@ -133,7 +133,7 @@ class Meta:
 
     def _named_layout(self, width: int) -> tuple[ActionBlock, ...]:
         """One block per run of columns of one kind: x y z, roll pitch yaw, gripper."""
-        names = self.features.get("action", {}).get("names")
+        names = (self.features.get("action") or self.features.get("actions") or {}).get("names")
         while isinstance(names, dict) and names:  # {"motors": [...]}
             names = next(iter(names.values()))
         if not isinstance(names, list) or len(names) != width:

@@ -10,7 +10,7 @@ precedence. An episode's index is its ``episode_index``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,9 @@ from preprocessing.sources.lerobot.v2 import FilesV2
 from preprocessing.sources.lerobot.v3 import FilesV3
 from preprocessing.video.frames import first_frames, frames_to_use, images_video
 
-STATE = "observation."
+ACTION, STATE = "action", "observation."
+# Other names of the two, in the order of preference: openpi's converters write `actions` and `state`.
+ACTIONS, STATES = ("actions",), ("state", "states", "proprio", "qpos")
 SIMULATED = {"observation.environment_state"}  # object poses, which no robot observes
 SLACK = 0.05  # relative to a rate: float32 seconds of a long episode are imprecise
 PLACES = {"index", "episode_index", "frame_index", "task_index"}  # columns that locate a row
@@ -76,9 +78,16 @@ def load(ref: EpisodeRef) -> Episode:
         if key.startswith(STATE) and key not in SIMULATED and key in table.column_names
         if str(feature.get("dtype")).startswith("float")
     ]
+    aliases = list[Repair]()
+    if not seen and (alias := _vector(table, STATES)):
+        seen = [alias]
+        aliases.append(Repair("proprio", f"no column observation.*; {alias} is read as proprioception"))
+    commands = _vector(table, (ACTION, *ACTIONS))
+    if commands not in (None, ACTION):
+        aliases.append(Repair("action", f"no column action; {commands} is read as the action"))
     proprio = {key.removeprefix(STATE): matrix(table, key)[:frames] for key in seen}
-    signals, left_out = _signals(table, {"action", *PLACES, *seen})
-    action = matrix(table, "action")[:frames] if "action" in table.column_names else None
+    signals, left_out = _signals(table, {*PLACES, *seen, *([commands] if commands else [])})
+    action = matrix(table, commands)[:frames] if commands else None
     found = _repairs(meta, videos, table, signals.get("timestamp"), chosen)
     return Episode(
         ref=ref,
@@ -90,21 +99,30 @@ def load(ref: EpisodeRef) -> Episode:
         instruction=texts[chosen] if chosen else None,
         success=_success(signals),
         embodiment=str(meta.info.get("robot_type") or "unknown"),
-        repairs=(*files.repairs(ref.index), *found, *ordered, *cut, *left_out),
+        repairs=(*files.repairs(ref.index), *found, *aliases, *ordered, *cut, *left_out),
         signals={name: values[:frames] for name, values in signals.items()},
         texts=texts,
         split=meta.split(ref.index),
     )
 
 
+def _vector(table: pa.Table, names: Iterable[str]) -> str | None:
+    """The first of these columns that the table has and that holds numbers."""
+    there = (name for name in names if name in table.column_names)
+    return next((name for name in there if _holds_numbers(table.schema.field(name))), None)
+
+
+def _holds_numbers(field: pa.Field) -> bool:
+    is_list = pa.types.is_list(field.type) or pa.types.is_fixed_size_list(field.type)
+    kind = field.type.value_type if is_list else field.type
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+
+
 def _signals(table: pa.Table, others: set[str]) -> tuple[dict[str, np.ndarray], list[Repair]]:
     """All other columns of numbers or vectors, and a repair for each that has gaps or is ragged."""
     signals, repairs = dict[str, np.ndarray](), list[Repair]()
     for field in table.schema:
-        is_list = pa.types.is_list(field.type) or pa.types.is_fixed_size_list(field.type)
-        kind = field.type.value_type if is_list else field.type
-        number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
-        if field.name in others or not number:
+        if field.name in others or not _holds_numbers(field):
             continue
         try:
             signals[field.name] = matrix(table, field.name)

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.formats import REAL, as_lerobot_v3, numbered, quadrants, rlds_episode, write_lerobot, write_video
+from helpers.formats import REAL, as_lerobot_v3, numbered, quadrants, renamed, rlds_episode, write_lerobot, write_video
 from helpers.readers import episodes_of, frames_of, real, refs_of, said, sizes
 
 from preprocessing.episode import Episode
@@ -33,6 +33,27 @@ def test_lerobot(tmp_path):
     assert (first.instruction, first.fps, first.embodiment) == ("push the cube", 20, "so100-follower")
     assert said(first) == [] and first.success is None
     assert first.id != second.id
+
+
+def test_lerobot_columns_by_the_names_of_other_tools(tmp_path):
+    """openpi's converters write state and actions; without either, an episode says what it has."""
+    plain = episodes_of(write_lerobot(tmp_path / "plain"))[0]
+    names = {"observation.state": "state", "action": "actions", "observation.images.top": "top"}
+    folder = renamed(write_lerobot(tmp_path / "other"), names)
+    (folder / "videos" / "chunk-000" / "observation.images.top").rename(folder / "videos" / "chunk-000" / "top")
+    [other, _] = episodes_of(folder)
+    assert np.array_equal(other.action, plain.action) and other.action_layout == plain.action_layout
+    assert np.array_equal(other.proprio["state"], plain.proprio["state"]) and list(other.cameras) == ["top"]
+    assert said(other) == [
+        "no column observation.*; state is read as proprioception",
+        "no column action; actions is read as the action",
+    ]
+    [strange, _] = episodes_of(renamed(write_lerobot(tmp_path / "strange"), {"action": "commands"}))
+    assert strange.action is None and list(strange.signals) == ["commands", "timestamp"]
+    assert said(strange) == [
+        "no action was found; a contract's key `action` names the columns it is made of. "
+        "Recorded vectors: commands, state"
+    ]
 
 
 def test_lerobot_keeps_other_columns_as_signals(tmp_path):
