@@ -188,7 +188,8 @@ def load(
 
 def _with_actions_or_a_word(episode: Episode) -> Episode:
     """A robot's log without actions trains as a video, which nobody may overlook."""
-    if episode.action is not None or episode.ref.format in ACTIONLESS:
+    told = any(repair.field == "action" for repair in episode.repairs)
+    if episode.action is not None or told or episode.ref.format in ACTIONLESS:
         return episode
     vectors = [name for name, values in (episode.signals | episode.proprio).items() if values.shape[1] > 1]
     names = ", ".join(vectors) or "none"

@@ -85,7 +85,7 @@ def test_the_store_verbs(store: Path, uwm: Uwm) -> None:
     assert code == 0 and log[0]["counts"] == {"episodes": 2, "frames": 140, "quarantined": 0, "filtered": 0}
     code, episodes, _ = uwm("store", "episodes", store, "--json")
     assert code == 0 and [row["id"] for row in episodes] == ["a", "b"]
-    named = "id uri index format frames fps cameras action_dim proprio instruction embodiment"
+    named = "id uri index format frames fps cameras action_dim proprio instruction embodiment repairs repair_fields"
     assert set(episodes[0]) == set(named.split())
     assert uwm("store", "verify", store)[0] == 0
     assert uwm("store", "show", store, "--json")[1]["embodiments"][0]["episodes"] == 2
