@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import time
+from pathlib import Path
 from typing import Any, TextIO
 
 import typer
@@ -21,9 +22,11 @@ class Stderr:
     If the reader is gone (a closed terminal or pipe) the text is lost; otherwise tqdm's thread would die with its lock.
     """
 
-    def __init__(self, stream: TextIO):
-        self._stream = stream
-        self._every = 0.0 if stream.isatty() else float(os.environ.get("UWM_PROGRESS_SECONDS", "10"))
+    def __init__(self, stream: TextIO | None):
+        """Raises ValueError if UWM_PROGRESS_SECONDS, in place of the ten seconds, is no number."""
+        # None if the shell closed it (2>&-); open as long as the process.
+        self._stream = stream or Path(os.devnull).open("w")  # noqa: SIM115
+        self._every = 0.0 if self._stream.isatty() else float(os.environ.get("UWM_PROGRESS_SECONDS", "10"))
         self._told, self._bar = time.monotonic(), ""
 
     def write(self, text: str) -> int:

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
@@ -340,7 +340,11 @@ def train_vae(
 
 
 def main() -> None:
-    with contextlib.redirect_stderr(Stderr(sys.stderr)):
+    try:
+        stderr = Stderr(sys.stderr)
+    except ValueError as error:
+        _fail(f"error: UWM_PROGRESS_SECONDS: {error}; give seconds, e.g. 10", 2)
+    with contextlib.redirect_stderr(stderr):
         _main()
 
 
@@ -367,6 +371,6 @@ def _main() -> None:
         _fail(f"failed: {type(error).__name__}: {cause.strip('` |->')} (-v shows more)", 1)
 
 
-def _fail(line: str, code: int) -> None:
+def _fail(line: str, code: int) -> NoReturn:
     say(line)
     sys.exit(code)

@@ -130,7 +130,7 @@ def scan(format: str, path: Path) -> Iterator[EpisodeRef]:
     that the others are still read.
     """
     if format == UNREADABLE:
-        yield _broken(format, path, f"{path}: cannot be read; check its permissions")
+        yield _broken(format, path, f"{path}: {_why_unreadable(path)}; check its permissions")
         return
     try:
         yield from FORMATS[format].scan(path)
@@ -265,6 +265,16 @@ def _walk(path: Path, wanted: list[str], seen: set[Path]) -> Iterator[tuple[str,
     for child in children:
         if child.is_dir() and not child.name.startswith("."):
             yield from _walk(child, wanted, seen)
+
+
+def _why_unreadable(path: Path) -> str:
+    try:
+        for format in TABLE.values():
+            format.reader.detect(path)
+        sorted(path.iterdir())
+    except BREAKS as error:
+        return f"cannot be looked into ({error})"
+    return "could not be looked into a moment ago"
 
 
 def _local(path: str | Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -128,3 +129,13 @@ def test_results_are_on_stdout_and_with_json_on_stderr(store: Path) -> None:
     assert as_json.stderr == plain.stdout
     [line] = as_json.stdout.splitlines()
     assert json.loads(line)["embodiments"][0]["episodes"] == 2
+
+
+def test_a_closed_stderr_and_a_wrong_pace_of_progress() -> None:
+    program = Path(sys.executable).with_name("uwm")
+    closed = subprocess.run(["sh", "-c", f"{program} store show /nowhere 2>&-"], capture_output=True, text=True)
+    assert closed.returncode == 2 and not closed.stdout
+    environment = os.environ | {"UWM_PROGRESS_SECONDS": "often"}
+    wrong = subprocess.run([program, "--help"], env=environment, capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: UWM_PROGRESS_SECONDS: ")
+    assert len(wrong.stderr.splitlines()) == 1
