@@ -24,14 +24,14 @@ def show(uri: StoreArgument, snapshot: SnapshotId = None, as_json: AsJson = Fals
     from preprocessing.store.store import LatentStore
 
     state = LatentStore.open(uri).snapshot(snapshot)
-    groups: dict[tuple[str, str], dict[str, Any]] = {}
-    columns = ("id", "embodiment", "encoder", "frames", "cameras", "action_dim", "repairs", "repair_fields")
-    rows = state.episodes(columns).to_pylist()
+    groups: dict[tuple[str, ...], dict[str, Any]] = {}
+    columns = ("id", "embodiment", "encoder", "encoder_digest", "frames", "cameras", "action_dim")
+    rows = state.episodes([*columns, "repairs", "repair_fields"]).to_pylist()
+    superseded = state.all_rows(["id"]).num_rows - len(rows)
     for row in rows:
+        new: dict[str, Any] = {name: row[name] for name in ("embodiment", "encoder", "encoder_digest")}
         group = groups.setdefault(
-            (row["embodiment"], row["encoder"]),
-            {"embodiment": row["embodiment"], "encoder": row["encoder"], "episodes": 0, "with_actions": 0, "frames": 0}
-            | {"cameras": []},
+            tuple(new.values()), new | {"episodes": 0, "with_actions": 0, "frames": 0, "cameras": []}
         )
         group["episodes"] += 1
         group["with_actions"] += row["action_dim"] > 0
@@ -56,8 +56,10 @@ def show(uri: StoreArgument, snapshot: SnapshotId = None, as_json: AsJson = Fals
         printer.show(f"quarantined {row['uri']} #{row['index']}: {row['reason']}")
     if filtered:
         printer.show(f"{filtered} filtered (to list them: uwm store quarantine {uri})")
+    if superseded:
+        printer.show(f"{superseded} rows of earlier contracts and settings are superseded, and not counted above")
     found = {"embodiments": list(groups.values()), "repairs": repairs.counted(), "quarantine": quarantine}
-    printer.answer({"snapshot": state.id, **found, "filtered": filtered})
+    printer.answer({"snapshot": state.id, **found, "filtered": filtered, "superseded": superseded})
 
 
 @store_app.command("log")
@@ -81,11 +83,12 @@ def episodes(uri: StoreArgument, snapshot: SnapshotId = None, as_json: AsJson = 
     printer = Printer(as_json)
     kept: tuple[str, ...] = ("id", "uri", "index", "format", "frames", "fps", "cameras", "action_dim", "proprio")
     kept += ("instruction", "embodiment", "repairs", "repair_fields")
-    rows = []
+    found: dict[str, dict[str, Any]] = {}  # an episode with several encoders is listed once
     for row in LatentStore.open(uri).snapshot(snapshot).episodes(kept).to_pylist():
         row["cameras"] = [camera["name"] for camera in row["cameras"]]
         row["proprio"] = {part["name"]: part["width"] for part in row["proprio"]}
-        rows.append({key: row[key] for key in kept})
+        found[row["id"]] = {key: row[key] for key in kept}
+    rows = [*found.values()]
     if not as_json:
         for row in rows:
             printer.show(
@@ -135,19 +138,23 @@ def diff(
     newer: Annotated[str, typer.Argument(metavar="B", help="Id or tag of the newer snapshot.")],
     as_json: AsJson = False,
 ) -> None:
-    """List the episodes added (+) and removed (-) between snapshots A and B."""
+    """List the episodes added (+), removed (-) and changed (~: other contract or size) between snapshots A and B."""
     from preprocessing.store.store import LatentStore
 
     printer, store = Printer(as_json), LatentStore.open(uri)
-    added, removed = store.snapshot(newer).diff(store.snapshot(older))
-    for sign, rows in (("+", added), ("-", removed)):
+    new, old = store.snapshot(newer).diff(store.snapshot(older))
+    before, after = ({(row["id"], row["encoder_digest"]) for row in rows} for rows in (old, new))
+    added = [row for row in new if (row["id"], row["encoder_digest"]) not in before]
+    changed = [row for row in new if (row["id"], row["encoder_digest"]) in before]
+    removed = [row for row in old if (row["id"], row["encoder_digest"]) not in after]
+    for sign, rows in (("+", added), ("-", removed), ("~", changed)):
         for row in rows:
             printer.show(
                 f"{sign} {row['id'][:12]}  {row['frames']:6} frames  {row['encoder']}  {row['uri']} #{row['index']}"
             )
-    printer.show(f"{len(added)} added, {len(removed)} removed")
-    left_out = ("key", "frames")
-    lists = {"added": added, "removed": removed}
+    printer.show(f"{len(added)} added, {len(removed)} removed, {len(changed)} changed")
+    left_out = ("key", "frames", "encoder_digest")
+    lists = {"added": added, "removed": removed, "changed": changed}
     printer.answer(
         {
             name: [{key: value for key, value in row.items() if key not in left_out} for row in rows]
@@ -225,7 +232,8 @@ def statistics(uri: StoreArgument, snapshot: SnapshotId = None, as_json: AsJson 
     from preprocessing.store.store import LatentStore
 
     printer = Printer(as_json)
-    rows = [row for row in LatentStore.open(uri).snapshot(snapshot).rows() if row["statistics"]]
+    every = {row["id"]: row for row in LatentStore.open(uri).snapshot(snapshot).rows()}  # once, whatever the encoders
+    rows = [row for row in every.values() if row["statistics"]]
     answered: dict[str, list[dict[str, Any]]] = {}
     for name, members in by_embodiment(rows).items():
         columns = [f"action[{i}]" for i in range(members[0]["action_dim"])]

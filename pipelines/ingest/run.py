@@ -184,7 +184,7 @@ def _contracts(
     head: Snapshot, names: list[str], given: DataContract | None, report: IngestReport
 ) -> dict[str, DataContract | None]:
     """Return each source's contract: the given one, or the one it was last ingested with."""
-    rows = head.episodes(("source", "contract")).to_pylist()
+    rows = {row["id"]: row for row in head.episodes(("id", "source", "contract")).to_pylist()}.values()
     last = {row["source"]: row["contract"] for row in rows}
     contracts = {}
     for name in names:

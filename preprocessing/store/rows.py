@@ -128,6 +128,7 @@ class BriefRow(TypedDict):
     index: int
     frames: int
     encoder: str
+    encoder_digest: str
 
 
 class StatisticsRow(StatisticsColumns):

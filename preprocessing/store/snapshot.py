@@ -32,10 +32,20 @@ class Snapshot:
         self.id = snapshot_id
 
     def episodes(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return the catalogue (CATALOGUE), one row per episode and encoding, in commit order.
+        """Return the catalogue's current rows (CATALOGUE), in commit order: the newest of each episode and encoder.
 
-        ``columns`` limits what is read: with a few columns, 100,000 episodes are listed in a moment.
+        Everything that counts, lists, exports or trains goes by these. ``columns`` limits what is read: with a few
+        columns, 100,000 episodes are listed in a moment.
         """
+        table = self.all_rows(None if columns is None else [*{*columns, "id", "encoder_digest"}])
+        pairs = zip(table["id"].to_pylist(), table["encoder_digest"].to_pylist(), strict=True)
+        newest = {pair: index for index, pair in enumerate(pairs)}
+        if len(newest) < len(table):
+            table = table.take(pa.array([*newest.values()], pa.int64()))
+        return table if columns is None else table.select([*columns])
+
+    def all_rows(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return the rows of the catalogue in commit order, with those that a later ingest superseded."""
         table = read_tables(self._store, "catalogue", None if columns is None else [*columns, "id"])
         if gone := self.removed():
             table = table.filter(pc.invert(pc.is_in(table["id"], pa.array(sorted(gone)))))
@@ -45,11 +55,14 @@ class Snapshot:
         """Return the names of a group's tables in commit order, of one commit if it is named."""
         return [part for part in parts(self._store, group) if part.endswith(f"-{commit}" if commit else "")]
 
-    def keys(self, part: str | None = None) -> set[str]:
-        """Return the keys of all catalogue rows, removed episodes included, of one part or of all."""
-        if part is not None:
-            return set(read_table(self._store, "catalogue", part, ["key"])["key"].to_pylist())
+    def keys(self) -> set[str]:
+        """Return the keys of all catalogue rows, removed episodes included."""
         return set(read_tables(self._store, "catalogue", ["key"])["key"].to_pylist())
+
+    def ids_by_key(self, part: str) -> dict[str, str]:
+        """Return the episode of each catalogue row of one part, by the row's key."""
+        table = read_table(self._store, "catalogue", part, ["key", "id"])
+        return dict(zip(table["key"].to_pylist(), table["id"].to_pylist(), strict=True))
 
     def removed(self) -> set[str]:
         """Return the ids of the removed episodes."""
@@ -64,7 +77,11 @@ class Snapshot:
         return [row for row in latest.values() if row["id"] not in ingested]
 
     def diff(self, older: Snapshot) -> tuple[list[BriefRow], list[BriefRow]]:
-        """Return the catalogue rows that only this snapshot has, and those that only ``older`` has."""
+        """Return the current rows that only this snapshot has, and those that only ``older`` has.
+
+        A row that an ingest replaced, under another contract for instance, is in the second list, the new one in the
+        first.
+        """
         columns = [*BriefRow.__annotations__]
         mine: dict[str, BriefRow]
         theirs: dict[str, BriefRow]
@@ -75,18 +92,14 @@ class Snapshot:
         )
 
     def rows(self, encoder_digest: str | None = None) -> list[TrainingRow]:
-        """Return the catalogue rows of one encoder, or of any, with the statistics of their steps.
-
-        Of an episode that was ingested several times, only the newest row is returned.
-        """
+        """Return the current rows (``episodes``) of one encoder, or of all, with the statistics of their steps."""
         table = self.episodes()
         if encoder_digest is not None:
             table = table.filter(pc.equal(table["encoder_digest"], encoder_digest))
-        newest = {row["id"]: row for row in table.to_pylist()}
         statistics = read_tables(self._store, "statistics")
         of_steps: list[StatisticsRow] = statistics.filter(pc.equal(statistics["array"], "steps")).to_pylist()
         steps = {row["key"]: Statistics.from_row(row) for row in of_steps}
-        return [row | {"statistics": steps.get(row["key"])} for row in newest.values()]
+        return [row | {"statistics": steps.get(row["key"])} for row in table.to_pylist()]
 
     def instruction_rows(self) -> list[InstructionRow]:
         """Return the instructions' vectors (INSTRUCTIONS) of every text encoder."""

@@ -76,7 +76,7 @@ class LatentStore:
         self.place = place
         self.uri = place.uri
         self.repository = repository
-        self._keys: dict[str, set[str]] = {}  # by catalogue part, which never changes
+        self._keys: dict[str, dict[str, str]] = {}  # by catalogue part, which never changes
 
     @classmethod
     def open(cls, uri: str) -> LatentStore:
@@ -205,13 +205,14 @@ class LatentStore:
 
         def change(store: Any, head: Snapshot) -> tuple[str, dict[str, int]] | None:
             known, removed = self._known(head), head.removed()
+            stored = {*known.values()}
             new: list[EpisodeRow] = []
             blank = list(unused)
             for row in episodes:
                 if row["key"] in known or row["id"] in removed:
                     blank += _places(row)
                 else:
-                    known.add(row["key"])
+                    known[row["key"]] = row["id"]
                     new.append(row)
             if not (new or quarantine):
                 return None
@@ -221,14 +222,18 @@ class LatentStore:
             write_table(store, "catalogue", part, new)
             write_table(store, "statistics", part, [row for row in statistics if row["key"] in keys])
             write_table(store, "quarantine", part, quarantine)
-            frames = sum(row["frames"] for row in new)
+            frames = {row["id"]: row["frames"] for row in new if row["id"] not in stored}
             filtered = sum(bool(row.get("filter")) for row in quarantine)
-            counts = {"episodes": len(new), "frames": frames}
+            counts = {"episodes": len(frames), "frames": sum(frames.values())}
             counts |= {"quarantined": len(quarantine) - filtered, "filtered": filtered}
-            return f"ingest {len(new)} episodes", counts
+            message = f"ingest {len(frames)} episodes"
+            if updated := len({row["id"] for row in new} & stored):  # other contract, encoder or size
+                counts["updated"], message = updated, f"{message}, update {updated}"
+            return message, counts
 
         head = self._commit(name, change, forks)
-        return Commit(head.id, frozenset(key for part in head.parts("catalogue", name) for key in head.keys(part)))
+        keys = (head.ids_by_key(part) for part in head.parts("catalogue", name))
+        return Commit(head.id, frozenset().union(*keys))
 
     def add_instruction_vectors(self, rows: Sequence[InstructionRow]) -> Snapshot:
         """Add the instructions' vectors (INSTRUCTIONS) that are missing. Returns the snapshot that has them."""
@@ -250,7 +255,7 @@ class LatentStore:
         Returns a row (REMOVED) for each. Later ingests skip them. Their latents and steps are blanked in the new head;
         earlier snapshots keep them until they are garbage collected. Raises UserError if a name matches nothing.
         """
-        rows: list[EpisodeRow] = self.snapshot().episodes().to_pylist()
+        rows: list[EpisodeRow] = self.snapshot().all_rows().to_pylist()
         hint = f"list them with: uwm store episodes {self.uri}"
         chosen: dict[str, EpisodeRow] = {}
         for start in ids:
@@ -270,7 +275,7 @@ class LatentStore:
         name = uuid.uuid4().hex
 
         def change(store: Any, head: Snapshot) -> tuple[str, dict[str, int]]:
-            rows = [row for row in head.episodes().to_pylist() if row["id"] in chosen]
+            rows = [row for row in head.all_rows().to_pylist() if row["id"] in chosen]
             _blank(store, [at for row in rows for at in _places(row)])
             write_table(store, "removed", _part(store, name), removed)
             return f"remove {len(removed)} episodes", {"removed": len(removed)}
@@ -288,10 +293,10 @@ class LatentStore:
             freed = self.repository.garbage_collect(now - GC_MARGIN).bytes_deleted
         return len(forgotten), freed
 
-    def _known(self, head: Snapshot) -> set[str]:
-        """Return ``head.keys()``, reading only the parts added since the last call."""
-        self._keys = {part: self._keys.get(part) or head.keys(part) for part in head.parts("catalogue")}
-        return set().union(*self._keys.values())
+    def _known(self, head: Snapshot) -> dict[str, str]:
+        """Return the episode of every catalogue row by its key, reading only the parts added since the last call."""
+        self._keys = {part: self._keys.get(part) or head.ids_by_key(part) for part in head.parts("catalogue")}
+        return {key: id for part in self._keys.values() for key, id in part.items()}
 
     def _commit(
         self,

@@ -10,7 +10,8 @@ from typing import Any, get_type_hints
 import icechunk
 import numpy as np
 import pytest
-from helpers.rows import commit, fill, is_blank, random_episode
+from helpers.command import Uwm
+from helpers.rows import commit, fill, is_blank, random_episode, write_episode
 
 from preprocessing.contracts.interface import InterfaceRow, NamedWidth
 from preprocessing.errors import UserError
@@ -157,6 +158,41 @@ def test_a_tag_pins_a_snapshot_and_never_moves(tmp_path: Path) -> None:
     assert [row["id"] for row in added] == ["b"] and gone == []
     added, gone = store.snapshot("paper").diff(store.snapshot())
     assert [row["id"] for row in gone] == ["b"] and added == []
+
+
+def test_an_episode_counts_once_however_often_it_was_ingested(tmp_path: Path, uwm: Uwm) -> None:
+    store = LatentStore.create(str(tmp_path / "store"))
+    first = fill(store, ["a", "b"], frames=20)
+
+    def again(id: str, key: str, **columns: Any) -> Any:
+        fork, random = store.fork(), np.random.default_rng(0)
+        latents = {"front": random.standard_normal((20, 4, 8, 8)).astype(np.float16)}
+        steps = random.standard_normal((20, 5)).astype(np.float32)
+        return fork, *write_episode(fork, key, latents, steps, 3, id=id, **columns)
+
+    commit(store, [again("a", "other contract", embodiment="leg", contract="{}")])
+    commit(store, [again("a", "vae", encoder_digest="f" * 16), again("b", "vae of b", encoder_digest="f" * 16)])
+    head = store.snapshot()
+    current = {(row["id"], row["encoder_digest"][0]): row["embodiment"] for row in head.episodes().to_pylist()}
+    assert current == {("a", "e"): "leg", ("b", "e"): "arm", ("a", "f"): "arm", ("b", "f"): "arm"}
+    assert head.all_rows(["id"]).num_rows == 5 and len(head.rows()) == 4
+    assert [row["embodiment"] for row in head.rows("e" * 16)] == ["leg", "arm"]
+    counts = [entry["counts"] for entry in store.log()][:3]
+    assert [(found["episodes"], found.get("updated"), found["frames"]) for found in counts] == [
+        (0, 2, 0), (0, 1, 0), (2, None, 40),
+    ]  # fmt: skip
+    shown = uwm("store", "show", store.uri, "--json")[1]
+    groups = {(g["embodiment"], g["encoder_digest"][0]): g["episodes"] for g in shown["embodiments"]}
+    assert groups == {("leg", "e"): 1, ("arm", "e"): 1, ("arm", "f"): 2} and shown["superseded"] == 1
+    assert [row["id"] for row in uwm("store", "episodes", store.uri, "--json")[1]] == ["a", "b"]
+    _, statistics, told = uwm("store", "statistics", store.uri, "--json")
+    assert "arm: 2 episodes, 40 steps" in told and [*statistics] == ["arm"]
+    changed = uwm("store", "diff", store.uri, first, head.id, "--json")[1]
+    assert {name: len(rows) for name, rows in changed.items()} == {"added": 2, "removed": 0, "changed": 1}
+    store.remove(["a"], [])
+    assert store.snapshot().all_rows(["id"])["id"].to_pylist() == ["b", "b"] and not list(store.snapshot().verify())
+    everything = [at for row in head.all_rows().to_pylist() if row["id"] == "a" for at in row["cameras"][0]["segments"]]
+    assert len(everything) == 3 and is_blank(store, store.snapshot().id, everything)
 
 
 def test_a_removed_episode_is_blanked_and_stays_out(tmp_path: Path) -> None:
