@@ -90,6 +90,7 @@ TABLE = {
     "video": Format(video, "*.mp4, *.mkv, *.webm, ...", actionless=True),
 }
 FORMATS: dict[str, Reader] = {name: format.reader for name, format in TABLE.items()}
+MOST_REASONS = 6  # why streams were left out, of an episode without a camera
 UNREADABLE = "unreadable"  # in place of a format: a folder that cannot be looked into
 ACTIONLESS = tuple(name for name, format in TABLE.items() if format.actionless)  # these may be thinned
 
@@ -238,7 +239,10 @@ def _check(episode: Episode) -> None:
     if 0 in rows.values():
         raise BadEpisode("holds no step")
     if not episode.cameras:
-        raise BadEpisode("has no camera")
+        left_out = [repair.text for repair in episode.repairs if repair.field == "streams"]
+        others = f"; and {len(left_out) - MOST_REASONS} more" if len(left_out) > MOST_REASONS else ""
+        reasons = f": {'; '.join(left_out[:MOST_REASONS])}{others}" if left_out else ""
+        raise BadEpisode(f"has no camera{reasons}")
 
 
 def _slug(name: str) -> str:

@@ -38,8 +38,10 @@ import numpy as np
 
 from preprocessing.episode import ActionBlock, Episode, EpisodeRef, Repair
 from preprocessing.errors import BadEpisode, UserError
+from preprocessing.sources.hdf5_kinds import hdf5_files
 from preprocessing.sources.scan_cache import Finding, file_digest, findings
-from preprocessing.sources.untrusted.hdf5 import datasets, digest_of, hdf5_files, numbers
+from preprocessing.sources.untrusted.hdf5 import datasets, digest_of
+from preprocessing.sources.vectors import as_vectors
 from preprocessing.video.decode import open_video, probe_video
 from preprocessing.video.frames import first_frames, frames_to_use
 
@@ -224,7 +226,8 @@ def _vectors(file: h5py.File) -> tuple[dict[str, np.ndarray], list[Repair]]:
     for name, dataset in every.items():
         misfit = f"{name} is {dataset.shape} of {dataset.dtype}, not a number or a vector for each of {steps} steps"
         if dataset.ndim in (1, 2) and len(dataset) == steps and dataset.size and dataset.dtype.kind in "fiub":
-            found[name] = numbers(dataset).reshape(steps, -1)
+            found[name], mended = as_vectors(dataset[()], name)
+            left_out += mended
         elif name in needed:
             raise BadEpisode(misfit)
         else:

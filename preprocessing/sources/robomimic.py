@@ -1,10 +1,11 @@
-"""robomimic and LIBERO demonstrations: ``data/demo_i/{actions, obs/...}`` in one HDF5 file.
+"""robomimic, LIBERO and Isaac Lab demonstrations: ``data/demo_i/{actions, obs/...}`` in one HDF5 file.
 
 The layout: https://robomimic.github.io/docs/datasets/overview.html; LIBERO's additions are attributes of ``data``
-(https://github.com/Lifelong-Robot-Learning/LIBERO). Images are uint8 data sets ``[T, H, W, 3]`` under ``obs``. OpenGL's
-first row is the lowest, and LIBERO stores MuJoCo's images that way: its attribute ``macros_image_convention`` is
-``opengl``, and the reader flips them. Everything else with a row per step becomes a signal: rewards, other actions, the
-simulator's states. ``mask/train`` and ``mask/valid`` list robomimic's splits.
+(https://github.com/Lifelong-Robot-Learning/LIBERO); Isaac Lab's recorder nests groups and marks success in an attribute
+(https://github.com/isaac-sim/IsaacLab, ``hdf5_dataset_file_handler.py``, ``recorders.py``). Observations are under
+``obs``, at any depth. OpenGL's first row is the lowest, and LIBERO stores MuJoCo's images that way: its attribute
+``macros_image_convention`` is ``opengl``, and the reader flips them. Everything else with a row per step becomes a
+signal: rewards, other actions, the simulator's states. ``mask/train`` and ``mask/valid`` list robomimic's splits.
 
 LIBERO's tool (``scripts/create_dataset.py``) replays each action and then stores the observation: row t of ``obs`` is
 from after action t, row t of everything else from before it. Such files have a ``bddl_file_name``; the reader shifts
@@ -19,37 +20,33 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
-from preprocessing.episode import ActionBlock, Episode, EpisodeRef, Repair, Video
+from preprocessing.episode import ActionBlock, Episode, EpisodeRef, Repair
 from preprocessing.errors import BadEpisode
+from preprocessing.sources.hdf5_kinds import hdf5_files, resembles
+from preprocessing.sources.hdf5_streams import Streams, action_of, common_length, read_streams
+from preprocessing.sources.hdf5_texts import instruction_of, other_texts, texts_of
 from preprocessing.sources.scan_cache import Finding, file_digest, findings
-from preprocessing.sources.untrusted.hdf5 import (
-    at_once,
-    child,
-    datasets,
-    digest_of,
-    frames_reader,
-    hdf5_files,
-    json_of,
-    numbers,
-    own,
-    text,
-)
-from preprocessing.video.frames import sliced_video, upside_down
+from preprocessing.sources.untrusted.hdf5 import child, digest_of, groups, json_of, numbers, own, text
+from preprocessing.video.frames import first_frames, upside_down
 
 DEFAULT_FPS = 20.0  # robosuite's control rate, and LIBERO's
-SIMULATED = "object"  # object poses in robomimic, which no robot observes
+SIMULATED = ("object", "datagen_info")  # object poses in robomimic, marks for Isaac Lab Mimic: no robot observes them
 ROBOSUITE = 1  # its type in robomimic's env_args
-OBSERVED = ("obs/", "next_obs/")  # the second repeats the first, one step later
+ACTIONS = ("actions", "action")
+OBSERVATIONS = ("obs", "observations", "observation")  # robomimic's name, and what others made of it
+ONCE = ("next_obs", "initial_state")  # the first repeats the observations, one step later; the second has one row
 LIBERO_CAMERAS = {"agentview_rgb", "eye_in_hand_rgb"}  # kept by tools that replay LIBERO and drop its attributes
 OBSERVED_LATE = ("robot_states",)  # observed after the action, too, although outside of obs
 SPLITS = ("train", "valid", "test")
 ATTRIBUTES = ("macros_image_convention", "env_args", "problem_info", "language_instruction", "robot", "fps", "ep_meta")
+OWN_TEXTS = ("language_instruction", "problem_info/language_instruction", "ep_meta/lang")
 
 
 def detect(path: Path) -> bool:
@@ -65,65 +62,51 @@ def scan(path: Path) -> Iterator[EpisodeRef]:
 def digest(ref: EpisodeRef) -> str:
     with h5py.File(ref.uri, "r") as file:
         data = _data(file)
-        return _digest(data, _name(data, ref))
+        return _digest(data, _name(ref))
 
 
 def load(ref: EpisodeRef) -> Episode:
     path = Path(ref.uri)
     with h5py.File(path, "r") as file:
         data = _data(file)
-        name = _name(data, ref)
+        name = _name(ref)
         demo = child(data, name, h5py.Group)
-        obs = child(demo, "obs", h5py.Group)
-        action = numbers(child(demo, "actions", h5py.Dataset))
-        if action.ndim != 2:
-            raise BadEpisode(f"actions have shape {action.shape}, not one vector per step")
+        seen, obs = _observations(demo)
+        commands, parts, repairs = action_of(demo, ACTIONS)
         env = json_of(_attribute(data, demo, "env_args"))
-        fps, robot, repairs = _fps(data, demo, env), _robot(data, demo, env), list[Repair]()
+        fps, robot = _fps(data, demo, env), _robot(data, demo, env)
         if fps is None:
             fps = DEFAULT_FPS
             repairs.append(Repair("fps", f"control rate unknown; {DEFAULT_FPS:g} Hz assumed"))
         if robot is None:
             repairs.append(Repair("embodiment", "robot unknown"))
 
-        inside = {key: value for key in sorted(obs) if isinstance(value := own(obs, key), h5py.Dataset)}
-        links = [key for key in sorted(obs) if own(obs, key) is None]
-        repairs += [Repair("streams", f"obs/{key} is a link and is not followed") for key in links]
-        images = {k: d for k, d in inside.items() if d.ndim == 4 and d.shape[-1] == 3 and d.dtype == np.uint8}
-        vectors = {k: d for k, d in inside.items() if d.ndim in (1, 2) and d.dtype.kind == "f"}
-        lengths = {len(dataset) for dataset in (*images.values(), *vectors.values())}
-        whole = {k: d for k, d in inside.items() if d.ndim in (1, 2) and d.dtype.kind in "iub" and {len(d)} == lengths}
-        vectors = dict(sorted((vectors | whole).items()))
-        misfits = [key for key in inside if key not in images and key not in vectors]
-        why = "is neither RGB images nor one vector per frame; left out"
-        repairs += [Repair("streams", f"obs/{key} {why}") for key in misfits]
-        steps = len(action)
-        if lengths == {steps + 1}:
-            surplus = "one frame more than actions; the last one, from after the last action, is dropped"
-            repairs.append(Repair("frames", surplus))
-        elif lengths - {steps}:
-            raise BadEpisode(f"{steps} actions, but observations of lengths {sorted(lengths)}")
-
-        proprio = {key: numbers(d)[:steps].reshape(steps, -1) for key, d in vectors.items()}
-        signals, left_out = _signals(demo, steps)
-        repairs += left_out
-        if _observed_after_action(data, demo) and steps > 1:
+        action = np.concatenate([*parts.values()], axis=1) if parts else None
+        steps = len(next(iter(parts.values()))) if parts else common_length(obs)
+        streams = read_streams(path, obs, steps, f"{seen}/")
+        if streams.lengths and not {steps, steps + 1} & streams.lengths.keys():
+            raise BadEpisode(f"{steps} actions, but observations of lengths {sorted(streams.lengths)}")
+        elsewhere = (seen, *ONCE, *([commands] if commands in parts else []))
+        others = read_streams(path, demo, steps, skip=lambda place: place.partition("/")[0] in elsewhere)
+        repairs += [*streams.repairs, *others.repairs]
+        cameras = others.cameras | streams.cameras
+        proprio, signals = _sorted_out(streams, others, seen)
+        if action is not None and _observed_after_action(data, demo) and steps > 1:
             steps -= 1
             action, proprio = action[1:], {key: rows[:steps] for key, rows in proprio.items()}
-            signals = {key: rows[:steps] if key in OBSERVED_LATE else rows[1:] for key, rows in signals.items()}
-            late = "LIBERO stores the observation after each action; actions are shifted by one row"
-            repairs.append(Repair("steps", late))
-        if SIMULATED in proprio:
-            signals[f"obs/{SIMULATED}"] = proprio.pop(SIMULATED)
-        texts = _texts(data, demo)
-        bottom_up = text(_attribute(data, demo, "macros_image_convention")) == "opengl"
-        cameras: dict[str, Video] = {}
-        for key, stored in images.items():
-            video = sliced_video(steps, frames_reader(path, f"data/{name}/obs/{key}"), at_once(stored))
-            cameras[_camera_name(key, images)] = upside_down(video) if bottom_up else video
-        if bottom_up and images:
+            late = {key for key in signals if key in OBSERVED_LATE or key.startswith(f"{seen}/")}
+            signals = {key: rows[:steps] if key in late else rows[1:] for key, rows in signals.items()}
+            cameras = {key: first_frames(video, steps) for key, video in cameras.items()}
+            shifted = "LIBERO stores the observation after each action; actions are shifted by one row"
+            repairs.append(Repair("steps", shifted))
+        texts = _texts(file, data, demo) | others.texts
+        texts |= {f"{seen}/{key}": words for key, words in streams.texts.items()}
+        instruction, guess = instruction_of(texts, OWN_TEXTS)
+        convention = text(_attribute(data, demo, "macros_image_convention"))
+        if convention == "opengl" and cameras:
+            cameras = {key: upside_down(video) for key, video in cameras.items()}
             repairs.append(Repair("flip", "images are stored bottom-up (opengl); flipped"))
-        elif images.keys() >= LIBERO_CAMERAS and not text(_attribute(data, demo, "macros_image_convention")):
+        elif not convention and {f"{key}_rgb" for key in cameras} >= LIBERO_CAMERAS:
             untold = "LIBERO's own files store images bottom-up; this one does not say, and they are not flipped"
             repairs.append(Repair("flip", untold))
         return Episode(
@@ -132,11 +115,11 @@ def load(ref: EpisodeRef) -> Episode:
             cameras=cameras,
             proprio=proprio,
             action=action,
-            action_layout=_layout(action.shape[1], env),
-            instruction=next(filter(None, texts.values()), None),
+            action_layout=_layout(parts, env),
+            instruction=instruction,
             success=_success(demo),
             embodiment=robot or "unknown",
-            repairs=tuple(repairs),
+            repairs=(*repairs, *guess),
             signals=signals,
             texts=texts,
             dataset=_suite(data, demo),
@@ -144,21 +127,35 @@ def load(ref: EpisodeRef) -> Episode:
         )
 
 
+def _observations(demo: h5py.Group) -> tuple[str, h5py.Group]:
+    for name in OBSERVATIONS:
+        if isinstance(group := own(demo, name), h5py.Group):
+            return name, group
+    advice = "; it has only a simulator's states: render them with robomimic's dataset_states_to_obs.py"
+    raise BadEpisode(f"no group 'obs' in {demo.name}{advice if own(demo, 'states') is not None else ''}")
+
+
+def _sorted_out(streams: Streams, others: Streams, seen: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Proprioception, and signals: what no robot observes, and all vectors outside of the observations."""
+    simulated = {key for key in streams.vectors if key.partition("/")[0] in SIMULATED}
+    signals = others.vectors | others.tables
+    signals |= {f"{seen}/{key}": streams.vectors[key] for key in sorted(simulated)}
+    signals |= {f"{seen}/{key}": rows for key, rows in streams.tables.items()}
+    return {key: rows for key, rows in streams.vectors.items() if key not in simulated}, signals
+
+
 def _observed_after_action(data: h5py.Group, demo: h5py.Group) -> bool:
     return bool(text(_attribute(data, demo, "bddl_file_name")))
 
 
-def _camera_name(key: str, images: dict[str, Any]) -> str:
-    """``agentview_rgb`` (LIBERO) and ``agentview_image`` (robomimic) are both the camera agentview."""
-    short = re.sub(r"_(rgb|image)$", "", key)
-    return key if sum(re.sub(r"_(rgb|image)$", "", other) == short for other in images) > 1 else short
-
-
-def _layout(width: int, env: dict[str, Any]) -> tuple[ActionBlock, ...]:
+def _layout(parts: dict[str, np.ndarray], env: dict[str, Any]) -> tuple[ActionBlock, ...]:
     """robosuite's OSC_POSE takes seven numbers, Meta-World's controller four, all scaled to +-1; +1 closes the gripper.
 
     Other simulators and controllers differ (Isaac Lab opens the gripper at +1), so their actions stay one block.
     """
+    if len(parts) != 1:
+        return tuple(ActionBlock(name=name, size=rows.shape[1]) for name, rows in parts.items())
+    width = next(iter(parts.values())).shape[1]
     kind, delta = _controller(env)
     elsewhere = isinstance(env.get("type"), int) and env["type"] != ROBOSUITE
     if elsewhere or kind not in (None, "OSC_POSE", "OSC_POSITION"):
@@ -196,24 +193,7 @@ def _controller(env: dict[str, Any]) -> tuple[str | None, bool]:
     return text(config.get("type")) or None, delta
 
 
-def _signals(demo: h5py.Group, steps: int) -> tuple[dict[str, np.ndarray], list[Repair]]:
-    """All vectors with a row per step outside of the observations, and a repair for each that does not fit."""
-    signals, repairs = dict[str, np.ndarray](), list[Repair]()
-    for key, dataset in datasets(demo):
-        if key == "actions" or key.startswith(OBSERVED) or dataset.dtype.kind not in "fiub":
-            continue
-        if dataset.ndim not in (1, 2) or dataset.size == 0:
-            continue
-        if len(dataset) not in (steps, steps + 1):
-            repairs.append(Repair("streams", f"{key} has {len(dataset)} rows for {steps} actions; left out"))
-            continue
-        signals[key] = numbers(dataset)[:steps].reshape(steps, -1)
-        if len(dataset) > steps:
-            repairs.append(Repair("steps", f"{key} has one row more than actions; its last row is dropped"))
-    return signals, repairs
-
-
-def _texts(data: h5py.Group, demo: h5py.Group) -> dict[str, str]:
+def _texts(file: h5py.File, data: h5py.Group, demo: h5py.Group) -> dict[str, str]:
     found = {
         "language_instruction": _attribute(data, demo, "language_instruction"),
         "problem_info/language_instruction": json_of(_attribute(data, demo, "problem_info")).get(
@@ -221,7 +201,8 @@ def _texts(data: h5py.Group, demo: h5py.Group) -> dict[str, str]:
         ),
         "ep_meta/lang": json_of(_attribute(data, demo, "ep_meta")).get("lang"),  # RoboCasa
     }
-    return {name: instruction for name, value in found.items() if (instruction := text(value))}
+    own_texts = {name: instruction for name, value in found.items() if (instruction := text(value))}
+    return own_texts | {name: said for name, said in texts_of(demo, data, file).items() if name not in own_texts}
 
 
 def _suite(data: h5py.Group, demo: h5py.Group) -> str | None:
@@ -240,7 +221,9 @@ def _split(file: h5py.File, name: str) -> str | None:
 
 
 def _success(demo: h5py.Group) -> bool | None:
-    """A sparse reward is 1 where the task is done. ``dones`` comes second: it may just mark the end."""
+    """A sparse reward is 1 where the task is done. ``dones`` comes last: it may just mark the end."""
+    if isinstance(marked := demo.attrs.get("success"), bool | np.bool_ | int | np.integer):  # Isaac Lab
+        return bool(marked)
     for name in ("rewards", "dones"):
         values = own(demo, name)
         if isinstance(values, h5py.Dataset) and values.size:
@@ -287,22 +270,32 @@ def _finding(file: Path, data: h5py.Group, name: str) -> Finding:
 def _digest(data: h5py.Group, name: str) -> str:
     demo = child(data, name, h5py.Group)
     late = "afterwards" if _observed_after_action(data, demo) else None
-    return digest_of(demo, {name: _attribute(data, demo, name) for name in ATTRIBUTES} | {"seen": late})
+    known = {name: _attribute(data, demo, name) for name in ATTRIBUTES} | {"seen": late}
+    marked = {"success": None if (mark := demo.attrs.get("success")) is None else str(mark)}
+    return digest_of(demo, known | marked | other_texts(known, demo, data, data.file))
 
 
 def _data(file: h5py.File) -> h5py.Group:
-    return child(file, "data", h5py.Group)
+    if not isinstance(data := own(file, "data"), h5py.Group):
+        raise BadEpisode(f"no group 'data' in /: {resembles(file)}")
+    return data
 
 
 def _demos(data: h5py.Group) -> list[str]:
-    names = [name for name in data if isinstance(own(data, name), h5py.Group)]
+    names = groups(data)
     if not names:
         raise BadEpisode("data/ holds no demonstration")
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
 
-def _name(data: h5py.Group, ref: EpisodeRef) -> str:
-    names = _demos(data)
+@lru_cache(maxsize=2)  # the demonstrations of a file are read one after the other, and there may be 60,000
+def _remembered(uri: str, _modified: int) -> list[str]:
+    with h5py.File(uri, "r") as file:
+        return _demos(_data(file))
+
+
+def _name(ref: EpisodeRef) -> str:
+    names = _remembered(ref.uri, Path(ref.uri).stat().st_mtime_ns)
     if ref.index >= len(names):
         raise BadEpisode(f"the file now has only {len(names)} demonstrations, fewer than when it was listed")
     return names[ref.index]

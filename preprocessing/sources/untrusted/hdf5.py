@@ -1,4 +1,4 @@
-"""Untrusted HDF5 files: which kind of recording they hold, their contents and digests.
+"""Untrusted HDF5 files: their contents and digests.
 
 Nothing outside of a file is read: soft and external links, external storage and virtual data sets are not followed.
 A digest covers values, not bytes, so a repacked file keeps it.
@@ -9,54 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any
 
 import h5py
 import numpy as np
 
-from preprocessing.episode import FRAMES_PER_CHUNK
 from preprocessing.errors import BadEpisode
 from preprocessing.limits import limits
 
-SIGNATURE = b"\x89HDF\r\n\x1a\n"
-SUFFIXES = (".hdf5", ".h5")
 PIECE_BYTES = 2**24
 MAX_UNWRITTEN = 2**16  # chunks: they take no space in a file, but time to read
 MAX_PACKED = 4096  # compression ratio; Deflate's best is 1032
-MAX_MEMBERS = 2**16  # of one episode; a few linked groups can unfold to any number
-
-Kind = Literal["aloha", "droid", "demonstrations"]
-
-
-def hdf5_files(path: Path, kind: Kind) -> Iterator[Path]:
-    """The file itself, or the files directly in a folder: by suffix, else by signature.
-
-    Unknown files count as demonstrations; their reader reports what is wrong.
-    """
-    for file in [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file()):
-        named = file.suffix.lower() in SUFFIXES
-        if not file.name.startswith(".") and (named or _is_hdf5(file)) and _kind(file) == kind:
-            yield file
-
-
-def _is_hdf5(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(SIGNATURE)) == SIGNATURE
-
-
-def _kind(path: Path) -> Kind:
-    try:
-        with h5py.File(path, "r") as file:
-            if isinstance(own(file, "observations"), h5py.Group) and isinstance(own(file, "action"), h5py.Dataset):
-                return "aloha"
-            groups = [own(file, "observation"), own(file, "action")]
-            if path.name == "trajectory.h5" and all(isinstance(group, h5py.Group) for group in groups):
-                return "droid"
-    except (OSError, RuntimeError, BadEpisode):
-        pass
-    return "demonstrations"
+MAX_MEMBERS = 2**13  # of one episode; a few linked groups can unfold to any number
+MAX_DEPTH = 32  # of groups within groups
+MAX_VARIABLE = 2**20  # texts, or other values of variable length, in one data set; each takes a microsecond or more
 
 
 def child(group: h5py.Group, name: str, kind: type) -> Any:
@@ -65,6 +32,19 @@ def child(group: h5py.Group, name: str, kind: type) -> Any:
     if not isinstance(member, kind):
         raise BadEpisode(f"no {'group' if kind is h5py.Group else 'data set'} {name!r} in {group.name}")
     return member
+
+
+def groups(group: h5py.Group) -> list[str]:
+    """The names of the groups in a group, links aside, without opening each: there may be 60,000."""
+    found = []
+    for name in group:
+        place = name.encode("utf-8", "surrogateescape")
+        try:
+            if group.id.links.get_info(place).type == h5py.h5l.TYPE_HARD:
+                found += [name] if h5py.h5o.get_info(group.id, place).type == h5py.h5o.TYPE_GROUP else []
+        except (KeyError, OSError, RuntimeError, ValueError) as error:
+            raise BadEpisode(f"{name} in {group.name} cannot be opened: {error}") from None
+    return found
 
 
 def own(group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset | None:
@@ -94,6 +74,8 @@ def check_claims(dataset: h5py.Dataset) -> None:
         raise BadEpisode(f"{dataset.name} holds images of {dataset.shape[1:3]}, more than limits.picture_pixels")
     if math.prod(dataset.chunks or ()) * dataset.dtype.itemsize > most.array_bytes:
         raise BadEpisode(f"{dataset.name} has chunks of {dataset.chunks}, more than limits.array_bytes")
+    if dataset.dtype.hasobject and dataset.size > MAX_VARIABLE:
+        raise BadEpisode(f"{dataset.name} holds {dataset.size} values of variable length, more than {MAX_VARIABLE}")
     unwritten = 0
     if dataset.chunks:
         parts = (math.ceil(size / part) for size, part in zip(dataset.shape, dataset.chunks, strict=True))
@@ -144,35 +126,26 @@ def digest_of(group: h5py.Group, attributes: dict[str, Any]) -> str:
 
 def datasets(group: h5py.Group) -> Iterator[tuple[str, h5py.Dataset]]:
     """Yield all data sets below a group, by path, sorted."""
-    for number, (name, member) in enumerate(_members(group, "")):
-        if number == MAX_MEMBERS:
-            raise BadEpisode(f"{group.name} has more than {MAX_MEMBERS} members")
+    for name, member in members(group):
         if isinstance(member, h5py.Dataset) and member.shape is not None:
             yield name, member
 
 
-def _members(group: h5py.Group, prefix: str) -> Iterator[tuple[str, h5py.Group | h5py.Dataset | None]]:
+def members(group: h5py.Group) -> Iterator[tuple[str, h5py.Group | h5py.Dataset | None]]:
+    """Yield everything below a group, by path, sorted; None for links. Raises BadEpisode if it is too much."""
+    for number, found in enumerate(_members(group, "", 0)):
+        if number == MAX_MEMBERS:
+            raise BadEpisode(f"{group.name} has more than {MAX_MEMBERS} members")
+        yield found
+
+
+def _members(group: h5py.Group, prefix: str, depth: int) -> Iterator[tuple[str, h5py.Group | h5py.Dataset | None]]:
+    if depth > MAX_DEPTH:
+        raise BadEpisode(f"{group.name[:80]}... lies more than {MAX_DEPTH} groups deep")
+    if len(group) > MAX_MEMBERS:
+        raise BadEpisode(f"{group.name} has {len(group)} members, more than {MAX_MEMBERS}")
     for key in sorted(group):
         member = own(group, key)
         yield f"{prefix}{key}", member
         if isinstance(member, h5py.Group):
-            yield from _members(member, f"{prefix}{key}/")
-
-
-def at_once(images: h5py.Dataset) -> int:
-    """How many raw images to hold in memory."""
-    return max(1, min(FRAMES_PER_CHUNK, limits().array_bytes // max(1, math.prod(images.shape[1:]))))
-
-
-def frames_reader(path: Path, name: str) -> Callable[[int, int], np.ndarray]:
-    """Read slices of a data set. Opens the file each time: an open handle would outlive its consumer and cannot be
-    pickled."""
-
-    def read(start: int, stop: int) -> np.ndarray:
-        try:
-            with h5py.File(path, "r") as file:
-                return file[name][start:stop]
-        except (OSError, KeyError) as error:
-            raise BadEpisode(f"{name} cannot be read from frame {start}: {error}") from None
-
-    return read
+            yield from _members(member, f"{prefix}{key}/", depth + 1)

@@ -9,11 +9,13 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from helpers.formats import moving, numbered, write_aloha, write_demos
+from helpers.formats import jpeg, moving, numbered, write_aloha, write_demos
 from helpers.readers import episodes_of, frames_of, refs_of, said, sizes
 
 from preprocessing.contracts.contract import DataContract
 from preprocessing.errors import BadEpisode
+from preprocessing.inspect.check import measure
+from preprocessing.inspect.infer import contract_yaml
 from preprocessing.sources import digest, find, load, scan
 
 
@@ -98,8 +100,10 @@ def test_observations_that_are_no_camera_or_vector_are_reported(tmp_path):
         obs["agentview_depth"], obs["touches"] = np.zeros((5, 8, 8, 1), np.float32), np.arange(5)
         obs["serial_number"] = np.arange(12)
     (episode,) = episodes_of(path)
-    for name in ("agentview_depth", "serial_number"):
-        assert f"obs/{name} is neither RGB images nor one vector per frame; left out" in said(episode)
+    depth = (
+        "obs/agentview_depth is float32 of shape (T, 8, 8, 1): a single channel (depth, a mask or grey), not colours"
+    )
+    assert {f"{depth}; left out", "obs/serial_number has 12 rows for 5 actions; left out"} <= {*said(episode)}
     assert episode.proprio["touches"].ravel().tolist() == [0, 1, 2, 3, 4]
 
 
@@ -175,14 +179,194 @@ def test_other_numbers_per_step_are_signals(tmp_path):
         file["mask/valid"] = np.array(["demo_1"], "S")
         file["mask/20_percent"] = np.array(["demo_1"], "S")
     first, second, third = episodes_of(path)
-    assert set(first.signals) == {"action_dict/rel_pos", "actions_abs", "dones", "rewards", "states"}
+    assert set(first.signals) == {"action_dict/rel_pos", "actions_abs", "dones", "matrices", "rewards", "states"}
     assert np.array_equal(first.signals["states"], states[:5].astype(np.float32))
     assert np.array_equal(first.signals["actions_abs"], absolute.astype(np.float32))
     assert first.signals["rewards"].ravel().tolist() == [0, 0, 0, 1, 0]
     assert "states has one row more than actions; its last row is dropped" in said(first)
-    assert "short has 3 rows for 5 actions; left out" in said(first)
+    assert {"short has 3 rows for 5 actions; left out", "names holds texts, not numbers; left out"} <= {*said(first)}
     assert [episode.split for episode in (first, second, third)] == ["train", "valid", "train"]
     assert first.texts == {"problem_info/language_instruction": "open the drawer", "ep_meta/lang": "open it"}
+
+
+def test_groups_below_observations_and_actions(tmp_path):
+    path = write_demos(tmp_path / "a.hdf5", demos=1, opengl=False)
+    rng = np.random.default_rng(1)
+    with h5py.File(path, "a") as file:
+        del file["data"].attrs["problem_info"]
+        demo = file["data/demo_0"]
+        demo.attrs["task_description"], demo.attrs["success"] = "stack the cups", False
+        demo["obs/cams/wrist"], demo["obs/cams/front/rgb"] = numbered(5), moving(5)
+        demo["obs/robot/eef_pos"], demo["obs/robot/pose"] = np.arange(15.0).reshape(5, 3), np.ones((5, 4, 4))
+        demo["obs/datagen_info/object_pose"] = np.ones((5, 7))
+        demo["initial_state/robot/joints"], demo["states/robot/joints"] = np.ones((1, 9)), np.ones((5, 9))
+        demo["images/side"], demo["poses"] = numbered(5, 32), np.zeros(5, [("x", "f4"), ("y", "f4")])
+        del demo["actions"]
+        demo["actions/gripper"], demo["actions/arm"] = rng.normal(size=5), rng.normal(size=(5, 6))
+    (ref,) = refs_of(path)
+    episode = load(ref)
+    assert list(episode.cameras) == ["images/side", "agentview", "cams/front", "cams/wrist"]
+    assert np.array_equal(frames_of(episode, "cams/wrist"), numbered(5))
+    assert np.array_equal(frames_of(episode, "cams/front"), moving(5))
+    assert episode.proprio["robot/eef_pos"][4].tolist() == [12, 13, 14]
+    assert episode.signals["obs/robot/pose"].shape == (5, 16) and "obs/datagen_info/object_pose" in episode.signals
+    assert "states/robot/joints" in episode.signals and "initial_state/robot/joints" not in episode.signals
+    assert sizes(episode.action_layout) == {"actions/arm": 6, "actions/gripper": 1} and episode.action.shape == (5, 7)
+    assert (episode.instruction, episode.success) == ("stack the cups", False)
+    order = "actions is a group; the action is its parts in this order: actions/arm, actions/gripper"
+    told = {
+        order,
+        "the instruction is taken from task_description",
+        "poses holds records of x, y, not numbers; left out",
+    }
+    assert told <= {*said(episode)}
+    contract = DataContract(
+        action=("actions/gripper",), cameras={"cams/wrist": "wrist"}, proprio={"robot/eef_pos": "hand"}, instruction="x"
+    )
+    under = load(ref, contract)
+    assert under.action.shape == (5, 1) and [*under.cameras, *under.proprio] == ["wrist", "hand"]
+    assert not any("actions is a group" in text or "taken from" in text for text in said(under))
+    inferred = contract_yaml(measure([ref], None, [ref]), "a.hdf5")
+    assert all(name in inferred for name in ("cams/wrist", "robot/eef_pos", "obs/robot/pose (16)", "actions/arm (6)"))
+    with h5py.File(path, "a") as file:
+        file["data/demo_0"].attrs["task_description"] = "stack the plates"
+    assert digest(ref) != ref.digest
+
+
+@pytest.mark.parametrize(
+    "pictures, reason",
+    [
+        (numbered(5).transpose(0, 3, 1, 2), "has its channels first; moved last"),
+        ((numbered(5) / np.float32(255)), "is recorded from 0 to 1; scaled to 0 to 255"),
+        ((numbered(5) / 255).transpose(0, 3, 1, 2), "has its channels first; moved last"),
+        (numbered(5).astype(np.float64), "is recorded as float64; read as 0 to 255"),
+        (numbered(5).astype(np.int64), "is recorded as int64; read as 0 to 255"),
+        (np.concatenate([numbered(5), numbered(5)[..., :1]], axis=3), "has an alpha channel; dropped"),
+    ],
+)
+def test_images_stored_in_other_ways(tmp_path, pictures, reason):
+    path = write_demos(tmp_path / "a.hdf5", demos=1)
+    with h5py.File(path, "a") as file:
+        file["data/demo_0/obs/top"] = pictures
+    (episode,) = episodes_of(path)
+    assert np.array_equal(frames_of(episode, "top"), numbered(5)[:, ::-1])
+    assert f"obs/top {reason}" in said(episode)
+
+
+@pytest.mark.parametrize(
+    "pictures, reason",
+    [
+        (np.full((5, 64, 64), 900, np.uint16), r"uint16 of shape \(T, 64, 64\): a single channel"),
+        (np.ones((5, 1, 64, 64), np.float32), "a single channel"),
+        (np.full((5, 64, 64, 3), 900, np.uint16), "it ranges from 900 to 900, which are not colours"),
+        (np.full((5, 64, 64, 3), -1.0), "it ranges from -1 to -1"),
+        (np.full((5, 64, 64, 3), np.nan), "it ranges from nan to nan"),
+        (np.ones((5, 64, 64, 2), np.uint8), "neither its last axis nor its first has three channels"),
+        (np.ones((5, 64, 64, 3), bool), "not colour images"),
+        (numbered(3), "has 3 rows for 5 actions"),
+        (np.array([b"\xff\xd8\xff broken"] * 5, "S"), "an image cannot be decoded|neither JPEG nor PNG"),
+    ],
+)
+def test_what_looks_like_a_camera_is_left_out_with_a_reason(tmp_path, pictures, reason):
+    path = write_demos(tmp_path / "a.hdf5", demos=1)
+    with h5py.File(path, "a") as file:
+        file["data/demo_0/obs/top"] = pictures
+    (whole,) = episodes_of(path)
+    assert list(whole.cameras) == ["agentview"]
+    assert any(re.search(rf"obs/top.*({reason}).*left out", text) for text in said(whole))
+    with h5py.File(path, "a") as file:
+        del file["data/demo_0/obs/agentview_rgb"]
+    (ref,) = refs_of(path)
+    with pytest.raises(BadEpisode, match=rf"^has no camera: .*obs/top.*({reason})"):
+        load(ref)
+
+
+@pytest.mark.parametrize("rows", ["padded", "fixed", "loose"])
+def test_observed_images_as_jpeg_files(tmp_path, rows):
+    path, files = write_demos(tmp_path / "a.hdf5", demos=1), [jpeg(picture) for picture in numbered(5)]
+    with h5py.File(path, "a") as file:
+        if rows == "loose":
+            stored = file.create_dataset("data/demo_0/obs/top", (5,), h5py.vlen_dtype(np.uint8))
+            for row, data in enumerate(files):
+                stored[row] = np.frombuffer(data, np.uint8)
+        else:
+            padded = np.array(files, f"S{max(map(len, files))}")
+            file["data/demo_0/obs/top"] = padded if rows == "fixed" else padded[:, None].view(np.uint8)
+    (episode,) = episodes_of(path)
+    assert np.abs(frames_of(episode, "top").astype(int) - numbered(5)[:, ::-1]).max() <= 1
+    assert "obs/top holds JPEG files, read as RGB; writers that use OpenCV often swap red and blue" in said(episode)
+
+
+def test_a_demonstration_without_actions_is_told(tmp_path):
+    path = write_demos(tmp_path / "a.hdf5", demos=1)
+    with h5py.File(path, "a") as file:
+        del file["data/demo_0/actions"]
+        file["data/demo_0/command/arm"] = np.ones((5, 6))
+    (episode,) = episodes_of(path)
+    assert episode.action is None and len(frames_of(episode, "agentview")) == 5
+    assert any("no action was found" in text and "command/arm" in text for text in said(episode))
+
+
+@pytest.mark.parametrize(
+    "clock, recorded",
+    [
+        (1.7e9 + np.arange(5) / 20, np.arange(5) / 20),
+        (np.arange(5, dtype=np.int64) * 50_000_000 + 1_700_000_000_000_000_001, np.arange(5) * 5e7),
+        (np.arange(5, dtype=np.uint64) * 50_000 + 1_700_000_000_000_000, np.arange(5) * 5e4),
+        ((np.arange(5) * 50 + 1_700_000_000_000)[:, None], np.arange(5) * 50),
+        (np.array([1.7e9, np.nan, 1.7e9 + 0.1, 1.7e9 + 0.05, 1.7e9 + 0.2]), [0, np.nan, 0.1, 0.05, 0.2]),
+        (np.arange(5) + 170_000, np.arange(5) + 170_000),
+        (np.arange(5) + 0.125, np.arange(5) + 0.125),
+        (np.full(5, 1.7e9), np.full(5, np.float32(1.7e9))),
+    ],
+)
+def test_clocks_count_from_the_first_step(tmp_path, clock, recorded):
+    path = write_demos(tmp_path / "a.hdf5", demos=1)
+    with h5py.File(path, "a") as file:
+        file["data/demo_0/clock/hardware"], file["data/demo_0/obs/clock"] = clock, clock
+    (episode,) = episodes_of(path)
+    mended = recorded[0] == 0
+    for name, rows in (("clock/hardware", episode.signals["clock/hardware"]), ("obs/clock", episode.proprio["clock"])):
+        assert np.allclose(rows[:, 0], recorded, rtol=1e-6, atol=1e-6, equal_nan=True)
+        assert any(text.startswith(f"{name} now counts from the first step") for text in said(episode)) == mended
+
+
+@pytest.mark.parametrize(
+    "write, says",
+    [
+        (lambda file: file.create_group("data/demo_0/states"), "no group 'obs' in /data/demo_0; it has only"),
+        (lambda file: file.create_group("puppet"), "looks like RoboMIND's"),
+        (lambda file: file.update({"observations": np.ones((5, 3)), "actions": np.ones((5, 3))}), "looks like D4RL's"),
+        (lambda file: file.create_group("observations/images"), "looks like ALOHA's or RoboTwin's, but has no action"),
+        (lambda file: file.create_group("traj_0/obs"), "traj_0 is neither below a group data"),
+        (lambda file: file.update({"x": 1, "y": 2}), "of no known format .*; it holds x, y"),
+        (lambda file: file.create_group("a" + "/a" * 100), "of no known format"),
+    ],
+)
+def test_an_unknown_file_is_refused_with_what_it_looks_like(tmp_path, write, says):
+    with h5py.File(tmp_path / "a.hdf5", "w") as file:
+        write(file)
+    (ref,) = refs_of(tmp_path / "a.hdf5")
+    with pytest.raises(BadEpisode, match=says):
+        load(ref)
+
+
+def test_endless_members_texts_and_depth_are_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("preprocessing.sources.untrusted.hdf5.MAX_MEMBERS", 64)
+    path = write_demos(tmp_path / "a.hdf5", demos=4)
+    with h5py.File(path, "a") as file:
+        file.create_dataset("data/demo_0/log", (10**7,), h5py.string_dtype())
+        for number in range(65):
+            file["data/demo_1/obs"].create_group(f"{number}")
+        file["data/demo_2"].create_group("a" + "/a" * 100)
+    *problems, whole = refs_of(path)
+    says = [
+        "log holds 10000000 values of variable length",
+        "obs has 68 members, more than 64",
+        "more than 32 groups deep",
+    ]
+    assert all(say in str(ref.problem) for say, ref in zip(says, problems, strict=True))
+    assert load(whole).action is not None
 
 
 @pytest.mark.parametrize(
@@ -271,10 +455,9 @@ def test_aloha_observations_besides_joints(tmp_path):
     (episode,) = episodes_of(path)
     assert list(episode.proprio) == ["qpos", "qvel", "time"]
     assert episode.proprio["time"].ravel().tolist() == [0, 1, 2, 3, 4]
+    assert episode.signals["observations/depth"].shape == (5, 16)
     left_out = [repair for repair in said(episode) if "left out" in repair]
-    assert left_out == [
-        f"observations/{name} is not one vector of numbers per step; left out" for name in ("depth", "note")
-    ]
+    assert left_out == ["observations/note holds texts, not numbers; left out"]
 
 
 def test_aloha_with_mismatched_lengths(tmp_path):
@@ -282,7 +465,7 @@ def test_aloha_with_mismatched_lengths(tmp_path):
     with h5py.File(path, "r+") as file:
         del file["action"]
         file["action"] = np.zeros((6, 14))
-    with pytest.raises(BadEpisode, match="6 actions, but 5 images of cam_high"):
+    with pytest.raises(BadEpisode, match=r"6 actions, but observations of lengths \[5\]"):
         load(*scan("aloha", path))
     path = write_aloha(tmp_path / "episode_1.hdf5", numbered(5), base_action=np.ones((6, 2)))
     with pytest.raises(BadEpisode, match="5 actions, but 6 rows of base_action"):
@@ -291,11 +474,15 @@ def test_aloha_with_mismatched_lengths(tmp_path):
 
 def test_aloha_images_that_are_not_rgb(tmp_path):
     more = {
-        "observations/images/first": np.zeros((5, 3, 8, 8), np.uint8),
-        "observations/images/deep": np.zeros((5, 8, 8)),
+        "observations/images/first": numbered(5, 8).transpose(0, 3, 1, 2),
+        "observations/images/deep": np.zeros((5, 16, 16)),
+        "observations/images/short": numbered(4),
     }
     (episode,) = episodes_of(write_aloha(tmp_path / "episode_0.hdf5", numbered(5), **more))
-    assert list(episode.cameras) == ["cam_high"]
-    told = [repair for repair in said(episode) if "not RGB images" in repair]
-    assert told[0] == "observations/images/deep is (5, 8, 8) of float64, not RGB images; left out"
-    assert told[1].startswith("observations/images/first is (5, 3, 8, 8) of uint8")
+    assert list(episode.cameras) == ["cam_high", "first"]
+    assert np.array_equal(frames_of(episode, "first"), numbered(5, 8))
+    above = "observations/images/"
+    alone = "is float64 of shape (T, 16, 16): a single channel (depth, a mask or grey), not colours; left out"
+    short = "short has 4 rows for 5 actions; left out"
+    told = {f"{above}deep {alone}", f"{above}{short}", f"{above}first has its channels first; moved last"}
+    assert told <= {*said(episode)}
