@@ -9,13 +9,12 @@ import sys
 
 from infra.simulators.face import load_suite
 from pipelines.models.policy import Policy
-from pipelines.models.resolve import resolve
 from pipelines.models.session import Session
 
 
 def main(model: str, task: str, seed: int = 0) -> bool:
     """Run one episode of a Meta-World task; return whether it succeeded."""
-    policy, suite = Policy(resolve(model)), load_suite("metaworld")
+    policy, suite = Policy.of(model), load_suite("metaworld")
     policy.accept(suite.INTERFACE, "Meta-World")  # the same cameras, proprioception and actions as in training?
     simulator = suite.make(task, policy.image_size)
     session = Session(policy, seed)

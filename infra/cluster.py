@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,15 +31,19 @@ def cluster(address: str | None = None, verbose: bool = False) -> Iterator[None]
             logging.getLogger(name).setLevel(logging.ERROR)
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are also raised
     # "local", not None: after a crash a stale file would point to a cluster that is gone.
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
-    _check_reachable(address)
-    with _silent_start(verbose):
-        ray.init(
-            address=address,
-            log_to_driver=verbose,
-            logging_level=logging.INFO if verbose else logging.ERROR,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "RAY_TRAIN_V2_ENABLED": "1"}},
-        )
+    address = check_address(address) or "local"
+    try:
+        with _silent_start(verbose):
+            ray.init(
+                address=address,
+                log_to_driver=verbose,
+                logging_level=logging.INFO if verbose else logging.ERROR,
+                runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "RAY_TRAIN_V2_ENABLED": "1"}},
+            )
+    except RuntimeError as error:
+        if mismatch := _version_mismatch(str(error)):
+            raise ConnectionError(f"{address}: {mismatch}") from None
+        raise
     try:
         yield
     finally:
@@ -63,17 +68,34 @@ def data_context() -> Iterator[Any]:
         yield context
 
 
-def _check_reachable(address: str) -> None:
-    """Raise ConnectionError if nothing listens at the address. Ray itself would retry for minutes."""
+def check_address(address: str | None) -> str | None:
+    """Return the address, or RAY_ADDRESS if it is None; None if there is neither.
+
+    Raises ConnectionError if it is no address, or if nothing listens there: Ray itself would retry for minutes.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    if address in (None, "local", "auto"):
+        return address
     host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if not (colon and port.isdigit()):  # local, auto
-        return
+    if not (host and colon and port.isdigit()) or "/" in host:
+        raise ConnectionError(f"{address}: not the address of a Ray cluster; give HOST:PORT, ray://HOST:PORT or auto")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except (OSError, OverflowError) as error:
         raise ConnectionError(
             f"no Ray cluster answers at {address} ({error}); check --address and RAY_ADDRESS"
         ) from None
+    return address
+
+
+def _version_mismatch(message: str) -> str | None:
+    """Return Ray's complaint about differing versions as one line; None if it complains about something else."""
+    ray_versions, pythons = (re.findall(rf"{what}(?: version)?:? v?(\d[\w.]*)", message) for what in ("Ray", "Python"))
+    if "ersion mismatch" not in message or not (len(ray_versions) == 2 or len(pythons) == 2):
+        return None
+    found = [(what, *pair) for what, pair in (("Ray", ray_versions), ("Python", pythons)) if len(pair) == 2]
+    cluster, here = (" and ".join(f"{what} {pair[i]}" for what, *pair in found) for i in (0, 1))
+    return f"the cluster runs {cluster}, this machine {here}; install the same versions on both"
 
 
 @contextlib.contextmanager

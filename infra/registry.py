@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import tempfile
 import warnings
 from pathlib import Path
@@ -15,6 +16,10 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.tracking import MlflowClient
 from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
+
+NAME = re.compile(r"[\w .-]{1,200}")  # of a model: MLflow refuses / and :, and @ separates an alias
+# MLflow gives "latest" and "v1" a meaning of their own.
+ALIAS = re.compile(r"(?!latest$|v\d+$)[\w-]{1,200}", re.IGNORECASE | re.ASCII)
 
 
 def register(
@@ -69,6 +74,19 @@ def version_of(name: str, version_or_alias: str) -> tuple[str, str] | None:
     return str(found.version), str(found.run_id)
 
 
+def embodiment_of(model: str) -> str | None:
+    """Return the embodiment that ``models:/...`` was registered for; None if there is no such model."""
+    try:
+        return (_flavor(model).get("config") or {}).get("embodiment")
+    except (MlflowException, OSError):
+        return None
+
+
+def _flavor(model: str) -> dict[str, Any]:
+    """Return what MLflow recorded of the model: its ``config``, and its ``artifacts`` with their paths."""
+    return mlflow.models.get_model_info(model).flavors["python_function"]
+
+
 def metrics(run_id: str) -> dict[str, float]:
     return dict(MlflowClient().get_run(run_id).data.metrics)
 
@@ -89,6 +107,7 @@ def promotion_lock(name: str) -> FileLock:
 def download(model: str) -> Path | None:
     """Download the checkpoint of ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION``; None if there is none."""
     try:
-        return Path(mlflow.artifacts.download_artifacts(f"{model}/artifacts/checkpoint"))
+        folder = _flavor(model)["artifacts"]["checkpoint"]["path"]  # named like the folder that was registered
+        return Path(mlflow.artifacts.download_artifacts(f"{model}/{folder}"))
     except (MlflowException, OSError):
         return None

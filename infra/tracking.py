@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,25 @@ def log_text(run_id: str, text: str, name: str) -> None:
 
 def log_folder(run_id: str, folder: Path, name: str) -> None:
     MlflowClient().log_artifacts(run_id, str(folder), name)
+
+
+def has_run(run_id: str) -> bool:
+    connect()
+    try:
+        return bool(MlflowClient().get_run(run_id))
+    except MlflowException:
+        return False
+
+
+def run_ids(start: str) -> list[str]:
+    """Return the ids of the runs that begin with ``start``, hexadecimal digits."""
+    if not re.fullmatch("[0-9a-f]{1,32}", start):
+        return []
+    connect()
+    client = MlflowClient()
+    experiments = [one.experiment_id for one in client.search_experiments()]
+    found = client.search_runs(experiments, f"attributes.run_id LIKE '{start}%'", max_results=100)
+    return [run.info.run_id for run in found]
 
 
 def history(run_id: str, metric: str) -> list[tuple[int, float]]:

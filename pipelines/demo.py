@@ -74,8 +74,10 @@ def demo(output: Path, verbose: bool = False) -> None:
     began = time.monotonic()
     evaluations = {name: runs / f"evaluation-{name}-{finetune_run[:6]}" for name in ("untrained", "finetuned")}
     env = f"metaworld:{TASK}"
-    untrained = evaluate(str(_untrained(finetuned)), None, env, ROLLOUTS, evaluations["untrained"])["closed_loop"]
-    results = evaluate(str(finetuned), store, env, ROLLOUTS, evaluations["finetuned"])
+    untrained = evaluate(str(_untrained(finetuned)), None, env, ROLLOUTS, evaluations["untrained"], label="untrained")[
+        "closed_loop"
+    ]
+    results = evaluate(str(finetuned), store, env, ROLLOUTS, evaluations["finetuned"], label="finetuned")
     closed, opened = results["closed_loop"], results["open_loop"]
     done("evaluate", began, f"{closed['successes']} of {ROLLOUTS} succeed; untrained {untrained['successes']}")
 

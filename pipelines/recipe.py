@@ -16,6 +16,7 @@ from preprocessing.limits import Limits
 from preprocessing.quality.filters import Filters
 from uwm_model.config import AugmentConfig, DiffusionConfig, ModelConfig
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -51,7 +52,7 @@ class Lora(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     rank: int = Field(default=16, gt=0)
-    alpha: float = Field(default=32, gt=0, description="adapters are scaled by alpha / rank")
+    alpha: float = Field(default=32, gt=0, allow_inf_nan=False, description="adapters are scaled by alpha / rank")
     targets: list[str] = Field(
         default=["*.blocks.*.attention.qkv", "*.blocks.*.attention.out", "*.blocks.*.mlp.[02]"],
         min_length=1,
@@ -81,14 +82,16 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    name: str = "pretrain"
-    seed: int = 0
+    name: str = Field(
+        default="pretrain", pattern=r"^[\w. -]{1,100}$", description="names the run and its folder; no slashes"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63)
     steps: int = Field(gt=0)
     batch_size: int = Field(gt=0, description="samples per step over all workers")
-    learning_rate: float = Field(gt=0)
-    weight_decay: float = Field(default=0.01, ge=0)
+    learning_rate: float = Field(gt=0, allow_inf_nan=False)
+    weight_decay: float = Field(default=0.01, ge=0, allow_inf_nan=False)
     warmup_steps: int = Field(default=100, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     decay: Literal["cosine", "none"] = Field(
         default="cosine", description="learning rate schedule; cosine ends at a tenth"
     )

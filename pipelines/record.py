@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from infra.simulators.face import episode_seed
 from infra.simulators.metaworld import ACTION_REPEAT, CAMERAS, FPS, INSTRUCTIONS, MetaWorld
+from pipelines.outputs import check_writable
 from preprocessing.errors import UserError
 from preprocessing.video.write import write_video
 
@@ -61,6 +62,7 @@ def record(out: Path, tasks: list[str], episodes: int, videos: int, image_size: 
         return f"{summary}, already recorded"
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"{out}: holds something other than this recording; choose another folder, or remove it")
+    check_writable(out.parent, "OUTPUT")
     building = out.with_name(f".{out.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     wanted = [(task, number, image_size, seed) for task in tasks for number in range(episodes + videos)]

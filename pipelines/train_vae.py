@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from pipelines.outputs import check_writable
 from preprocessing import sources
 from preprocessing.dataset.selection import is_validation
 from preprocessing.encoders.vae import load_encoder
@@ -54,10 +55,15 @@ def train_vae(
     Write a diffusers folder; return the held-out PSNR in dB by place and camera. Raises UserError if a place has no
     frame to train on.
     """
-    frames = _frames(places)
+    if output.exists() and not (output / "reconstruction.json").is_file():  # it would be replaced
+        raise UserError(f"--output {output}: exists and holds no VAE of uwm train-vae; give a new folder")
+    if initial and not (initial / "config.json").is_file():
+        raise UserError(f"--from {initial}: no folder of VAE weights; give one that uwm train-vae wrote")
+    check_writable(output.parent, "--output")
     torch.manual_seed(seed)
+    vae = _fresh() if initial is None else _load(initial)  # raises its errors before the frames are read
+    frames = _frames(places)
     random = np.random.default_rng(seed)
-    vae = _fresh() if initial is None else _load(initial)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LEARNING_RATE, total_steps=steps, pct_start=0.05)
     with tqdm(range(steps), "train-vae", unit="step", mininterval=0.5) as bar:
@@ -93,7 +99,10 @@ def _fresh() -> Any:
 def _load(folder: Path) -> Any:
     from diffusers import AutoencoderTiny
 
-    vae: Any = AutoencoderTiny.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+    try:
+        vae: Any = AutoencoderTiny.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"--from {folder}: holds no weights of such a VAE ({str(error).splitlines()[0]})") from None
     return vae.to(torch.float32, memory_format=torch.channels_last)
 
 

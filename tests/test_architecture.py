@@ -31,7 +31,7 @@ CONTRACT_TYPES = {"preprocessing.episode", "preprocessing.contracts.interface"}
 # From the bottom up: a module imports its own group and groups of lower levels, never another group of its level.
 LEVELS = {
     "pipelines": [
-        ["recipe", "errors", "console"],
+        ["recipe", "errors", "console", "outputs"],
         ["models"],
         ["ingest", "train", "evaluate", "registry", "serve"],
         ["report", "record", "train_vae", "workflow"],

@@ -1,5 +1,5 @@
 """The command line, ``uwm VERB``."""
 
-from pipelines.cli.app import main
+from pipelines.cli.main import main
 
 __all__ = ["main"]

@@ -1,53 +1,41 @@
-"""``uwm VERB``. Results go to stdout, progress and logs to stderr; with ``--json`` stdout ends with one line of JSON.
+"""The verbs of ``uwm``, and how those that work on data and train are asked for.
 
-Exit codes: 0 done; 2 wrong usage or configuration; 3 done, but some inputs were quarantined; 4 a promotion gate
-refused; 1 anything else.
+Results go to stdout, progress and logs to stderr; with ``--json`` stdout ends with one line of JSON.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
 import os
-import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal
 
 import typer
 
+from pipelines.cli import policies
 from pipelines.cli.contract import Format, contract_app
-from pipelines.cli.extras import explain
-from pipelines.cli.options import AsJson, SnapshotId, verbose
+from pipelines.cli.options import MODEL, AsJson, Output, Settings, SnapshotId, SomeSettings, overridden, verbose
 from pipelines.cli.results import show_dry_run, show_ingest, show_trained_run, show_training_plan
 from pipelines.cli.store import store_app
-from pipelines.console import Printer, Stderr, say
-from pipelines.errors import Interrupted, Refused
-from preprocessing.contracts.contract import DataContract
+from pipelines.console import Printer, say
 from preprocessing.errors import UserError
 
 app = typer.Typer(
     help="Turn raw robot logs and videos into a promoted Unified World Model policy.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 app.add_typer(store_app, name="store")
 app.add_typer(contract_app, name="contract")
 
-MODEL = "Run id, checkpoint folder, models:/NAME@ALIAS, or published UWM checkpoint file."
 Store = Annotated[str, typer.Option(help="Latent store: a folder or s3://... URI.", metavar="URI")]
 Address = Annotated[
     str | None, typer.Option(help="Address of a Ray cluster (default: RAY_ADDRESS, or start one on this machine).")
 ]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Recipe keys to override, e.g. steps=1000 model.depth=4."),
-]
-Output = Annotated[Path, typer.Option(help="Parent folder; each run gets a subfolder.")]
 Checkpoints = Annotated[
     str | None,
     typer.Option(help="Folder or s3://... URI for checkpoints during training (default: --output).", metavar="URI"),
@@ -58,9 +46,20 @@ DryRun = Annotated[bool, typer.Option(help="Print what would be done; write noth
 LISTED = 50  # lines of one kind that are printed; the rest are counted
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"uwm {version('unified-world-models')}")
+        raise typer.Exit
+
+
 @app.callback()
 def set_verbosity(
     show_all: Annotated[bool, typer.Option("-v", "--verbose", help="Show all logs and full tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version and exit.")
+    ] = False,
 ) -> None:
     logging.basicConfig(level=logging.INFO if show_all else logging.ERROR)
     if not show_all:
@@ -83,9 +82,7 @@ def ingest(
     recipe: Annotated[
         str, typer.Option(help="Shipped recipe's name or YAML file; options below override it.")
     ] = "ingest",
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key. Repeatable.")
-    ] = None,
+    settings: Settings = None,
     encoder: Annotated[
         list[str] | None,
         typer.Option(
@@ -118,14 +115,18 @@ def ingest(
     """Ingest robot logs and videos into a latent store. Episodes it already holds are not encoded again."""
     from pipelines.ingest.run import ingest as run
     from pipelines.recipe import IngestRecipe, load_recipe
+    from preprocessing.contracts.contract import DataContract
 
+    sources, bare = overridden(source)
+    if not sources:
+        raise UserError("nothing to ingest: give files or folders before KEY=VALUE")
     flags = {"encoder": encoder, "precision": precision, "image_size": image_size, "fps": fps}
     flags |= {"max_bad": max_bad, "keep_broken": keep_broken}
     given = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
     report = run(
-        source,
+        sources,
         store,
-        load_recipe(recipe, [*(settings or []), *given], IngestRecipe),
+        load_recipe(recipe, [*bare, *(settings or []), *given], IngestRecipe),
         format=format,
         contract=DataContract.load(contract) if contract else None,
         retry=retry,
@@ -159,7 +160,8 @@ def ingest(
 @app.command()
 def pretrain(
     store: Store,
-    overrides: Overrides = None,
+    overrides: SomeSettings = None,
+    settings: Settings = None,
     recipe: Annotated[str, typer.Option(help="Shipped recipe's name or YAML file.")] = "small",
     snapshot: SnapshotId = None,
     output: Output = Path("runs"),
@@ -174,7 +176,7 @@ def pretrain(
     from pipelines.train import pretrain as verb
     from pipelines.train.run import RunOptions
 
-    chosen = load_recipe(recipe, overrides or [])
+    chosen = load_recipe(recipe, [*(overrides or []), *(settings or [])])
     printer = Printer(as_json)
     if dry_run:
         show_training_plan(verb.plan(store, chosen, snapshot), chosen, printer)
@@ -188,7 +190,8 @@ def pretrain(
 def finetune(
     model: Annotated[str, typer.Option("--from", metavar="MODEL", help=MODEL)],
     store: Store,
-    overrides: Overrides = None,
+    overrides: SomeSettings = None,
+    settings: Settings = None,
     recipe: Annotated[str, typer.Option(help="Shipped recipe's name or YAML file.")] = "finetune",
     snapshot: SnapshotId = None,
     output: Output = Path("runs"),
@@ -206,84 +209,41 @@ def finetune(
     as_json: AsJson = False,
 ) -> None:
     """Finetune a model on a store: some of its training data, or new data of any embodiment."""
-    from pipelines.models.checkpoint import load_settings
+    from pipelines.models import checkpoint
     from pipelines.models.resolve import resolve
     from pipelines.recipe import load_recipe
+    from pipelines.registry.register import check_name
     from pipelines.registry.register import register as to_registry
     from pipelines.train import finetune as verb
     from pipelines.train.run import RunOptions
 
-    chosen = load_recipe(recipe, overrides or [])
+    def accept(result: checkpoint.Settings) -> None:
+        if register:
+            check_name(register)
+            result.acting(embodiment, f"--register {register}")
+
+    chosen = load_recipe(recipe, [*(overrides or []), *(settings or [])])
     printer = Printer(as_json)
     if dry_run:
         with tempfile.TemporaryDirectory() as scratch:
             initial = resolve(model, store, embodiment, snapshot, extend=True, cache=Path(scratch))
-            settings = verb.plan(initial, store, chosen, snapshot).settings
-            for line in verb.lines(settings):
+            planned = verb.plan(initial, store, chosen, snapshot).settings
+            accept(planned)
+            for line in verb.lines(planned):
                 printer.show(line)
-            show_training_plan(settings, chosen, printer, transplant=verb.table(settings))
+            show_training_plan(planned, chosen, printer, transplant=verb.table(planned))
         return
-    options = RunOptions(output=output, checkpoints=checkpoints, new=new, address=address, verbose=verbose())
+    options = RunOptions(
+        output=output, checkpoints=checkpoints, new=new, address=address, verbose=verbose(), accept=accept
+    )
     run_id, folder = verb.finetune(model, store, chosen, options, snapshot_id=snapshot, embodiment=embodiment)
     version = to_registry(folder, register, embodiment) if register else None
     named = {"name": register, "version": version} if register else {}
-    show_trained_run(run_id, folder, printer, transplant=verb.table(load_settings(folder)), **named)
+    show_trained_run(run_id, folder, printer, transplant=verb.table(checkpoint.load_settings(folder)), **named)
 
 
-@app.command()
-def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)],
-    store: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URI", help="Evaluate open loop on held-out episodes of this store; needed for a published MODEL."
-        ),
-    ] = None,
-    env: Annotated[
-        str | None,
-        typer.Option(metavar="SUITE:TASK", help="Evaluate closed loop in this simulator, e.g. metaworld:drawer-close."),
-    ] = None,
-    episodes: Annotated[int, typer.Option(min=1, help="Number of closed-loop episodes.")] = 10,
-    embodiment: Annotated[str | None, typer.Option(help="Embodiment to use if the model knows several.")] = None,
-    fast: Annotated[
-        bool, typer.Option("--fast", help="Use faster approximate inference, with fewer denoising steps.")
-    ] = False,
-    output: Output = Path("runs"),
-    as_json: AsJson = False,
-) -> None:
-    """Evaluate a model: action error and frame prediction on held-out episodes, success rate in a simulator."""
-    from pipelines.evaluate.run import evaluate as run
-    from pipelines.evaluate.run import timestamped
-
-    if not (store or env):
-        raise UserError("nothing to evaluate on: give --store URI, --env SUITE:TASK or both")
-    folder = timestamped(output)
-    report = run(model, store, env, episodes, folder, embodiment, fast=fast)
-    printer = Printer(as_json)
-    for part in ("open_loop", "closed_loop"):
-        for name, value in report.get(part, {}).items():
-            if value is None:  # this kind of model has no such mode
-                continue
-            printer.show(f"{name:>22} {value:.4g}" if isinstance(value, float) else f"{name:>22} {value}")
-    say(f"written to {folder}")
-    printer.answer(report | {"folder": str(folder)})
-
-
-@app.command()
-def promote(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Registered model.")],
-    version: Annotated[str, typer.Argument(metavar="VERSION", help="Version number.")],
-    alias: Annotated[str, typer.Option(help="Alias to move.")] = "champion",
-    floor: Annotated[float, typer.Option(min=0, max=1, help="Success rate that the first champion must reach.")] = 0.5,
-    as_json: AsJson = False,
-) -> None:
-    """Promote a model version if it is no worse than the champion. Exit code 4 if it is."""
-    from pipelines.registry.promote import promote as run
-
-    result = run(name, version, alias, floor)
-    printer = Printer(as_json)
-    printer.show(f"{name} version {version} is now {alias} (before: {result.previous or 'none'}); {result.reason}")
-    printer.answer(dataclasses.asdict(result))
+for verb in (policies.evaluate, policies.register, policies.promote):
+    app.command()(verb)
 
 
 @app.command()
@@ -337,40 +297,3 @@ def train_vae(
     for kind, value in quality.items():
         printer.show(f"{kind:>30} {value:.1f} dB")
     printer.answer(quality)
-
-
-def main() -> None:
-    try:
-        stderr = Stderr(sys.stderr)
-    except ValueError as error:
-        _fail(f"error: UWM_PROGRESS_SECONDS: {error}; give seconds, e.g. 10", 2)
-    with contextlib.redirect_stderr(stderr):
-        _main()
-
-
-def _main() -> None:
-    try:
-        app(standalone_mode=True)
-    except (UserError, ConnectionError) as error:
-        _fail(f"error: {error}", 2)
-    except ModuleNotFoundError as error:
-        _fail(f"error: {explain(error, sys.argv[1:])}", 2)
-    except Refused as error:
-        _fail(f"refused: {error}", 4)
-    except Interrupted as stopped:
-        _fail(f"interrupted; {stopped}", 130)
-    except SystemExit as end:
-        if end.code == 130:  # Typer's own answer to Ctrl-C says nothing
-            say("interrupted; nothing half-written was kept")
-        raise
-    except Exception as error:
-        if verbose():
-            raise
-        lines = str(error).strip().splitlines() or [""]
-        cause = lines[-1] if type(error).__module__.startswith("ray") else lines[0]  # Ray's begin with a traceback
-        _fail(f"failed: {type(error).__name__}: {cause.strip('` |->')} (-v shows more)", 1)
-
-
-def _fail(line: str, code: int) -> NoReturn:
-    say(line)
-    sys.exit(code)

@@ -9,11 +9,12 @@ import typer
 
 from pipelines.cli.options import AsJson
 from pipelines.console import Printer, say
-from preprocessing.contracts.contract import SHIPPED, DataContract
-from preprocessing.episode import EpisodeRef
+from pipelines.outputs import check_writable
 from preprocessing.errors import UserError
 
 if TYPE_CHECKING:
+    from preprocessing.contracts.contract import DataContract
+    from preprocessing.episode import EpisodeRef
     from preprocessing.inspect.check import Measured
 
 FORMATS = "rlds, lerobot, calvin, droid, bridge, aloha, hdf5, ros, replay_buffer, webdataset, video"
@@ -37,12 +38,15 @@ def infer(
 
     if output and output.exists():
         raise UserError(f"{output}: already exists; choose another file")
+    if output:
+        check_writable(output.parent, "--output")
     found, measured = _measure(source, format, episodes, None)
     if not measured.episodes:
         reason = measured.problems[0][1] if measured.problems else "it holds no episodes"
         raise UserError(f"{source}: no readable episode: {reason}")
     text = contract_yaml(measured, f"{source} ({', '.join(found)})")
     if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text)
         say(f"written to {output}")
     else:
@@ -64,6 +68,7 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Check actions, frames, splits and success marks against the data. Exit code 1 if any is wrong."""
+    from preprocessing.contracts.contract import DataContract
     from preprocessing.inspect.check import check as judge
     from preprocessing.inspect.check import find_lag
 
@@ -96,6 +101,8 @@ def check(
 @contract_app.command("list")
 def shipped(as_json: AsJson = False) -> None:
     """List shipped contracts, and the data sets that each applies to automatically."""
+    from preprocessing.contracts.contract import SHIPPED, DataContract
+
     printer, rows = Printer(as_json), []
     for file in sorted(SHIPPED.glob("*.yaml")):
         contract = DataContract.load(file.stem)
@@ -108,6 +115,8 @@ def shipped(as_json: AsJson = False) -> None:
 @contract_app.command("show")
 def show(name: Annotated[str, typer.Argument(metavar="NAME", help="Shipped contract's name, or a YAML file.")]) -> None:
     """Print a contract as YAML, as a starting point for your own."""
+    from preprocessing.contracts.contract import DataContract
+
     typer.echo(DataContract.load(name).to_yaml(), nl=False)
 
 

@@ -19,6 +19,7 @@ VERBS = {
     "pretrain": ("train",),
     "finetune": ("train",),
     "evaluate": ("ingest", "train"),  # decodes the source files of held-out episodes
+    "register": ("train",),
     "promote": ("train",),
     "demo": ("ingest", "train", "sim"),
     "record": ("ingest", "sim"),

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines.cli.options import AsJson, SnapshotId
+from pipelines.cli.options import AsJson, SnapshotArgument, SnapshotId, Yes, confirm, one_snapshot
 from pipelines.console import Printer
+from pipelines.outputs import check_writable
 from preprocessing.errors import UserError
 
 store_app = typer.Typer(help="Inspect and manage a latent store and its snapshots.", no_args_is_help=True)
@@ -17,13 +18,13 @@ StoreArgument = Annotated[str, typer.Argument(metavar="URI", help="Latent store:
 
 
 @store_app.command("show")
-def show(uri: StoreArgument, snapshot: SnapshotId = None, as_json: AsJson = False) -> None:
+def show(uri: StoreArgument, at: SnapshotArgument = None, snapshot: SnapshotId = None, as_json: AsJson = False) -> None:
     """Show counts by embodiment and encoder, repairs, and quarantined episodes."""
     from pipelines.cli.results import show_repairs
     from preprocessing.store.rows import CountedRepairs
     from preprocessing.store.store import LatentStore
 
-    state = LatentStore.open(uri).snapshot(snapshot)
+    state = LatentStore.open(uri).snapshot(one_snapshot(at, snapshot))
     groups: dict[tuple[str, ...], dict[str, Any]] = {}
     columns = ("id", "embodiment", "encoder", "encoder_digest", "frames", "cameras", "action_dim")
     rows = state.episodes([*columns, "repairs", "repair_fields"]).to_pylist()
@@ -76,7 +77,9 @@ def log(uri: StoreArgument, as_json: AsJson = False) -> None:
 
 
 @store_app.command("episodes")
-def episodes(uri: StoreArgument, snapshot: SnapshotId = None, as_json: AsJson = False) -> None:
+def episodes(
+    uri: StoreArgument, at: SnapshotArgument = None, snapshot: SnapshotId = None, as_json: AsJson = False
+) -> None:
     """List the episodes of a snapshot."""
     from preprocessing.store.store import LatentStore
 
@@ -84,7 +87,7 @@ def episodes(uri: StoreArgument, snapshot: SnapshotId = None, as_json: AsJson = 
     kept: tuple[str, ...] = ("id", "uri", "index", "format", "frames", "fps", "cameras", "action_dim", "proprio")
     kept += ("instruction", "embodiment", "repairs", "repair_fields")
     found: dict[str, dict[str, Any]] = {}  # an episode with several encoders is listed once
-    for row in LatentStore.open(uri).snapshot(snapshot).episodes(kept).to_pylist():
+    for row in LatentStore.open(uri).snapshot(one_snapshot(at, snapshot)).episodes(kept).to_pylist():
         row["cameras"] = [camera["name"] for camera in row["cameras"]]
         row["proprio"] = {part["name"]: part["width"] for part in row["proprio"]}
         found[row["id"]] = {key: row[key] for key in kept}
@@ -99,13 +102,15 @@ def episodes(uri: StoreArgument, snapshot: SnapshotId = None, as_json: AsJson = 
 
 
 @store_app.command("verify")
-def verify(uri: StoreArgument, snapshot: SnapshotId = None, as_json: AsJson = False) -> None:
+def verify(
+    uri: StoreArgument, at: SnapshotArgument = None, snapshot: SnapshotId = None, as_json: AsJson = False
+) -> None:
     """Read every byte and compare it with its digest. Exit code 1 if any differs."""
     from tqdm import tqdm
 
     from preprocessing.store.store import LatentStore
 
-    state = LatentStore.open(uri).snapshot(snapshot)
+    state = LatentStore.open(uri).snapshot(one_snapshot(at, snapshot))
     damage = list(state.verify(lambda pieces: tqdm(pieces, "verify", unit=" pieces", leave=False, delay=1)))
     printer = Printer(as_json)
     for line in damage:
@@ -119,23 +124,31 @@ def verify(uri: StoreArgument, snapshot: SnapshotId = None, as_json: AsJson = Fa
 @store_app.command("rollback")
 def rollback(
     uri: StoreArgument,
-    snapshot: Annotated[str, typer.Option(metavar="ID", help="Snapshot id or tag to go back to.")],
+    at: SnapshotArgument = None,
+    snapshot: Annotated[
+        str | None,
+        typer.Option(metavar="SNAPSHOT", help="Snapshot id, its first characters, or a tag, to go back to."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make an earlier snapshot the head again. Later ones stay readable until gc."""
     from preprocessing.store.store import LatentStore
 
-    LatentStore.open(uri).rollback(snapshot)
+    target = one_snapshot(at, snapshot)
+    if target is None:
+        raise UserError(f"which snapshot? give one of: uwm store log {uri}")
+    store = LatentStore.open(uri)
+    before, head = store.snapshot().id, store.rollback(target)
     printer = Printer(as_json)
-    printer.show(f"head is now {snapshot}")
-    printer.answer({"snapshot": snapshot})
+    printer.show(f"head is now {head} (to undo: uwm store rollback {uri} {before})")
+    printer.answer({"snapshot": head})
 
 
 @store_app.command("diff")
 def diff(
     uri: StoreArgument,
-    older: Annotated[str, typer.Argument(metavar="A", help="Id or tag of the older snapshot.")],
-    newer: Annotated[str, typer.Argument(metavar="B", help="Id or tag of the newer snapshot.")],
+    older: Annotated[str, typer.Argument(metavar="A", help="The older snapshot: its id, first characters, or tag.")],
+    newer: Annotated[str | None, typer.Argument(metavar="B", help="The newer snapshot (default: newest).")] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the episodes added (+), removed (-) and changed (~: other contract or size) between snapshots A and B."""
@@ -167,10 +180,12 @@ def diff(
 def tag(
     uri: StoreArgument,
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the tag.")],
+    at: SnapshotArgument = None,
     snapshot: SnapshotId = None,
     delete: Annotated[
         bool, typer.Option("--delete", help="Delete the tag, so that gc may collect its snapshot.")
     ] = False,
+    yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
     """Tag a snapshot with a permanent name. A tagged snapshot is never collected."""
@@ -178,21 +193,24 @@ def tag(
 
     printer, store = Printer(as_json), LatentStore.open(uri)
     if delete:
+        confirm(f"Delete tag {name}? Its name cannot be used again.", yes)
         store.untag(name)
         printer.show(f"deleted tag {name}")
         printer.answer({"tag": None, "snapshot": None})
         return
-    tagged = store.tag(name, snapshot)
+    tagged = store.tag(name, one_snapshot(at, snapshot))
     printer.show(f"tagged snapshot {tagged} as {name}")
     printer.answer({"tag": name, "snapshot": tagged})
 
 
 @store_app.command("quarantine")
-def quarantine(uri: StoreArgument, snapshot: SnapshotId = None, as_json: AsJson = False) -> None:
+def quarantine(
+    uri: StoreArgument, at: SnapshotArgument = None, snapshot: SnapshotId = None, as_json: AsJson = False
+) -> None:
     """List quarantined and filtered episodes, with reasons."""
     from preprocessing.store.store import LatentStore
 
-    printer, rows = Printer(as_json), LatentStore.open(uri).snapshot(snapshot).quarantine()
+    printer, rows = Printer(as_json), LatentStore.open(uri).snapshot(one_snapshot(at, snapshot)).quarantine()
     for row in rows:
         printer.show(f"{'filtered' if row['filter'] else 'quarantined'} {row['uri']} #{row['index']}: {row['reason']}")
     filtered = sum(bool(row["filter"]) for row in rows)
@@ -207,48 +225,64 @@ def remove(
     source: Annotated[
         list[str] | None, typer.Option(help="File or folder whose episodes to remove. Repeatable.")
     ] = None,
+    dry_run: Annotated[bool, typer.Option(help="List what would be removed; remove nothing.")] = False,
+    yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove episodes for good, for example after consent is withdrawn. Later ingests skip them."""
+    """Remove episodes for good, for example after consent is withdrawn. Later ingests skip them. Cannot be undone."""
     from preprocessing.store.store import LatentStore
 
     if not (episode or source):
         raise UserError("nothing to remove: give --episode ID or --source URI")
     printer, store = Printer(as_json), LatentStore.open(uri)
     uris = [one if "://" in one else str(Path(one).parent.resolve() / Path(one).name) for one in source or []]
-    removed = store.remove(episode or [], uris)
-    for row in removed:
-        printer.show(f"removed {row['id'][:12]}  {row['uri']} #{row['index']}")
+    found = store.find(episode or [], uris)
+    for row in found:
+        printer.show(f"{'would remove' if dry_run else 'remove'} {row['id'][:12]}  {row['uri']} #{row['index']}")
+    if not dry_run:
+        confirm(f"Remove {len(found)} episodes for good? This cannot be undone.", yes)
+        found = store.remove([row["id"] for row in found], [])
     head = store.snapshot().id
-    printer.show(f"snapshot {head}; earlier snapshots still hold these episodes")
-    printer.answer({"snapshot": head, "removed": removed})
+    if dry_run:
+        printer.show(f"would remove {len(found)} episodes; nothing was changed")
+    else:
+        printer.show(f"removed {len(found)} episodes; snapshot {head}; earlier snapshots still hold them until gc")
+    answer = {"snapshot": head, "removed": [] if dry_run else found}
+    printer.answer(answer | ({"would_remove": found} if dry_run else {}))
 
 
 @store_app.command("statistics")
-def statistics(uri: StoreArgument, snapshot: SnapshotId = None, as_json: AsJson = False) -> None:
+def statistics(
+    uri: StoreArgument, at: SnapshotArgument = None, snapshot: SnapshotId = None, as_json: AsJson = False
+) -> None:
     """Show mean, standard deviation, range and quantiles of each action and proprioception column, by embodiment."""
+    from preprocessing.dataset.embodiment import column_names
     from preprocessing.dataset.selection import by_embodiment
     from preprocessing.store.statistics import merge
     from preprocessing.store.store import LatentStore
 
     printer = Printer(as_json)
-    every = {row["id"]: row for row in LatentStore.open(uri).snapshot(snapshot).rows()}  # once, whatever the encoders
+    every = {
+        row["id"]: row for row in LatentStore.open(uri).snapshot(one_snapshot(at, snapshot)).rows()
+    }  # once, whatever the encoders
     rows = [row for row in every.values() if row["statistics"]]
     answered: dict[str, list[dict[str, Any]]] = {}
     for name, members in by_embodiment(rows).items():
-        columns = [f"action[{i}]" for i in range(members[0]["action_dim"])]
-        columns += [f"{part['name']}[{i}]" for part in members[0]["proprio"] for i in range(part["width"])]
-        total = merge(found.first(len(columns)) for row in members if (found := row["statistics"]) is not None)
+        names = column_names(members[0])
+        total = merge(found.first(len(names)) for row in members if (found := row["statistics"]) is not None)
         low, middle, high = (total.quantile(rank) for rank in (0.01, 0.5, 0.99))
         numbers = {"mean": total.mean, "std": total.std, "min": total.min, "q01": low, "q50": middle, "q99": high}
         numbers["max"] = total.max
         printer.show(f"{name}: {len(members)} episodes, {total.count} steps")
-        printer.show(" " * 24 + "".join(f"{number:>10}" for number in numbers))
-        for i, column in enumerate(columns):
-            printer.show(f"{column:>24}" + "".join(f"{values[i]:10.4g}" for values in numbers.values()))
+        width = max(map(len, names), default=0)
+        printer.show(" " * width + "".join(f"{number:>9}" for number in numbers))
+        for i, column in enumerate(names):
+            printer.show(f"{column:<{width}}" + "".join(f"{_short(values[i]):>9}" for values in numbers.values()))
+        actions = members[0]["action_dim"]
         answered[name] = [
-            {"column": column, **{number: float(values[i]) for number, values in numbers.items()}}
-            for i, column in enumerate(columns)
+            {"column": f"action[{i}]" if i < actions else column, "name": column}
+            | {number: float(values[i]) for number, values in numbers.items()}
+            for i, column in enumerate(names)
         ]
     printer.answer(answered)
 
@@ -259,6 +293,7 @@ def export(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="Folder to create, with a Parquet table and Zarr arrays.")
     ],
+    at: SnapshotArgument = None,
     snapshot: SnapshotId = None,
     as_json: AsJson = False,
 ) -> None:
@@ -268,7 +303,8 @@ def export(
     from preprocessing.store.export import export as run
     from preprocessing.store.store import LatentStore
 
-    state = LatentStore.open(uri).snapshot(snapshot)
+    check_writable(folder.parent, "FOLDER")
+    state = LatentStore.open(uri).snapshot(one_snapshot(at, snapshot))
     count = run(state, folder, lambda rows: tqdm(rows, "export", unit="ep", delay=1))
     printer = Printer(as_json)
     printer.show(f"exported {count} episodes of snapshot {state.id} to {folder}")
@@ -279,12 +315,28 @@ def export(
 def gc(
     uri: StoreArgument,
     keep_days: Annotated[int, typer.Option(min=1, help="Keep snapshots younger than this many days.")] = 30,
+    dry_run: Annotated[bool, typer.Option(help="List the snapshots that would be deleted; delete nothing.")] = False,
+    yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
-    """Delete old, untagged snapshots other than the newest, and data that no snapshot uses."""
+    """Delete old, untagged snapshots other than the newest, and data that no snapshot uses. Cannot be undone."""
     from preprocessing.store.store import LatentStore
 
-    deleted, freed = LatentStore.open(uri).collect_garbage(datetime.timedelta(days=keep_days))
-    printer = Printer(as_json)
+    printer, store, keep = Printer(as_json), LatentStore.open(uri), datetime.timedelta(days=keep_days)
+    old = store.expiring(keep)
+    if dry_run:
+        for entry in old:
+            printer.show(f"would delete {entry['snapshot']}  {entry['time']}  {entry['message']}")
+        printer.show(f"would delete {len(old)} snapshots of the head's history; nothing was changed")
+        printer.answer({"snapshots": 0, "bytes": 0, "would_delete": [entry["snapshot"] for entry in old]})
+        return
+    confirm(f"Delete {len(old)} snapshots older than {keep_days} days, and what none uses? This cannot be undone.", yes)
+    deleted, freed = store.collect_garbage(keep)
     printer.show(f"deleted {deleted} snapshots, freed {freed / 1e6:.1f} MB")
     printer.answer({"snapshots": deleted, "bytes": freed})
+
+
+def _short(value: float) -> str:
+    """Return the number with three significant digits in at most eight characters."""
+    text = f"{value:.3g}"
+    return text if len(text) <= 8 else f"{value:.1e}"

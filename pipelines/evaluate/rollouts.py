@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from infra.simulators.face import SUITES, Simulator, episode_seed, load_suite
+from infra.simulators.face import SUITES, Simulator, Suite, episode_seed, load_suite
 from pipelines.evaluate.intervals import wilson_interval
 from pipelines.models.policy import Policy
 from pipelines.models.session import Session
@@ -43,21 +44,14 @@ class ClosedLoop:
 
 
 def closed_loop(
-    policy: Policy, env: str, episodes: int, output: Path, seed: int
+    policy: Policy, env: str, episodes: int, output: Path, seed: int, label: str
 ) -> tuple[ClosedLoop, list[RolloutVideo]]:
     """Run the policy in ``SUITE:TASK`` on all cores; write a video of each episode to ``output``.
 
-    An episode's initial state and the policy's noise depend only on ``seed`` and the episode's number. Raises UserError
-    for an unknown suite or task, or if the policy does not fit the suite's interface.
+    An episode's initial state and the policy's noise depend only on ``seed`` and the episode's number. The policy must
+    accept the suite's interface; ``label`` names it in the progress line.
     """
-    suite_name, _, task = env.partition(":")
-    if suite_name not in SUITES:
-        known = ", ".join(SUITES)
-        raise UserError(f"{env}: unknown suite {suite_name}; known: {known}, e.g. --env metaworld:drawer-close")
-    suite = load_suite(suite_name)
-    if task not in suite.INSTRUCTIONS:
-        raise UserError(f"{env}: {suite_name} has no such task; choose from {', '.join(suite.INSTRUCTIONS)}")
-    policy.accept(suite.INTERFACE, env)
+    task = env.partition(":")[2]
     videos: list[RolloutVideo] = []
     with ProcessPoolExecutor(min(os.cpu_count() or 1, episodes), get_context("spawn")) as pool:
         try:
@@ -65,7 +59,7 @@ def closed_loop(
                 pool.submit(rollout, policy.folder, policy.embodiment, policy.fast, env, seed, number, output)
                 for number in range(episodes)
             ]
-            with tqdm(as_completed(jobs), f"rollout {task}", total=episodes, unit="ep") as bar:
+            with tqdm(as_completed(jobs), f"{label} on {task}", total=episodes, unit="ep") as bar:
                 for job in bar:
                     videos.append(job.result())
                     bar.set_postfix_str(f"{sum(one['success'] for one in videos)} of {len(videos)} succeed")
@@ -76,6 +70,19 @@ def closed_loop(
     successes = sum(video["success"] for video in videos)
     low, high = wilson_interval(successes, episodes)
     return ClosedLoop(env, episodes, successes, successes / episodes, low, high), videos
+
+
+def find_suite(env: str) -> Suite:
+    """Return the suite of ``SUITE:TASK``. Raises UserError if there is no such suite or task."""
+    name, _, task = env.partition(":")
+    if name not in SUITES:
+        raise UserError(f"{env}: unknown suite {name}; known: {', '.join(SUITES)}, e.g. --env metaworld:drawer-close")
+    suite = load_suite(name)
+    if task not in suite.INSTRUCTIONS:
+        near = get_close_matches(task, suite.INSTRUCTIONS, n=3, cutoff=0.4)
+        hint = f"is it {' or '.join(near)}?" if near else f"it has {', '.join(suite.INSTRUCTIONS)}"
+        raise UserError(f"{env}: {name} has no such task; {hint}")
+    return suite
 
 
 @cache

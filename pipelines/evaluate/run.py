@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from infra import tracking
+from pipelines.console import say
 from pipelines.evaluate.open_loop import open_loop
-from pipelines.evaluate.rollouts import closed_loop
+from pipelines.evaluate.rollouts import closed_loop, find_suite
 from pipelines.models.policy import Policy
-from pipelines.models.resolve import resolve
+from pipelines.outputs import check_writable
 
 
 def evaluate(
@@ -30,10 +31,21 @@ def evaluate(
     embodiment: str | None = None,
     seed: int = 1000,
     fast: bool = False,
+    label: str | None = None,
 ) -> dict[str, Any]:
-    """Evaluate MODEL on the store, in the simulator or both; write and return ``output/evaluation.json``."""
-    folder = resolve(model, store_uri, embodiment)
-    policy = Policy(folder, embodiment, fast)
+    """Evaluate MODEL on the store, in the simulator or both; write and return ``output/evaluation.json``.
+
+    ``label`` names the model in progress lines (default: MODEL itself).
+    """
+    check_writable(output, "--output")
+    suite = find_suite(env) if env else None
+    policy = Policy.of(model, store_uri, embodiment, fast)
+    if suite:
+        policy.accept(suite.INTERFACE, str(env))
+    run_id = policy.settings.run_id
+    if run_id and not tracking.has_run(run_id):
+        say(f"run {run_id} is not in MLflow at {tracking.connect()}: the results are only written to {output}")
+        run_id = None
     output.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {
         "model": model,
@@ -49,17 +61,16 @@ def evaluate(
         report["open_loop"] = asdict(result)
         metrics |= {name: float(value) for name, value in asdict(result).items() if value is not None}
     if env:
-        rollouts, report["videos"] = closed_loop(policy, env, episodes, output, seed)
+        rollouts, report["videos"] = closed_loop(policy, env, episodes, output, seed, label or model)
         report["closed_loop"] = asdict(rollouts)
         metrics[f"success_rate.{env.replace(':', '.')}"] = rollouts.success_rate
     (output / "evaluation.json").write_text(json.dumps(report, indent=1))
     if fast:  # a different policy as far as the promotion gate is concerned
         affected = ("action_error_policy", "success_rate")
         metrics = {f"fast.{name}" if name.startswith(affected) else name: value for name, value in metrics.items()}
-    if policy.settings.run_id:
-        tracking.connect()
-        tracking.log_metrics(policy.settings.run_id, metrics, policy.settings.step)
-        tracking.log_folder(policy.settings.run_id, output, "evaluation")
+    if run_id:
+        tracking.log_metrics(run_id, metrics, policy.settings.step)
+        tracking.log_folder(run_id, output, "evaluation")
     return report
 
 

@@ -96,6 +96,11 @@ def ingest(
     """
     began = time.monotonic()
     recipe = recipe or load_recipe("ingest", [], IngestRecipe)
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address:
+        from infra.cluster import check_address  # imported lazily: Ray takes longer than a small ingest
+
+        check_address(address)
     limits.use(recipe.limits)
     places = [place for uri in uris for place in sources.find(uri, format)]
     digests = {_absolute(name): encoder_digest(name, recipe.precision) for name in recipe.encoder}
@@ -119,7 +124,6 @@ def ingest(
         report.episodes["new"] = len(work)
         _check_contracts(work, plan)
         if work:
-            address = address or os.environ.get("RAY_ADDRESS")
             if dry_run:
                 _dry_run(work, plan, head, report, address, verbose)
             else:

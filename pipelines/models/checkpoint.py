@@ -71,6 +71,19 @@ class Settings(BaseModel):
         """Side of this model's input frames in pixels."""
         return self.image_size or self.model.latent_size[0] * self.stride
 
+    def acting(self, embodiment: str | None, who: str) -> str:
+        """Return the embodiment to act as: the given one, or the only one with actions.
+
+        Raises UserError, on behalf of ``who``, if it has no actions or if there is a choice.
+        """
+        known = [name for name, spec in self.embodiments.items() if spec.action_dim]
+        chosen = embodiment or (known[0] if len(known) == 1 else None)
+        if chosen not in known:
+            wrong = f"no embodiment {embodiment} with actions" if embodiment else "choose an embodiment"
+            held = ", ".join(known) or "none with actions"
+            raise UserError(f"{who}: {wrong}; give --embodiment NAME; the model knows {held}")
+        return chosen
+
     @property
     def fresh(self) -> set[str]:
         """Names of a finetuned model's parameters that did not, or not fully, come from its parent."""

@@ -10,6 +10,7 @@ import torch
 
 from pipelines.models import checkpoint
 from pipelines.models.batch import to_batch
+from pipelines.models.resolve import registered_embodiment, resolve
 from preprocessing.contracts.interface import Interface
 from preprocessing.dataset.embodiment import Embodiment
 from preprocessing.encoders.text import TextEncoder, load_text_encoder
@@ -37,18 +38,23 @@ class Policy:
                 f"{folder}: trained on latents of encoder {self.settings.encoder} ({self.settings.encoder_digest}); "
                 f"the one found here is {self.encoder.digest}"
             )
-        acting = [name for name, spec in self.settings.embodiments.items() if spec.action_dim]
-        chosen = embodiment or (acting[0] if len(acting) == 1 else None)
-        if chosen not in acting:
-            held = ", ".join(acting) or "none with actions"
-            raise UserError(f"{folder}: choose an embodiment with --embodiment; the model knows {held}")
-        self.embodiment = chosen
+        self.embodiment = self.settings.acting(embodiment, str(folder))
         self._query: PolicyQuery | None = None  # other kinds use Model.sample
         if isinstance(self.model, UnifiedWorldModel):
             self._query = fast_query(self.model) if fast else PolicyQuery(self.model)
         elif fast:
             raise UserError(f"{folder}: a model of kind {self.settings.model.kind} has no fast inference; omit --fast")
         self._vectors: dict[str, np.ndarray] = {}
+
+    @classmethod
+    def of(cls, model: str, store_uri: str | None = None, embodiment: str | None = None, fast: bool = False) -> Policy:
+        """Return the policy of a MODEL, as the command line takes it: a run id, ``models:/NAME@ALIAS``, a folder.
+
+        A registered model acts as the embodiment that it was registered for, unless another is given. Only a published
+        file needs ``store_uri``. Raises UserError also if there is no such model.
+        """
+        folder = resolve(model, store_uri, embodiment)
+        return cls(folder, embodiment or registered_embodiment(model), fast)
 
     @property
     def spec(self) -> Embodiment:

@@ -29,11 +29,13 @@ def promote(name: str, version: str, alias: str = "champion", floor: float = 0.5
 
     Raises Refused if the gate refuses it, UserError if there is no such version.
     """
+    if not registry.ALIAS.fullmatch(alias):
+        raise UserError(f"--alias {alias!r}: no name for an alias; use letters, digits, - and _, but not latest or v1")
     tracking.connect()
     with registry.promotion_lock(name):
         candidate = registry.version_of(name, version)
         if candidate is None:
-            raise UserError(f"{name} version {version}: not in the registry; register one with uwm finetune --register")
+            raise UserError(f"{name} version {version}: not in the registry; register one with uwm register RUN {name}")
         current = registry.version_of(name, alias)
         reason = _judge(name, candidate, current, floor)
         previous = current[0] if current else None

@@ -209,6 +209,8 @@ def finetune(
 
     def begin() -> tuple[Settings, Callable[[Path], None]]:
         planned = plan(resolve(model, store_uri, embodiment, snapshot_id, extend=True), store_uri, recipe, snapshot_id)
+        if options.accept:
+            options.accept(planned.settings)
         for line in lines(planned.settings):
             say(line)
         return planned.settings, partial(write_start, planned)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipelines.models.checkpoint import SPARE_EMBODIMENTS, Settings
 from pipelines.models.data import stride_of, training_rows
 from pipelines.recipe import Recipe
 from pipelines.train.run import RunOptions, tracked
+from pipelines.train.trainable import learning
 from preprocessing.dataset.embodiment import describe
 from preprocessing.dataset.selection import by_embodiment, choose_encoder, text_encoder_of
 from preprocessing.encoders.vae import PIXELS
@@ -53,7 +56,7 @@ def plan(store_uri: str, recipe: Recipe, snapshot_id: str | None = None) -> Sett
     sizes = (model.latent_channels, *model.latent_size)
     if sizes[0] != shape[1] or sizes[1] > shape[2] or sizes[2] > shape[3]:
         raise UserError(f"{store_uri}: latents are {shape[1:]}, but the recipe's model reads {sizes}")
-    return Settings(
+    settings = Settings(
         model=model,
         diffusion=diffusion,
         encoder=rows[0]["encoder"],
@@ -66,6 +69,9 @@ def plan(store_uri: str, recipe: Recipe, snapshot_id: str | None = None) -> Sett
         snapshot=snapshot.id,
         recipe=recipe.model_dump(),
     )
+    with torch.device("meta"):
+        learning(settings.build(), recipe)  # raises its errors before anything is written
+    return settings
 
 
 def pretrain(

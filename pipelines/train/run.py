@@ -26,9 +26,11 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
 from infra import tracking
+from infra.cluster import check_address
 from pipelines.console import say
 from pipelines.errors import Interrupted
 from pipelines.models.checkpoint import Settings
+from pipelines.outputs import check_writable
 from pipelines.recipe import RESULT_KEYS, WORK_KEYS, Recipe
 from pipelines.train.checkpoints import RunFolder
 from pipelines.train.driver import train
@@ -54,6 +56,7 @@ class RunOptions:
     checkpoints: str | None = None  # URI for checkpoints during training; None: ``output``
     new: bool = False  # start a new run even if the same command was interrupted
     address: str | None = None  # of a Ray cluster
+    accept: Callable[[Settings], object] | None = None  # raises UserError if the result would be of no use
     verbose: bool = False
 
 
@@ -70,12 +73,19 @@ def tracked(
     recipe, except for its WORK_KEYS, is resumed on the snapshot it started with. Otherwise ``begin`` makes a new run.
     """
     place = parse(options.checkpoints or str(options.output))
-    place.content()  # fails early if the place is wrong
+    if isinstance(place, Folder):
+        check_writable(place.path, "--checkpoints" if options.checkpoints else "--output")
+    else:
+        place.content()  # fails early if the place is wrong
+    check_writable(options.output, "--output")
+    check_address(options.address)
     home = place.uri
     run = None if options.new else _interrupted_run(home, kind, asked, recipe)
     if run is None:
-        run, write_start = _new_run(kind, asked, begin, recipe, options.output)
+        run, write_start = _new_run(kind, asked, begin, recipe)
     else:
+        if options.accept:
+            options.accept(run.settings)
         write_start = None
         tracking.connect()
         tracking.resume_run(str(run.settings.run_id))
@@ -104,13 +114,9 @@ def tracked(
 
 
 def _new_run(
-    kind: str, asked: dict[str, str | None], begin: Begin, recipe: Recipe, output: Path
+    kind: str, asked: dict[str, str | None], begin: Begin, recipe: Recipe
 ) -> tuple[RunRecord, Callable[[Path], None] | None]:
     settings, write_start = begin()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{output}: {error.strerror}; give a writable folder") from None
     tags = {"kind": kind, "store": settings.store, "snapshot": settings.snapshot, "parent": settings.parent or ""}
     run_id = tracking.start_run("unified-world-models", recipe.name, tags | _code())
     settings.run_id = run_id

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from preprocessing.contracts.interface import Interface
+from preprocessing.contracts.interface import Interface, InterfaceRow
 from preprocessing.dataset.normalizer import MINIMUM_RANGE, Normalizer, normalizers
 from preprocessing.errors import UserError
 from preprocessing.store.rows import TrainingRow
@@ -73,6 +73,15 @@ class Embodiment:
             if abs(other - offset) + spread > FARTHEST * scale and spread > MINIMUM_RANGE:
                 found.append(f"{column} is {other:.3g} ± {spread:.3g}, not {offset:.3g} ± {scale:.3g}")
         return found
+
+
+def column_names(row: InterfaceRow) -> list[str]:
+    """Return the names of the steps' columns, action then proprio: the layout's block, or the part, and a number."""
+    layout = Interface.of(row).action_layout
+    names = [f"{block.name}[{i}]" for block in layout for i in range(block.size)]
+    if len(names) != row["action_dim"] or len(set(names)) < len(names):  # the layout tells nothing
+        names = [f"action[{i}]" for i in range(row["action_dim"])]
+    return names + [f"{part['name']}[{i}]" for part in row["proprio"] for i in range(part["width"])]
 
 
 def describe(

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import re
 import time
 import uuid
 import warnings
@@ -30,9 +31,10 @@ from typing import Any, TypedDict
 
 import icechunk
 import numpy as np
+import pyarrow.fs
 import zarr
 
-from preprocessing.errors import UserError
+from preprocessing.errors import UserError, only
 from preprocessing.store.catalogue import KINDS, TABLES, parts, write_table
 from preprocessing.store.rows import EpisodeRow, InstructionRow, LocationRow, QuarantineRow, RemovedRow, StatisticsRow
 from preprocessing.store.snapshot import Snapshot, checksum
@@ -44,6 +46,8 @@ warnings.filterwarnings("ignore", module="zarr")  # its notices about unstable d
 GC_MARGIN = datetime.timedelta(hours=24)  # younger objects may belong to a running ingest
 LARGEST_SKEW = datetime.timedelta(minutes=10)  # Icechunk refuses commits if the clock and the storage's differ by more
 FIRST_SNAPSHOT = "1CECHNKREP0F1RSTCMT0"  # of every repository, by Icechunk's specification; it is empty
+TAG = re.compile(r"[A-Za-z0-9][\w.-]{0,99}", re.ASCII)
+TAG_RULE = "use up to 100 letters, digits, dots, hyphens and underscores, the first a letter or digit"
 CHUNK_BYTES = 4 * 2**20  # large enough that the disk bounds reading, not the number of chunks
 
 
@@ -117,7 +121,10 @@ class LatentStore:
         return store
 
     def snapshot(self, snapshot_id: str | None = None) -> Snapshot:
-        """Return the head of the store, or the snapshot of that id or tag. Raises UserError if there is none."""
+        """Return the head of the store, or the snapshot of that tag or id, which may be shortened.
+
+        Raises UserError if there is none, or if several ids begin so.
+        """
         if snapshot_id is None:
             return Snapshot(self.uri, self.repository.lookup_branch("main"))
         if snapshot_id in self.repository.list_tags():
@@ -125,9 +132,18 @@ class LatentStore:
         try:
             self.repository.readonly_session(snapshot_id=snapshot_id)
         except (icechunk.IcechunkError, ValueError):
-            message = f"{self.uri}: no snapshot {snapshot_id}; list them with: uwm store log {self.uri}"
-            raise UserError(message) from None
+            try:
+                return Snapshot(self.uri, only(snapshot_id.upper(), self._snapshot_ids(), "snapshots"))
+            except UserError as error:
+                hint = f"list snapshots and tags with: uwm store log {self.uri}"
+                raise UserError(f"{self.uri}: {snapshot_id}: {error}; {hint}") from None
         return Snapshot(self.uri, snapshot_id)
+
+    def _snapshot_ids(self) -> list[str]:
+        """Return the ids of all snapshots, also of those that a rollback removed from the history."""
+        files, root = self.place.filesystem()
+        found = files.get_file_info(pyarrow.fs.FileSelector(f"{root}/snapshots", allow_not_found=True))
+        return [info.base_name for info in found if info.base_name != FIRST_SNAPSHOT]
 
     def log(self) -> list[LogEntry]:
         """Return the snapshots from the newest to the first."""
@@ -147,8 +163,8 @@ class LatentStore:
             if info.parent_id is not None  # the first is Icechunk's own: the empty repository
         ]
 
-    def rollback(self, snapshot_id: str) -> None:
-        """Move the head to an earlier snapshot. Later ones stay readable by id until garbage collection.
+    def rollback(self, snapshot_id: str) -> str:
+        """Move the head to an earlier snapshot; return its id. Later ones stay readable by id until garbage collection.
 
         Raises UserError if that would bring back removed episodes.
         """
@@ -164,9 +180,12 @@ class LatentStore:
             except icechunk.IcechunkError:  # it may have succeeded with the answer lost
                 if self.snapshot().id != target.id:
                     raise
+        return target.id
 
     def tag(self, name: str, snapshot_id: str | None = None) -> str:
         """Give a snapshot (the head if None) a name that never moves; return its id. UserError if the name is taken."""
+        if not TAG.fullmatch(name):
+            raise UserError(f"{self.uri}: {name!r} is no name for a tag; {TAG_RULE}")
         target = self.snapshot(snapshot_id).id
         try:
             self.repository.create_tag(name, target)
@@ -174,8 +193,10 @@ class LatentStore:
             taken = name in self.repository.list_tags()
             if taken and self.repository.lookup_tag(name) == target:  # by us, with the answer lost
                 return target
-            why = "already names a snapshot" if taken else f"is not a valid tag ({error})"
-            raise UserError(f"{self.uri}: {name} {' '.join(why.split())}; choose another name") from None
+            if not taken and "already exists" not in str(error):
+                raise
+            why = "already names a snapshot" if taken else "was the name of a tag that is deleted"
+            raise UserError(f"{self.uri}: {name} {why}; choose another name") from None
         return target
 
     def untag(self, name: str) -> None:
@@ -249,39 +270,54 @@ class LatentStore:
         name = uuid.uuid4().hex
         return self._commit(name, change)
 
-    def remove(self, ids: list[str], sources: list[str]) -> list[RemovedRow]:
-        """Remove episodes for good, by id (or a unique prefix of it) and by source (a URI, or a folder of them).
+    def find(self, ids: list[str], sources: list[str]) -> list[RemovedRow]:
+        """Return the episodes of the head, by id (or a unique prefix of it) and by source (a URI, or a folder of them).
 
-        Returns a row (REMOVED) for each. Later ingests skip them. Their latents and steps are blanked in the new head;
-        earlier snapshots keep them until they are garbage collected. Raises UserError if a name matches nothing.
+        Raises UserError if a name matches nothing, or if several ids begin so.
         """
         rows: list[EpisodeRow] = self.snapshot().all_rows().to_pylist()
         hint = f"list them with: uwm store episodes {self.uri}"
         chosen: dict[str, EpisodeRow] = {}
         for start in ids:
-            found = {row["id"]: row for row in rows if row["id"].startswith(start)}
-            if len(found) != 1:
-                raise UserError(f"{self.uri}: {len(found)} episodes have an id that begins with {start}; {hint}")
-            chosen |= found
+            try:
+                full = only(start, [row["id"] for row in rows], "episode ids")
+            except UserError as error:
+                raise UserError(f"{self.uri}: {error}; {hint}") from None
+            chosen |= {row["id"]: row for row in rows if row["id"] == full}
         for source in sources:
             found = {row["id"]: row for row in rows if f"{row['uri']}/".startswith(f"{source.rstrip('/')}/")}
             if not found:
                 raise UserError(f"{self.uri}: no episode comes from {source}; {hint}")
             chosen |= found
-        removed: list[RemovedRow] = [
-            {"id": row["id"], "uri": row["uri"], "index": row["index"]} for row in chosen.values()
-        ]
+        return [{"id": row["id"], "uri": row["uri"], "index": row["index"]} for row in chosen.values()]
 
+    def remove(self, ids: list[str], sources: list[str]) -> list[RemovedRow]:
+        """Remove the episodes that ``find`` finds, for good, and return them.
+
+        Later ingests skip them. Their latents and steps are blanked in the new head; earlier snapshots keep them until
+        they are garbage collected.
+        """
+        removed = self.find(ids, sources)
+        gone = {row["id"] for row in removed}
         name = uuid.uuid4().hex
 
         def change(store: Any, head: Snapshot) -> tuple[str, dict[str, int]]:
-            rows = [row for row in head.all_rows().to_pylist() if row["id"] in chosen]
+            rows = [row for row in head.all_rows().to_pylist() if row["id"] in gone]
             _blank(store, [at for row in rows for at in _places(row)])
             write_table(store, "removed", _part(store, name), removed)
             return f"remove {len(removed)} episodes", {"removed": len(removed)}
 
         self._commit(name, change)
         return removed
+
+    def expiring(self, keep: datetime.timedelta) -> list[LogEntry]:
+        """Return the snapshots of the head's history that ``collect_garbage`` would delete."""
+        limit = self.place.now() - max(keep, GC_MARGIN)
+        return [
+            entry
+            for entry in self.log()[1:]
+            if not entry["tags"] and datetime.datetime.fromisoformat(entry["time"]) < limit
+        ]
 
     def collect_garbage(self, keep: datetime.timedelta) -> tuple[int, int]:
         """Expire snapshots older than ``keep`` (at least a day), except the head and tagged ones; then delete

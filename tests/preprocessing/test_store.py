@@ -150,10 +150,15 @@ def test_a_tag_pins_a_snapshot_and_never_moves(tmp_path: Path) -> None:
     assert store.snapshot("paper").id == first
     assert [entry["tags"] for entry in store.log()][:2] == [[], ["paper"]]
     assert store.tag("paper", first) == first
-    for name in ("paper", "with/slash"):
-        with pytest.raises(UserError, match="choose another name") as caught:
+    store.tag("gone")
+    store.untag("gone")
+    for name, why in (("paper", "already names"), ("gone", "deleted"), ("bad tag/x", "no name"), ("-x", "no name")):
+        with pytest.raises(UserError, match=why) as caught:
             store.tag(name)
-        assert "\n" not in str(caught.value)
+        assert "\n" not in str(caught.value) and ".rs" not in str(caught.value)
+    assert store.snapshot(first[:9].lower()).id == first
+    with pytest.raises(UserError, match=r"give more characters|no snapshots begin with"):
+        store.snapshot(first[:1] if first[0] == second[0] else "0000")
     added, gone = store.snapshot(second).diff(store.snapshot("paper"))
     assert [row["id"] for row in added] == ["b"] and gone == []
     added, gone = store.snapshot("paper").diff(store.snapshot())
@@ -200,7 +205,7 @@ def test_a_removed_episode_is_blanked_and_stays_out(tmp_path: Path) -> None:
     before = fill(store, ["apple", "axe", "bee"], frames=150)
     rows = {row["id"]: row for row in store.snapshot().episodes().to_pylist()}
     for wrong in (["a"], ["nobody"]):
-        with pytest.raises(UserError, match="begins with"):
+        with pytest.raises(UserError, match="begin with"):
             store.remove(wrong, [])
     with pytest.raises(UserError, match="no episode comes from"):
         store.remove([], ["/ra"])
