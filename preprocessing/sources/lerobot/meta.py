@@ -1,11 +1,15 @@
-"""The ``meta`` folder of a LeRobot data set of any version: features, rates, names, instructions."""
+"""The ``meta`` folder of a LeRobot data set of any version: features, rates, names, instructions.
+
+What it lacks is taken from the files where they tell it, and noted.
+"""
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,9 +17,12 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from preprocessing.episode import ActionBlock, EpisodeRef, Repair, RepairField, Representation, Video
 from preprocessing.errors import BadEpisode, UserError
+from preprocessing.sources.lerobot.films import FilmFolders
+from preprocessing.sources.untrusted.metadata import read_table
 
 NOT_AN_INSTRUCTION = {"valid", "invalid", ""}  # GR00T stores validity annotations in the table of tasks
 
@@ -29,14 +36,18 @@ ROTATIONS: dict[str, Representation] = {
 
 
 ANGLES = ("roll", "pitch", "yaw")  # euler_xyz, if in this order
+WIDEST = 1024  # numbers a step of a vector; point clouds and depth maps have more
+MAX_RATE = 1000.0  # Hz, as in a contract
+SLACK = 0.05  # relative to a rate: float32 seconds of a long episode are imprecise
 
 
 @dataclass(frozen=True)
 class CameraVideo:
-    """One camera of one episode: its frames, and how many its container declares, if it does."""
+    """One camera of one episode: its frames, how many its container declares, if it does, and their rate in Hz."""
 
     video: Video
     frames: int | None
+    fps: float | None = None
 
 
 class Files(Protocol):
@@ -48,11 +59,18 @@ class Files(Protocol):
 
     def rows(self, ref: EpisodeRef) -> pa.Table: ...
 
-    def videos(self, index: int) -> dict[str, CameraVideo]:
-        """The episode's videos, by camera. A camera without any file in the whole data set is left out."""
+    def videos(self, index: int) -> tuple[dict[str, CameraVideo], dict[str, str]]:
+        """The episode's videos, by camera, and for each camera whose video cannot be used, why, as a sentence.
+
+        A camera without any file in the whole data set is in neither.
+        """
         ...
 
     def tasks(self) -> dict[int, str]: ...
+
+    def own_tasks(self, index: int) -> list[str]:
+        """The instructions that the list of episodes has for this one."""
+        ...
 
     def repairs(self, index: int) -> list[Repair]: ...
 
@@ -62,74 +80,79 @@ TEMPLATE = re.compile(r"([^{}]|\{\w+(:0\dd)?\})*")  # bounded: a width of a bill
 
 @dataclass(frozen=True)
 class Meta:
+    """What ``meta/info.json`` says, completed from the files. ``repairs`` names what it lacks."""
+
     root: Path
     info: dict[str, Any]
+    version: str  # v2 or v3, with its minor number
+    fps: float
+    features: dict[str, dict[str, Any]]
+    repairs: tuple[Repair, ...] = ()
 
     def file(self, template: str | None, **values: Any) -> Path | None:
         """The file that a path template names; None if it does not exist or is outside of the data set."""
         try:
-            name = template.format(**values) if template and TEMPLATE.fullmatch(template) else ""
-        except (KeyError, ValueError, TypeError):
+            return self.inside(template.format(**values)) if template and TEMPLATE.fullmatch(template) else None
+        except (LookupError, ValueError, TypeError):
             return None
-        inside = name and ".." not in Path(name).parts and (self.root / name).is_file()
-        return self.root / name if inside else None
 
-    @property
-    def features(self) -> dict[str, dict[str, Any]]:
-        return self.info["features"]
+    def inside(self, name: str) -> Path | None:
+        """The file of this name in the data set; None if it does not exist or is outside of it."""
+        path = Path(name)
+        try:
+            there = name and ".." not in path.parts and not path.is_absolute() and (self.root / path).is_file()
+        except (OSError, ValueError):  # longer than any file's name
+            return None
+        return self.root / path if there else None
 
-    @property
-    def fps(self) -> float:
-        return float(self.info["fps"])
+    @cached_property
+    def films(self) -> FilmFolders:
+        return FilmFolders.of(self.root, self._short)
+
+    @cached_property
+    def _short(self) -> dict[str, str]:
+        """Names of cameras by feature; depth maps are none."""
+        return {key: short(key) for key, feature in sorted(self.features.items()) if _is_camera(feature)}
 
     def cameras(self, dtype: str) -> list[tuple[str, str]]:
-        """(feature, camera name) pairs of this dtype, in the order that digests use."""
-        short = {
-            key: re.sub(r"^observation\.(images?\.)?", "", key)
-            for key, feature in sorted(self.features.items())
-            if feature.get("dtype") in ("video", "image") and not _is_depth(feature)
-        }
-        names = list(short.values())
+        """(feature, camera name) pairs of this dtype, in the order that digests use.
+
+        Folders of films that info.json does not list are cameras, too, and come last.
+        """
+        unlisted = {name: short(name) for name in self.films.unlisted(self.features)}
+        names = [*self._short.values(), *unlisted.values()]
+        found = [key for key in self._short if self.features[key]["dtype"] == dtype]
         return [
             (key, key if names.count(name) > 1 else name)
-            for key, name in short.items()
-            if self.features[key]["dtype"] == dtype
+            for key, name in (self._short | unlisted).items()
+            if key in found or (dtype == "video" and key in unlisted)
         ]
+
+    @property
+    def chunks_size(self) -> int:
+        size = self.info.get("chunks_size")
+        return size if isinstance(size, int) and size > 0 else 1000
 
     def split(self, index: int) -> str | None:
         """The episode's split; ``{"train": "0:90", "val": "90:100"}`` are ranges of episodes."""
         splits = self.info.get("splits")
         for name, span in splits.items() if isinstance(splits, dict) else ():
-            if (ends := re.fullmatch(r"(\d+):(\d+)", str(span))) and int(ends[1]) <= index < int(ends[2]):
+            if (ends := re.fullmatch(r"(\d{1,18}):(\d{1,18})", str(span))) and int(ends[1]) <= index < int(ends[2]):
                 return str(name)
         return None
 
-    def action_layout(self, width: int) -> tuple[ActionBlock, ...]:
-        return self._modality_layout(width) or self._named_layout(width) or (ActionBlock(name="action", size=width),)
-
-    def _modality_layout(self, width: int) -> tuple[ActionBlock, ...]:
+    def action_layout(self, width: int) -> tuple[tuple[ActionBlock, ...], list[Repair]]:
+        """The meaning of the action's columns, and a repair if modality.json does not tell it."""
+        layout: tuple[ActionBlock, ...] = ()
+        told = list[Repair]()
         try:
-            parts = json.loads((self.root / "meta" / "modality.json").read_text())["action"]
-        except (OSError, ValueError, KeyError):
-            return ()
-        own = [(n, p) for n, p in parts.items() if p.get("original_key", "action") == "action"]
-        own.sort(key=lambda item: item[1]["start"])
-        edges = [0, *(part["end"] for _, part in own)]
-        if [part["start"] for _, part in own] != edges[:-1] or edges[-1] != width:
-            return ()  # the parts overlap or leave gaps
-        blocks = []
-        for name, part in own:
-            rotation = part.get("rotation_type")
-            blocks.append(
-                ActionBlock(
-                    name=name,
-                    size=part["end"] - part["start"],
-                    kind="rotation" if rotation else _kind(name),
-                    representation=ROTATIONS.get(str(rotation)),
-                    mode="unknown" if "absolute" not in part else "absolute" if part["absolute"] else "delta",
-                )
-            )
-        return tuple(blocks)
+            layout = _modality_layout(read_table(self.root / "meta" / "modality.json"), width)
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            text = f"meta/modality.json does not name the action's parts ({' '.join(str(error).split())[:200]})"
+            told.append(Repair("action_layout", f"{text}; not used"))
+        return layout or self._named_layout(width) or (ActionBlock(name="action", size=width),), told
 
     def _named_layout(self, width: int) -> tuple[ActionBlock, ...]:
         """One block per run of columns of one kind: x y z, roll pitch yaw, gripper."""
@@ -151,14 +174,84 @@ class Meta:
 
 
 def read_meta(root: Path) -> Meta:
+    """Read info.json. Raises UserError if it is none, or if neither it nor the files tell what cannot be guessed."""
     file = root / "meta" / "info.json"
     try:
-        info = json.loads(file.read_text())
-        if not isinstance(info["features"], dict) or not float(info["fps"]) > 0 or not info["codebase_version"]:
-            raise ValueError("features is not a table, or fps is not positive")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        info = read_table(file)
+    except (OSError, ValueError) as error:
         raise UserError(f"{file}: not a LeRobot info.json ({error}); mend or restore the file") from None
-    return Meta(root, info)
+    told = list[Repair]()
+    features = info.get("features")
+    if not isinstance(features, dict):
+        features = _features(_some_table(root))
+        told.append(Repair("streams", "info.json names no features; the columns of the tables are taken"))
+    version = re.fullmatch(r"v?(\d(?:\.\d+)*)", str(info.get("codebase_version", "")))
+    if not version:
+        is_v3 = (root / "meta" / "episodes").is_dir() or (root / "meta" / "tasks.parquet").is_file()
+        told.append(Repair("steps", f"info.json names no version; its files are those of v{3 if is_v3 else 2}"))
+    fps = _rate(info.get("fps"))
+    if fps is None:
+        fps = _rate_of(_some_table(root))
+        if fps is None:
+            raise UserError(f"{file}: fps is no rate in Hz, and there are no timestamps; write the rate there")
+        told.append(Repair("fps", f"info.json names no rate; {fps:g} Hz by the timestamps"))
+    return Meta(
+        root,
+        info,
+        f"v{version[1]}" if version else "v3" if is_v3 else "v2",
+        fps,
+        {name: feature for name, feature in features.items() if isinstance(feature, dict)},
+        tuple(told),
+    )
+
+
+def short(key: str) -> str:
+    """A camera's name without what LeRobot puts before it."""
+    return re.sub(r"^observation\.(images?\.)?", "", key)
+
+
+def _some_table(root: Path) -> Path | None:
+    return min(root.glob("*/*/*.parquet"), default=None)
+
+
+def _features(table: Path | None) -> dict[str, dict[str, Any]]:
+    """Features as info.json would have them, from a table's columns."""
+    try:
+        schema = pq.read_schema(table) if table else pa.schema([])
+    except (OSError, pa.ArrowException):
+        return {}
+    return {field.name: {"dtype": "image" if is_picture(field.type) else dtype_of(field.type)} for field in schema}
+
+
+def dtype_of(kind: pa.DataType) -> str:
+    while pa.types.is_nested(kind) and kind.num_fields == 1:
+        kind = kind.field(0).type
+    return "float32" if pa.types.is_floating(kind) else str(kind)
+
+
+def is_picture(kind: pa.DataType) -> bool:
+    """Whether a column holds JPEG or PNG files, or their paths, as Hugging Face's data sets do."""
+    if pa.types.is_struct(kind):
+        return {kind.field(i).name for i in range(kind.num_fields)} & {"bytes", "path"} != set()
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _rate(value: Any) -> float | None:
+    try:
+        rate = 0.0 if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return rate if math.isfinite(rate) and 0 < rate <= MAX_RATE else None
+
+
+def _rate_of(table: Path | None) -> float | None:
+    """The rate of a table's timestamps."""
+    try:
+        times = pq.read_table(table, columns=["timestamp"])["timestamp"].to_numpy() if table else np.zeros(0)
+        step = float(np.median(np.diff(times.astype(np.float64)))) if len(times) > 1 else 0.0
+    except (OSError, pa.ArrowException, ValueError, TypeError, LookupError):
+        return None
+    return _rate(round(1 / step, 2)) if step > 0 else None
 
 
 def wrong_template(name: str, found: str) -> Repair:
@@ -183,6 +276,12 @@ def texts_of(table: pa.Table, tasks: dict[int, str]) -> dict[str, str]:
     return found
 
 
+def texts_in(*values: Any) -> list[str]:
+    """The sentences among these values, each of which should be a list of some."""
+    every = [one for value in values for one in (value if isinstance(value, list) else [value])]
+    return [one.strip() for one in every if isinstance(one, str) and one.strip() not in NOT_AN_INSTRUCTION]
+
+
 def is_text(kind: pa.DataType) -> bool:
     """Whether it is a string type; pandas 3 writes large strings."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
@@ -205,12 +304,42 @@ def matrix(table: pa.Table, key: str) -> np.ndarray:
         if pc.count_distinct(pc.list_value_length(values)).as_py() != 1:
             raise BadEpisode(f"column {key} has rows of different lengths")
         values = values.flatten()
+        if len(values) > WIDEST * len(column):
+            width = len(values) // len(column)
+            raise BadEpisode(f"column {key} has {width} numbers a step: neither a picture nor a vector")
     return values.to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(column), -1)
 
 
-def _is_depth(feature: dict[str, Any]) -> bool:
-    """Whether a video feature is a depth map."""
-    return any((feature.get(key) or {}).get("video.is_depth_map") for key in ("info", "video_info"))
+def _is_camera(feature: dict[str, Any]) -> bool:
+    return feature.get("dtype") in ("video", "image") and not is_depth(feature)
+
+
+def is_depth(feature: dict[str, Any]) -> bool:
+    """Whether a feature is a depth map, by what LeRobot notes of its film."""
+    about = [feature.get(key) for key in ("info", "video_info")]
+    return any(isinstance(one, dict) and one.get("video.is_depth_map") for one in about)
+
+
+def _modality_layout(table: dict[str, Any], width: int) -> tuple[ActionBlock, ...]:
+    """The parts of the action. Raises ValueError if they are not its columns, and more on a table of another shape."""
+    own = [(name, part) for name, part in table["action"].items() if part.get("original_key", "action") == "action"]
+    own.sort(key=lambda item: item[1]["start"])
+    edges = [0, *(part["end"] for _, part in own)]
+    if [part["start"] for _, part in own] != edges[:-1] or edges[-1] != width:
+        raise ValueError(f"its parts leave gaps, overlap, or are not of {width} columns")
+    blocks = []
+    for name, part in own:
+        rotation = part.get("rotation_type")
+        blocks.append(
+            ActionBlock(
+                name=name,
+                size=part["end"] - part["start"],
+                kind="rotation" if rotation else _kind(name),
+                representation=ROTATIONS.get(str(rotation)),
+                mode="unknown" if "absolute" not in part else "absolute" if part["absolute"] else "delta",
+            )
+        )
+    return tuple(blocks)
 
 
 def _kind(name: str) -> Any:

@@ -19,16 +19,29 @@ import pyarrow.compute as pc
 
 from preprocessing.episode import Episode, EpisodeRef, Repair, Video
 from preprocessing.errors import BadEpisode, UserError
-from preprocessing.sources.lerobot.meta import CameraVideo, Files, Meta, instruction_key, matrix, read_meta, texts_of
+from preprocessing.sources.lerobot.meta import (
+    SLACK,
+    Files,
+    Meta,
+    dtype_of,
+    instruction_key,
+    is_depth,
+    is_picture,
+    is_text,
+    matrix,
+    read_meta,
+    short,
+    texts_of,
+)
+from preprocessing.sources.lerobot.pictures import picture_video
 from preprocessing.sources.lerobot.v2 import FilesV2
 from preprocessing.sources.lerobot.v3 import FilesV3
-from preprocessing.video.frames import first_frames, frames_to_use, images_video
+from preprocessing.video.frames import first_frames, frames_to_use
 
 ACTION, STATE = "action", "observation."
 # Other names of the two, in the order of preference: openpi's converters write `actions` and `state`.
 ACTIONS, STATES = ("actions",), ("state", "states", "proprio", "qpos")
 SIMULATED = {"observation.environment_state"}  # object poses, which no robot observes
-SLACK = 0.05  # relative to a rate: float32 seconds of a long episode are imprecise
 PLACES = {"index", "episode_index", "frame_index", "task_index"}  # columns that locate a row
 
 
@@ -48,7 +61,6 @@ def digest(ref: EpisodeRef) -> str:
 
 def load(ref: EpisodeRef) -> Episode:
     meta, files = _above(Path(ref.uri))
-    videos = files.videos(ref.index)
     try:
         table = files.rows(ref)
     except (OSError, pa.ArrowException) as error:
@@ -57,53 +69,122 @@ def load(ref: EpisodeRef) -> Episode:
         raise BadEpisode(f"{Path(ref.uri).name} has no rows")
 
     table, ordered, skips = _in_order(table)
-    declared = {camera: video.frames for camera, video in videos.items()}
-    frames, mismatch = frames_to_use(declared, table.num_rows, "the table")
-    if mismatch and skips:
-        raise BadEpisode(f"{mismatch}, and frame_index skips: rows are lost in the middle")
-    cut = [Repair("frames", f"{mismatch}; cut to {frames}")] if mismatch else []
-    cameras: dict[str, Video] = {
-        camera: first_frames(video.video, frames) if cut else video.video for camera, video in videos.items()
-    }
-    for key, camera in meta.cameras("image"):
-        if key in table.column_names:
-            images = table[key].to_pylist()[:frames]
-            cameras[camera] = images_video([(image or {}).get("bytes") or b"" for image in images])
-
-    texts = texts_of(table, files.tasks())
+    cameras, frames, of_cameras = _cameras(ref.index, meta, files, table, skips)
+    tasks, told = files.tasks(), list[Repair]()
+    texts = texts_of(table, tasks)
+    is_listed = "task_index" in table.column_names and table["task_index"][0].as_py() in tasks
+    if not is_listed and not instruction_key(texts) and (own := files.own_tasks(ref.index)):
+        texts["task"] = own[0]
+        told.append(Repair("instruction", "the table of tasks lacks this one; read from the list of episodes"))
     chosen = instruction_key(texts)
-    seen = [
-        key
-        for key, feature in sorted(meta.features.items())
-        if key.startswith(STATE) and key not in SIMULATED and key in table.column_names
-        if str(feature.get("dtype")).startswith("float")
-    ]
-    aliases = list[Repair]()
-    if not seen and (alias := _vector(table, STATES)):
-        seen = [alias]
-        aliases.append(Repair("proprio", f"no column observation.*; {alias} is read as proprioception"))
     commands = _vector(table, (ACTION, *ACTIONS))
     if commands not in (None, ACTION):
-        aliases.append(Repair("action", f"no column action; {commands} is read as the action"))
-    proprio = {key.removeprefix(STATE): matrix(table, key)[:frames] for key in seen}
-    signals, left_out = _signals(table, {*PLACES, *seen, *([commands] if commands else [])})
-    action = matrix(table, commands)[:frames] if commands else None
-    found = _repairs(meta, videos, table, signals.get("timestamp"), chosen)
+        told.append(Repair("action", f"no column action; {commands} is read as the action"))
+    action = matrix(table, commands) if commands else None
+    proprio, of_proprio = _proprio(meta, table)
+    used = {*PLACES, *proprio, *([commands] if commands else []), *(key for key, _ in _picture_columns(meta, table))}
+    signals, left_out = _signals(table, {*used, *(repair.text.split()[1] for repair in of_proprio)})
+    layout, of_layout = meta.action_layout(action.shape[1]) if action is not None else ((), [])
+    found = [*_repairs(meta, table, signals.get("timestamp"), chosen)]
+    if any(repair.field == "fps" for repair in found):  # once is enough
+        of_cameras = [repair for repair in of_cameras if repair.field != "fps"]
+    repairs = (*meta.repairs, *files.repairs(ref.index), *found, *of_proprio, *told, *of_layout, *ordered)
     return Episode(
         ref=ref,
         fps=meta.fps,
         cameras=cameras,
-        proprio=proprio,
-        action=action,
-        action_layout=() if action is None else meta.action_layout(action.shape[1]),
+        proprio={key.removeprefix(STATE): values[:frames] for key, values in proprio.items()},
+        action=None if action is None else action[:frames],
+        action_layout=layout,
         instruction=texts[chosen] if chosen else None,
         success=_success(signals),
         embodiment=str(meta.info.get("robot_type") or "unknown"),
-        repairs=(*files.repairs(ref.index), *found, *aliases, *ordered, *cut, *left_out),
+        repairs=(*repairs, *of_cameras, *left_out),
         signals={name: values[:frames] for name, values in signals.items()},
         texts=texts,
         split=meta.split(ref.index),
     )
+
+
+def _cameras(
+    index: int, meta: Meta, files: Files, table: pa.Table, skips: bool
+) -> tuple[dict[str, Video], int, list[Repair]]:
+    """The cameras that can be used, the steps that they share with the table, and repairs. Raises BadEpisode."""
+    videos, lost = files.videos(index)
+    pictures = dict[str, Video]()
+    for key, camera in _picture_columns(meta, table):
+        try:
+            pictures[camera] = picture_video(table[key], key, meta, index)
+        except BadEpisode as error:
+            lost[camera] = f"camera {camera}: {error}"
+    for camera, video in list(videos.items()):
+        if abs((video.frames or table.num_rows) - table.num_rows) > 1:
+            rate = f" at {video.fps:g} Hz" if video.fps and abs(video.fps / meta.fps - 1) > SLACK else ""
+            hertz = f" at {meta.fps:g} Hz" if rate else ""
+            lost[camera] = (
+                f"camera {camera} declares {video.frames} frames{rate}, the table has {table.num_rows} rows{hertz}"
+            )
+            del videos[camera]
+    if not (videos or pictures):
+        raise BadEpisode(next(iter(lost.values()), "has no camera: no video, and no column of pictures"))
+    frames, mismatch = frames_to_use(
+        {name: video.frames for name, video in videos.items()}, table.num_rows, "the table"
+    )
+    if mismatch and skips:
+        raise BadEpisode(f"{mismatch}, and frame_index skips: rows are lost in the middle")
+    known, repairs = {*videos, *pictures, *lost}, list[Repair]()
+    for key, camera in meta.cameras("video"):
+        if camera not in known:
+            text = f"camera {camera} is named in info.json, but has no file; dropped"
+            repairs.append(Repair("streams", text))
+        elif key not in meta.features:
+            repairs.append(Repair("cameras", f"camera {camera} is not named in info.json, but has films; read"))
+    images = dict(meta.cameras("image"))
+    for key, camera in _picture_columns(meta, table):
+        if key not in images and camera in pictures:
+            repairs.append(Repair("cameras", f"camera {camera} is not named in info.json, but has a column; read"))
+    for key, camera in images.items():
+        if key not in table.column_names:
+            repairs.append(Repair("streams", f"camera {camera} is named in info.json, but has no column; dropped"))
+    rates = {video.fps for video in videos.values() if video.fps and abs(video.fps / meta.fps - 1) > SLACK}
+    repairs += [Repair("fps", f"info.json says {meta.fps:g} Hz, a film {r:g} Hz; the former is used") for r in rates]
+    repairs += [Repair("streams", f"{reason}; left out") for reason in lost.values()]
+    cameras = {name: video.video for name, video in videos.items()} | pictures
+    if mismatch:
+        repairs.append(Repair("frames", f"{mismatch}; cut to {frames}"))
+        cameras = {name: first_frames(video, frames) for name, video in cameras.items()}
+    return cameras, frames, repairs
+
+
+def _picture_columns(meta: Meta, table: pa.Table) -> list[tuple[str, str]]:
+    """(column, camera name) pairs: those that info.json calls images, and others that hold pictures."""
+    named = dict(meta.cameras("image"))
+    pictures = [field.name for field in table.schema if is_picture(field.type)]
+    texts = [field.name for field in table.schema if is_text(field.type)]
+    taken = {*named.values(), *(camera for _, camera in meta.cameras("video"))}
+    others = [key for key in pictures if key not in named and not is_depth(meta.features.get(key, {}))]
+    return [
+        *((key, camera) for key, camera in named.items() if key in (*pictures, *texts)),
+        *((key, key if short(key) in taken else short(key)) for key in others),
+    ]
+
+
+def _proprio(meta: Meta, table: pa.Table) -> tuple[dict[str, np.ndarray], list[Repair]]:
+    """The state that the robot observes, by column, and repairs; a column that cannot be used is left out."""
+    found, repairs = dict[str, np.ndarray](), list[Repair]()
+    for key in sorted(table.column_names):
+        if not key.startswith(STATE) or key in SIMULATED or not _holds_numbers(table.schema.field(key)):
+            continue
+        kind = meta.features.get(key, {}).get("dtype") or dtype_of(table.schema.field(key).type)
+        if str(kind).startswith("float"):
+            try:
+                found[key] = matrix(table, key)
+            except BadEpisode as error:
+                repairs.append(Repair("proprio", f"{error}; left out"))
+    if not found and (alias := _vector(table, STATES)):
+        text = f"no column observation.*; {alias} is read as proprioception"
+        return {alias: matrix(table, alias)}, [*repairs, Repair("proprio", text)]
+    return found, repairs
 
 
 def _vector(table: pa.Table, names: Iterable[str]) -> str | None:
@@ -113,30 +194,28 @@ def _vector(table: pa.Table, names: Iterable[str]) -> str | None:
 
 
 def _holds_numbers(field: pa.Field) -> bool:
-    is_list = pa.types.is_list(field.type) or pa.types.is_fixed_size_list(field.type)
-    kind = field.type.value_type if is_list else field.type
+    kind = field.type
+    while pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
     return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
 
 
 def _signals(table: pa.Table, others: set[str]) -> tuple[dict[str, np.ndarray], list[Repair]]:
-    """All other columns of numbers or vectors, and a repair for each that has gaps or is ragged."""
+    """All other columns of numbers or vectors, and a repair for each that cannot be one."""
     signals, repairs = dict[str, np.ndarray](), list[Repair]()
     for field in table.schema:
-        if field.name in others or not _holds_numbers(field):
+        if field.name in others or is_text(field.type):
             continue
         try:
+            if not _holds_numbers(field):
+                raise BadEpisode(f"column {field.name} holds neither numbers nor pictures nor text ({field.type})")
             signals[field.name] = matrix(table, field.name)
         except BadEpisode as error:
             repairs.append(Repair("streams", f"{error}; left out"))
     return signals, repairs
 
 
-def _repairs(
-    meta: Meta, videos: dict[str, CameraVideo], table: pa.Table, times: np.ndarray | None, chosen: str | None
-) -> Iterator[Repair]:
-    for _, camera in meta.cameras("video"):
-        if camera not in videos:
-            yield Repair("streams", f"camera {camera} is named in info.json, but has no file; dropped")
+def _repairs(meta: Meta, table: pa.Table, times: np.ndarray | None, chosen: str | None) -> Iterator[Repair]:
     if "frame_index" not in table.column_names:
         yield Repair("steps", "no frame_index; rows are read in order")
     if times is not None and (start := float(times[0, 0])) != 0:
@@ -146,7 +225,7 @@ def _repairs(
         text = f"info.json says {meta.fps:g} Hz, the timestamps {1 / step:.3g} Hz; the former is used"
         yield Repair("fps", text)
     column = "task_index" if chosen == "task" else chosen
-    if column and pc.count_distinct(table[column], mode="all").as_py() > 1:
+    if column in table.column_names and pc.count_distinct(table[column], mode="all").as_py() > 1:
         yield Repair("instruction", "the instruction changes within the episode; the first one is kept")
 
 
@@ -183,11 +262,9 @@ def _above(table: Path) -> tuple[Meta, Files]:
 
 def _dataset(root: Path) -> tuple[Meta, Files]:
     meta = read_meta(root)
-    match str(meta.info["codebase_version"])[:3]:
-        case "v2.":
+    match meta.version[:2]:
+        case "v2":
             return meta, FilesV2(meta)
-        case "v3.":
+        case "v3":
             return meta, FilesV3(meta)
-    raise UserError(
-        f"{root}: LeRobot {meta.info['codebase_version']} is not supported; convert it to v3.0 with LeRobot's scripts"
-    )
+    raise UserError(f"{root}: LeRobot {meta.version} is not supported; convert it to v3.0 with LeRobot's scripts")
