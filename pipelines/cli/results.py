@@ -28,12 +28,12 @@ def show_ingest(report: Any, printer: Printer) -> None:
 
 
 def show_repairs(repairs: list[Any], printer: Printer, most: int = 10) -> None:
-    """Print what readers guessed, mended or left out, by the number of episodes."""
+    """Print what readers guessed, mended, left out or noticed, by the number of episodes."""
     for repair in repairs[:most]:
         count, field = repair["episodes"], repair["field"] or "unknown"
-        printer.show(f"repair of {field} in {count} episode{'s' * (count != 1)}: {repair['text']}")
+        printer.show(f"noted in {count} episode{'s' * (count != 1)} ({field}): {repair['text']}")
     if len(repairs) > most:
-        printer.show(f"{len(repairs) - most} other repairs (to list all: --json)")
+        printer.show(f"{len(repairs) - most} other notes (to list all: --json)")
 
 
 def show_dry_run(report: Any, printer: Printer) -> None:

@@ -165,6 +165,9 @@ class Committer:
                 batch.quarantine.append(pending.refusal.row(one))
                 batch.unused += [row["place"] for found in pending.segments.values() for row in found.values()]
                 continue
+            shown = pending.record["cameras"] if pending.record else {}  # others were left out when they had been seen
+            lost = [found for (_, camera), found in pending.segments.items() if camera not in shown]
+            batch.unused += [row["place"] for found in lost for row in found.values()]
             for row, statistics in made:
                 batch.rows.append(row)
                 batch.statistics += statistics

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import NamedTuple
@@ -91,32 +91,47 @@ class Reading:
         if reason := plan.interfaces.broken_by(source, _interface_row(self.episode)):
             raise BadEpisode(reason)
         self._counts: dict[str, int] = {}
+        self._left_out: dict[str, str] = {}  # cameras that break or do not fit, and why
         self._inspector = Inspector(plan.recipe.quality, self.episode)
 
     def frames(self) -> Iterator[tuple[str, int, np.ndarray]]:
-        """Yield (camera, index of the first frame, up to 64 frames uint8 ``[n, S, S, 3]``)."""
+        """Yield (camera, index of the first frame, up to 64 frames uint8 ``[n, S, S, 3]``).
+
+        A camera that breaks is left out, unless it was the last one.
+        """
         for camera, video in self.episode.cameras.items():
             self._counts[camera] = 0
-            for frames in video.frames(self._plan.recipe.image_size):
-                self._inspector.frames(camera, frames)
-                yield camera, self._counts[camera], frames
-                self._counts[camera] += len(frames)
+            try:
+                for frames in video.frames(self._plan.recipe.image_size):
+                    self._inspector.frames(camera, frames)
+                    yield camera, self._counts[camera], frames
+                    self._counts[camera] += len(frames)
+            except BadEpisode as error:
+                self._left_out[camera] = str(error)
+                if len(self._left_out) == len(self.episode.cameras):
+                    raise
 
     def record(self) -> tuple[EpisodeRecord, np.ndarray]:
         """Return the catalogue row without storage locations, and the steps float32 ``[T, D]``.
 
         Call it after all frames were read.
         """
-        row, steps = _record(self.episode, self._counts, self._plan, self._source)
+        self._left_out |= _misfits(self.episode, self._counts, self._left_out)
+        for camera in self._left_out:
+            self._inspector.forget(camera)
+        counts = {camera: count for camera, count in self._counts.items() if camera not in self._left_out}
+        row, steps = _record(self.episode, counts, self._plan, self._source)
         if sources.digest(self.episode.ref) != self.episode.ref.digest:
             raise BadEpisode("the source changed while it was read; ingest it again when it is complete")
         verdict = self._inspector.verdict()
         if verdict.filter:
             raise _Filtered(verdict.filter, verdict.reason)
+        row["cameras"] = {camera: count for camera, count in counts.items() if camera not in verdict.dead}
         whole = verdict.spans == [(0, row["frames"])]
         row["spans"] = None if whole else [{"first": first, "stop": stop} for first, stop in verdict.spans]
         row["fingerprint"] = verdict.fingerprint.hex() if verdict.fingerprint else None
-        repairs = [Repair("quality", note) for note in verdict.notes]
+        repairs = [Repair("streams", f"camera {name}: {why}; left out") for name, why in self._left_out.items()]
+        repairs += [Repair("quality", note) for note in verdict.notes]
         repairs += [Repair("frames", f"{reason}; kept up to there") for reason in self._breaks or ()]
         row["repairs"] += [repair.text for repair in repairs]
         row["repair_fields"] = [*(row["repair_fields"] or ()), *(repair.field for repair in repairs)]
@@ -188,6 +203,16 @@ def _interface_row(episode: Episode) -> InterfaceRow:
 
 def _widths(columns: dict[str, np.ndarray]) -> list[NamedWidth]:
     return [{"name": name, "width": values.shape[1]} for name, values in columns.items()]
+
+
+def _misfits(episode: Episode, counts: dict[str, int], broken: Collection[str]) -> dict[str, str]:
+    """Return cameras with another number of frames than there are steps, if some camera has as many."""
+    rows = [values for values in (episode.action, *episode.proprio.values()) if values is not None]
+    steps = len(rows[0]) if rows else 0
+    whole = {camera: count for camera, count in counts.items() if camera not in broken}
+    if steps not in whole.values():
+        return {}
+    return {camera: f"{count} frames for {steps} steps" for camera, count in whole.items() if count != steps}
 
 
 def _record(episode: Episode, counts: dict[str, int], plan: Plan, source: str) -> tuple[EpisodeRecord, np.ndarray]:

@@ -6,6 +6,8 @@ end. Notable:
 - **Frozen**: a frame repeats an earlier one. It is compared with the frame of the last change, so slow motion adds up
   and noise does not, and by the part of the frame that differs most, because a distant gripper moves few pixels.
 - **One good camera is enough.** An episode is black or frozen if all its cameras are; a single bad camera is noted.
+- **Dead cameras.** A camera that is black, or shows the same picture, in every frame is left out beside a good one: a
+  policy would learn nothing from it, and then require it.
 - **Idle**: many consecutive steps at which nothing is commanded; they teach a policy to stand still (openpi drops such
   runs from DROID, OpenVLA single steps from LIBERO).
 - **Shots** are found by PySceneDetect, only in videos without robot data: a robot's camera is not cut.
@@ -68,8 +70,8 @@ class Verdict:
     """The outcome for one episode. ``filter`` and ``reason`` are set if it is refused.
 
     ``cuts`` are the first frames of new shots. ``idle`` is bool ``[T]``, True in runs of idle steps; None if the filter
-    is off or there is no action. ``spans`` are the frames ``[first, stop)`` that training may use. ``notes`` are
-    remarks on an episode that is kept.
+    is off or there is no action. ``spans`` are the frames ``[first, stop)`` that training may use. ``dead`` are cameras
+    to leave out. ``notes`` are remarks on an episode that is kept.
     """
 
     filter: str | None
@@ -77,6 +79,7 @@ class Verdict:
     cuts: list[int]
     idle: np.ndarray | None
     spans: list[tuple[int, int]]
+    dead: list[str]
     notes: list[str]
     fingerprint: bytes | None
 
@@ -98,6 +101,10 @@ class Inspector:
             self._cameras[camera] = _Camera(self._filters, shots)
         self._cameras[camera].see(chunk)
 
+    def forget(self, camera: str) -> None:
+        """Judge without this camera."""
+        self._cameras.pop(camera, None)
+
     def verdict(self) -> Verdict:
         """Judge the episode, once all frames have been passed."""
         filters, length = self._filters, max((camera.frames for camera in self._cameras.values()), default=0)
@@ -108,7 +115,7 @@ class Inspector:
         parts = _spans(length, cuts, idle)
         spans = [(first, end) for first, end in parts if end - first >= (filters.min_frames or 1)]
 
-        reasons, notes = self._bad_cameras()
+        reasons, notes, dead = self._bad_cameras()
         if filters.min_frames and length < filters.min_frames:
             reasons["min_frames"] = f"too short: {_frames(length)}, at least {filters.min_frames} are required"
         elif not spans and idle is not None and idle.any():
@@ -132,31 +139,26 @@ class Inspector:
             cuts=cuts,
             idle=idle,
             spans=[] if refused_by else spans,
+            dead=[] if refused_by else dead,
             notes=[] if refused_by else notes,
             fingerprint=self._fingerprint(),
         )
 
-    def _bad_cameras(self) -> tuple[dict[str, str], list[str]]:
-        """Return reasons by filter, if all cameras are black or frozen, and notes, if some are."""
-        reasons, notes, black = {}, [], set()
-        if (limit := self._filters.black) is not None:
-            shares = {name: camera.black / max(camera.frames, 1) for name, camera in self._cameras.items()}
-            black = {name for name, share in shares.items() if share > limit}
-            said = [f"camera {name} is black in {shares[name]:.0%} of its frames" for name in sorted(black)]
-            if black and len(black) == len(shares):
-                reasons["black"] = f"{'; '.join(said)} (more than {limit:.0%} is refused)"
-            notes += said
-        if (limit := self._filters.frozen) is not None:
-            shares = {name: camera.same / max(camera.frames - 1, 1) for name, camera in self._cameras.items()}
-            frozen = {name for name, share in shares.items() if share > limit}
-            said = [
-                f"camera {name} is frozen in {shares[name]:.0%} of its frames, {self._cameras[name].longest} in a row"
-                for name in sorted(frozen)
-            ]
-            if frozen and len(frozen) == len(shares):
-                reasons["frozen"] = f"{'; '.join(said)} (more than {limit:.0%} is refused)"
-            notes += [text for name, text in zip(sorted(frozen), said, strict=True) if name not in black]
-        return reasons, notes
+    def _bad_cameras(self) -> tuple[dict[str, str], list[str], list[str]]:
+        """Return reasons by filter, if all cameras are black or frozen; notes, if some are; and dead cameras."""
+        reasons, notes, dead = {}, dict[str, str](), list[str]()
+        for name, limit in (("black", self._filters.black), ("frozen", self._filters.frozen)):
+            if limit is None:
+                continue
+            bad = {camera: seen for camera, seen in sorted(self._cameras.items()) if seen.share(name) > limit}
+            said = {camera: f"camera {camera} is {seen.told(name)}" for camera, seen in bad.items()}
+            if bad and len(bad) == len(self._cameras):
+                reasons[name] = f"{'; '.join(said.values())} (more than {limit:.0%} is refused)"
+            for camera, text in said.items():
+                is_dead = bad[camera].share(name) == 1 and len(bad) < len(self._cameras)
+                dead += [camera] if is_dead and camera not in dead else []
+                notes.setdefault(camera, f"{text}; left out (quality.{name}=false keeps it)" if is_dead else text)
+        return reasons, list(notes.values()), dead
 
     def _fingerprint(self) -> bytes | None:
         """Return the fingerprint of the first camera, by name, that has one: a black camera has none."""
@@ -230,6 +232,15 @@ class _Camera:
         self._grids = self._compare or self._hash or filters.black is not None
         self._changed: np.ndarray | None = None  # grid of the last frame that differed
         self._run = 0
+
+    def share(self, filter: str) -> float:
+        """Return the share of its frames that are black, or of those after the first that repeat an earlier one."""
+        return self.black / max(self.frames, 1) if filter == "black" else self.same / max(self.frames - 1, 1)
+
+    def told(self, filter: str) -> str:
+        share = self.share(filter)
+        where = "in every frame" if share == 1 else f"in {share:.0%} of its frames"
+        return f"black {where}" if filter == "black" else f"frozen {where}, {self.longest} in a row"
 
     def see(self, chunk: np.ndarray) -> None:
         self.frames += len(chunk)

@@ -250,6 +250,34 @@ def write_lerobot(folder: Path, rows: int = 12, frames: int | None = None, episo
     return folder
 
 
+def png(picture: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    return file.getvalue()
+
+
+PICTURES = [png(np.full((16, 16, 3), 20 * i, np.uint8)) for i in range(6)]
+
+
+def write_pictures(folder: Path, *names: str, rows: int = 6) -> Path:
+    """A v2.1 data set of one episode with pictures in its table, and no films."""
+    for part in ("meta", "data/chunk-000"):
+        (folder / part).mkdir(parents=True)
+    embedded = [{"bytes": data, "path": "x.png"} for data in PICTURES[:rows]]
+    columns = dict.fromkeys(names or ("observation.images.top",), embedded)
+    columns |= {"action": [[i, 0.5] for i in range(rows)], "observation.state": [[i, 0.0] for i in range(rows)]}
+    columns |= {"frame_index": list(range(rows)), "task_index": [0] * rows, "timestamp": [i / 10 for i in range(rows)]}
+    pq.write_table(pa.table(columns), folder / "data/chunk-000/episode_000000.parquet")
+    features = {name: {"dtype": "image", "shape": [16, 16, 3]} for name in names or ("observation.images.top",)}
+    features |= {name: {"dtype": "float32", "shape": [2]} for name in ("action", "observation.state")}
+    info = {"codebase_version": "v2.1", "robot_type": "panda", "fps": 10, "features": features}
+    info |= {"data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"}
+    (folder / "meta/info.json").write_text(json.dumps(info))
+    (folder / "meta/tasks.jsonl").write_text('{"task_index": 0, "task": "lift"}\n')
+    (folder / "meta/episodes.jsonl").write_text('{"episode_index": 0, "tasks": ["lift"], "length": 6}\n')
+    return folder
+
+
 def renamed(folder: Path, names: dict[str, str]) -> Path:
     """Rename columns of a LeRobot data set, in its tables and in info.json."""
     info = json.loads((folder / "meta" / "info.json").read_text())

@@ -12,9 +12,20 @@ from typing import Any
 
 import h5py
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers.command import Uwm
-from helpers.formats import moving, numbered, renamed, write_demos, write_lerobot, write_video
+from helpers.formats import (
+    PICTURES,
+    moving,
+    numbered,
+    renamed,
+    write_demos,
+    write_lerobot,
+    write_pictures,
+    write_video,
+)
 
 from pipelines.ingest import local
 from pipelines.ingest.run import ingest
@@ -46,8 +57,8 @@ def test_what_was_guessed_or_mended_is_told_and_kept(tmp_path: Path, uwm: Uwm) -
     assert code == 0 and report["without_action"] == 1 and "1 robot log without actions" in err
     [guess] = [repair for repair in report["repairs"] if repair["field"] == "fps"]
     assert guess == {"field": "fps", "text": "control rate unknown; 20 Hz assumed", "episodes": 2}
-    assert "repair of fps in 2 episodes: control rate unknown; 20 Hz assumed" in err
-    assert "repair of action in 1 episode: no action was found" in err and "Recorded vectors: commands, state" in err
+    assert "noted in 2 episodes (fps): control rate unknown; 20 Hz assumed" in err
+    assert "noted in 1 episode (action): no action was found" in err and "Recorded vectors: commands, state" in err
     shown = uwm("store", "show", store, "--json")[1]
     assert shown["repairs"] == report["repairs"]
     with_actions = {group["embodiment"]: group["with_actions"] for group in shown["embodiments"]}
@@ -55,6 +66,28 @@ def test_what_was_guessed_or_mended_is_told_and_kept(tmp_path: Path, uwm: Uwm) -
     rows = uwm("store", "episodes", store, "--json")[1]
     found = [dict(zip(row["repair_fields"], row["repairs"], strict=True)) for row in rows]
     assert [repairs.get("fps") for repairs in found].count("control rate unknown; 20 Hz assumed") == 2
+
+
+def test_a_camera_that_is_of_no_use_is_left_out(tmp_path: Path, uwm: Uwm) -> None:
+    """Black in every frame, frozen, broken in the middle, too short: whatever the format, the others go in."""
+    path = write_demos(tmp_path / "raw" / "toy_demo.hdf5", demos=1, steps=20)
+    with h5py.File(path, "a") as file:
+        obs = file["data/demo_0/obs"]
+        obs["black_rgb"], obs["still_rgb"] = np.zeros((20, 64, 64, 3), np.uint8), moving(20)[:1].repeat(20, axis=0)
+    folder = write_pictures(tmp_path / "raw" / "lerobot", "front", "broken")
+    table = pq.read_table(folder / "data/chunk-000/episode_000000.parquet")
+    broken = [{"bytes": PICTURES[i] if i != 3 else PICTURES[3][:60], "path": ""} for i in range(6)]
+    table = table.set_column(table.column_names.index("broken"), "broken", pa.array(broken))
+    pq.write_table(table, folder / "data/chunk-000/episode_000000.parquet")
+    code, report, err = uwm("ingest", tmp_path / "raw", "--store", tmp_path / "store", "--image-size", "64", "--json")
+    assert code == 0 and report["episodes"]["new"] == 2
+    rows = uwm("store", "episodes", tmp_path / "store", "--json")[1]
+    assert sorted(row["cameras"] for row in rows) == [["agentview"], ["front"]]
+    told = {repair["text"] for repair in report["repairs"]}
+    assert "camera black is black in every frame; left out (quality.black=false keeps it)" in told
+    assert "camera still is frozen in every frame, 19 in a row; left out (quality.frozen=false keeps it)" in told
+    assert any(text.startswith("camera broken: ") and text.endswith("; left out") for text in told)
+    assert "noted in 1 episode (quality): camera black is black in every frame" in err
 
 
 @pytest.fixture

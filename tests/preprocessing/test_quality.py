@@ -90,14 +90,16 @@ def test_real_episodes_pass_whole(robots, films):
     for episode, cameras, verdict in robots:
         assert (verdict.filter, verdict.reason, verdict.cuts) == (None, None, [])
         assert verdict.spans == [(0, len(episode.action))]
-        assert verdict.notes == ["camera image_3 is black in 100% of its frames"] * ("image_3" in cameras)
+        assert verdict.dead == ["image_3"] * ("image_3" in cameras)
+        black = "camera image_3 is black in every frame; left out (quality.black=false keeps it)"
+        assert verdict.notes == [black] * ("image_3" in cameras)
     for frames in films.values():
         assert judged(Filters(), film(), video=frames).reason is None
 
 
 def test_without_filters_nothing_is_refused():
     verdict = judged(NONE, film(), video=np.zeros((1, 64, 64, 3), np.uint8))
-    assert verdict == Verdict(None, None, [], None, [(0, 1)], [], None)
+    assert verdict == Verdict(None, None, [], None, [(0, 1)], [], [], None)
 
 
 def test_false_switches_a_filter_off_and_true_is_refused():
@@ -133,12 +135,26 @@ def test_black_with_the_noise_of_a_covered_lens(tmp_path):
     black = noisy(np.zeros((40, 128, 128, 3)), 12)
     black = recoded(tmp_path / "a.mp4", np.concatenate([black, moving(2, 128)]))
     verdict = judged(Filters(), film(), front=black, wrist=np.zeros_like(black))
-    front, wrist = "camera front is black in 95% of its frames", "camera wrist is black in 100% of its frames"
+    front, wrist = "camera front is black in 95% of its frames", "camera wrist is black in every frame"
     assert verdict.filter == "black" and verdict.spans == []
     assert verdict.reason == f"{front}; {wrist} (more than 90% is refused)"
     good = judged(Filters(), film(), front=moving(42), wrist=black)
-    assert good.reason is None and good.notes == ["camera wrist is black in 95% of its frames"]
+    assert good.reason is None and good.notes == ["camera wrist is black in 95% of its frames"] and not good.dead
     assert judged(Filters(black=0.96, frozen=None), film(), front=black).reason is None
+
+
+def test_a_dead_camera_beside_a_good_one_is_left_out():
+    good, dark = moving(30), np.zeros((30, 64, 64, 3), np.uint8)
+    still = good[:1].repeat(30, axis=0)
+    for dead, name, said in (
+        (dark, "black", "black in every frame"),
+        (still, "frozen", "frozen in every frame, 29 in a row"),
+    ):
+        verdict = judged(Filters(), film(), front=good, wrist=dead)
+        assert (verdict.reason, verdict.dead) == (None, ["wrist"])
+        assert verdict.notes == [f"camera wrist is {said}; left out (quality.{name}=false keeps it)"]
+    assert judged(NONE, film(), front=good, wrist=dark).dead == []
+    assert judged(Filters(), film(), front=still, wrist=dark).filter == "frozen", "nothing usable remains"
 
 
 @real

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from helpers.formats import as_lerobot_v3, numbered, write_lerobot, write_video
+from helpers.formats import PICTURES, as_lerobot_v3, numbered, png, write_lerobot, write_pictures, write_video
 from helpers.readers import episodes_of, frames_of, refs_of, said
-from PIL import Image
 from test_lerobot import edit_listed, edit_table
 
 from preprocessing.errors import BadEpisode
@@ -21,34 +18,6 @@ from preprocessing.sources import digest, load
 
 TOP = "observation.images.top"
 INFO, LIST, TASKS = "meta/info.json", "meta/episodes.jsonl", "meta/tasks.jsonl"
-
-
-def png(picture: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG")
-    return file.getvalue()
-
-
-PICTURES = [png(np.full((16, 16, 3), 20 * i, np.uint8)) for i in range(6)]
-
-
-def pictured(folder: Path, *names: str, rows: int = 6) -> Path:
-    """A v2.1 data set of one episode with pictures in its table, and no films."""
-    for part in ("meta", "data/chunk-000"):
-        (folder / part).mkdir(parents=True)
-    embedded = [{"bytes": data, "path": "x.png"} for data in PICTURES[:rows]]
-    columns = dict.fromkeys(names or (TOP,), embedded)
-    columns |= {"action": [[i, 0.5] for i in range(rows)], "observation.state": [[i, 0.0] for i in range(rows)]}
-    columns |= {"frame_index": list(range(rows)), "task_index": [0] * rows, "timestamp": [i / 10 for i in range(rows)]}
-    pq.write_table(pa.table(columns), folder / "data/chunk-000/episode_000000.parquet")
-    features = {name: {"dtype": "image", "shape": [16, 16, 3]} for name in names or (TOP,)}
-    features |= {name: {"dtype": "float32", "shape": [2]} for name in ("action", "observation.state")}
-    info = {"codebase_version": "v2.1", "robot_type": "panda", "fps": 10, "features": features}
-    info |= {"data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"}
-    (folder / INFO).write_text(json.dumps(info))
-    (folder / TASKS).write_text('{"task_index": 0, "task": "lift"}\n')
-    (folder / LIST).write_text('{"episode_index": 0, "tasks": ["lift"], "length": 6}\n')
-    return folder
 
 
 def edit_info(folder: Path, change: Callable[[dict], object]) -> None:
@@ -66,7 +35,7 @@ def with_column(name: str, values: object) -> Callable[[pa.Table], pa.Table]:
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
 def test_metadata_in_any_unicode_encoding(tmp_path, encoding):
-    folder = pictured(tmp_path)
+    folder = write_pictures(tmp_path)
     (folder / TASKS).write_text('{"task_index": 0, "task": "heb den Würfel"}\r\n')
     for file in (folder / "meta").iterdir():
         file.write_bytes(file.read_text().encode(encoding))
@@ -76,7 +45,7 @@ def test_metadata_in_any_unicode_encoding(tmp_path, encoding):
 
 def test_what_is_whole_of_a_list_is_read(tmp_path):
     """A cut last line, blanks and NULs after it, one line that is not UTF-8, a half surrogate pair, a wrong type."""
-    folder = pictured(tmp_path)
+    folder = write_pictures(tmp_path)
     (folder / LIST).write_bytes(b'{"episode_index": 0, "tasks": ["lift"]}\r\n\r\n{"episode_ind\n \0\0')
     lines = [b'{"task_index": 0, "task": "heb\xff den\\ud800"}', b"7", b'{"task_index": 1e400, "task": 3}', b"[" * 9999]
     (folder / TASKS).write_bytes(b"\n".join(lines))
@@ -90,7 +59,7 @@ def test_what_is_whole_of_a_list_is_read(tmp_path):
 
 @pytest.mark.parametrize("lost", ["", "{", '{"task_index": 1, "task": "push"}', None])
 def test_an_instruction_that_the_tasks_lack_is_in_the_list_of_episodes(tmp_path, lost):
-    folder = pictured(tmp_path)
+    folder = write_pictures(tmp_path)
     (folder / TASKS).unlink() if lost is None else (folder / TASKS).write_text(lost)
     [episode] = episodes_of(folder)
     assert episode.instruction == episode.texts["task"] == "lift"
@@ -126,7 +95,7 @@ def test_v3_without_its_table_of_tasks(tmp_path, break_it):
     ],
 )
 def test_info_json_lacks_or_garbles_a_key(tmp_path, change, told):
-    folder = pictured(tmp_path)
+    folder = write_pictures(tmp_path)
     edit_info(folder, change)
     [episode] = episodes_of(folder)
     assert said(episode) == ([told] if told else [])
@@ -135,7 +104,7 @@ def test_info_json_lacks_or_garbles_a_key(tmp_path, change, told):
 
 
 def test_a_garbled_modality_json_is_named(tmp_path):
-    folder = pictured(tmp_path)
+    folder = write_pictures(tmp_path)
     for wrong in ("{", "[]", '{"action": [1]}', '{"action": {"x": {"start": "0", "end": null}}}'):
         (folder / "meta/modality.json").write_text(wrong)
         [episode] = episodes_of(folder)
@@ -193,7 +162,7 @@ def test_films_that_info_json_does_not_name_are_read(tmp_path):
 @pytest.mark.parametrize("plain", [True, False])
 def test_pictures_named_by_path(tmp_path, prefix, plain):
     """Paths inside of the data set, plain or as Hugging Face writes them, from whichever machine."""
-    folder = pictured(tmp_path / "set")
+    folder = write_pictures(tmp_path / "set")
     names = [f"images/{TOP}/episode_000000/frame_{i:06d}.png" for i in range(6)]
     for name, data in zip(names, PICTURES, strict=True):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -210,7 +179,7 @@ def test_pictures_named_by_path(tmp_path, prefix, plain):
 
 def test_no_picture_is_read_from_outside(tmp_path):
     (tmp_path / "secret.png").write_bytes(PICTURES[0])
-    folder = pictured(tmp_path / "set", TOP, "wrist")
+    folder = write_pictures(tmp_path / "set", TOP, "wrist")
     for name in (str(tmp_path / "secret.png"), "../secret.png", "images/../../secret.png", "\0", "x" * 9000):
         column = pa.array(
             [{"bytes": None, "path": name}] * 6, pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -243,7 +212,7 @@ DEEP = [{"bytes": png(np.full((16, 16), 900 + i, np.uint16)), "path": "x"} for i
 )
 @pytest.mark.parametrize("dtype", ["image", "float32", "string", None])
 def test_one_unusable_stream_is_left_out(tmp_path, name, values, told, dtype):
-    folder = pictured(tmp_path)
+    folder = write_pictures(tmp_path)
     if dtype:
         edit_info(folder, lambda info: info["features"].update({name: {"dtype": dtype, "shape": [1]}}))
     edit_table(folder, with_column(name, pa.array(values)))
