@@ -21,7 +21,18 @@ from urllib.parse import unquote, urlsplit
 from preprocessing.contracts.contract import DataContract, shipped_for
 from preprocessing.episode import Episode, EpisodeRef, Repair
 from preprocessing.errors import BadEpisode, UserError
-from preprocessing.sources import aloha, bridge, calvin, droid, robomimic, video, webdataset
+from preprocessing.sources import (
+    aloha,
+    bridge,
+    calvin,
+    droid,
+    maniskill,
+    minari,
+    robomimic,
+    robotwin,
+    video,
+    webdataset,
+)
 from preprocessing.sources.lerobot import reader as lerobot_reader
 from preprocessing.sources.replay_buffer import reader as replay_buffer_reader
 from preprocessing.sources.rlds import reader as rlds_reader
@@ -79,7 +90,10 @@ TABLE = {
     "droid": Format(droid, "trajectory.h5, metadata_*.json and recordings", closed=Path.is_dir),
     "bridge": Format(bridge, "obs_dict.pkl, policy_out.pkl and images0", closed=Path.is_dir),
     "aloha": Format(aloha, "ALOHA or ACT *.hdf5"),
-    "hdf5": Format(robomimic, "robomimic or LIBERO *.hdf5"),
+    "hdf5": Format(robomimic, "robomimic, LIBERO or Isaac Lab *.hdf5"),
+    "maniskill": Format(maniskill, "ManiSkill *.h5 with traj_0, traj_1, ..."),
+    "minari": Format(minari, "Minari main_data.hdf5"),
+    "robotwin": Format(robotwin, "RoboTwin episode*.hdf5"),
     "ros": Format(ros_reader, "*.mcap, ROS 2 bags, *.bag"),
     "replay_buffer": Format(
         replay_buffer_reader,

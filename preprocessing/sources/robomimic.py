@@ -17,10 +17,8 @@ covers the values of its data sets and the attributes that change their meaning.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +27,11 @@ import numpy as np
 
 from preprocessing.episode import ActionBlock, Episode, EpisodeRef, Repair
 from preprocessing.errors import BadEpisode
+from preprocessing.sources.hdf5_episodes import find_each, name_of
 from preprocessing.sources.hdf5_kinds import hdf5_files, resembles
 from preprocessing.sources.hdf5_streams import Streams, action_of, common_length, read_streams
 from preprocessing.sources.hdf5_texts import instruction_of, other_texts, texts_of
-from preprocessing.sources.scan_cache import Finding, file_digest, findings
+from preprocessing.sources.scan_cache import Finding, findings
 from preprocessing.sources.untrusted.hdf5 import child, digest_of, groups, json_of, numbers, own, text
 from preprocessing.video.frames import first_frames, upside_down
 
@@ -62,14 +61,14 @@ def scan(path: Path) -> Iterator[EpisodeRef]:
 def digest(ref: EpisodeRef) -> str:
     with h5py.File(ref.uri, "r") as file:
         data = _data(file)
-        return _digest(data, _name(ref))
+        return _digest(data, name_of(ref, _names))
 
 
 def load(ref: EpisodeRef) -> Episode:
     path = Path(ref.uri)
     with h5py.File(path, "r") as file:
         data = _data(file)
-        name = _name(ref)
+        name = name_of(ref, _names)
         demo = child(data, name, h5py.Group)
         seen, obs = _observations(demo)
         commands, parts, repairs = action_of(demo, ACTIONS)
@@ -251,20 +250,7 @@ def _attribute(data: h5py.Group, demo: h5py.Group, name: str) -> Any:
 
 
 def _read(file: Path) -> list[Finding]:
-    try:
-        with h5py.File(file, "r") as opened:
-            data = _data(opened)
-            return [_finding(file, data, name) for name in _demos(data)]
-    except (BadEpisode, OSError, RuntimeError) as error:
-        return [Finding(file_digest(file), f"not a readable demonstration file: {error}")]
-
-
-def _finding(file: Path, data: h5py.Group, name: str) -> Finding:
-    try:
-        return Finding(_digest(data, name))
-    except (BadEpisode, OSError, RuntimeError) as error:
-        broken = hashlib.sha256(f"{file_digest(file)} {name}".encode()).hexdigest()
-        return Finding(broken, f"{name} cannot be read: {error}")
+    return find_each(file, _names, lambda opened, name: _digest(_data(opened), name))
 
 
 def _digest(data: h5py.Group, name: str) -> str:
@@ -281,21 +267,8 @@ def _data(file: h5py.File) -> h5py.Group:
     return data
 
 
-def _demos(data: h5py.Group) -> list[str]:
-    names = groups(data)
+def _names(file: h5py.File) -> list[str]:
+    names = groups(_data(file))
     if not names:
         raise BadEpisode("data/ holds no demonstration")
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
-
-
-@lru_cache(maxsize=2)  # the demonstrations of a file are read one after the other, and there may be 60,000
-def _remembered(uri: str, _modified: int) -> list[str]:
-    with h5py.File(uri, "r") as file:
-        return _demos(_data(file))
-
-
-def _name(ref: EpisodeRef) -> str:
-    names = _remembered(ref.uri, Path(ref.uri).stat().st_mtime_ns)
-    if ref.index >= len(names):
-        raise BadEpisode(f"the file now has only {len(names)} demonstrations, fewer than when it was listed")
-    return names[ref.index]

@@ -406,6 +406,73 @@ def write_aloha(path: Path, pictures: np.ndarray, compress: bool = False, **more
     return path
 
 
+def write_maniskill(path: Path, pictures: np.ndarray, trajectories: int = 1, mode: str = "pd_ee_delta_pose") -> Path:
+    """As ManiSkill's RecordEpisode writes: observations and states have a row more than actions."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    steps, rng = len(pictures) - 1, np.random.default_rng(0)
+    with h5py.File(path, "w") as file:
+        for index in range(trajectories):
+            group = file.create_group(f"traj_{index}", track_order=True)
+            group["actions"] = rng.normal(size=(steps, 7)).astype(np.float32)
+            group["terminated"], group["truncated"] = np.arange(steps) == steps - 1, np.zeros(steps, bool)
+            group["success"] = np.arange(steps) == steps - 1 - index  # the second one fails again
+            group["obs/agent/qpos"] = np.arange((steps + 1) * 9, dtype=np.float32).reshape(-1, 9) + index
+            group["obs/agent/qvel"] = rng.normal(size=(steps + 1, 9)).astype(np.float32)
+            group["obs/extra/goal_pos"] = rng.normal(size=(steps + 1, 3)).astype(np.float32)
+            group["obs/sensor_param/base_camera/intrinsic_cv"] = np.ones((steps + 1, 3, 3), np.float32)
+            group.create_dataset("obs/sensor_data/base_camera/rgb", data=pictures, compression="gzip")
+            group["obs/sensor_data/base_camera/depth"] = pictures[..., :1].astype(np.uint16)
+            group["env_states/articulations/panda"] = rng.normal(size=(steps + 1, 31)).astype(np.float32)
+            group["env_states/actors/cube"] = rng.normal(size=(steps + 1, 13)).astype(np.float32)
+    episodes = [{"episode_id": index, "control_mode": mode, "success": True} for index in range(trajectories)]
+    env = {"env_id": "PickCube-v1", "env_kwargs": {"obs_mode": "rgb"}, "max_episode_steps": 50}
+    path.with_suffix(".json").write_text(json.dumps({"env_info": env, "episodes": episodes}))
+    return path
+
+
+def write_minari(folder: Path, pictures: np.ndarray, episodes: int = 1) -> Path:
+    """As Minari's HDF5Storage writes for a space that is a dictionary."""
+    (folder / "data").mkdir(parents=True)
+    steps, rng = len(pictures) - 1, np.random.default_rng(0)
+    with h5py.File(folder / "data" / "main_data.hdf5", "w", track_order=True) as file:
+        for index in range(episodes):
+            group = file.create_group(f"episode_{index}")
+            group.attrs["id"], group.attrs["seed"], group.attrs["total_steps"] = index, 123, steps
+            group["actions"] = rng.normal(size=(steps, 4)).astype(np.float32)
+            group["rewards"] = np.zeros(steps)
+            group["terminations"], group["truncations"] = np.zeros(steps, bool), np.arange(steps) == steps - 1
+            group["observations/pixels"] = pictures
+            group["observations/robot/joints"] = np.arange((steps + 1) * 6.0).reshape(-1, 6)
+            group.create_dataset(
+                "observations/mission", data=["go to the ball"] * (steps + 1), dtype=h5py.string_dtype()
+            )
+            group["infos/success"] = np.arange(steps + 1) == steps
+    metadata = {"dataset_id": "toy/reach/expert-v0", "total_episodes": episodes, "data_format": "hdf5"}
+    (folder / "data" / "metadata.json").write_text(json.dumps(metadata))
+    return folder
+
+
+def write_robotwin(folder: Path, pictures: np.ndarray, index: int = 0) -> Path:
+    """As RoboTwin's ``pkl2hdf5.py`` writes: JPEG files whose channels OpenCV takes for B, G, R, padded with zeros."""
+    for part in ("data", "instructions"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    files, steps = [jpeg(picture[..., ::-1]) for picture in pictures], len(pictures)
+    targets = np.arange(steps * 14.0).reshape(steps, 14)
+    with h5py.File(folder / "data" / f"episode{index}.hdf5", "w") as file:
+        for camera in ("head_camera", "left_camera"):
+            file[f"observation/{camera}/rgb"] = np.array(files, f"S{max(map(len, files))}")
+            file[f"observation/{camera}/intrinsic_cv"] = np.ones((steps, 3, 3))
+        file["observation/head_camera/mesh_segmentation"] = np.zeros_like(pictures)
+        parts = {"left_arm": slice(0, 6), "left_gripper": 6, "right_arm": slice(7, 13), "right_gripper": 13}
+        for name, columns in parts.items():
+            file[f"joint_action/{name}"] = targets[:, columns]
+        file["joint_action/vector"] = targets
+        file["endpose/left_endpose"], file["pointcloud"] = np.ones((steps, 7)), np.zeros((steps, 1024, 6))
+    sentences = {"seen": ["Grab the hammer.", "Take the hammer."], "unseen": ["Lift the tool."]}
+    (folder / "instructions" / f"episode{index}.json").write_text(json.dumps(sentences))
+    return folder
+
+
 def write_calvin(folder: Path, pictures: np.ndarray, first: int = 358482, sentences: dict | None = None) -> Path:
     """A split as in CALVIN: one file per step, and a pickled table of instructions by (first, last) step."""
     folder.mkdir(parents=True)

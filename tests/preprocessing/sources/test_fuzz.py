@@ -26,7 +26,10 @@ from helpers.formats import (
     write_calvin,
     write_demos,
     write_lerobot,
+    write_maniskill,
+    write_minari,
     write_rlds,
+    write_robotwin,
     write_video,
 )
 from hypothesis import HealthCheck, given, settings
@@ -71,6 +74,9 @@ def write(name: str, folder: Path) -> None:
         "lerobot_v2": lambda where: write_lerobot(where, rows=6, episodes=1),
         "lerobot_v3": lerobot_v3,
         "hdf5": lambda where: write_demos(where / "a.hdf5", demos=1),
+        "maniskill": lambda where: write_maniskill(where / "a.h5", images, trajectories=2),
+        "minari": lambda where: write_minari(where / "a", images, episodes=2),
+        "robotwin": lambda where: write_robotwin(where / "a", images),
         "aloha": lambda where: write_aloha(where / "a.hdf5", images, compress=True),
         "droid": lambda where: toy(3, size=16).write(place(where)),
         "bridge": lambda where: raw_bridge(where, steps=3),
@@ -92,7 +98,20 @@ def write(name: str, folder: Path) -> None:
 
 
 FORMATS = ["rlds", "lerobot_v2", "lerobot_v3", "hdf5", "aloha", "droid", "bridge", "calvin", "mcap", "bag2"]
-FORMATS += ["bag1", "zarr", "zarr_zip", "webdataset", "mp4", "mkv", "avi", "ts", "gif"]
+FORMATS += [
+    "bag1",
+    "zarr",
+    "zarr_zip",
+    "webdataset",
+    "mp4",
+    "mkv",
+    "avi",
+    "ts",
+    "gif",
+    "maniskill",
+    "minari",
+    "robotwin",
+]
 NUMBERS = [(2**31 - 1).to_bytes(4, "little"), (2**40).to_bytes(8, "little"), (2**40).to_bytes(8, "big")]
 HOSTILE = [*NUMBERS, b"\xff" * 8, b"\0" * 8, b"-1", b"9" * 12]
 EDITS = st.lists(
