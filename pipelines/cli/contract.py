@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from preprocessing.episode import EpisodeRef
     from preprocessing.inspect.check import Measured
 
-FORMATS = "rlds, lerobot, calvin, droid, bridge, aloha, hdf5, maniskill, minari, robotwin, ros, replay_buffer, webdataset, video"
+FORMATS = (
+    "rlds, lerobot, calvin, droid, bridge, aloha, hdf5, maniskill, minari, robotwin"
+    ", ros, replay_buffer, webdataset, video"
+)
 contract_app = typer.Typer(
     help="Infer and check data contracts: what a source's cameras, actions and rates mean.", no_args_is_help=True
 )

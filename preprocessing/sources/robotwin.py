@@ -7,8 +7,8 @@ targets of the joints and grippers in force at each frame, ``endpose`` the poses
 observe row t and act by row t+1 (``policy/ACT/process_data.py``); so does this reader, which repeats the last row. A
 gripper is open at 1 (``envs/robot/robot.py``).
 
-The simulator runs at 250 Hz and records every 15th step (``save_freq`` in ``task_config``); neither rate nor robot is in
-the file. An episode's digest covers its data sets and its instructions.
+The simulator runs at 250 Hz and records every 15th step (``save_freq`` in ``task_config``); neither rate nor robot is
+in the file. An episode's digest covers its data sets and its instructions.
 """
 
 from __future__ import annotations

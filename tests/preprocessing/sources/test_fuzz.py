@@ -66,6 +66,11 @@ def write(name: str, folder: Path) -> None:
         shard(where / "a.tar", {"a.json": b'{"caption": "x"}', "a.mp4": video} | stills)
         (where / "video.mp4").unlink()
 
+    def simulators(where: Path) -> None:
+        write_maniskill(where / "a.h5", images[:3])
+        write_minari(where / "a", images[:3])
+        write_robotwin(where / "b", images[:3])
+
     def video_writer(suffix: str, codec: str = "libx264", pix_fmt: str = "yuv420p") -> Callable[[Path], object]:
         return lambda where: write_video(where / f"a.{suffix}", images, codec=codec, pix_fmt=pix_fmt)
 
@@ -74,9 +79,7 @@ def write(name: str, folder: Path) -> None:
         "lerobot_v2": lambda where: write_lerobot(where, rows=6, episodes=1),
         "lerobot_v3": lerobot_v3,
         "hdf5": lambda where: write_demos(where / "a.hdf5", demos=1),
-        "maniskill": lambda where: write_maniskill(where / "a.h5", images, trajectories=2),
-        "minari": lambda where: write_minari(where / "a", images, episodes=2),
-        "robotwin": lambda where: write_robotwin(where / "a", images),
+        "simulators": simulators,
         "aloha": lambda where: write_aloha(where / "a.hdf5", images, compress=True),
         "droid": lambda where: toy(3, size=16).write(place(where)),
         "bridge": lambda where: raw_bridge(where, steps=3),
@@ -98,20 +101,7 @@ def write(name: str, folder: Path) -> None:
 
 
 FORMATS = ["rlds", "lerobot_v2", "lerobot_v3", "hdf5", "aloha", "droid", "bridge", "calvin", "mcap", "bag2"]
-FORMATS += [
-    "bag1",
-    "zarr",
-    "zarr_zip",
-    "webdataset",
-    "mp4",
-    "mkv",
-    "avi",
-    "ts",
-    "gif",
-    "maniskill",
-    "minari",
-    "robotwin",
-]
+FORMATS += ["bag1", "zarr", "zarr_zip", "webdataset", "mp4", "mkv", "avi", "ts", "gif", "simulators"]
 NUMBERS = [(2**31 - 1).to_bytes(4, "little"), (2**40).to_bytes(8, "little"), (2**40).to_bytes(8, "big")]
 HOSTILE = [*NUMBERS, b"\xff" * 8, b"\0" * 8, b"-1", b"9" * 12]
 EDITS = st.lists(
