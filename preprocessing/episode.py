@@ -30,6 +30,7 @@ class EpisodeRef:
     index: int
     digest: str
     problem: str | None = None  # known at scan time: load will raise BadEpisode
+    root: str = field(default="", compare=False)  # the source that it was found in: nothing outside of it is read
 
     @property
     def id(self) -> str:

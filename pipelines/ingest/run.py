@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +31,7 @@ from preprocessing.encoders.text import load_text_encoder, text_encoder_digest
 from preprocessing.encoders.vae import encoder_digest, encoder_stride
 from preprocessing.episode import EpisodeRef
 from preprocessing.errors import BadEpisode, UserError
+from preprocessing.sources.walk import Survey
 from preprocessing.store.keys import work_key
 from preprocessing.store.rows import CountedRepair, QuarantineRow, printable
 from preprocessing.store.snapshot import Snapshot
@@ -37,6 +39,7 @@ from preprocessing.store.storage import parse
 from preprocessing.store.store import LatentStore
 
 ENOUGH_TO_JUDGE = 10  # bad episodes before their share can stop a job
+QUIET = 2.0  # seconds that looking at files may take without a progress bar
 BUSY = 0.8  # encoders that compute for a larger share of the time than this are the bottleneck
 
 
@@ -54,6 +57,7 @@ class IngestReport:
     without_action: int = 0  # new episodes of robot logs in which no action was found
     removed: int = 0  # episodes skipped because they were removed from the store earlier
     notes: list[str] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter)  # files that are not read, by suffix
     expected: dict[str, float] | None = None  # dry run: frames to encode ("pictures"), seconds, bytes
     waiting: dict[str, float] = field(default_factory=dict)  # share of time that "decode" and "encode" spent waiting
 
@@ -102,7 +106,8 @@ def ingest(
 
         check_address(address)
     limits.use(recipe.limits)
-    places = [place for uri in uris for place in sources.find(uri, format)]
+    found = _survey(uris, format)
+    places = [place for survey in found for place in survey.paths]
     digests = {_absolute(name): encoder_digest(name, recipe.precision) for name in recipe.encoder}
     for name in recipe.encoder:
         stride = encoder_stride(name)
@@ -117,10 +122,13 @@ def ingest(
         store = LatentStore.open(place) if dry_run and not absent else LatentStore.create(place)
         head = store.snapshot()
         report = IngestReport(None if absent else head.id, {"new": 0, "already": 0, "quarantined": 0, "filtered": 0})
+        report.notes += [note for survey in found for note in survey.notes]
+        for survey in found:
+            report.unread.update(survey.unread)
         contracts = _contracts(head, [*map(_source, places)], contract, report)
         plan = Plan(digests, recipe, contracts, _interfaces(head, contracts))
-        refs = ((_source((kind, path)), ref) for kind, path in places for ref in sources.scan(kind, path))
-        work = _new_work(tqdm(refs, "scan", unit=" episodes", leave=False, delay=1), store, plan, retry, report)
+        with _shown("scan", " episodes") as (bar, label):
+            work = _new_work(_episodes(found, bar, label), store, plan, retry, report)
         report.episodes["new"] = len(work)
         _check_contracts(work, plan)
         if work:
@@ -178,9 +186,43 @@ def _absolute(encoder: str) -> str:
     return str(Path(encoder).resolve()) if encoder != "tiny" and Path(encoder).is_dir() else encoder
 
 
-def _source(place: tuple[str, Path]) -> str:
+def _survey(uris: list[str], format: str) -> list[Survey]:
+    """Find the data sets of every source."""
+    with _shown("look", " files") as (bar, label):
+        found = []
+        for uri in uris:
+            label(uri)
+            found.append(sources.survey(uri, format, bar.update))
+    return found
+
+
+def _episodes(found: list[Survey], bar: tqdm[Any], label: Callable[[str], None]) -> Iterator[tuple[str, EpisodeRef]]:
+    """List the episodes with their sources' names."""
+    for survey in found:
+        for path, ref in sources.episodes(survey, lambda path: label(str(path))):
+            bar.update()
+            yield _source(path), ref
+
+
+@contextlib.contextmanager
+def _shown(what: str, unit: str) -> Iterator[tuple[tqdm[Any], Callable[[str], None]]]:
+    """A progress bar that appears after two seconds, also while one file takes longer, and a function to name it."""
+    began = time.monotonic()
+    with tqdm(desc=what, unit=unit, leave=False, delay=QUIET) as bar:
+
+        def show(_: dict[str, float]) -> None:
+            if time.monotonic() - began > QUIET:
+                bar.refresh()
+
+        def label(place: str) -> None:
+            bar.set_postfix_str(printable(place)[-60:], refresh=False)
+
+        with watch(dict, show):
+            yield bar, label
+
+
+def _source(path: Path) -> str:
     """Return the source's name: the folder whose episodes belong together."""
-    _, path = place
     return printable(str(path if path.is_dir() else path.parent))
 
 

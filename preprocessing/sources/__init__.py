@@ -13,9 +13,8 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from preprocessing.contracts.contract import DataContract, shipped_for
@@ -34,57 +33,16 @@ from preprocessing.sources import (
     webdataset,
 )
 from preprocessing.sources.lerobot import reader as lerobot_reader
+from preprocessing.sources.reader import BREAKS, Format, Reader
 from preprocessing.sources.replay_buffer import reader as replay_buffer_reader
 from preprocessing.sources.rlds import reader as rlds_reader
 from preprocessing.sources.ros import reader as ros_reader
+from preprocessing.sources.untrusted.files import forget, within
+from preprocessing.sources.walk import Survey, walk
 from preprocessing.video.frames import thinned, until_broken
 
-# Foreign bytes break readers in unforeseeable ways; one bad file must not end an ingest.
-BREAKS = (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
-
-
-class Reader(Protocol):
-    """The functions of a reader module. Apart from ``detect``, they may raise anything in ``BREAKS``."""
-
-    def detect(self, path: Path) -> bool:
-        """Whether a file or folder holds this format; a folder's subfolders are asked about separately.
-
-        Looks at names and first bytes only. Raises OSError where files cannot be read, PermissionError among them.
-        """
-
-    def scan(self, path: Path) -> Iterator[EpisodeRef]:
-        """List the episodes at a path that ``detect`` accepted: bytes are hashed, nothing is decoded.
-
-        An episode that cannot be read is listed with its ``problem``. Raises UserError or BadEpisode where the data set
-        as a whole cannot be listed.
-        """
-
-    def load(self, ref: EpisodeRef) -> Episode:
-        """Return the episode, in any process that sees the files. Frames are decoded only while iterated.
-
-        Raises BadEpisode, or UserError where the data set as a whole cannot be read.
-        """
-
-    def digest(self, ref: EpisodeRef) -> str:
-        """Hash the episode's bytes as they are on disk now, never from the cache.
-
-        Raises BadEpisode where they no longer are such an episode, FileNotFoundError where they are gone.
-        """
-
-
-@dataclass(frozen=True)
-class Format:
-    """A reader, and what ``find`` and ``load`` have to know about its format."""
-
-    reader: Reader
-    looks_like: str  # the files to expect, for messages
-    actionless: bool = False  # video without a robot's log
-    # Whether everything below a folder belongs to its data set: LeRobot's MP4 files are not episodes of their own.
-    closed: Callable[[Path], bool] | None = None
-
-
 TABLE = {
-    "rlds": Format(rlds_reader, "features.json and *.tfrecord-* files", closed=Path.is_dir),
+    "rlds": Format(rlds_reader, "features.json and *.tfrecord-* files", closed=rlds_reader.encloses),
     "lerobot": Format(lerobot_reader, "meta/info.json", closed=Path.is_dir),
     "calvin": Format(calvin, "ep_start_end_ids.npy", closed=Path.is_dir),
     "droid": Format(droid, "trajectory.h5, metadata_*.json and recordings", closed=Path.is_dir),
@@ -99,25 +57,34 @@ TABLE = {
         replay_buffer_reader,
         "Diffusion Policy or UMI *.zarr, *.zarr.zip",
         closed=replay_buffer_reader.encloses,
+        owns=replay_buffer_reader.folders,
     ),
     "webdataset": Format(webdataset, "*.tar of clips, not compressed", actionless=True),
     "video": Format(video, "*.mp4, *.mkv, *.webm, ...", actionless=True),
 }
 FORMATS: dict[str, Reader] = {name: format.reader for name, format in TABLE.items()}
 MOST_REASONS = 6  # why streams were left out, of an episode without a camera
-UNREADABLE = "unreadable"  # in place of a format: a folder that cannot be looked into
+UNREADABLE = "unreadable"  # in place of a format: what cannot be looked into, or holds no data
 ACTIONLESS = tuple(name for name, format in TABLE.items() if format.actionless)  # these may be thinned
 
 
 def find(path: str | Path, format: str = "auto") -> list[tuple[str, Path]]:
-    """Find the data sets at or below a path, as (format, path for ``scan``). Raises UserError where there are none.
+    """Find the data sets at or below a path, as (format, path for ``scan``). Raises UserError where there are none."""
+    found = survey(path, format)
+    if not found.places:
+        place, problem = next(iter(found.problems.items()))
+        raise UserError(f"{place}: {problem}")
+    return found.places
 
-    A folder below it that cannot be read is listed as UNREADABLE: it must not hide the others.
+
+def survey(path: str | Path, format: str = "auto", looked: Callable[[], object] = lambda: None) -> Survey:
+    """Find the data sets at or below a path, and what is there but cannot be read.
+
+    ``looked`` is called after each file and folder. Raises UserError where there is neither.
     """
     start = _local(path)
     if format != "auto" and format not in TABLE:
         raise UserError(f"--format {format}: no such format; one of auto, {', '.join(TABLE)}")
-    wanted = list(TABLE) if format == "auto" else [format]
     if not start.exists():
         raise UserError(f"{path}: no such file or folder; check the path")
     if not (start.is_dir() or start.is_file()):
@@ -128,35 +95,61 @@ def find(path: str | Path, format: str = "auto") -> list[tuple[str, Path]]:
         empty = start.is_dir() and not any(start.iterdir())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; check its permissions") from None
-    found = list(_walk(start, wanted, set()))
+    forget()
+    found = walk(start, TABLE if format == "auto" else {format: TABLE[format]}, every=format == "auto", looked=looked)
     if empty:
         raise UserError(f"{path}: the folder is empty; put {_expected(format)} there")
-    if not found and format != "auto":
+    if found.places or found.problems:
+        return found
+    if format != "auto":
         raise UserError(f"{path}: holds nothing of format {format}; expected {_expected(format)}, or use --format auto")
-    if not found:
-        raise UserError(f"{path}: no known format; expected {_expected(format)}")
-    return found
+    raise UserError("; ".join([f"{path}: no known format", f"expected {_expected(format)}", *found.notes]))
 
 
-def scan(format: str, path: Path) -> Iterator[EpisodeRef]:
+def episodes(found: Survey, begin: Callable[[Path], object]) -> Iterator[tuple[Path, EpisodeRef]]:
+    """List the episodes of a survey, each with the path of its data set, and what cannot be read as one.
+
+    ``begin`` is called with each path before it is read.
+    """
+    for format, path in found.places:
+        begin(path)
+        for ref in scan(format, path, found.root):
+            yield path, ref
+    for path, problem in found.problems.items():
+        yield path, _broken(UNREADABLE, path, problem)
+
+
+def scan(format: str, path: Path, root: Path | None = None) -> Iterator[EpisodeRef]:
     """List the episodes at a path that ``find`` returned, unreadable ones included, with their ``problem``.
 
     Unchanged files are not read again. A data set that cannot be listed at all yields one episode with a problem, so
-    that the others are still read.
+    that the others are still read. Nothing outside of ``root``, the source, is read: by default, outside of the path.
     """
-    if format == UNREADABLE:
-        yield _broken(format, path, f"{path}: {_why_unreadable(path)}; check its permissions")
-        return
+    root = root or path
+    refs = _scan(format, path)
+    while True:
+        with within(root):
+            ref = next(refs, None)
+        if ref is None:
+            return
+        yield replace(ref, root=str(root))
+
+
+def _scan(format: str, path: Path) -> Iterator[EpisodeRef]:
     try:
         yield from FORMATS[format].scan(path)
     except UserError as error:
         yield _broken(format, path, str(error))
-    except (BadEpisode, *BREAKS) as error:
+    except BadEpisode as error:
+        yield _broken(format, path, str(error))
+    except BREAKS as error:
         yield _broken(format, path, f"{path}: cannot be listed: {type(error).__name__}: {error}")
 
 
 def _broken(format: str, path: Path, problem: str) -> EpisodeRef:
-    return EpisodeRef(str(path.absolute()), format, 0, hashlib.sha256(os.fsencode(problem)).hexdigest(), problem)
+    return EpisodeRef(
+        str(path.absolute()), format, 0, hashlib.sha256(os.fsencode(f"{path} {problem}")).hexdigest(), problem
+    )
 
 
 def digest(ref: EpisodeRef) -> str:
@@ -165,7 +158,8 @@ def digest(ref: EpisodeRef) -> str:
     Raises BadEpisode where they are gone or no longer such an episode.
     """
     try:
-        return FORMATS[ref.format].digest(ref)
+        with within(_root(ref)):
+            return FORMATS[ref.format].digest(ref)
     except FileNotFoundError:
         raise BadEpisode("its file was deleted after it was listed") from None
     except BREAKS as error:
@@ -187,7 +181,8 @@ def load(
     if ref.problem:
         raise BadEpisode(ref.problem)
     try:
-        episode = FORMATS[ref.format].load(ref)
+        with within(_root(ref)):
+            episode = FORMATS[ref.format].load(ref)
     except UserError as error:  # of the data set as a whole
         raise BadEpisode(str(error)) from error
     except BREAKS as error:
@@ -264,35 +259,8 @@ def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])", "-", name).lower()).strip("-") or "unknown"
 
 
-def _walk(path: Path, wanted: list[str], seen: set[Path]) -> Iterator[tuple[str, Path]]:
-    if path.is_dir():
-        if path.resolve() in seen:  # a link that leads back up
-            return
-        seen.add(path.resolve())
-    try:
-        for name in wanted:
-            format = TABLE[name]
-            if format.reader.detect(path):
-                yield name, path
-                if format.closed and format.closed(path):
-                    return
-        children = sorted(path.iterdir()) if path.is_dir() else []
-    except BREAKS:
-        yield UNREADABLE, path
-        return
-    for child in children:
-        if child.is_dir() and not child.name.startswith("."):
-            yield from _walk(child, wanted, seen)
-
-
-def _why_unreadable(path: Path) -> str:
-    try:
-        for format in TABLE.values():
-            format.reader.detect(path)
-        sorted(path.iterdir())
-    except BREAKS as error:
-        return f"cannot be looked into ({error})"
-    return "could not be looked into a moment ago"
+def _root(ref: EpisodeRef) -> Path | None:
+    return Path(ref.root) if ref.root else None
 
 
 def _local(path: str | Path) -> Path:

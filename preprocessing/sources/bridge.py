@@ -28,6 +28,7 @@ from preprocessing.episode import ActionBlock, Episode, EpisodeRef, Repair, Vide
 from preprocessing.errors import BadEpisode
 from preprocessing.limits import limits
 from preprocessing.sources.scan_cache import Finding, file_digest, findings, stamp_of
+from preprocessing.sources.untrusted.files import contents, own
 from preprocessing.sources.untrusted.pickles import read_pickle
 from preprocessing.video.frames import indexed_images_video
 
@@ -46,8 +47,9 @@ LAYOUT = (
 
 
 def detect(path: Path) -> bool:
-    """One of the pickles is enough: an episode without the other is reported as broken."""
-    return any((path / name).is_file() for name in (OBSERVED, COMMANDED)) and bool(_cameras(path))
+    """One of the pickles beside images is enough: an episode without the other is reported as broken."""
+    named = any((path / name).exists() for name in (OBSERVED, COMMANDED))
+    return named and any(_images(camera) for camera in _cameras(path).values() if camera.is_dir())
 
 
 def scan(path: Path) -> Iterator[EpisodeRef]:
@@ -110,8 +112,9 @@ def _cameras(folder: Path) -> dict[int, Path]:
 
 def _files(folder: Path) -> list[Path]:
     """All files of an episode, in order."""
-    named = [folder / name for name in (OBSERVED, COMMANDED, INSTRUCTIONS) if (folder / name).is_file()]
-    return [*named, *(image for camera in _cameras(folder).values() for image in _images(camera).values())]
+    named = [folder / name for name in (OBSERVED, COMMANDED, INSTRUCTIONS) if (folder / name).exists()]
+    every = [*named, *(image for camera in _cameras(folder).values() for image in _images(camera).values())]
+    return [own(file) for file in every]
 
 
 def _images(camera: Path) -> dict[int, Path]:
@@ -184,11 +187,9 @@ def _instructions(folder: Path) -> list[str]:
 
 
 def _bytes(file: Path, limit: int) -> bytes:
-    if not file.is_file():
+    if not file.exists():
         raise BadEpisode(f"has no {file.name}")
-    if (size := file.stat().st_size) > limit:
-        raise BadEpisode(f"{file.name} has {size} bytes, more than {limit}")
-    return file.read_bytes()
+    return contents(file, limit)
 
 
 def _lagged(folder: Path) -> bool:

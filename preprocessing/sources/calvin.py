@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 import zipfile
 import zlib
@@ -32,11 +33,13 @@ from preprocessing.episode import FRAMES_PER_CHUNK, ActionBlock, Episode, Episod
 from preprocessing.errors import BadEpisode, UserError
 from preprocessing.limits import limits
 from preprocessing.sources.scan_cache import Finding, file_digest, findings
+from preprocessing.sources.untrusted.files import contents
 from preprocessing.sources.untrusted.pickles import read_npy
 from preprocessing.video.frames import sliced_video
 
 FPS = 30.0
 RANGES = "ep_start_end_ids.npy"
+STEP = re.compile(r"episode_(\d{7,18})\.npz")
 ANNOTATIONS = "auto_lang_ann.npy"
 MAX_LIST = 2**28  # bytes; the largest annotation file, with its embeddings, has 10**8
 SIGNALS = ("actions", "scene_obs")  # absolute actions; the state of doors, lamps and blocks
@@ -52,7 +55,11 @@ LAYOUT = (
 
 
 def detect(path: Path) -> bool:
-    return (path / RANGES).is_file()
+    """Other programs may write a file of that name, but not beside steps."""
+    if not (path / RANGES).is_file():
+        return False
+    with os.scandir(path) as entries:
+        return any(STEP.fullmatch(entry.name) for entry in entries)
 
 
 def scan(path: Path) -> Iterator[EpisodeRef]:
@@ -138,11 +145,9 @@ def _stretch(ref: EpisodeRef) -> tuple[Path, Stretch]:
 @lru_cache(maxsize=1)  # CALVIN's largest split has 23,000
 def _listed(file: Path, _changed: int) -> list[Stretch]:
     try:
-        if (size := file.stat().st_size) > MAX_LIST:
-            raise ValueError(f"{size} bytes, more than {MAX_LIST}")
+        table = read_npy(contents(file, MAX_LIST))
         if file.name == RANGES:
-            return [_checked(first, last, None) for first, last in read_npy(file.read_bytes()).tolist()]
-        table = read_npy(file.read_bytes())
+            return [_checked(first, last, None) for first, last in table.tolist()]
         pairs = zip(table["info"]["indx"], table["language"]["ann"], strict=True)
         return [_checked(first, last, instruction) for (first, last), instruction in pairs]
     except (OSError, BadEpisode, LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
@@ -165,7 +170,7 @@ def _name(step: int) -> str:
 
 def _steps(folder: Path) -> np.ndarray:
     """The steps that have a file, int64, sorted; the largest split has two million."""
-    names = (re.fullmatch(r"episode_(\d{7,18})\.npz", file.name) for file in folder.iterdir())
+    names = (STEP.fullmatch(file.name) for file in folder.iterdir())
     return np.unique(np.fromiter((int(name[1]) for name in names if name), np.int64))
 
 

@@ -40,6 +40,7 @@ from preprocessing.episode import ActionBlock, Episode, EpisodeRef, Repair
 from preprocessing.errors import BadEpisode, UserError
 from preprocessing.sources.hdf5_kinds import hdf5_files
 from preprocessing.sources.scan_cache import Finding, file_digest, findings
+from preprocessing.sources.untrusted.files import contents, within
 from preprocessing.sources.untrusted.hdf5 import datasets, digest_of
 from preprocessing.sources.vectors import as_vectors
 from preprocessing.video.decode import open_video, probe_video
@@ -77,9 +78,9 @@ MAX_ANNOTATIONS = 2**26  # bytes; the published file has 12 million
 
 
 def detect(path: Path) -> bool:
-    """An unreadable trajectory next to metadata counts, too: its videos are not episodes of their own."""
+    """An unreadable trajectory next to recordings counts, too: its videos are not episodes of their own."""
     file = path if path.name == TRAJECTORY else path / TRAJECTORY
-    return file.is_file() and (any(True for _ in hdf5_files(file, "droid")) or bool(_metadata_files(file.parent)))
+    return file.is_file() and (any(True for _ in hdf5_files(file, "droid")) or _is_recording(file.parent))
 
 
 def scan(path: Path) -> Iterator[EpisodeRef]:
@@ -174,6 +175,10 @@ def _recording(folder: Path) -> Recording:
     return Recording(folder, videos, texts, success if isinstance(success, bool) else None, repairs)
 
 
+def _is_recording(folder: Path) -> bool:
+    return bool(_metadata_files(folder)) and (folder / "recordings").is_dir()
+
+
 def _metadata_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("metadata_*.json"))
 
@@ -184,7 +189,7 @@ def _metadata(folder: Path) -> dict[str, Any]:
         raise BadEpisode("has no metadata_*.json, which maps cameras to their videos")
     try:
         return _table(file, MAX_METADATA)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, BadEpisode, ValueError, RecursionError) as error:
         raise BadEpisode(f"{file.name} cannot be read: {error}") from None
 
 
@@ -201,15 +206,14 @@ def _instructions(folder: Path, uuid: str) -> dict[str, str]:
 @lru_cache(maxsize=1)  # one list for 76,000 episodes
 def _annotations(file: Path, _changed: int) -> dict[str, Any]:
     try:
-        return _table(file, MAX_ANNOTATIONS)
-    except (OSError, ValueError, RecursionError) as error:
+        with within(None):  # the user may name a part of the data set, and the list is above all of it
+            return _table(file, MAX_ANNOTATIONS)
+    except (OSError, BadEpisode, ValueError, RecursionError) as error:
         raise UserError(f"{file}: not a table of annotations ({error}); restore the file or move it away") from None
 
 
 def _table(file: Path, limit: int) -> dict[str, Any]:
-    if (size := file.stat().st_size) > limit:
-        raise ValueError(f"{size} bytes, more than {limit}")
-    table = json.loads(file.read_bytes())
+    table = json.loads(contents(file, limit))
     if not isinstance(table, dict):
         raise ValueError("not a JSON object")
     return table

@@ -12,6 +12,7 @@ from typing import Literal
 import h5py
 
 from preprocessing.errors import BadEpisode
+from preprocessing.sources.untrusted.files import files_in, magic
 from preprocessing.sources.untrusted.hdf5 import own
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -26,9 +27,8 @@ def hdf5_files(path: Path, kind: Kind) -> Iterator[Path]:
 
     Unknown files count as demonstrations; their reader reports what is wrong.
     """
-    for file in [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file()):
-        named = file.suffix.lower() in SUFFIXES
-        if not file.name.startswith(".") and (named or _is_hdf5(file)) and kind_of(file) == kind:
+    for file in files_in(path):
+        if (file.suffix.lower() in SUFFIXES or magic(file).startswith(SIGNATURE)) and kind_of(file) == kind:
             yield file
 
 
@@ -67,11 +67,6 @@ def _listed(file: h5py.Group) -> str:
     names = sorted(file)
     more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
     return ", ".join(name[:40] for name in names[:MAX_NAMED]) + more if names else "nothing"
-
-
-def _is_hdf5(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(SIGNATURE)) == SIGNATURE
 
 
 @lru_cache(maxsize=2**12)

@@ -18,14 +18,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import copy_context
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
 from preprocessing.cache import cache_folder
+from preprocessing.errors import BadEpisode
+from preprocessing.sources.untrusted.files import AT_REST, check, opened
 
-AT_REST = 2 * 10**9  # nanoseconds: the tick of the coarsest file system clock, FAT's
 LOOK_AHEAD = 256  # files looked up together, and read ahead
 SAVE_EVERY = 5.0  # seconds of work that a crash may lose
 PATIENCE = 2.0  # seconds to wait for another process's lock
@@ -52,7 +54,7 @@ def findings(
 
     ``read`` runs in as many threads as there are processors: reading and hashing release the GIL. (Some libraries have
     their own lock: HDF5 decompresses in one thread at a time.) A file that cannot be opened yields a finding with a
-    problem.
+    problem, and so does one that :func:`preprocessing.sources.untrusted.files.check` refuses.
     """
     waiting = iter(files)
     cache = _Cache(reader)
@@ -70,7 +72,9 @@ def findings(
     try:
         while batch := list(islice(waiting, LOOK_AHEAD)):
             known = cache.lookup(batch)
-            ahead.extend((file, known.get(file) or pool.submit(_examine, file, read)) for file in batch)
+            ahead.extend(
+                (file, known.get(file) or pool.submit(copy_context().run, _examine, file, read)) for file in batch
+            )
             while len(ahead) > LOOK_AHEAD:
                 yield first()
         while ahead:
@@ -85,7 +89,7 @@ def stamp_of(files: Iterable[Path]) -> str | None:
     that its next change might go unnoticed."""
     sha, newest = hashlib.sha256(), 0
     for file in files:
-        status = file.stat()
+        status = check(file)
         newest = max(newest, status.st_mtime_ns, status.st_ctime_ns)
         sha.update(_name(file) + f" {_stamp(status)};".encode())
     return sha.hexdigest() if newest + AT_REST < time.time_ns() else None
@@ -93,7 +97,7 @@ def stamp_of(files: Iterable[Path]) -> str | None:
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a whole file."""
-    with path.open("rb") as file:
+    with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -101,12 +105,12 @@ def _examine(file: Path, read: Callable[[Path], list[Finding]]) -> tuple[list[Fi
     """The file's findings, and the stamp to cache them under; None if they must not be cached."""
     began = time.time_ns()
     try:
-        before = file.stat()
+        before = check(file)
         found = read(file)
         after = file.stat()
-    except OSError as error:
-        reason = f"cannot be read: {error.strerror or error}"
-        return [Finding(hashlib.sha256(_name(file) + reason.encode()).hexdigest(), reason)], None
+    except (OSError, BadEpisode) as error:
+        reason = f"cannot be read: {error.strerror or error}" if isinstance(error, OSError) else str(error)
+        return [Finding(hashlib.sha256(_name(file) + os.fsencode(reason)).hexdigest(), reason)], None
     except Exception as error:  # foreign bytes break readers in unforeseeable ways
         return [Finding(file_digest(file), f"cannot be read: {type(error).__name__}: {error}")], None
     at_rest = max(before.st_mtime_ns, before.st_ctime_ns) + AT_REST < began

@@ -12,10 +12,9 @@ from pathlib import Path
 from preprocessing.episode import Episode, EpisodeRef, Repair
 from preprocessing.errors import BadEpisode
 from preprocessing.sources.scan_cache import Finding, file_digest, findings
+from preprocessing.sources.untrusted.files import FILMS, files_in, magic
 from preprocessing.video.decode import open_video_file, probe_video
 
-SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".gif"}
-SUFFIXES |= {".m2ts", ".mts", ".ogv", ".asf", ".vob", ".3g2", ".mjpeg", ".h264", ".h265", ".hevc"}
 # Bytes of an MPEG-TS packet, which begins with 0x47 (ISO/IEC 13818-1, 2.4.3.2). The suffix .ts is TypeScript's, too.
 TS_PACKET = 188
 NOT_VIDEO_BRANDS = (b"M4A", b"M4B", b"hei", b"mif", b"avi")  # audio and still images in the same container
@@ -65,17 +64,14 @@ def _read(file: Path) -> list[Finding]:
 
 
 def _files(path: Path) -> Iterator[Path]:
-    for file in [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file()):
-        if not file.name.startswith(".") and _is_video(file):
-            yield file
+    return filter(_is_video, files_in(path))
 
 
 def _is_video(path: Path) -> bool:
-    if path.suffix.lower() in SUFFIXES:
+    if path.suffix.lower() in FILMS:
         return True
-    with path.open("rb") as file:
-        head = file.read(2 * TS_PACKET + 1)
-    if head[::TS_PACKET] == b"GGG":
+    head = magic(path)
+    if head[: 2 * TS_PACKET + 1 : TS_PACKET] == b"GGG":
         return True
     if head[4:8] == b"ftyp":
         return not head[8:12].startswith(NOT_VIDEO_BRANDS)

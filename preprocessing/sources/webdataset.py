@@ -31,6 +31,7 @@ from preprocessing.episode import Episode, EpisodeRef, Repair, Video
 from preprocessing.errors import BadEpisode
 from preprocessing.limits import limits
 from preprocessing.sources.scan_cache import Finding, file_digest, findings
+from preprocessing.sources.untrusted.files import files_in
 from preprocessing.video.decode import open_video_file
 from preprocessing.video.frames import indexed_images_video
 
@@ -297,9 +298,7 @@ class _Headers(io.FileIO):
 
 
 def _files(path: Path) -> Iterator[Path]:
-    for file in [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file()):
-        if file.name.endswith(".tar") and not file.name.startswith(".") and _is_shard(file):
-            yield file
+    return (file for file in files_in(path) if file.name.endswith(".tar") and _is_shard(file))
 
 
 def _is_shard(file: Path) -> bool:

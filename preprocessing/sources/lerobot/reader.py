@@ -36,17 +36,28 @@ from preprocessing.sources.lerobot.meta import (
 from preprocessing.sources.lerobot.pictures import picture_video
 from preprocessing.sources.lerobot.v2 import FilesV2
 from preprocessing.sources.lerobot.v3 import FilesV3
+from preprocessing.sources.untrusted.files import contents
 from preprocessing.video.frames import first_frames, frames_to_use
 
 ACTION, STATE = "action", "observation."
 # Other names of the two, in the order of preference: openpi's converters write `actions` and `state`.
 ACTIONS, STATES = ("actions",), ("state", "states", "proprio", "qpos")
 SIMULATED = {"observation.environment_state"}  # object poses, which no robot observes
+BESIDE = ("meta/episodes.jsonl", "meta/episodes", "meta/tasks.jsonl", "meta/tasks.parquet")
+MAX_INFO = 2**26  # bytes; published files have 10**4
 PLACES = {"index", "episode_index", "frame_index", "task_index"}  # columns that locate a row
 
 
 def detect(path: Path) -> bool:
-    return (path / "meta" / "info.json").is_file()
+    """Whether ``meta/info.json`` is LeRobot's; other programs write a file of that name, too, but not beside tables."""
+    try:
+        text = contents(path / "meta" / "info.json", MAX_INFO)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, BadEpisode):
+        text = b""
+    said = b"codebase_version" in text.replace(b"\0", b"")  # of UTF-16, too
+    return said or any((path / name).exists() for name in BESIDE) or any(path.glob("data/*/*.parquet"))
 
 
 def scan(path: Path) -> Iterator[EpisodeRef]:

@@ -20,7 +20,15 @@ from preprocessing.episode import Repair
 from preprocessing.errors import BadEpisode
 from preprocessing.limits import limits
 from preprocessing.sources.scan_cache import Finding, file_digest, findings, stamp_of
-from preprocessing.sources.untrusted.zarr_v2 import NotNumericError, ZarrArray, ZarrFolder, ZarrZip, open_array
+from preprocessing.sources.untrusted.files import contents, files_in, listing, magic
+from preprocessing.sources.untrusted.zarr_v2 import (
+    MAX_METADATA,
+    NotNumericError,
+    ZarrArray,
+    ZarrFolder,
+    ZarrZip,
+    open_array,
+)
 
 ENDS = "meta/episode_ends"
 MARK = f"{ENDS}/.zarray"
@@ -31,19 +39,25 @@ MAX_EPISODES = 10**6
 def buffers(path: Path) -> Iterator[Path]:
     """The path itself; or, in a folder, its zip files, and its subfolders if ``videos`` is next to them."""
     if path.is_file():
-        if path.name.endswith(".zarr.zip") or _is_buffer(path):
+        if path.name.endswith(".zarr.zip") or _is_zip(path):
             yield path
-    elif (path / MARK).is_file():
+    elif is_buffer(path):
         yield path
     else:
-        has_videos = (path / "videos").is_dir()
-        for child in sorted(path.iterdir()):
-            if child.name.startswith("."):
-                continue
-            if child.is_file():
-                yield from buffers(child)
-            elif has_videos and (child / MARK).is_file():
-                yield child
+        for file in files_in(path):
+            yield from buffers(file)
+        if (path / "videos").is_dir():
+            yield from filter(is_buffer, listing(path).folders)
+
+
+def is_buffer(folder: Path) -> bool:
+    """Whether a folder is a buffer, readable or not."""
+    try:
+        return b"zarr_format" in contents(folder / MARK, MAX_METADATA)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, BadEpisode):
+        return True
 
 
 @dataclass(frozen=True)
@@ -160,10 +174,9 @@ def _stamp(folder: Path) -> str | None:
     return stamp_of(files)
 
 
-def _is_buffer(file: Path) -> bool:
-    with file.open("rb") as opened:
-        if opened.read(4) != b"PK\x03\x04" or file.suffix == ".npz":  # NumPy's files are zip files, too
-            return False
+def _is_zip(file: Path) -> bool:
+    if not magic(file).startswith(b"PK\x03\x04"):
+        return False
     try:
         return bool(ZarrZip(file).roots(MARK))
     except BadEpisode:

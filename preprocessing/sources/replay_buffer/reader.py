@@ -24,7 +24,7 @@ import numpy as np
 from preprocessing.episode import ActionBlock, Episode, EpisodeRef, Repair, Video
 from preprocessing.errors import BadEpisode
 from preprocessing.limits import limits
-from preprocessing.sources.replay_buffer.buffer import Buffer, buffers, digests, found_in, is_image, vectors
+from preprocessing.sources.replay_buffer.buffer import Buffer, buffers, digests, found_in, is_buffer, is_image, vectors
 from preprocessing.sources.scan_cache import Finding, file_digest, findings
 from preprocessing.sources.untrusted.zarr_v2 import ZarrArray
 from preprocessing.video.decode import open_video, probe_video
@@ -41,8 +41,14 @@ def detect(path: Path) -> bool:
 
 
 def encloses(path: Path) -> bool:
-    """Whether everything below a folder belongs to buffers: their chunks or videos."""
-    return any(buffer.is_dir() for buffer in buffers(path))
+    """Whether everything below a folder belongs to a buffer."""
+    return is_buffer(path)
+
+
+def folders(path: Path) -> list[Path]:
+    """The buffers in a folder, and the videos that belong to them."""
+    found = [buffer for buffer in buffers(path) if buffer.is_dir()]
+    return [*found, path / "videos"] if found else []
 
 
 def scan(path: Path) -> Iterator[EpisodeRef]:

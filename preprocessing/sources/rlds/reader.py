@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,9 +22,17 @@ import numpy as np
 
 from preprocessing.episode import ActionBlock, Episode, EpisodeRef, Repair, Video
 from preprocessing.errors import BadEpisode
-from preprocessing.sources.rlds.tfds import SHARD, Leaf, dataset_and_split, missing_shards, read_leaves
-from preprocessing.sources.rlds.tfrecord import Feature, parse_example, read_record, records
+from preprocessing.sources.rlds.tfds import (
+    SHARD,
+    Leaf,
+    dataset_and_split,
+    describes_episodes,
+    missing_shards,
+    read_leaves,
+)
+from preprocessing.sources.rlds.tfrecord import Feature, is_tfrecord, parse_example, read_record, records
 from preprocessing.sources.scan_cache import findings
+from preprocessing.sources.untrusted.files import files_in
 from preprocessing.video.frames import decode_image, images_video
 
 BLACK = 8  # JPEG noise around zero stays below this level
@@ -33,7 +42,18 @@ OBSERVATION = "steps/observation/"
 
 
 def detect(path: Path) -> bool:
-    return bool(_shards(path))
+    """Whether there are shards: by their names beside RLDS's ``features.json``, else by how they begin, too."""
+    if path.is_dir():
+        with os.scandir(path) as entries:  # a folder of another format may hold millions of files
+            if not any(SHARD.search(entry.name) for entry in entries):
+                return False
+    shards = _shards(path)
+    return bool(shards) and (describes_episodes(shards[0].parent) or any(map(is_tfrecord, shards)))
+
+
+def encloses(path: Path) -> bool:
+    """Whether everything below a folder belongs to its data set."""
+    return path.is_dir() and describes_episodes(path)
 
 
 def scan(path: Path) -> Iterator[EpisodeRef]:
@@ -246,5 +266,4 @@ def _instruction(every_text: dict[str, list[str]]) -> tuple[str | None, bool]:
 
 def _shards(path: Path) -> list[Path]:
     """The file itself, or the shards of every split in a folder."""
-    candidates = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
-    return [p for p in candidates if SHARD.search(p.name) and not p.name.startswith(".")]
+    return [file for file in files_in(path) if SHARD.search(file.name)]

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from preprocessing.errors import BadEpisode
+from preprocessing.sources.untrusted.files import contents
 
+MAX_METADATA = 2**24  # bytes; published files have 10**4
 SHARD = re.compile(r"\.tfrecord(-(\d+)-of-(\d+))?$")
 
 
@@ -61,18 +63,29 @@ def read_leaves(path: Path) -> dict[str, Leaf]:
             )
 
     try:
-        walk(json.loads(path.read_text()), "", 0)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        walk(json.loads(contents(path, MAX_METADATA)), "", 0)
+    except (OSError, BadEpisode, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadEpisode(f"features.json cannot be read: {error}") from None
     return leaves
+
+
+def describes_episodes(folder: Path) -> bool:
+    """Whether a folder has the ``features.json`` of episodes, readable or not."""
+    try:
+        text = contents(folder / "features.json", MAX_METADATA)
+    except FileNotFoundError:
+        return False
+    except (OSError, BadEpisode):
+        return True
+    return b'"steps"' in text
 
 
 def dataset_and_split(shard: Path) -> tuple[str, str | None]:
     """The data set's name, from dataset_info.json or else from the shard's name, and the shard's split."""
     whole, _, counted = shard.name.partition(".tfrecord")
     name, dash, split = whole.rpartition("-")
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        name = str(json.loads((shard.parent / "dataset_info.json").read_text())["name"])
+    with suppress(OSError, BadEpisode, ValueError, KeyError, TypeError, RecursionError):
+        name = str(json.loads(contents(shard.parent / "dataset_info.json", MAX_METADATA))["name"])
     return name or whole, split if dash and counted else None
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from preprocessing.errors import BadEpisode
 from preprocessing.limits import limits
 from preprocessing.sources.scan_cache import Finding
+from preprocessing.sources.untrusted.files import opened, own
 
 PIECE = 2**20
 
@@ -32,7 +33,7 @@ def records(shard: Path) -> Iterator[Finding]:
     A bad checksum of the data costs that record only. After a bad length the start of the next record is unknown, so
     the rest of the shard becomes one problem.
     """
-    with shard.open("rb") as file:
+    with opened(shard) as file:
         index = start = 0
         size = shard.stat().st_size
         if size == 0:
@@ -40,12 +41,12 @@ def records(shard: Path) -> Iterator[Finding]:
         while start < size:
             length = _length(file)
             if length is None:
-                digest, _ = _hash(file, start, size - start)
+                digest = _rest(file, start, size)
                 what = "its header is truncated" if size - start < 12 else "its length has a wrong checksum"
                 yield Finding(digest, f"record {index} at byte {start} of {shard.name}: {what}")
                 return
             if start + length + 16 > size:
-                digest, _ = _hash(file, start, size - start)
+                digest = _rest(file, start, size)
                 cut = f"truncated: {size - start} of {length + 16} bytes"
                 yield Finding(digest, f"record {index} at byte {start} of {shard.name} is {cut}")
                 return
@@ -74,6 +75,21 @@ def read_record(shard: Path, index: int) -> bytes:
         if length is None or length > limits().array_bytes:
             raise BadEpisode(f"{shard.name} has no readable record {index}")
         return file.read(length)
+
+
+def is_tfrecord(shard: Path) -> bool:
+    """Whether a file begins with the header of a record, or cannot be opened to find out."""
+    try:
+        with opened(own(shard)) as file:
+            return _length(file) is not None
+    except (OSError, BadEpisode):
+        return True
+
+
+def _rest(file: BinaryIO, start: int, size: int) -> str:
+    """A digest of what is lost: of how it begins and how long it is, as it may be long and need not be read."""
+    begin, _ = _hash(file, start, min(PIECE, size - start))
+    return hashlib.sha256(f"{begin} {size - start}".encode()).hexdigest()
 
 
 def _length(file: BinaryIO) -> int | None:

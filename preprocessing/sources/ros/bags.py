@@ -32,6 +32,7 @@ from mcap.stream_reader import StreamReader, breakup_chunk
 from rosbags.rosbag1.reader import Reader, decompressors
 
 from preprocessing.errors import BadEpisode
+from preprocessing.sources.untrusted.files import contents, files_in, magic, opened, pointer_of
 
 METADATA, INFORMATION = "metadata.yaml", "rosbag2_bagfile_information"
 MCAP, BAG1, SQLITE = b"\x89MCAP0\r\n", b"#ROSBAG V2.0\n", b"SQLite format 3\0"
@@ -53,8 +54,8 @@ def recordings(path: Path) -> Iterator[Path]:
     if _is_bag(path):
         yield path
         return
-    for file in [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file()):
-        kind = None if file.name.startswith(".") else _kind(file)
+    for file in files_in(path):
+        kind = _kind_of(magic(file))
         if kind and (kind is not _sqlite or file.suffix.lower() == ".db3"):  # SQLite files can be anything
             yield file
 
@@ -70,9 +71,9 @@ def problem_of(file: Path) -> str | None:
     if kind is None:
         return "is neither MCAP nor SQLite"
     if kind is _mcap:
-        with file.open("rb") as opened:
-            opened.seek(max(0, file.stat().st_size - len(MCAP)))
-            if opened.read() != MCAP:
+        with opened(file) as whole:
+            whole.seek(max(0, file.stat().st_size - len(MCAP)))
+            if whole.read() != MCAP:
                 return "is truncated, its recorder may have been killed; run `mcap recover`"
     log = file.with_name(f"{file.name}-wal")
     if kind is _sqlite and log.is_file() and log.stat().st_size:
@@ -108,8 +109,12 @@ def _is_bag(path: Path) -> bool:
     metadata = path / METADATA
     if not metadata.is_file():
         return False
-    with metadata.open("rb") as file:
-        return INFORMATION.encode() in file.read(2**12)
+    try:
+        with opened(metadata) as file:
+            head = file.read(2**12)
+    except OSError:
+        return True  # which is then reported
+    return INFORMATION.encode() in head or pointer_of(head) is not None
 
 
 def _metadata(bag: Path) -> tuple[list[Path], bool]:
@@ -118,11 +123,7 @@ def _metadata(bag: Path) -> tuple[list[Path], bool]:
     Before version 4, file names include the folder. Only their last part is used, so none leads out of the bag.
     """
     try:
-        with (bag / METADATA).open("rb") as file:
-            text = file.read(MAX_METADATA + 1)
-        if len(text) > MAX_METADATA:
-            raise ValueError(f"more than {MAX_METADATA} bytes")
-        information = yaml.safe_load(text)[INFORMATION]
+        information = yaml.safe_load(contents(bag / METADATA, MAX_METADATA))[INFORMATION]
         files = [bag / PurePosixPath(name).name for name in dict.fromkeys(information["relative_file_paths"])]
         mode = str(information.get("compression_mode") or "none").lower()
     except Exception as error:  # damaged text may be any YAML
@@ -140,8 +141,11 @@ def _metadata(bag: Path) -> tuple[list[Path], bool]:
 
 
 def _kind(file: Path) -> Callable[[Path, str | None], Iterator[Message]] | None:
-    with file.open("rb") as opened:
-        head = opened.read(16)
+    with opened(file) as begin:
+        return _kind_of(begin.read(16))
+
+
+def _kind_of(head: bytes) -> Callable[[Path, str | None], Iterator[Message]] | None:
     kinds = {MCAP: _mcap, BAG1: _bag1, SQLITE: _sqlite}
     return next((kind for magic, kind in kinds.items() if head.startswith(magic)), None)
 
@@ -156,8 +160,8 @@ class _Bounded(io.BufferedReader):
 def _mcap(file: Path, topic: str | None) -> Iterator[Message]:
     schemas: dict[int, str] = {0: ""}
     channels: dict[int, records.Channel] = {}
-    with _Bounded(io.FileIO(file)) as opened:
-        reader = StreamReader(opened, emit_chunks=True, validate_crcs=True, record_size_limit=MAX_BYTES)
+    with _Bounded(io.FileIO(file)) as recording:
+        reader = StreamReader(recording, emit_chunks=True, validate_crcs=True, record_size_limit=MAX_BYTES)
         for outer in reader.records:
             if isinstance(outer, records.DataEnd):  # only a summary follows
                 return

@@ -7,6 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from preprocessing.errors import BadEpisode
+from preprocessing.sources.untrusted.files import contents
+
 MAX_BYTES = 2**28  # of one file; the episodes of the largest data sets fill 10**8
 
 
@@ -55,9 +58,10 @@ def read_lines(file: Path) -> tuple[list[dict[str, Any]], list[int]]:
 
 
 def _bytes(file: Path) -> bytes:
-    if (size := file.stat().st_size) > MAX_BYTES:
-        raise ValueError(f"{size} bytes, more than {MAX_BYTES}")
-    return file.read_bytes()
+    try:
+        return contents(file, MAX_BYTES)
+    except BadEpisode as error:
+        raise ValueError(str(error)) from None
 
 
 def _halves(text: str) -> bool:

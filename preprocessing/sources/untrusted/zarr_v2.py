@@ -30,6 +30,7 @@ from pydantic import BaseModel, NonNegativeInt, PositiveInt, ValidationError
 
 from preprocessing.errors import BadEpisode
 from preprocessing.limits import limits
+from preprocessing.sources.untrusted.files import contents
 
 MAX_ROW = 2**26  # bytes
 MAX_METADATA = 2**16  # bytes
@@ -185,12 +186,10 @@ class ZarrFolder:
 
     def read(self, key: str, limit: int) -> bytes | None:
         """The file's bytes, None if it does not exist. Raises BadEpisode if it is longer than ``limit``."""
-        file = self.root / key
-        if not file.is_file():
+        try:
+            return contents(self.root / key, limit)
+        except FileNotFoundError:
             return None
-        if file.stat().st_size > limit:
-            raise BadEpisode(f"{key} is longer than {limit} bytes")
-        return file.read_bytes()
 
 
 @dataclass(frozen=True)
