@@ -6,6 +6,7 @@ import contextlib
 import re
 import tempfile
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,25 @@ def register(
         client.create_registered_model(name)
     created = client.create_model_version(name, f"models:/{info.model_id}", run_id, tags, model_id=info.model_id)
     return str(created.version)
+
+
+@dataclass(frozen=True)
+class RegisteredVersion:
+    """A version of a registered model, with the aliases that point to it."""
+
+    name: str
+    version: str
+    aliases: tuple[str, ...]
+    tags: dict[str, str]
+
+
+def versions_of(run_id: str) -> list[RegisteredVersion]:
+    """Return the registered versions of a run's model, the newest first."""
+    client = MlflowClient()
+    found = client.search_model_versions(f"run_id='{run_id}'")
+    read = [client.get_model_version(one.name, one.version) for one in found]  # a search returns no aliases
+    newest = sorted(read, key=lambda one: one.creation_timestamp, reverse=True)
+    return [RegisteredVersion(one.name, str(one.version), tuple(one.aliases), dict(one.tags)) for one in newest]
 
 
 def version_of(name: str, version_or_alias: str) -> tuple[str, str] | None:

@@ -86,6 +86,10 @@ def log_text(run_id: str, text: str, name: str) -> None:
     MlflowClient().log_text(run_id, text, name)
 
 
+def log_file(run_id: str, file: Path, folder: str) -> None:
+    MlflowClient().log_artifact(run_id, str(file), folder)
+
+
 def log_folder(run_id: str, folder: Path, name: str) -> None:
     MlflowClient().log_artifacts(run_id, str(folder), name)
 
@@ -96,6 +100,10 @@ def has_run(run_id: str) -> bool:
         return bool(MlflowClient().get_run(run_id))
     except MlflowException:
         return False
+
+
+def tags(run_id: str) -> dict[str, str]:
+    return dict(MlflowClient().get_run(run_id).data.tags)
 
 
 def run_ids(start: str) -> list[str]:

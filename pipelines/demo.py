@@ -28,6 +28,7 @@ from pipelines.report.page import Stage, write_report
 from pipelines.train.finetune import finetune
 from pipelines.train.pretrain import pretrain
 from pipelines.train.run import RunOptions
+from preprocessing.store.store import LatentStore
 
 TASKS = ["drawer-close", "button-press-topdown", "door-open"]
 TASK = "button-press-topdown"  # the task for finetuning, evaluation and promotion
@@ -96,8 +97,7 @@ def demo(output: Path, verbose: bool = False) -> None:
         page,
         title=f"Unified World Model demo: {TASK}",
         stages=stages,
-        store_uri=store,
-        snapshot_id=again.snapshot or "",
+        snapshot=LatentStore.open(store).snapshot(again.snapshot),
         runs={"pretrain": pretrain_run, "finetune": finetune_run},
         evaluations=evaluations,
         promotion=promotion,

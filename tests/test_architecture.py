@@ -34,7 +34,7 @@ LEVELS = {
         ["recipe", "errors", "console", "outputs"],
         ["models"],
         ["ingest", "train", "evaluate", "registry", "serve"],
-        ["report", "record", "train_vae", "workflow"],
+        ["report", "record", "train_vae", "doctor", "workflow"],
         ["demo"],
         ["cli"],
     ],

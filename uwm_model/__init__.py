@@ -23,4 +23,48 @@ transplant   a trained model's weights in a model with other inputs
 query        the policy mode with lower latency, for a robot
 metrics      errors of predicted frames and actions
 published    loads published checkpoints
+
+The names in ``__all__`` are imported when they are first used.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from uwm_model.batch import Batch as Batch
+    from uwm_model.config import DiffusionConfig as DiffusionConfig
+    from uwm_model.config import ModelConfig as ModelConfig
+    from uwm_model.kinds import build as build
+    from uwm_model.model import Model as Model
+    from uwm_model.published import load_published as load_published
+    from uwm_model.query import PolicyQuery as PolicyQuery
+    from uwm_model.world_model import UnifiedWorldModel as UnifiedWorldModel
+
+__all__ = [
+    "Batch",
+    "DiffusionConfig",
+    "Model",
+    "ModelConfig",
+    "PolicyQuery",
+    "UnifiedWorldModel",
+    "build",
+    "load_published",
+]
+_HOMES = {
+    "Batch": "uwm_model.batch",
+    "DiffusionConfig": "uwm_model.config",
+    "Model": "uwm_model.model",
+    "ModelConfig": "uwm_model.config",
+    "PolicyQuery": "uwm_model.query",
+    "UnifiedWorldModel": "uwm_model.world_model",
+    "build": "uwm_model.kinds",
+    "load_published": "uwm_model.published",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from uwm_model.config import ModelConfig
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
@@ -15,7 +17,8 @@ class Batch:
     Empty camera slots, steps past the end of the episode and dimensions that the embodiment lacks are padded with zeros
     and False in the masks. In a sample of action-free video, ``action_mask`` is False everywhere.
     ``future_latents`` and ``action`` are required for training and by the sampling modes that are given them,
-    ``current_pixels`` by a model that observes pixels. ``instruction`` None: no sample has one.
+    ``current_pixels`` by a model that observes pixels. ``instruction`` None: no sample has one. Models ``check`` a
+    batch before they use it.
     """
 
     current_latents: Tensor  # float [B, V, To, C, h, w], standardised: about unit deviation
@@ -39,6 +42,36 @@ class Batch:
                 tensor = tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
             moved[field.name] = tensor
         return Batch(**moved)
+
+    def check(self, model: ModelConfig) -> None:
+        """Raise ValueError, in one line, unless all tensors have the shapes that this model reads.
+
+        Only shapes are compared, which costs microseconds.
+        """
+        c, B = model, len(self.embodiment)
+        frame = (c.latent_channels, *c.latent_size)
+        proprio = None if c.observation == "pixels" else c.proprio_dim  # such a model reads none
+        expected: dict[str, tuple[int | None, ...]] = {  # None: any size
+            "current_latents": (B, c.cameras, c.observed_frames, *frame),
+            "camera_mask": (B, c.cameras),
+            "action_mask": (B, *c.action_shape),
+            "proprio": (B, c.observed_frames, proprio),
+            "proprio_mask": (B, proprio),
+            "embodiment": (B,),
+            "future_latents": (B, c.cameras, c.future_frames, *frame),
+            "action": (B, *c.action_shape),
+            "current_pixels": (B, c.cameras, c.observed_frames, 3, None, None),
+            "instruction": (B, c.text_width or None),
+            "instruction_mask": (B,),
+        }
+        for name, shape in expected.items():
+            tensor = getattr(self, name)
+            if tensor is None or tensor.shape == shape:
+                continue
+            fits = tensor.ndim == len(shape) and all(b in (a, None) for a, b in zip(tensor.shape, shape, strict=True))
+            if not fits:
+                wanted = ", ".join("any" if size is None else str(size) for size in shape)
+                raise ValueError(f"batch.{name}: expected [{wanted}], got {list(tensor.shape)}")
 
     def __getitem__(self, some: slice) -> Batch:
         """Return a slice of its samples."""

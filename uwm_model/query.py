@@ -72,6 +72,7 @@ class PolicyQuery:
         """
         model, net, config = self.model, self.model.denoiser, self.model.model_config
         device, dtype = net.registers.device, net.registers.dtype
+        batch.check(config)
         batch = batch.to(device, dtype)
         B, L, visible = len(batch.embodiment), config.action_chunk, batch.action_visible
         # Drawn in the order of model.sample, so that the same seed gives the same noise.

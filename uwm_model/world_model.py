@@ -34,6 +34,7 @@ class UnifiedWorldModel(Model):
         self, batch: Batch, random: Random = None, counts: Tensor | None = None, noise: Noise | None = None
     ) -> Losses:
         """Return the joint diffusion loss. ``random`` draws noise and timesteps unless ``noise`` is passed."""
+        batch.check(self.model_config)
         if batch.action is None or batch.future_latents is None:
             raise ValueError("training needs batch.action and batch.future_latents (zeros where masked)")
         latents = batch.future_latents / self.diffusion_config.latent_divisor
@@ -68,6 +69,7 @@ class UnifiedWorldModel(Model):
         noise_latents: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """``forward_dynamics`` reads ``batch.action``, ``inverse_dynamics`` reads ``batch.future_latents``."""
+        batch.check(self.model_config)
         of_action, of_video = sampling.roles(mode)
         B, device, c = len(batch.embodiment), batch.embodiment.device, self.model_config
         if of_action is Role.GIVEN:

@@ -242,7 +242,7 @@ def finetune(
     show_trained_run(run_id, folder, printer, transplant=verb.table(checkpoint.load_settings(folder)), **named)
 
 
-for verb in (policies.evaluate, policies.register, policies.promote):
+for verb in (policies.evaluate, policies.register, policies.promote, policies.report):
     app.command()(verb)
 
 
@@ -297,3 +297,22 @@ def train_vae(
     for kind, value in quality.items():
         printer.show(f"{kind:>30} {value:.1f} dB")
     printer.answer(quality)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Look at this machine: packages, GPU, rendering, Ray, MLflow, S3, disk. Exit code 1 if any is wrong."""
+    from pipelines.doctor import examine
+
+    printer, findings = Printer(as_json), examine()
+    signs = {"ok": "ok", "missing": "-", "wrong": "WRONG"}
+    for finding in findings:
+        printer.show(f"{signs[finding.state]:>5}  {finding.what:<13} {finding.found}")
+        if finding.mend:
+            printer.show(f"{'':>5}  {'':<13} -> {finding.mend}")
+    wrong = sum(finding.state == "wrong" for finding in findings)
+    missing = sum(finding.state == "missing" for finding in findings)
+    printer.show(f"{wrong} wrong, {missing} missing that only some verbs need" if wrong or missing else "all is right")
+    printer.answer({"right": not wrong, "findings": [dataclasses.asdict(finding) for finding in findings]})
+    if wrong:
+        raise typer.Exit(1)

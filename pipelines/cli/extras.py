@@ -21,6 +21,7 @@ VERBS = {
     "evaluate": ("ingest", "train"),  # decodes the source files of held-out episodes
     "register": ("train",),
     "promote": ("train",),
+    "report": ("train",),
     "demo": ("ingest", "train", "sim"),
     "record": ("ingest", "sim"),
     "train-vae": ("ingest",),

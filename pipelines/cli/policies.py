@@ -1,4 +1,4 @@
-"""The verbs on a trained model: evaluate it, register it as a policy, promote it."""
+"""The verbs on a trained model: evaluate it, register it as a policy, promote it, report on it."""
 
 from __future__ import annotations
 
@@ -90,3 +90,24 @@ def promote(
     printer = Printer(as_json)
     printer.show(f"{name} version {version} is now {alias} (before: {result.previous or 'none'}); {result.reason}")
     printer.answer(dataclasses.asdict(result))
+
+
+def report(
+    model: Annotated[
+        str, typer.Argument(metavar="RUN|MODEL", help="Run id, models:/NAME/VERSION, or a trained checkpoint's folder.")
+    ],
+    output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+    store: Annotated[
+        str | None, typer.Option(metavar="URI", help="Where the store is now (default: where the run read it).")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML page on a model: evaluations, learning curves, data, lineage. Also logged to its MLflow run."""
+    from pipelines.report.collect import report as write
+
+    missing = write(model, output, store)
+    for sentence in missing:
+        say(sentence)
+    printer = Printer(as_json)
+    printer.show(f"report: {output}")
+    printer.answer({"report": str(output), "missing": missing})

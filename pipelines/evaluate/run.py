@@ -71,6 +71,12 @@ def evaluate(
     if run_id:
         tracking.log_metrics(run_id, metrics, policy.settings.step)
         tracking.log_folder(run_id, output, "evaluation")
+        for part, files in (("open_loop", "pictures"), ("closed_loop", "videos")):  # a later evaluation keeps these
+            if part in report:
+                task = env.partition(":")[2] if env and part == "closed_loop" else ""
+                name = f"evaluation/{part}{task and f'-{task}'}{'-fast' * fast}.json"
+                told = {key: report[key] for key in ("model", "embodiment", "cameras", "seed", "fast", part, files)}
+                tracking.log_text(run_id, json.dumps(told, indent=1), name)
     return report
 
 

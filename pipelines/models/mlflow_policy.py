@@ -2,7 +2,8 @@
 
 Input, by name: ``image.CAMERA`` uint8 [B, To, S, S, 3] and ``proprio.NAME`` float32 [B, To, D]. Output: float32
 actions [B, L, A] in the robot's units. Optional parameters: ``contract`` (JSON: fps, cameras, proprio, action_dim,
-action_layout) describes the calling robot, and a mismatch with training is refused; ``instruction`` is the task.
+action_layout) describes the calling robot, and a mismatch with training is refused; ``instruction`` is the task;
+``missing`` names cameras, separated by commas, whose frames are to be ignored (MLflow itself wants every input).
 ``model_config={"fast": True}`` selects faster approximate inference.
 """
 
@@ -29,10 +30,12 @@ class PolicyModel(PythonModel):
         def part(prefix: str) -> dict[str, np.ndarray]:
             return {k.removeprefix(prefix): v for k, v in model_input.items() if k.startswith(prefix)}
 
-        if interface := (params or {}).get("contract"):
-            self._policy.accept(Interface.model_validate_json(interface), "the calling robot")
-        instruction = (params or {}).get("instruction") or None
-        return self._policy.act(part("image."), part("proprio."), instruction=instruction)
+        asked = params or {}
+        if contract := asked.get("contract"):
+            self._policy.accept(Interface.parse(contract, "parameter contract"), "the calling robot")
+        missing = {name.strip() for name in (asked.get("missing") or "").split(",")}
+        images = {name: frames for name, frames in part("image.").items() if name not in missing}
+        return self._policy.act(images, part("proprio."), instruction=asked.get("instruction") or None)
 
 
 set_model(PolicyModel())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import cached_property
 from pathlib import Path
 
@@ -45,6 +46,7 @@ class Policy:
         elif fast:
             raise UserError(f"{folder}: a model of kind {self.settings.model.kind} has no fast inference; omit --fast")
         self._vectors: dict[str, np.ndarray] = {}
+        self._warned = False
 
     @classmethod
     def of(cls, model: str, store_uri: str | None = None, embodiment: str | None = None, fast: bool = False) -> Policy:
@@ -77,9 +79,10 @@ class Policy:
     ) -> np.ndarray:
         """Return the next actions in the robot's units, float32 ``[B, L, action_dim]``.
 
-        ``images`` uint8 ``[B, To, S, S, 3]`` by camera (some may be missing), ``proprio`` float32 ``[B, To, D]`` by
-        name; To is the number of observed frames, the newest last. Models without language ignore ``instruction``.
-        Raises UserError if shapes or names do not match the model.
+        ``images`` uint8 RGB ``[B, To, S, S, 3]`` by camera, of which all but one may be missing; ``proprio`` float32
+        ``[B, To, D]`` by name. To is the number of observed frames, one step of the robot's rate apart, the newest
+        last (docs/robot.md). A model without language ignores ``instruction`` and warns once. Raises UserError, in one
+        line, if shapes, dtypes or names do not match the model.
         """
         seen = self._observation(images, proprio)
         seen |= self._instruction_vectors(instruction, len(seen["embodiment"]))
@@ -97,7 +100,12 @@ class Policy:
         return action
 
     def _instruction_vectors(self, instruction: str | None, count: int) -> dict[str, np.ndarray]:
-        if not instruction or self.settings.text_encoder is None:
+        if not instruction:
+            return {}
+        if self.settings.text_encoder is None:
+            if not self._warned:
+                warnings.warn("this policy was trained without instructions and ignores them", stacklevel=3)
+            self._warned = True
             return {}
         if instruction not in self._vectors:
             self._vectors = {instruction: self._text_encoder.encode([instruction])}  # the same at every step
@@ -116,12 +124,17 @@ class Policy:
         return encoder
 
     def _observation(self, images: dict[str, np.ndarray], proprio: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the model's arrays. Raises UserError, in one line, for what it was not trained on."""
         model, spec = self.settings.model, self.spec
+        if not images:
+            raise UserError(f"no camera: give the frames of at least one of {', '.join(spec.seen)}")
         if unknown := sorted(set(images) - set(spec.seen)):
             raise UserError(f"camera {unknown[0]}: unknown; this policy sees {', '.join(spec.seen)}")
+        if unknown := sorted(set(proprio) - {name for name, _ in spec.proprio}):
+            raise UserError(f"proprio {unknown[0]}: unknown; this policy reads {dict(spec.proprio)}")
         if missing := [name for name, _ in spec.proprio if name not in proprio]:
             raise UserError(f"proprio {missing[0]}: missing; this policy reads {dict(spec.proprio)}")
-        count = len(next(iter(images.values())))
+        count = next((len(frames) for frames in images.values() if np.ndim(frames) == 5), 1)
         expected = (count, model.observed_frames, self.image_size, self.image_size, 3)
         side = self.image_size // self.settings.stride
         slots = (count, model.cameras, model.observed_frames)
@@ -129,16 +142,19 @@ class Policy:
         pixels = np.zeros((*slots, 3, self.image_size, self.image_size), np.uint8)
         mask = np.zeros((count, model.cameras), bool)
         for name, frames in images.items():
-            if frames.shape != expected or frames.dtype != np.uint8:
-                raise UserError(f"camera {name}: expected uint8 {expected}, got {frames.dtype} {frames.shape}")
+            _check(f"camera {name}", frames, np.uint8, expected)
             slot = spec.cameras.index(name)
             flat = self.encoder.encode(frames.reshape(-1, *expected[2:]))
             latents[:, slot] = flat.reshape(latents[:, slot].shape)
             pixels[:, slot] = frames.transpose(0, 1, 4, 2, 3)
             mask[:, slot] = True
+        for name, width in spec.proprio:
+            _check(f"proprio {name}", proprio[name], np.floating, (*expected[:2], width))
+            if not np.isfinite(proprio[name]).all():
+                raise UserError(
+                    f"proprio {name}: holds values that are not finite; leave the step out, or repeat the last"
+                )
         columns = np.concatenate([proprio[name] for name, _ in spec.proprio] or [np.zeros((*expected[:2], 0))], axis=2)
-        if columns.shape != (*expected[:2], spec.proprio_dim):
-            raise UserError(f"proprio: expected {dict(spec.proprio)} over {model.observed_frames} frames")
         padded = np.zeros((*expected[:2], model.proprio_dim), np.float32)
         padded[:, :, : spec.proprio_dim] = spec.proprio_normalizer.apply(columns)
         action_mask = np.zeros((count, model.action_chunk, model.action_dim), bool)
@@ -152,3 +168,12 @@ class Policy:
             "action_mask": action_mask,
             "embodiment": np.full(count, spec.index, np.int64),
         }
+
+
+def _check(what: str, given: object, dtype: type[np.generic], shape: tuple[int, ...]) -> None:
+    """Raise UserError unless ``given`` is an array of this kind and shape. The line holds no values."""
+    if isinstance(given, np.ndarray) and np.issubdtype(given.dtype, dtype) and given.shape == shape:
+        return
+    got = f"{given.dtype} {list(given.shape)}" if isinstance(given, np.ndarray) else type(given).__name__
+    kind = "float32" if dtype is np.floating else np.dtype(dtype).name
+    raise UserError(f"{what}: expected {kind} {list(shape)}, got {got}; see docs/robot.md")

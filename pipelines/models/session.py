@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from pipelines.models.policy import Policy
+from preprocessing.errors import UserError
 
 EXECUTED = 8  # actions of a chunk to execute before the next query
 
@@ -45,6 +46,11 @@ def stacked(observations: Sequence[Any], length: int) -> tuple[dict[str, np.ndar
     chosen = [newest[0]] * (length - len(newest)) + newest
 
     def stack(part: str) -> dict[str, np.ndarray]:
-        return {name: np.stack([item[part][name] for item in chosen])[None] for name in chosen[-1][part]}
+        names = [name for name in chosen[-1][part] if all(name in item[part] for item in chosen)]  # a camera may fail
+        try:
+            return {name: np.stack([item[part][name] for item in chosen])[None] for name in names}
+        except ValueError:
+            shapes = {name: [np.shape(item[part][name]) for item in chosen] for name in names}
+            raise UserError(f"{part}: their shapes change between steps: {shapes}") from None
 
     return stack("images"), stack("proprio")

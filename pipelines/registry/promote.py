@@ -51,15 +51,17 @@ def _judge(name: str, candidate: tuple[str, str], current: tuple[str, str] | Non
             f"uwm evaluate models:/{name}/{candidate[0]} --env SUITE:TASK"
         )
     bars = _scores(current[1]) if current else {}
-    against = f"version {current[0]}" if current and bars else "the floor"
-    bars = bars or dict.fromkeys(scores, floor)
+    champion = f"version {current[0]}" if current and bars else None
     lines = []
-    for task, bar in bars.items():
+    for task, bar in (bars or dict.fromkeys(scores, floor)).items():
         if task not in scores:
-            raise Refused(f"{name} version {candidate[0]} was not evaluated on {task}, but {against} was")
-        lines.append(f"{task}: {scores[task]:.0%} against {bar:.0%} of {against}")
+            raise Refused(f"{name} version {candidate[0]} was not evaluated on {task}, but {champion} was")
+        compared = (
+            f"{scores[task]:.0%} success on {task}; {f'{champion} has' if champion else 'the floor is'} {bar:.0%}"
+        )
         if scores[task] < bar:
-            raise Refused(f"{name} version {candidate[0]} is worse on {lines[-1]}")
+            raise Refused(f"{name} version {candidate[0]} is worse: {compared}")
+        lines.append(compared)
     return "; ".join(lines)
 
 

@@ -45,7 +45,7 @@ def register(checkpoint: Path, name: str, embodiment: str | None = None) -> str:
         code=Path(__file__).parents[1] / "models" / "mlflow_policy.py",
         inputs=inputs,
         output=(-1, settings.model.action_chunk, spec.action_dim),
-        parameters=("contract", "instruction"),
+        parameters=("contract", "instruction", "missing"),
         model_config={"embodiment": policy.embodiment, "fast": False},
         tags={"snapshot": settings.snapshot, "store": settings.store, "parent": settings.parent or "none"},
     )

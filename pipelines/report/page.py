@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from pipelines.registry.promote import Promotion
 from preprocessing.store.snapshot import Snapshot
 from preprocessing.store.store import LatentStore, LogEntry
 
-CLIPS = 10  # maximum number of videos per evaluation: the first ones, so that nobody picks them
+CLIPS = 10  # maximum number of episodes with a video: failures first, then in order, so that nobody picks them
 MEDIA_BYTES = 13 * 2**20  # images and videos together; base64 adds a third, which keeps the page below 20 MB
 FILES = 1000  # maximum number of source files, and of quarantined episodes, to list
 POINTS = 600  # maximum number of points of a curve
@@ -47,20 +47,20 @@ def write_report(
     *,
     title: str,
     stages: list[Stage],
-    store_uri: str,
-    snapshot_id: str,
+    snapshot: Snapshot | None,
     runs: dict[str, str],
     evaluations: dict[str, Path],
     promotion: Promotion | None,
+    missing: Sequence[str] = (),
 ) -> None:
     """Write the page to ``path`` atomically.
 
     ``runs`` are MLflow run ids by label, in the order of training; ``evaluations`` are folders of ``uwm evaluate`` by
-    label, the baseline first. Sections with nothing to show are left out.
+    label, the baseline first. Sections with nothing to show are left out; ``missing`` says in sentences why.
     """
     tracking.connect()
-    snapshot = LatentStore.open(store_uri).snapshot(snapshot_id)
     described = _runs(runs)
+    shown = [_evaluation(label, folder, MEDIA_BYTES // len(evaluations)) for label, folder in evaluations.items()]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,  # instructions and URIs are untrusted text
@@ -73,16 +73,17 @@ def write_report(
         title=title,
         promotion=promotion,
         version=registry.version_of(promotion.name, promotion.version) if promotion else None,
-        evaluations=[
-            _evaluation(label, folder, MEDIA_BYTES // len(evaluations)) for label, folder in evaluations.items()
-        ],
-        data=_data(snapshot),
+        evaluations=shown,
+        keys=list(dict.fromkeys(clip["episode"] for one in reversed(shown) for clip in one["clips"])),
+        data=_data(snapshot) if snapshot else None,
+        missing=missing,
         runs=described,
         ranges={metric: _log_range(run["losses"][metric] for run in described) for metric in MODALITIES},
         curve=_curve,
         stages=stages,
         snapshot=snapshot,
-        commit=_commit(snapshot),
+        store=_Relative([snapshot.uri])(snapshot.uri) if snapshot else "",
+        commit=_commit(snapshot) if snapshot else None,
     )
     building = path.with_name(f".{path.name}.{os.getpid()}")
     building.write_text(page, encoding="utf-8")
@@ -90,7 +91,7 @@ def write_report(
 
 
 def _evaluation(label: str, folder: Path, budget: int) -> dict[str, Any]:
-    """Return an evaluation's numbers, images, and videos of its first episodes, within ``budget`` bytes."""
+    """Return an evaluation's numbers, images, and videos of some episodes, failures first, within ``budget`` bytes."""
     numbers = json.loads((folder / "evaluation.json").read_text())
     opened, closed = numbers.get("open_loop"), numbers.get("closed_loop")
     pictures = [
@@ -98,7 +99,7 @@ def _evaluation(label: str, folder: Path, budget: int) -> dict[str, Any]:
         for picture in numbers.get("pictures", [])
     ]
     budget -= sum(len(picture["uri"]) * 3 // 4 for picture in pictures)
-    videos = numbers.get("videos", [])
+    videos = sorted(numbers.get("videos", []), key=lambda video: (video["success"], video["episode"]))
     clips = []
     for video in videos[:CLIPS]:
         budget -= (folder / video["file"]).stat().st_size
@@ -110,7 +111,6 @@ def _evaluation(label: str, folder: Path, budget: int) -> dict[str, Any]:
         clips.append({"episode": (task, video["episode"]), "outcome": outcome, "uri": uri})
     return {
         "label": label,
-        "folder": folder,
         "embodiment": numbers.get("embodiment"),
         "closed": closed,
         "opened": opened,
@@ -136,9 +136,11 @@ def _data(snapshot: Snapshot) -> dict[str, Any]:
     for row in rows:
         embodiments.setdefault(row["embodiment"], []).append(row)
         files.setdefault((row["uri"], row["format"]), []).append(row)
+    refused = snapshot.quarantine()
+    relative = _Relative([*(uri for uri, _ in files), *(row["uri"] for row in refused)])
     folders: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for (uri, format), members in sorted(files.items())[:FILES]:
-        folder, _, name = uri.rpartition("/")
+        folder, _, name = relative(uri).rpartition("/")
         file = {
             "name": name,
             "episodes": len(members),
@@ -146,7 +148,6 @@ def _data(snapshot: Snapshot) -> dict[str, Any]:
             "ids": [row["id"] for row in members],
         }
         folders.setdefault((folder, format), []).append(file)
-    refused = snapshot.quarantine()
     return {
         "episodes": len(rows),
         "frames": _total(rows),
@@ -154,7 +155,7 @@ def _data(snapshot: Snapshot) -> dict[str, Any]:
         "cameras": {name: _cameras(members) for name, members in embodiments.items()},
         "encoders": [{"name": name, "digest": digest, "episodes": n} for (name, digest), n in encoders.items()],
         "repairs": Counter(repair for row in rows for repair in row["repairs"] or ()).most_common(),
-        "quarantine": refused[:FILES],
+        "quarantine": [row | {"uri": relative(row["uri"])} for row in refused[:FILES]],
         "quarantined": len(refused),
         "folders": [{"uri": uri, "format": format, "files": found} for (uri, format), found in folders.items()],
         "files": len(files),
@@ -182,6 +183,17 @@ def _total(rows: Iterable[dict[str, Any]]) -> int:
     return sum(row["frames"] for row in rows)
 
 
+class _Relative:
+    """Shortens local paths to what follows their common parent: a page that is passed on names no home folder."""
+
+    def __init__(self, uris: Iterable[str]):
+        local = [uri for uri in uris if uri.startswith("/")]
+        self._parent = os.path.dirname(os.path.commonpath(local)) if local else ""  # noqa: PTH120
+
+    def __call__(self, uri: str) -> str:
+        return uri.removeprefix(self._parent).lstrip("/") if uri.startswith("/") else uri
+
+
 def _commit(snapshot: Snapshot) -> LogEntry | None:
     """Return the snapshot's entry in the store's log; None if a rollback removed it from the log."""
     log = LatentStore.open(snapshot.uri).log()
@@ -202,7 +214,10 @@ def _runs(runs: dict[str, str]) -> list[dict[str, Any]]:
                 "id": run_id,
                 "status": found.info.status.lower(),
                 "snapshot": tags.get("snapshot", ""),
-                "parent": tags.get("parent", ""),
+                "parent": tags.get("parent", "").rpartition("/")[2],  # a run, or a file's name
+                "commit": tags.get("mlflow.source.git.commit", ""),
+                "version": tags.get("version", ""),
+                "hardware": tags.get("hardware", ""),
                 "parent_label": labels.get(tags.get("parent", "")),
                 "losses": {metric: tracking.history(run_id, f"loss_{metric}") for metric in MODALITIES},
                 "held_out": {metric: last.get(f"validation_loss_{metric}") for metric in MODALITIES},

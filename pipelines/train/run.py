@@ -12,8 +12,10 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.fs
+import torch
 import yaml
 from filelock import FileLock, Timeout
 from pydantic import BaseModel
@@ -186,10 +189,18 @@ def _exclusive(folder: Path) -> Iterator[None]:
 
 def _code() -> dict[str, str]:
     """Return the tags of this code: its version, and the commit if it is a git checkout."""
-    tags: dict[str, Any] = {"version": version("unified-world-models")}
+    tags: dict[str, Any] = {"version": version("unified-world-models"), "hardware": _hardware()}
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
         tags["mlflow.source.git.commit"] = subprocess.run(
             asked, capture_output=True, text=True, timeout=10, check=True
         ).stdout.strip()
     return tags
+
+
+def _hardware() -> str:
+    """Return what this machine, which starts the run, computes with."""
+    gpus = Counter(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    listed = ", ".join(f"{count} x {name}" for name, count in gpus.items()) or "no GPU"
+    return f"{os.cpu_count()} cores, {memory:.0f} GB, {listed}"

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, TypedDict
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from preprocessing.episode import ActionBlock
 from preprocessing.errors import UserError
@@ -57,6 +57,17 @@ class Interface(BaseModel):
             action_dim=row["action_dim"],
             action_layout=json.loads(row["action_layout"]),
         )
+
+    @classmethod
+    def parse(cls, text: str, where: str) -> Interface:
+        """Return the interface in a JSON text. Raises UserError, in one line, if it holds none."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
+            known = f"; it has the fields {', '.join(cls.model_fields)}" if first["type"] != "json_invalid" else ""
+            raise UserError(f"{where}: {field and f'{field}: '}{first['msg']}{known}") from None
 
     def differences(self, other: Interface) -> list[str]:
         """Return how ``other`` breaks this interface, as phrases.

@@ -4,20 +4,36 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.command import Uwm
 from helpers.formats import numbered, write_video
-from helpers.rows import fill
+from helpers.rows import fill, write_episode
 
 from pipelines.cli import contract as cli_contract
 from preprocessing import sources
 from preprocessing.store.store import LatentStore
 
-VERBS = ("ingest", "pretrain", "finetune", "evaluate", "promote", "demo", "record", "train-vae", "store")
+VERBS = (
+    "ingest",
+    "pretrain",
+    "finetune",
+    "evaluate",
+    "promote",
+    "demo",
+    "record",
+    "train-vae",
+    "store",
+    "register",
+    "report",
+    "doctor",
+)
 
 
 @pytest.fixture
@@ -139,3 +155,96 @@ def test_a_closed_stderr_and_a_wrong_pace_of_progress() -> None:
     wrong = subprocess.run([program, "--help"], env=environment, capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: UWM_PROGRESS_SECONDS: ")
     assert len(wrong.stderr.splitlines()) == 1
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure(store: Path) -> None:
+    for verb in (f"store statistics {store}", "contract list"):
+        command = f"{Path(sys.executable).with_name('uwm')} {verb} | head -n 1"
+        piped = subprocess.run(["sh", "-c", command], capture_output=True)
+        assert len(piped.stdout.splitlines()) == 1 and piped.stderr == b""
+
+
+def test_snapshots_are_named_in_one_way(store: Path, uwm: Uwm) -> None:
+    newest = LatentStore.open(str(store)).snapshot().id
+    fill(LatentStore.open(str(store)), ["c"])
+    for verb in ("show", "statistics", "verify", "quarantine", "episodes"):
+        for given in ([newest[:10]], ["--snapshot", newest], [newest[:10], "--snapshot", newest[:10]]):
+            assert uwm("store", verb, store, *given)[0] == 0
+        _one_clear_line(uwm("store", verb, store, newest[:9], "--snapshot", newest[:10]), "two snapshots")
+    assert uwm("store", "tag", store, "paper", newest[:10], "--json")[1] == {"tag": "paper", "snapshot": newest}
+    assert [row["id"] for row in uwm("store", "diff", store, "paper", "--json")[1]["added"]] == ["c"]
+    _one_clear_line(uwm("store", "tag", store, "bad tag/x"), "bad tag/x", "letters")
+    _one_clear_line(uwm("store", "rollback", store), "uwm store log")
+    code, answer, text = uwm("store", "rollback", store, newest[:10], "--json")
+    assert code == 0 and answer == {"snapshot": newest} and "to undo" in text
+
+
+def test_what_cannot_be_undone_can_be_tried(store: Path, uwm: Uwm, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = LatentStore.open(str(store))
+    head = opened.snapshot().id
+    code, answer, text = uwm("store", "remove", store, "--episode", "a", "--dry-run", "--json")
+    assert code == 0 and [row["id"] for row in answer["would_remove"]] == ["a"] and answer["removed"] == []
+    assert "would remove 1 episodes" in text and opened.snapshot().id == head
+    assert uwm("store", "gc", store, "--dry-run", "--json")[1]["would_delete"] == []
+    code, answer, _ = uwm("store", "remove", store, "--episode", "a", "--json")  # no terminal: no question
+    assert code == 0 and [row["id"] for row in answer["removed"]] == ["a"]
+
+
+@pytest.mark.parametrize(("answer", "left"), [("n\n", 2), ("y\n", 1)])
+def test_a_terminal_is_asked_before_what_cannot_be_undone(store: Path, answer: str, left: int) -> None:
+    ours, theirs = pty.openpty()
+    command = [Path(sys.executable).with_name("uwm"), "store", "remove", store, "--episode", "a"]
+    asked = subprocess.Popen(command, stdin=theirs, stdout=subprocess.DEVNULL, stderr=theirs)
+    os.write(ours, answer.encode())
+    assert asked.wait() == (0 if left == 1 else 1)
+    assert "cannot be undone" in os.read(ours, 10_000).decode()
+    assert len(LatentStore.open(str(store)).snapshot().episodes(["id"])) == left
+
+
+def test_statistics_name_the_columns_and_keep_them_apart(tmp_path: Path, uwm: Uwm) -> None:
+    layout = json.dumps([{"name": "left_arm", "size": 2, "kind": "joint"}, {"name": "hand", "size": 1}])
+    store = LatentStore.create(str(tmp_path / "store"))
+    fork = store.fork()
+    steps = np.array([[-1.234e-05, 1e9, -123456.0, 1, 2], [-2.2e-11, 2e9, -1.0, 1, 2]], np.float32)
+    latents = {"front": np.zeros((2, 4, 8, 8), np.float16)}
+    row, found = write_episode(fork, "one", latents, steps, 3, action_layout=layout)
+    store.commit("test", [fork], [row], found, [])
+    code, answer, text = uwm("store", "statistics", tmp_path / "store", "--json")
+    assert code == 0
+    names = ["left_arm[0]", "left_arm[1]", "hand[0]", "state[0]", "state[1]"]
+    assert [column["name"] for column in answer["arm"]] == names
+    assert [column["column"] for column in answer["arm"]][:3] == ["action[0]", "action[1]", "action[2]"]
+    head, *lines = text.splitlines()[1:]
+    assert [line.split()[0] for line in lines] == names
+    assert all(len(line.split()) == 8 and len(line) <= 80 for line in lines) and len(head.split()) == 7
+
+
+def test_the_version_and_the_completion(uwm: Uwm) -> None:
+    code, _, text = uwm("--version")
+    assert code == 0 and text == f"uwm {version('unified-world-models')}\n"
+    assert "--install-completion" in uwm("--help")[2]
+
+
+def test_the_doctor_says_what_is_wrong_and_how_to_mend_it(
+    tmp_path: Path, uwm: Uwm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("UWM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    code, answer, _ = uwm("doctor", "--json")
+    found = {one["what"]: one for one in answer["findings"]}
+    assert code == 0 and answer["right"], answer
+    assert {"python", "project", "extra ingest", "ray", "gpu", "rendering", "video", "cache", "mlflow"} <= set(found)
+    assert "s3" not in found and all(one["mend"] for one in found.values() if one["state"] != "ok")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("UWM_CACHE", "/proc/none")
+    code, answer, text = uwm("doctor", "--json")
+    wrong = {one["what"] for one in answer["findings"] if one["state"] == "wrong"}
+    assert code == 1 and wrong == {"mlflow", "ray cluster", "s3", "s3 endpoint", "cache"}
+    assert "secret" not in text and "secret" not in json.dumps(answer)

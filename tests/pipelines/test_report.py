@@ -12,19 +12,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.command import Uwm
 from helpers.rows import write_episode
 from PIL import Image
 
 from infra import tracking
 from pipelines.evaluate.intervals import wilson_interval
+from pipelines.models import checkpoint
+from pipelines.recipe import load_recipe
 from pipelines.registry.promote import Promotion
 from pipelines.report import page as report
 from pipelines.report.page import Stage, write_report
+from pipelines.train.pretrain import plan
 from preprocessing.store.store import LatentStore
 from preprocessing.video.write import write_video
 
+SMALL = ["model.width=16", "model.depth=1", "model.heads=1", "model.registers=1", "validation_share=0"]
 HOSTILE = "<script>alert(1)</script>"
 IMAGE = np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3)
+PLAYS = ("autoplay", "muted", "loop", "playsinline")
 VOID = {"meta", "img", "br", "line", "path", "polyline"}
 
 
@@ -69,14 +75,13 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         yield {
             "title": "A road",
             "stages": [Stage("ingest", 4.2, "3 new episodes"), Stage("pretrain", 75, HOSTILE)],
-            "store_uri": store,
-            "snapshot_id": snapshot,
+            "snapshot": LatentStore.open(store).snapshot(snapshot),
             "runs": {"pretrain": pretrain, "finetune": finetune},
             "evaluations": {
                 "untrained": _evaluation(root / "untrained", successes=0, frames=False),
                 "finetuned": _evaluation(root / "finetuned", successes=2, frames=True),
             },
-            "promotion": Promotion("toy", "champion", "1", None, "task: 67% against 50% of the floor"),
+            "promotion": Promotion("toy", "champion", "1", None, "67% success on task; the floor is 50%"),
         }
 
 
@@ -95,7 +100,8 @@ def _store(folder: Path) -> tuple[str, str]:
 
 
 def _run(kind: str, snapshot: str, parent: str) -> str:
-    run_id = tracking.start_run("test", kind, {"snapshot": snapshot, "store": "/store", "parent": parent})
+    tags = {"snapshot": snapshot, "store": "/store", "parent": parent, "kind": kind, "hardware": "3 cores, no GPU"}
+    run_id = tracking.start_run("test", kind, tags | {"version": "0.2.0", "mlflow.source.git.commit": "c0ffee"})
     for step, loss in ((2, 1.0), (4, float("nan")), (6, 0.25)):
         metrics = {"loss_action": loss, "loss_video": 2 * loss, "samples_per_second": 1234.0, "data_wait_share": 0.01}
         tracking.log_metrics(run_id, metrics, step)
@@ -150,8 +156,8 @@ def test_images_and_videos_are_embedded_byte_for_byte(road: dict[str, Any], tmp_
     folder = road["evaluations"]["finetuned"]
     assert base64.b64decode(image.split(",")[1]) == (folder / "forward_0.png").read_bytes()
     assert len(videos) == 6
-    assert base64.b64decode(videos[1].split(",")[1]) == (folder / "push_00_success.mp4").read_bytes()
-    assert all({"autoplay", "muted", "loop", "playsinline"} <= set(a) for tag, a in page.tags if tag == "video")
+    assert base64.b64decode(videos[1].split(",")[1]) == (folder / "push_02_failure.mp4").read_bytes()
+    assert all(set(a) == {"src", *PLAYS, "aria-label"} for tag, a in page.tags if tag == "video")  # no controls over it
 
 
 def test_text_from_the_data_is_escaped(road: dict[str, Any], tmp_path: Path) -> None:
@@ -179,9 +185,18 @@ def test_the_page_shows_verdict_data_and_lineage(road: dict[str, Any], tmp_path:
         "1 min 19 s in total",
         f"from run {road['runs']['finetune']}",
         f"started from pretrain, {road['runs']['pretrain']}",
-        f"read snapshot {road['snapshot_id']}",
+        "failures first",
+        "3 cores, no GPU; version 0.2.0; commit c0ffee",
+        "67% success on task; the floor is 50%",
+        "in the store store",
+        f"read snapshot {road['snapshot'].id}",
     ):
         assert expected in words, expected
+
+
+def test_no_path_of_this_machine_is_on_the_page(road: dict[str, Any], tmp_path: Path) -> None:
+    text, _ = _write(tmp_path, **road)
+    assert str(Path(road["snapshot"].uri).parent) not in text and "/raw/" not in text.replace(">raw/", "")
 
 
 def test_empty_sections_are_left_out(road: dict[str, Any], tmp_path: Path) -> None:
@@ -210,6 +225,38 @@ def test_only_the_first_videos_are_shown_and_the_page_says_so(
     monkeypatch.setattr(report, "CLIPS", 2)
     text, page = _write(tmp_path, **road)
     assert len(page.sources("video")) == 4
-    assert "finetuned: the first 2 of 3 episodes" in text
+    assert "finetuned: 2 of 3 episodes; all videos" in text
     monkeypatch.setattr(report, "MEDIA_BYTES", 10)
     assert _write(tmp_path, **road)[1].sources("video") == []
+
+
+def test_the_report_of_a_run_is_collected_from_what_was_recorded(
+    road: dict[str, Any], tmp_path: Path, uwm: Uwm
+) -> None:
+    run_id, snapshot = road["runs"]["finetune"], road["snapshot"]
+    settings = plan(snapshot.uri, load_recipe("small", SMALL), snapshot.id)
+    settings.run_id, settings.parent = run_id, road["runs"]["pretrain"]
+    checkpoint.save(tmp_path / "model", settings.build().state_dict(), settings)
+    code, answer, text = uwm("report", tmp_path / "model", "--output", tmp_path / "bare.html", "--json")
+    assert code == 0 and [line[:26] for line in answer["missing"]] == ["No evaluation was recorded"], text
+    assert Page((tmp_path / "bare.html").read_text()).sections == ["missing", "data", "curves", "lineage"]
+
+    folder = road["evaluations"]["finetuned"]
+    tracking.log_folder(run_id, folder, "evaluation")
+    numbers = json.loads((folder / "evaluation.json").read_text())
+    for part, files in (("open_loop", "pictures"), ("closed_loop", "videos")):
+        told = {key: numbers[key] for key in ("embodiment", part, files)}
+        tracking.log_text(run_id, json.dumps(told), f"evaluation/{part}.json")
+    code, answer, text = uwm("report", tmp_path / "model", "--output", tmp_path / "full.html", "--json")
+    assert code == 0 and answer["missing"] == [], text
+    page = Page((tmp_path / "full.html").read_text())
+    assert page.sections == ["verdict", "rollouts", "frames", "actions", "data", "curves", "lineage"]
+    assert len(page.sources("video")) == 3
+    logged = tracking.download(run_id, "report")
+    assert logged and (logged / "full.html").read_bytes() == (tmp_path / "full.html").read_bytes()
+
+    moved = settings.model_copy(update={"store": "/gone", "run_id": "0" * 32})
+    checkpoint.save(tmp_path / "moved", settings.build().state_dict(), moved)
+    code, answer, _ = uwm("report", tmp_path / "moved", "--output", tmp_path / "moved.html", "--json")
+    assert code == 0 and len(answer["missing"]) == 3 and "--store URI" in " ".join(answer["missing"])
+    assert uwm("report", tmp_path / "model", "--output", "/proc/none/report.html")[0] == 2

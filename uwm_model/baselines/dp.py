@@ -38,6 +38,7 @@ class DiffusionPolicy(Model):
 
     def loss(self, batch: Batch, random: Random = None, counts: Tensor | None = None) -> Losses:
         """Return the diffusion loss of the actions. The video loss is 0, and NaN per sample."""
+        batch.check(self.model_config)
         if batch.action is None:
             raise ValueError("training needs batch.action (zeros where masked)")
         action, device = batch.action, batch.action.device
@@ -62,6 +63,7 @@ class DiffusionPolicy(Model):
         noise_latents: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Sample an action; ``noise_latents`` is ignored."""
+        batch.check(self.model_config)
         sampling.require(mode, self.modes, "Diffusion Policy")
         c, condition = self.model_config, self.observation(batch)
         if noise_action is None:

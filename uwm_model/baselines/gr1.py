@@ -45,6 +45,7 @@ class GR1(Model):
 
     def loss(self, batch: Batch, random: Random = None, counts: Tensor | None = None) -> Losses:
         """Return the squared errors of actions and latents. ``random`` is ignored."""
+        batch.check(self.model_config)
         if batch.action is None or batch.future_latents is None:
             raise ValueError("training needs batch.action and batch.future_latents (zeros where masked)")
         action, latents = self._predict(batch)
@@ -73,6 +74,7 @@ class GR1(Model):
 
         Forward and inverse dynamics are impossible: the network reads neither actions nor future latents.
         """
+        batch.check(self.model_config)
         sampling.require(mode, self.modes, "GR1")
         action, latents = self._predict(batch)
         if self.diffusion_config.clip_sample:

@@ -42,6 +42,7 @@ class PredictionWithAction(Model):
 
     def loss(self, batch: Batch, random: Random = None, counts: Tensor | None = None) -> Losses:
         """Return UWM's joint loss, with both modalities at the timestep that is drawn for the video."""
+        batch.check(self.model_config)
         if batch.action is None or batch.future_latents is None:
             raise ValueError("training needs batch.action and batch.future_latents (zeros where masked)")
         latents = batch.future_latents / self.diffusion_config.latent_divisor
@@ -76,6 +77,7 @@ class PredictionWithAction(Model):
 
         Forward and inverse dynamics are impossible: with a single timestep, neither modality can be given.
         """
+        batch.check(self.model_config)
         sampling.require(mode, self.modes, "PAD")
         B, device, c = len(batch.embodiment), batch.embodiment.device, self.model_config
         if noise_action is None:
