@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,15 @@ def prepare(model: Model, recipe: Recipe) -> None:
     """Apply activation checkpointing and compilation to the transformer blocks, in place."""
     for block in [module for module in model.modules() if isinstance(module, Block)]:
         if recipe.activation_checkpointing:
-            block.forward = functools.partial(recompute, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+            block.forward = _computed_again(block.forward)  # type: ignore[method-assign]
         if recipe.compile:
             block.compile()
+
+
+def _computed_again(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a plain function, which torch.compile traces as part of the block; it skips a functools.partial."""
+
+    def checkpointed(*arguments: Any) -> Any:
+        return recompute(forward, *arguments, use_reentrant=False)
+
+    return checkpointed

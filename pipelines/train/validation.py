@@ -56,6 +56,8 @@ class Validation:
         totals = torch.zeros(2, dtype=torch.float64, device=device)
         for number, batch in enumerate(self._batches):
             places = range(self._rank, SIZE, self._world)
+            if not places:  # more workers than windows; this one only takes part in the sum
+                continue
             mine = batch[self._rank :: self._world].to(device, torch.float32)
             random = SampleGenerators.of(self._recipe.seed, number, places, "held_out")
             found = self._model.loss(mine, random, counts=self._model.loss_counts(batch).clamp(min=1).to(device))

@@ -181,7 +181,8 @@ class LatentDataset:
     def _fetch(self, shard: np.ndarray, at: dict[str, tuple[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """Return, for each name in ``at``, the values of a shard file at these indices [B, ...]; ``shard`` is [B]."""
         order = np.argsort(shard, kind="stable")
-        numbers, starts = np.unique(shard[order], return_index=True)
+        # An empty share of a batch still has the shapes of a shard's arrays.
+        numbers, starts = np.unique(shard[order] if len(shard) else [0], return_index=True)
         found: dict[str, np.ndarray] = {}
         with self._copy.opened(numbers.tolist()) as opened:
             for files, here in zip(opened.values(), np.split(order, starts[1:]), strict=True):

@@ -38,12 +38,12 @@ def normalizers(
     proprio_dim: int,
     actions: Literal["extremes", "quantiles"] = "extremes",
 ) -> tuple[Normalizer, Normalizer]:
-    """Return (action, proprio) normalizers from the statistics of the steps; empty for videos without steps.
+    """Return (action, proprio) normalizers from the statistics of the steps; empty where there are no columns.
 
     The action's columns come first, then those of proprio; later columns are ignored. An action's ``extremes`` (the
     paper) or ``quantiles`` (robust to rare outliers) map to -1 and 1.
     """
-    if not parts:
+    if not parts or not action_dim + proprio_dim:  # videos; logs in which only other columns were found
         return Normalizer((), ()), Normalizer((), ())
     total = merge(part.first(action_dim + proprio_dim) for part in parts)
     low, high = total.min[:action_dim], total.max[:action_dim]

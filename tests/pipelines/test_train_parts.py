@@ -1,0 +1,126 @@
+"""Parts of the training that need no Ray: what is trained, validated and compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partialmethod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.models import make_batch, seeded, stirred
+from helpers.rows import Made, commit, fill, write_episodes
+from torch._dynamo.utils import counters
+
+from pipelines.models.data import dataset
+from pipelines.recipe import Recipe, load_recipe
+from pipelines.train import pretrain, validation
+from pipelines.train.setup import prepare
+from pipelines.train.validation import Validation
+from preprocessing.store.store import LatentStore
+from uwm_model.blocks import Block
+
+SMALL = [
+    "model.width=32", "model.depth=1", "model.heads=2", "model.registers=1", "model.timestep_width=16",
+    "model.frame_width=8", "model.condition_width=16", "validation_share=0.3",
+]  # fmt: skip
+
+
+def write(folder: Path, *episodes: tuple[str, tuple[str, ...], int, int], frames: int = 40, count: int = 1) -> str:
+    """Create a store of ``count`` episodes for each (embodiment, cameras, action columns, proprio columns)."""
+    store, random, made = LatentStore.create(str(folder)), np.random.default_rng(0), []
+    for name, cameras, action_dim, proprio in episodes:
+        for i in range(count):
+            latents = {camera: random.standard_normal((frames, 4, 8, 8)).astype(np.float16) for camera in cameras}
+            # The column after these is another signal of the log, which no model reads.
+            steps = random.standard_normal((frames, action_dim + proprio + 1)).astype(np.float32)
+            state = [{"name": "state", "width": proprio}] if proprio else []
+            columns = {"embodiment": name, "proprio": state, "instruction": f"do {name}"}
+            made.append(Made(f"{name}-{i}", latents, steps, action_dim, columns))
+    fork = store.fork()
+    commit(store, [(fork, *written) for written in write_episodes(fork, made)])
+    return store.uri
+
+
+# Data without columns
+
+
+@pytest.mark.parametrize("normalise", ["extremes", "quantiles"])
+def test_logs_without_actions_or_state_are_trained_on_as_videos(tmp_path: Path, normalise: str) -> None:
+    logs = [("blind", ("top",), 0, 0), ("watched", ("top",), 0, 2), ("driven", ("top",), 3, 0), ("arm", ("top",), 3, 2)]
+    recipe = load_recipe("small", [*SMALL, f"normalise={normalise}", "validation_share=0"])
+    for name, some in (("alone", logs[:1]), ("both", logs[:2]), ("all", logs)):
+        settings = pretrain.plan(write(tmp_path / name, *some, count=2), recipe)
+        data = dataset(settings, validation=False, recipe=recipe)
+        batch = next(data.batches(0, 64)).arrays
+        for (_, _, action_dim, proprio), spec in zip(some, settings.embodiments.values(), strict=True):
+            assert len(spec.action_normalizer.scale) == spec.action_dim == action_dim
+            assert len(spec.proprio_normalizer.scale) == spec.proprio_dim == proprio
+            mine = batch["embodiment"] == spec.index
+            assert (batch["action_mask"][mine].sum(2).max(1) == action_dim).all() and mine.any()
+            assert (batch["proprio_mask"][mine].sum(1) == proprio).all()
+
+
+# Validation
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    """A process group of one."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("windows", [1, 40])
+def test_more_workers_than_held_out_windows_validate_the_same(
+    group: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, windows: int
+) -> None:
+    monkeypatch.setattr(validation, "SIZE", 2)
+    store = LatentStore.create(str(tmp_path / "store"))
+    fill(store, [f"episode-{i}" for i in range(4)], frames=windows)
+    recipe = load_recipe("small", SMALL)
+    settings = pretrain.plan(store.uri, recipe)
+    model = stirred(settings.model)
+
+    def losses(rank: int, world: int) -> dict[str, float]:
+        return Validation(settings, recipe, model, rank, world, lambda done, total: None).losses()
+
+    whole, parts = losses(0, 1), [losses(rank, 4) for rank in range(4)]
+    assert {name: sum(part[name] for part in parts) for name in whole} == pytest.approx(whole, rel=1e-5)
+    assert parts[3]["validation_loss"] == 0 < whole["validation_loss"]
+
+
+def test_an_empty_share_of_a_batch_has_the_arrays_of_the_others(tmp_path: Path) -> None:
+    store = LatentStore.create(str(tmp_path / "store"))
+    fill(store, ["a", "b"], frames=3)
+    recipe = load_recipe("small", ["validation_share=0"])
+    data = dataset(pretrain.plan(store.uri, recipe), validation=False, recipe=recipe)
+    some, none = (next(data.batches(0, 2, rank=rank, world=3)) for rank in (0, 2))
+    assert len(none.position) == len(none.episode) == 0
+    for name, array in some.arrays.items():
+        assert none.arrays[name].shape == (0, *array.shape[1:]) and none.arrays[name].dtype == array.dtype
+
+
+# Compilation
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_compiled_block_is_one_graph_also_where_it_is_computed_again(
+    monkeypatch: pytest.MonkeyPatch, checkpointed: bool
+) -> None:
+    plain, model, batch = stirred(), stirred(), make_batch()
+    monkeypatch.setattr(Block, "compile", partialmethod(Block.compile, backend="eager"))
+    recipe = Recipe(steps=1, batch_size=2, learning_rate=1, compile=True, activation_checkpointing=checkpointed)
+    prepare(model, recipe)
+    torch._dynamo.reset()
+    counters.clear()
+    gradients: list[Any] = []
+    for each in (plain, model):
+        each.loss(batch, seeded(0)).total.backward()
+        gradients.append([value.grad for value in each.parameters()])
+    torch.testing.assert_close(*gradients)
+    # The blocks are alike, so that one graph serves all of them.
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
