@@ -34,12 +34,18 @@ class Batch:
     instruction_mask: Tensor | None = None  # bool [B]: which samples have one
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Batch:
-        """Return it on that device, with floating-point tensors in that dtype."""
+        """Return it on that device, with floating-point tensors in that dtype.
+
+        The training targets, ``action`` and ``future_latents``, get at least float32: in bfloat16 they would have three
+        digits, and the error of a good prediction is smaller than that.
+        """
         moved = {}
         for field in fields(self):
             tensor = getattr(self, field.name)
             if tensor is not None:
-                tensor = tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
+                target = field.name in ("action", "future_latents")
+                wanted = torch.promote_types(dtype, torch.float32) if target else dtype
+                tensor = tensor.to(device, wanted if tensor.is_floating_point() else None, non_blocking=True)
             moved[field.name] = tensor
         return Batch(**moved)
 

@@ -34,10 +34,10 @@ class Model(nn.Module, ABC):
     def loss(self, batch: Batch, random: Random = None, counts: Tensor | None = None) -> Losses:
         """Return the training losses; ``random`` draws their noise and timesteps.
 
-        ``counts`` float [2]: divisors of the action and the video loss, in place of this batch's ``loss_counts``. If a
-        global batch is split over workers or passes, pass its counts divided by the number of shares: the mean of the
-        shares' losses is then the loss of the global batch. Raises ValueError if ``action`` or ``future_latents`` is
-        missing and needed.
+        ``counts`` float [2]: divisors of the action and the video loss, in place of this batch's ``loss_counts``. With
+        the same divisors in all workers, passes and steps, a sample's weight does not depend on those beside it, and
+        the mean of the shares' losses is the loss of the global batch. Raises ValueError if ``action`` or
+        ``future_latents`` is missing and needed.
         """
 
     def total_loss(self, action: Loss, video: Loss) -> Loss:
@@ -52,6 +52,14 @@ class Model(nn.Module, ABC):
     @abstractmethod
     def loss_counts(self, batch: Batch) -> Tensor:
         """Return how many action values and how many cameras have a loss in this batch, float32 [2]."""
+
+    def expected_counts(self, action_values: float, without_actions: float, cameras: float) -> Tensor:
+        """Return ``loss_counts`` of an average sample, float32 [2].
+
+        It has ``action_values`` True entries in ``action_mask``, ``cameras`` in ``camera_mask``, and with a probability
+        of ``without_actions`` it has no actions.
+        """
+        return torch.tensor([action_values, cameras])
 
     def forward(self, batch: Batch, random: Random = None, counts: Tensor | None = None) -> Losses:
         """``loss``, under the name that training engines call."""

@@ -85,9 +85,8 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
 def masked_mean(error: Tensor, mask: Tensor, total: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the mean over all True entries (0 if there are none) and each sample's mean; error and mask [B, ...].
 
-    ``total`` float [] replaces this batch's number of True entries as the divisor of the first. If a global batch is
-    split over workers or passes, ``total`` is the average number per share; the mean of the shares' results is then
-    the mean over the global batch, however the shares differ.
+    ``total`` float [] replaces this batch's number of True entries as the divisor of the first, such as the number to
+    expect in a share of the global batch.
     """
     error_sum, count = error.where(mask, 0).flatten(1).sum(1), mask.flatten(1).sum(1)
     return error_sum.sum() / (count.sum().clamp(min=1) if total is None else total), error_sum / count

@@ -54,6 +54,11 @@ class UnifiedWorldModel(Model):
     def loss_counts(self, batch: Batch) -> Tensor:
         return objective.loss_counts(self._action_counted(batch), batch.camera_mask)
 
+    def expected_counts(self, action_values: float, without_actions: float, cameras: float) -> Tensor:
+        steps, width = self.model_config.action_shape
+        of_noise = without_actions * steps * width if self.diffusion_config.action_free_loss else 0
+        return super().expected_counts(action_values + of_noise, without_actions, cameras)
+
     def _action_counted(self, batch: Batch) -> Tensor:
         """bool [B, L, A]: which action values have a loss."""
         return batch.action_visible if self.diffusion_config.action_free_loss else batch.action_mask

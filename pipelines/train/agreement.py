@@ -1,4 +1,4 @@
-"""What training workers agree on in every step: loss divisors, whether to stop, whether a checkpoint is complete.
+"""What training workers agree on in every step: whether to stop, whether a checkpoint is complete.
 
 One all-reduce per step carries everything. It runs on the CPU group while the device computes, so it never synchronises
 the device and costs no step time.
@@ -23,7 +23,6 @@ RAY_SECONDS = 5.0  # between polls of Ray for a notice of preemption
 class Agreed(NamedTuple):
     """The result of one step's all-reduce. It is the same on every worker."""
 
-    counts: Tensor  # float32 [2]: the global batch's loss divisors, divided by the number of shares
     preempted: bool  # a worker is about to lose its machine
     stopped: bool  # the driver asked to stop
     saved: int | None  # step of a checkpoint that has just become complete
@@ -33,15 +32,15 @@ class Agreed(NamedTuple):
 class Pending(NamedTuple):
     """An all-reduce in progress."""
 
-    sums: Tensor  # float64 [7]
+    sums: Tensor  # float64 [5]
     work: Any
 
 
 class Agreement:
     """One worker's side. All workers must call ``begin`` and ``end`` equally often."""
 
-    def __init__(self, rank: int, shares: int, meter: Any, writer: CheckpointWriter):
-        self._rank, self._shares, self._meter, self._writer = rank, shares, meter, writer
+    def __init__(self, rank: int, meter: Any, writer: CheckpointWriter):
+        self._rank, self._meter, self._writer = rank, meter, writer
         self._group = torch.distributed.new_group(backend="gloo")
         self._answer: Any = None  # pending answer of the driver
         self._polled_at = self._asked_ray_at = time.monotonic()
@@ -52,23 +51,22 @@ class Agreement:
         torch.distributed.broadcast(first, 0, group=self._group)
         return int(first)
 
-    def begin(self, counts: Tensor) -> Pending:
-        """Start summing ``counts`` float [2] (Model.loss_counts of this worker's share), flags and votes."""
+    def begin(self) -> Pending:
+        """Start summing flags and votes."""
         asks_ray = self._rank == 0 and time.monotonic() - self._asked_ray_at > RAY_SECONDS
         flags = [sigterm_received.is_set(), asks_ray, self._stop_requested(), *self._writer.votes()]
-        sums = torch.cat([counts.double(), torch.tensor([*map(float, flags)], dtype=torch.float64)])
+        sums = torch.tensor([*map(float, flags)], dtype=torch.float64)
         return Pending(sums, torch.distributed.all_reduce(sums, group=self._group, async_op=True))
 
     def end(self, pending: Pending) -> Agreed:
         """Wait for the sums. If they show that a checkpoint is complete, the first worker commits it."""
         pending.work.wait()
-        preempted, asks_ray, stopped, written, failed = pending.sums[2:].tolist()
+        preempted, asks_ray, stopped, written, failed = pending.sums.tolist()
         if asks_ray:  # collective: all workers must call it in the same step
             self._asked_ray_at = time.monotonic()
             preempted += ray.train.get_preemption_info() is not None
         saved, problem = self._writer.settle(int(written), int(failed))
-        counts = (pending.sums[:2].clamp(min=1) / self._shares).float()
-        return Agreed(counts, preempted > 0, stopped > 0, saved, problem)
+        return Agreed(preempted > 0, stopped > 0, saved, problem)
 
     def _stop_requested(self) -> bool:
         """Whether the driver asked to stop. The first worker polls every POLL_SECONDS and never waits."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
 from infra import engine
@@ -21,6 +22,7 @@ from pipelines.recipe import Recipe
 from pipelines.train.checkpoints import RunFolder
 from pipelines.train.state import SavedState
 from pipelines.train.trainable import adapt
+from preprocessing.dataset.loader import LatentDataset
 from uwm_model.blocks import Block
 from uwm_model.model import Model
 from uwm_model.optimizer import OptimizerSettings, adamw
@@ -37,6 +39,17 @@ class Training:
 def passes(recipe: Recipe, world: int) -> int:
     """Return the number of forward and backward passes per optimizer step of a worker."""
     return math.ceil(max(1, recipe.batch_size // world) / (recipe.micro_batch_size or recipe.batch_size))
+
+
+def loss_divisors(model: Model, data: LatentDataset, recipe: Recipe, world: int) -> Tensor:
+    """Return what each pass of each worker divides its action and its video loss by, float32 [2].
+
+    These are the numbers of values to expect, not those present: if one sample in a hundred is of a robot, a batch may
+    hold none, one or three, and each of them must weigh the same.
+    """
+    share = recipe.batch_size / (world * passes(recipe, world))
+    counts = share * model.expected_counts(*data.average_sample())
+    return counts.where(counts > 0, 1)  # without any values the loss is 0, whatever divides it
 
 
 def set_up(settings: Settings, recipe: Recipe, folder: RunFolder, step: int, world: int) -> Training:

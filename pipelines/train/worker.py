@@ -28,7 +28,7 @@ from pipelines.train.agreement import Agreed, Agreement
 from pipelines.train.checkpoint_writer import CheckpointWriter
 from pipelines.train.checkpoints import RunFolder
 from pipelines.train.mlflow_logger import MlflowLogger
-from pipelines.train.setup import passes, set_up
+from pipelines.train.setup import loss_divisors, passes, set_up
 from pipelines.train.state import save_state
 from pipelines.train.tally import Tally
 from pipelines.train.trainable import adapters, merged
@@ -85,7 +85,7 @@ class Worker:
             torch.set_num_threads(1)  # a worker has one core
         self.passes = passes(recipe, world)
         self.writer = CheckpointWriter(self.folder, rank == 0, world)
-        self.agreement = Agreement(rank, world * self.passes, self.meter, self.writer)
+        self.agreement = Agreement(rank, self.meter, self.writer)
         if rank == 0:
             self.folder.sweep()
         complete = self.folder.complete()
@@ -97,6 +97,7 @@ class Worker:
         self.dtype = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
 
         self.data = dataset(settings, validation=False, recipe=recipe, tell=self._report_copying)
+        self.counts = loss_divisors(self.averaged, self.data, recipe, world).to(self.device)
         self.validation = Validation(settings, recipe, self.averaged, rank, world, self._report_copying)
         self.logger = MlflowLogger(settings.run_id) if rank == 0 and settings.run_id else None
         carried = complete.get(self.step, {}).get("tally") if rank == 0 else None
@@ -119,15 +120,14 @@ class Worker:
         last: FinishedStep | None = None
         following = next(batches)
         waited = time.monotonic() - began
-        agreed = self._report(self.agreement.end(self._begin_agreement(following[0])))
         while self.step < recipe.steps:
             batch, samples = following
             fetching = time.monotonic()
             if self.step + 1 < recipe.steps:
                 following = next(batches)
             waited += time.monotonic() - fetching
-            pending = self._begin_agreement(following[0])
-            done = self._train_step(batch, samples, agreed.counts)
+            pending = self.agreement.begin()
+            done = self._train_step(batch, samples)
             agreed = self._report(self.agreement.end(pending))
             if last:  # one step late, so that reading the loss does not wait for the step just queued
                 self._check(last)
@@ -147,9 +147,6 @@ class Worker:
                 if agreed.stopped:
                     return
 
-    def _begin_agreement(self, batch: Batch) -> Any:
-        return self.agreement.begin(self.averaged.loss_counts(batch))
-
     def _report(self, agreed: Agreed) -> Agreed:
         """Report a checkpoint that has just become complete, or has failed."""
         if self.rank == 0 and agreed.saved is not None:
@@ -159,16 +156,16 @@ class Worker:
             self.meter.say.remote(agreed.problem)
         return agreed
 
-    def _train_step(self, batch: Batch, samples: Samples, counts: Tensor) -> FinishedStep:
+    def _train_step(self, batch: Batch, samples: Samples) -> FinishedStep:
         """Take one optimizer step, in as many passes as the recipe's micro-batches require."""
         random = SampleGenerators.of(self.recipe.seed, self.step + 1, samples.position.tolist())
         torch.manual_seed(self.recipe.seed + self.step)  # for layers that draw random numbers themselves
         batch = batch.to(self.device, self.dtype)
         batch = augment(batch, self.settings.model.latent_size, self.recipe.augment, random)
-        counts, size, found = counts.to(self.device), len(batch.embodiment), []
+        size, found = len(batch.embodiment), []
         for number in range(self.passes):
             part = slice(size * number // self.passes, size * (number + 1) // self.passes)
-            losses = self.engine(batch[part], random[part], counts)
+            losses = self.engine(batch[part], random[part], self.counts)
             self.engine.backward(losses.total)
             self.engine.step()
             found.append(losses)
@@ -244,7 +241,7 @@ class Worker:
 
     def _wait_for_the_writer(self) -> None:
         while self.writer.busy:
-            self._report(self.agreement.end(self.agreement.begin(torch.zeros(2))))
+            self._report(self.agreement.end(self.agreement.begin()))
             time.sleep(0.01)
 
     def _report_copying(self, done: int, total: int) -> None:

@@ -145,6 +145,21 @@ class LatentDataset:
         masks = {"camera_mask": present, "action_mask": action_mask, "proprio_mask": proprio_mask}
         return arrays | masks | {"embodiment": group}
 
+    def average_sample(self) -> tuple[float, float, float]:
+        """Return what ``batches`` yields in a sample on average: the number of True entries of its action_mask, the
+        probability that it has no actions, and the number of its cameras.
+        """
+        steps = np.minimum(self.frames, self.shape.action_chunk)
+        acting = (self.frames - steps) * steps + steps * (steps + 1) / 2  # steps that exist, over all windows
+        totals = np.stack([
+            acting * self._action_dim,
+            self.frames * (self._action_dim == 0),
+            self.frames * (self._camera_start >= 0).sum(1),
+        ])  # fmt: skip
+        weights = np.array(self._weights) / np.bincount(self.source, self.frames)
+        action_values, without_actions, cameras = totals @ weights[self.source] / sum(self._weights)
+        return float(action_values), float(without_actions), float(cameras)
+
     def batches(self, seed: int, size: int, first_step: int = 0, rank: int = 0, world: int = 1) -> Iterator[Samples]:
         """Yield this worker's share of the global batch of each step from ``first_step`` on, forever.
 

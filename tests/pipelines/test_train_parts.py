@@ -14,13 +14,15 @@ from helpers.models import make_batch, seeded, stirred
 from helpers.rows import Made, commit, fill, write_episodes
 from torch._dynamo.utils import counters
 
+from pipelines.models.batch import to_batch
 from pipelines.models.data import dataset
 from pipelines.recipe import Recipe, load_recipe
 from pipelines.train import pretrain, validation
-from pipelines.train.setup import prepare
+from pipelines.train.setup import loss_divisors, prepare
 from pipelines.train.validation import Validation
 from preprocessing.store.store import LatentStore
 from uwm_model.blocks import Block
+from uwm_model.randomness import SampleGenerators
 
 SMALL = [
     "model.width=32", "model.depth=1", "model.heads=2", "model.registers=1", "model.timestep_width=16",
@@ -37,7 +39,9 @@ def write(folder: Path, *episodes: tuple[str, tuple[str, ...], int, int], frames
             # The column after these is another signal of the log, which no model reads.
             steps = random.standard_normal((frames, action_dim + proprio + 1)).astype(np.float32)
             state = [{"name": "state", "width": proprio}] if proprio else []
-            columns = {"embodiment": name, "proprio": state, "instruction": f"do {name}"}
+            columns: dict[str, Any] = {"embodiment": name, "proprio": state, "instruction": f"do {name}"}
+            if name == "short":  # shorter than an action chunk
+                columns["spans"] = [{"first": 5, "stop": 15}]
             made.append(Made(f"{name}-{i}", latents, steps, action_dim, columns))
     fork = store.fork()
     commit(store, [(fork, *written) for written in write_episodes(fork, made)])
@@ -102,6 +106,46 @@ def test_an_empty_share_of_a_batch_has_the_arrays_of_the_others(tmp_path: Path) 
     assert len(none.position) == len(none.episode) == 0
     for name, array in some.arrays.items():
         assert none.arrays[name].shape == (0, *array.shape[1:]) and none.arrays[name].dtype == array.dtype
+
+
+# Weights of samples
+
+
+def test_losses_are_divided_by_what_a_share_holds_on_average(tmp_path: Path) -> None:
+    logs = ("arm", ("top", "wrist"), 3, 2), ("short", ("top",), 2, 0), ("video", ("top",), 0, 0)
+    store = write(tmp_path / "store", *logs, count=2)
+    for override in ("seed=0", "diffusion.action_free_loss=true", "mixture={arm: 1, short: 2, video: 97}"):
+        recipe = load_recipe("small", [*SMALL, "validation_share=0", "batch_size=120", override])
+        settings = pretrain.plan(store, recipe)
+        data, model = dataset(settings, validation=False, recipe=recipe), settings.build()
+        size = 3000 if recipe.mixture else int(data.frames.sum())  # an epoch has every window once
+        batch = to_batch(next(data.batches(0, size)).arrays, torch.device("cpu"), torch.float32)
+        found = loss_divisors(model, data, recipe, 1)
+        rounded = 0.05 if recipe.mixture else 1e-6
+        torch.testing.assert_close(found * size / 120, model.loss_counts(batch), rtol=rounded, atol=0)
+        torch.testing.assert_close(loss_divisors(model, data, recipe, 4) * 4, found)
+
+
+@pytest.mark.parametrize("kind", ["uwm", "dp", "pad", "gr1"])
+def test_a_rare_samples_weight_does_not_depend_on_the_others(tmp_path: Path, kind: str) -> None:
+    store = write(tmp_path / "store", ("arm", ("top",), 3, 2), ("video", ("top",), 0, 0))
+    overrides = [*SMALL, "model.current_patches=false", f"model.kind={kind}", "batch_size=8"]
+    recipe = load_recipe("small", [*overrides, "validation_share=0", "mixture={arm: 1, video: 7}"])
+    settings = pretrain.plan(store, recipe)
+    data, model = dataset(settings, validation=False, recipe=recipe), settings.build()
+    counts = loss_divisors(model, data, recipe, 1)
+    arm, video = ([int(i) for i, row in enumerate(data.rows) if row["embodiment"] == name] for name in ("arm", "video"))
+
+    def action_loss(robots: int) -> float:
+        episode = np.array(arm * robots + video * (8 - robots))
+        batch = to_batch(data.gather(episode, np.zeros(8, int)), torch.device("cpu"), torch.float32)
+        return float(model.loss(batch, SampleGenerators.of(0, 1, [0] * 8), counts).action)
+
+    one = action_loss(1)
+    assert one > 0 and [action_loss(n) for n in (0, 2, 5)] == pytest.approx([0, 2 * one, 5 * one], rel=1e-5)
+    if kind != "dp":
+        video_only = load_recipe("small", [*overrides, "mixture={arm: 0, video: 1}"])
+        assert loss_divisors(model, dataset(settings, False, video_only), video_only, 1).tolist() == [1, 8]
 
 
 # Compilation

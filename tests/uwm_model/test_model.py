@@ -119,6 +119,22 @@ def test_odd_latents_and_several_patches_in_time() -> None:
     assert latents is not None and latents.shape == batch.future_latents.shape
 
 
+def test_bfloat16_leaves_the_targets_precise() -> None:
+    batch = make_batch().to("cpu", torch.bfloat16)
+    assert batch.proprio.dtype == batch.current_latents.dtype == torch.bfloat16
+    assert batch.action is not None and batch.future_latents is not None
+    assert torch.equal(batch.action, make_batch().action) and torch.equal(
+        batch.future_latents, make_batch().future_latents
+    )
+    assert batch.to("cpu", torch.float64).action.dtype == torch.float64
+    targets: list[torch.Tensor] = []
+    model = fresh(DiffusionConfig(prediction="sample")).bfloat16()
+    target = model.schedule.target
+    model.schedule.target = lambda *given: targets.append(target(*given)) or targets[-1]
+    model.loss(batch, seeded(0))
+    assert torch.equal(targets[0], batch.action)
+
+
 def test_bfloat16_leaves_the_schedule_precise() -> None:
     model = stirred()
     batch = make_batch(8)
