@@ -28,7 +28,8 @@ class Batch:
     proprio_mask: Tensor  # bool [B, P]
     embodiment: Tensor  # int64 [B]
     future_latents: Tensor | None = None  # float [B, V, Tf, C, h, w]
-    action: Tensor | None = None  # float [B, L, A] in [-1, 1]
+    action: Tensor | None = None  # float [B, L, A], most of it in [-1, 1]
+    action_reach: Tensor | None = None  # float [B, A]: samplers clip clean actions to +- this, None: to +- 1
     current_pixels: Tensor | None = None  # uint8 [B, V, To, 3, H, W] RGB, or float in [0, 1]
     instruction: Tensor | None = None  # float [B, E]: a frozen text encoder's vectors
     instruction_mask: Tensor | None = None  # bool [B]: which samples have one
@@ -36,14 +37,14 @@ class Batch:
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Batch:
         """Return it on that device, with floating-point tensors in that dtype.
 
-        The training targets, ``action`` and ``future_latents``, get at least float32: in bfloat16 they would have three
-        digits, and the error of a good prediction is smaller than that.
+        The training targets (``action``, ``future_latents``) and ``action_reach`` get at least float32: in bfloat16
+        they would have three digits, and the error of a good prediction is smaller than that.
         """
         moved = {}
         for field in fields(self):
             tensor = getattr(self, field.name)
             if tensor is not None:
-                target = field.name in ("action", "future_latents")
+                target = field.name in ("action", "future_latents", "action_reach")
                 wanted = torch.promote_types(dtype, torch.float32) if target else dtype
                 tensor = tensor.to(device, wanted if tensor.is_floating_point() else None, non_blocking=True)
             moved[field.name] = tensor
@@ -83,6 +84,11 @@ class Batch:
         """Return a slice of its samples."""
         held = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: tensor[some] for name, tensor in held.items() if tensor is not None})
+
+    @property
+    def action_limit(self) -> Tensor | None:
+        """float [B, 1, A]: ``action_reach`` for each step of a chunk."""
+        return None if self.action_reach is None else self.action_reach[:, None]
 
     @property
     def action_visible(self) -> Tensor:

@@ -103,7 +103,7 @@ class PolicyQuery:
             # At least float32: with bfloat16 weights only the network is rounded, not the running sample.
             prediction = prediction.to(torch.promote_types(dtype, torch.float32))
             evaluation = Evaluation(action, prediction, t)
-            action = model.schedule.step(*evaluation, action_times[step + 1], previous)
+            action = model.schedule.step(*evaluation, action_times[step + 1], previous, batch.action_limit)
             previous = evaluation
         return action.float() * visible
 

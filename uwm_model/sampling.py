@@ -79,12 +79,14 @@ def sample(
     action: Tensor,
     latents: Tensor,
     video_steps: int | None = None,
+    action_limit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return action and latents after the last step; only those asked for have changed.
 
     action [B, L, A] and latents [B, V, Tf, C, h, w] are clean where the mode is given them, and noise otherwise. In
-    mode ``joint`` the latents are updated in ``video_steps`` of the steps (None: all). Raises ValueError if those
-    exceed ``steps``, or if the schedule does not allow that many.
+    mode ``joint`` the latents are updated in ``video_steps`` of the steps (None: all). Clean actions are clipped to +-
+    ``action_limit`` [B, 1, A] (None: 1). Raises ValueError if the video's steps exceed ``steps``, or if the schedule
+    does not allow that many.
     """
     action_times, video_times = timetable(mode, schedule, steps, marginal_timestep, video_steps)
     t_action, t_video = (torch.tensor(times[:-1], device=action.device) for times in (action_times, video_times))
@@ -92,17 +94,24 @@ def sample(
     video_previous: Evaluation | None = None
     for i in range(steps):
         action_prediction, latent_prediction = denoise(action, t_action[i], latents, t_video[i])
-        action, action_previous = _step(schedule, action, action_prediction, action_times[i : i + 2], action_previous)
+        action, action_previous = _step(
+            schedule, action, action_prediction, action_times[i : i + 2], action_previous, action_limit
+        )
         latents, video_previous = _step(schedule, latents, latent_prediction, video_times[i : i + 2], video_previous)
     return action, latents
 
 
 def _step(
-    schedule: Schedule, sample: Tensor, prediction: Tensor, times: list[float | None], previous: Evaluation | None
+    schedule: Schedule,
+    sample: Tensor,
+    prediction: Tensor,
+    times: list[float | None],
+    previous: Evaluation | None,
+    limit: Tensor | None = None,
 ) -> tuple[Tensor, Evaluation | None]:
     """Return the sample at the second of two times, and the evaluation at the first; unchanged if they are equal."""
     now, then = times
     if now is None or now == then:
         return sample, previous
     evaluation = Evaluation(sample, prediction, now)
-    return schedule.step(*evaluation, then, previous), evaluation
+    return schedule.step(*evaluation, then, previous, limit), evaluation

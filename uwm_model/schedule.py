@@ -74,10 +74,16 @@ class DiffusionSchedule:
         return [stride * i for i in reversed(range(steps))] if steps > 1 else [self.last]
 
     def step(
-        self, sample: Tensor, prediction: Tensor, t: float, t_next: float | None, previous: Evaluation | None = None
+        self,
+        sample: Tensor,
+        prediction: Tensor,
+        t: float,
+        t_next: float | None,
+        previous: Evaluation | None = None,
+        limit: Tensor | None = None,
     ) -> Tensor:
         """Return the sample at t_next (None: clean) from the sample and the prediction at t (see ``advance``)."""
-        return advance(self, Evaluation(sample, prediction, t), t_next, previous)
+        return advance(self, Evaluation(sample, prediction, t), t_next, previous, limit)
 
     def scales(self, t: float) -> tuple[Tensor, Tensor]:
         """Return (signal, share) at t, float32 []."""
@@ -125,10 +131,16 @@ class FlowSchedule:
         return [self.last * i / steps for i in range(steps, 0, -1)]
 
     def step(
-        self, sample: Tensor, prediction: Tensor, t: float, t_next: float | None, previous: Evaluation | None = None
+        self,
+        sample: Tensor,
+        prediction: Tensor,
+        t: float,
+        t_next: float | None,
+        previous: Evaluation | None = None,
+        limit: Tensor | None = None,
     ) -> Tensor:
         """Return the sample at t_next (None: clean) from the sample and the prediction at t > 0 (see ``advance``)."""
-        return advance(self, Evaluation(sample, prediction, t), t_next, previous)
+        return advance(self, Evaluation(sample, prediction, t), t_next, previous, limit)
 
     def scales(self, t: float) -> tuple[Tensor, Tensor]:
         """Return (signal, share) at t, float32 []."""
@@ -151,22 +163,29 @@ def make_schedule(config: DiffusionConfig) -> Schedule:
     return FlowSchedule(config) if config.schedule == "flow" else DiffusionSchedule(config)
 
 
-def advance(schedule: Schedule, now: Evaluation, t_next: float | None, previous: Evaluation | None) -> Tensor:
+def advance(
+    schedule: Schedule,
+    now: Evaluation,
+    t_next: float | None,
+    previous: Evaluation | None,
+    limit: Tensor | None = None,
+) -> Tensor:
     """Return the sample [B, ...] at t_next (None: clean), by the solver of the settings, in the sample's dtype.
 
     DPM-Solver++ extrapolates the last two predicted clean samples linearly in log(signal / share), half way to t_next.
     ``previous`` is the evaluation one step earlier; without it, and at the last step, the solver is first-order like
-    DDIM. Both clip each predicted clean sample if ``clip_sample`` is set.
+    DDIM. Both clip each predicted clean sample if ``clip_sample`` is set: to +- ``limit``, which broadcasts with it, or
+    to +- 1.
     """
     clean, noise = schedule.clean_and_noise(now)
-    clean = _clip(clean, schedule.config)
+    clean = _clip(clean, schedule.config, limit)
     # 0-d float32 coefficients do not change the sample's dtype, and work with a sample on any device.
     signal_next, share_next = (torch.tensor(1.0), torch.tensor(0.0)) if t_next is None else schedule.scales(t_next)
     if schedule.config.sampler == "dpm_solver":
         signal, share = schedule.scales(now.t)
         if previous is not None and t_next is not None:
             signal_previous, share_previous = schedule.scales(previous.t)
-            clean_previous = _clip(schedule.clean_and_noise(previous)[0], schedule.config)
+            clean_previous = _clip(schedule.clean_and_noise(previous)[0], schedule.config, limit)
             ahead = (signal_next / share_next).log() - (signal / share).log()
             behind = (signal / share).log() - (signal_previous / share_previous).log()  # infinite after pure noise
             clean = clean + ahead / (2 * behind) * (clean - clean_previous)
@@ -175,8 +194,10 @@ def advance(schedule: Schedule, now: Evaluation, t_next: float | None, previous:
     return signal_next * clean + share_next * noise
 
 
-def _clip(clean: Tensor, config: DiffusionConfig) -> Tensor:
-    return clean.clamp(-1, 1) if config.clip_sample else clean
+def _clip(clean: Tensor, config: DiffusionConfig, limit: Tensor | None) -> Tensor:
+    if not config.clip_sample:
+        return clean
+    return clean.clamp(-1, 1) if limit is None else clean.clamp(-limit.to(clean.dtype), limit.to(clean.dtype))
 
 
 def squared_cosine(timesteps: int) -> Tensor:

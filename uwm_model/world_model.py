@@ -103,6 +103,7 @@ class UnifiedWorldModel(Model):
             action,
             latents,
             self.diffusion_config.video_steps,
+            action_limit=batch.action_limit,
         )
         return (
             action.float() * batch.action_visible if of_action is Role.ASKED else None,

@@ -159,6 +159,8 @@ class Policy:
         padded[:, :, : spec.proprio_dim] = spec.proprio_normalizer.apply(columns)
         action_mask = np.zeros((count, model.action_chunk, model.action_dim), bool)
         action_mask[:, :, : spec.action_dim] = True
+        action_reach = np.ones((count, model.action_dim), np.float32)
+        action_reach[:, : len(spec.action_reach)] = spec.action_reach
         seen = {"current_pixels": pixels} if model.observation == "pixels" else {}
         return seen | {
             "current_latents": latents,
@@ -166,6 +168,7 @@ class Policy:
             "proprio": padded,
             "proprio_mask": np.tile(np.arange(model.proprio_dim) < spec.proprio_dim, (count, 1)),
             "action_mask": action_mask,
+            "action_reach": action_reach,
             "embodiment": np.full(count, spec.index, np.int64),
         }
 

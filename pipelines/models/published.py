@@ -80,7 +80,7 @@ def adopt(
     if found.action_dim == config.action_dim:
         normalizer = _normalizer(held.action_normalizer, found, file)
         seen = found.cameras[: config.cameras]
-        known = {name: dataclasses.replace(found, cameras=seen, action_normalizer=normalizer)}
+        known = {name: dataclasses.replace(found, cameras=seen, action_normalizer=normalizer, action_reach=())}
     settings = checkpoint.Settings(
         model=config,
         diffusion=model.diffusion_config,

@@ -1,19 +1,20 @@
 """The embodiments of a finetuned model, its parent's and the data's, and which camera is in which slot.
 
-A camera goes into the slot where the model already knows a camera of that name, so that a new embodiment's "wrist"
-reuses what was learned about wrist cameras.
+A camera goes into the slot where the model already knows a camera of that name, or of its kind, so that a new
+embodiment's "wrist" reuses what was learned about wrist cameras.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipelines.models.checkpoint import Normalizers, Settings
 from pipelines.recipe import Recipe
 from preprocessing.dataset.embodiment import Embodiment, describe
 from preprocessing.dataset.selection import by_embodiment
+from preprocessing.dataset.slots import assign_slots
 from preprocessing.errors import UserError
 from preprocessing.store.rows import TrainingRow
 from uwm_model.config import ModelConfig
@@ -60,10 +61,11 @@ def match_embodiments(parent: Settings, rows: list[TrainingRow], recipe: Recipe)
                 f"embodiment {name} differs from pretraining: {'; '.join(misfits)}; if it is another embodiment, give "
                 "it another name (--contract, embodiment: NAME); if only its ranges differ, set statistics=data"
             )
-        cameras = _assign_slots(
-            found.cameras, before.cameras if before else (), [spec.cameras for spec in known.values()]
-        )
-        known[name] = dataclasses.replace(before if before and pretrained else found, cameras=cameras)
+        places = [(camera, slot) for spec in known.values() for slot, camera in enumerate(spec.cameras)]
+        cameras = assign_slots(found.cameras, before.cameras if before else (), places)
+        # Data that reach beyond pretraining's range keep its normalisation; samplers then clip where they end.
+        spec = before.reaching(members) if before and pretrained else found
+        known[name] = dataclasses.replace(spec, cameras=cameras)
     return Embodiments(known, tuple(data), data)
 
 
@@ -114,22 +116,3 @@ def _inputs(
         proprio=[f"proprio {i}" for i in range(proprio)],
         text=f"text encoder {text_encoder}",
     )
-
-
-def _assign_slots(cameras: Iterable[str], own: tuple[str, ...], others: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
-    """Return the camera of each slot.
-
-    Cameras of ``own`` keep their slots; a new camera takes the slot of another embodiment's camera of that name, or the
-    first free one.
-    """
-    assigned = {slot: camera for slot, camera in enumerate(own) if camera}
-    known = [(camera, slot) for other in others for slot, camera in enumerate(other)]
-    new = [camera for camera in cameras if camera not in own]
-    for camera in new:
-        same = (slot for name, slot in known if name == camera and slot not in assigned)
-        if (slot := next(same, None)) is not None:
-            assigned[slot] = camera
-    for camera in new:
-        if camera not in assigned.values():
-            assigned[next(slot for slot in range(len(assigned) + 1) if slot not in assigned)] = camera
-    return tuple(assigned.get(slot, "") for slot in range(1 + max(assigned, default=-1)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pipelines.train.run import RunOptions, tracked
 from pipelines.train.trainable import learning
 from preprocessing.dataset.embodiment import describe
 from preprocessing.dataset.selection import by_embodiment, choose_encoder, text_encoder_of
+from preprocessing.dataset.slots import share_slots
 from preprocessing.encoders.vae import PIXELS
 from preprocessing.errors import UserError
 from preprocessing.store.store import LatentStore
@@ -30,6 +32,11 @@ def plan(store_uri: str, recipe: Recipe, snapshot_id: str | None = None) -> Sett
     embodiments = {
         name: describe(name, members, index, slots, recipe.normalise)
         for index, (name, members) in enumerate(by_embodiment(rows).items())
+    }
+    rigs = share_slots([spec.cameras for spec in embodiments.values()], slots)
+    embodiments = {
+        name: dataclasses.replace(spec, cameras=rig)
+        for (name, spec), rig in zip(embodiments.items(), rigs, strict=True)
     }
     shape = snapshot.shape(rows[0]["cameras"][0]["segments"][0])
     stride = stride_of(rows[0], shape)

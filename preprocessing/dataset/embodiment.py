@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+import numpy as np
 
 from preprocessing.contracts.interface import Interface, InterfaceRow
 from preprocessing.dataset.normalizer import MINIMUM_RANGE, Normalizer, normalizers
@@ -13,6 +15,7 @@ from preprocessing.errors import UserError
 from preprocessing.store.rows import TrainingRow
 
 FARTHEST = 5.0  # data beyond this many times a column's scale must have another unit
+ROUNDING = 1e-5  # of a reach
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class Embodiment:
     """How one embodiment's episodes fill the model's slots, and how its numbers are normalised.
 
     Camera slot i of the model shows ``cameras[i]``; "" means that this embodiment has no camera for the slot. Actions
-    and proprio are padded on the right.
+    and proprio are padded on the right. ``action_reach`` is the largest magnitude of each normalised action column in
+    the data, at least 1: samplers clip there, so that what was trained on can be acted. Empty: 1 (older checkpoints).
     """
 
     index: int
@@ -31,6 +35,19 @@ class Embodiment:
     fps: float
     action_normalizer: Normalizer
     proprio_normalizer: Normalizer
+    action_reach: tuple[float, ...] = ()
+
+    def reaching(self, rows: Sequence[TrainingRow]) -> Embodiment:
+        """Return this embodiment with an ``action_reach`` that covers the actions of these rows, too."""
+        steps = [row["statistics"] for row in rows if row["statistics"] is not None]
+        if not steps or not self.action_dim:
+            return self
+        low = np.min([each.min[: self.action_dim] for each in steps], axis=0)
+        high = np.max([each.max[: self.action_dim] for each in steps], axis=0)
+        offset, scale = np.asarray(self.action_normalizer.offset), np.asarray(self.action_normalizer.scale)
+        reach = np.abs([(low - offset) / scale, (high - offset) / scale]).max(0)
+        reach = np.maximum(reach, self.action_reach or 1)
+        return replace(self, action_reach=tuple(np.where(reach < 1 + ROUNDING, 1.0, reach).tolist()))
 
     @property
     def proprio_dim(self) -> int:
@@ -70,7 +87,7 @@ class Embodiment:
             for one, two in ((e.action_normalizer, e.proprio_normalizer) for e in (self, data))
         )
         for column, (offset, scale), (other, spread) in zip(columns, mine, theirs, strict=True):
-            if abs(other - offset) + spread > FARTHEST * scale and spread > MINIMUM_RANGE:
+            if abs(other - offset) + spread > FARTHEST * max(scale, MINIMUM_RANGE):
                 found.append(f"{column} is {other:.3g} ± {spread:.3g}, not {offset:.3g} ± {scale:.3g}")
         return found
 
@@ -107,7 +124,7 @@ def describe(
     statistics = [row["statistics"] for row in rows if row["statistics"] is not None]
     width = sum(part["width"] for part in first["proprio"])
     action, proprio = normalizers(statistics, first["action_dim"], width, actions)
-    return Embodiment(
+    embodiment = Embodiment(
         index=index,
         cameras=tuple(cameras[:slots]),
         action_dim=first["action_dim"],
@@ -117,3 +134,4 @@ def describe(
         action_normalizer=action,
         proprio_normalizer=proprio,
     )
+    return embodiment.reaching(rows)

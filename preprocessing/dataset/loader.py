@@ -104,13 +104,16 @@ class LatentDataset:
 
         top = 1 + max(spec.index for spec in embodiments.values())
         self._action_scale = _table(top, shape.action_dim, embodiments, "action_normalizer")
+        self._action_reach = np.ones((top, shape.action_dim), np.float32)
+        for spec in embodiments.values():
+            self._action_reach[spec.index, : len(spec.action_reach)] = spec.action_reach
         self._proprio_scale = _table(top, shape.proprio_dim, embodiments, "proprio_normalizer")
 
     def gather(self, episode: np.ndarray, frame: np.ndarray) -> dict[str, np.ndarray]:
         """Return the windows at ``frame`` int ``[B]`` of ``episode`` int ``[B]``, normalised and padded.
 
         current_latents float16 [B, V, To, C, h, w], future_latents [B, V, Tf, C, h, w], camera_mask bool [B, V],
-        action float32 [B, L, A] in [-1, 1], action_mask bool [B, L, A], proprio float32 [B, To, P],
+        action float32 [B, L, A] within +- action_reach [B, A], action_mask bool [B, L, A], proprio float32 [B, To, P],
         proprio_mask bool [B, P], embodiment int64 [B]; if requested, current_pixels uint8 [B, V, To, 3, H, W],
         instruction float32 [B, E] and instruction_mask bool [B].
         """
@@ -143,7 +146,7 @@ class LatentDataset:
             instruction = self._instruction[episode]
             arrays |= {"instruction": self._vectors[instruction], "instruction_mask": instruction >= 0}
         masks = {"camera_mask": present, "action_mask": action_mask, "proprio_mask": proprio_mask}
-        return arrays | masks | {"embodiment": group}
+        return arrays | masks | {"embodiment": group, "action_reach": self._action_reach[group]}
 
     def average_sample(self) -> tuple[float, float, float]:
         """Return what ``batches`` yields in a sample on average: the number of True entries of its action_mask, the

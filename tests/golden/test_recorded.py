@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.command import Uwm
+from helpers.models import Constant
 from safetensors.torch import load_file
 
 from pipelines.models import checkpoint
@@ -75,6 +76,22 @@ def test_its_checkpoint_acts_as_it_did(recorded: Path, run: Path) -> None:
     }
     action = policy.act(images, proprio, torch.Generator().manual_seed(0))
     np.testing.assert_allclose(action, np.load(recorded / "expected.npz")["action"], atol=1e-4)
+
+
+def test_its_actions_are_clipped_where_its_data_ended(run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run / "checkpoint", tmp_path / "wider")
+    values = json.loads((folder / "settings.json").read_text())
+    [name] = [name for name, spec in values["embodiments"].items() if spec["action_dim"]]
+    values["embodiments"][name]["action_reach"] = [3.0] * values["embodiments"][name]["action_dim"]
+    (folder / "settings.json").write_text(json.dumps(values))
+    for place, acted in ((run / "checkpoint", 1), (folder, 2.5)):
+        policy = Policy(place, name)
+        size, observed = policy.image_size, policy.settings.model.observed_frames
+        policy.model.denoiser.actions.decode = Constant(2.5, policy.settings.model.action_dim)
+        images = {name: np.zeros((1, observed, size, size, 3), np.uint8) for name in policy.spec.seen}
+        proprio = {name: np.zeros((1, observed, width), np.float32) for name, width in policy.spec.proprio}
+        normalised = policy.spec.action_normalizer.apply(policy.act(images, proprio))
+        np.testing.assert_allclose(normalised, acted, atol=1e-4)
 
 
 def test_the_same_command_resumes_its_run(run: Path) -> None:

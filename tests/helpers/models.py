@@ -76,6 +76,17 @@ def make_batch(size: int = 4, seed: int = 0, config: ModelConfig = TINY) -> Batc
     )
 
 
+class Constant(torch.nn.Module):
+    """In place of a decoder of actions: a network that knows the answer."""
+
+    def __init__(self, value: float, width: int):
+        super().__init__()
+        self.value, self.width = value, width
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens.new_full((*tokens.shape[:2], self.width), self.value)
+
+
 def changed(tensor: Tensor | None, where: tuple, value: float | bool) -> Tensor:
     assert tensor is not None
     tensor = tensor.clone()

@@ -236,6 +236,43 @@ def test_statistics_are_the_parents_unless_the_recipe_chooses_the_datas(trained:
     assert Settings.model_validate(earlier).transplant == ()
 
 
+def test_actions_beyond_pretrainings_range_keep_its_normalisation_and_can_be_sampled(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = checkpoint.load_settings(trained).embodiments["arm"]
+    assert before.action_reach == (1, 1, 1)
+    for scale, farthest in ((0.5, 1), (3, 5)):
+        monkeypatch.setenv("UWM_CACHE", str(tmp_path / f"cache-{scale}"))  # the stores' episodes have the same keys
+        plan = planned(trained, write(tmp_path / str(scale), scale=scale))
+        spec = plan.settings.embodiments["arm"]
+        assert spec.action_normalizer == before.action_normalizer
+        data = dataset(plan.settings, validation=False, recipe=load_recipe("finetune", QUICK))
+        arrays = data.gather(np.repeat(np.arange(3), 40), np.tile(np.arange(40), 3))
+        largest = np.abs(arrays["action"]).max((0, 1))
+        np.testing.assert_allclose(spec.action_reach, np.maximum(largest, 1), rtol=1e-4)
+        np.testing.assert_array_equal(arrays["action_reach"][0], np.float32(spec.action_reach))
+        assert largest.max() <= farthest and (largest.max() > 1) == (farthest > 1)
+    # what a further finetuning does not hold may still be acted
+    start(plan, tmp_path / "initial")
+    again = planned(tmp_path / "initial", write(tmp_path / "small", scale=0.1)).settings.embodiments["arm"]
+    assert again.action_reach == spec.action_reach
+    own = planned(tmp_path / "initial", write(tmp_path / "small"), "statistics=data").settings.embodiments["arm"]
+    assert own.action_reach == (1, 1, 1) and own.action_normalizer != before.action_normalizer
+    with pytest.raises(UserError, match=r"action\[0\] is .*set statistics=data"):
+        planned(trained, write(tmp_path / "far", scale=9))
+
+
+def test_a_column_that_stands_still_far_from_pretrainings_is_refused(trained: Path, tmp_path: Path) -> None:
+    store = LatentStore.create(str(tmp_path / "store"))
+    steps = np.random.default_rng(0).standard_normal((40, 5)).astype(np.float32)
+    steps[:, 1] = 80
+    latents = {name: np.zeros((40, 4, 8, 8), np.float16) for name in ("front", "wrist")}
+    fork = store.fork()
+    commit(store, [(fork, *written) for written in write_episodes(fork, [Made("arm", latents, steps, 3)])])
+    with pytest.raises(UserError, match=r"embodiment arm differs from pretraining: action\[1\] is 80 ± 0.001"):
+        planned(trained, store.uri)
+
+
 # What learns
 
 

@@ -48,6 +48,12 @@ def write(folder: Path, *episodes: tuple[str, tuple[str, ...], int, int], frames
     return store.uri
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stores' episodes have the same keys."""
+    monkeypatch.setenv("UWM_CACHE", str(tmp_path / "cache"))
+
+
 # Data without columns
 
 
@@ -65,6 +71,47 @@ def test_logs_without_actions_or_state_are_trained_on_as_videos(tmp_path: Path, 
             mine = batch["embodiment"] == spec.index
             assert (batch["action_mask"][mine].sum(2).max(1) == action_dim).all() and mine.any()
             assert (batch["proprio_mask"][mine].sum(1) == proprio).all()
+
+
+def test_cameras_of_a_name_share_a_slot_of_a_new_model(tmp_path: Path) -> None:
+    rigs = (
+        ("ur5", ("hand_camera",), 3, 2),
+        ("panda", ("left", "right", "wrist"), 3, 2),
+        ("widowx", ("wrist", "left"), 3, 2),
+    )
+    recipe = load_recipe("small", [*SMALL, "validation_share=0"])
+    settings = pretrain.plan(write(tmp_path / "store", *rigs), recipe)
+    held = {name: spec.cameras for name, spec in settings.embodiments.items()}
+    assert held == {
+        "ur5": ("", "", "hand_camera"),
+        "panda": ("left", "right", "wrist"),
+        "widowx": ("left", "", "wrist"),
+    }
+    batch = next(dataset(settings, False, recipe).batches(0, 64)).arrays
+    for spec in settings.embodiments.values():
+        masks = batch["camera_mask"][batch["embodiment"] == spec.index]
+        assert (
+            len(masks) and (masks == [slot < len(spec.cameras) and spec.cameras[slot] != "" for slot in range(3)]).all()
+        )
+
+
+def test_what_quantiles_leave_outside_can_be_acted(tmp_path: Path) -> None:
+    """A gripper that is open in one step of a hundred is not between its quantiles."""
+    store, steps = LatentStore.create(str(tmp_path / "store")), np.zeros((200, 2), np.float32)
+    steps[:, 0], steps[7, 1] = np.linspace(-1, 1, 200), 1
+    fork = store.fork()
+    made = [Made("arm", {"top": np.zeros((200, 4, 8, 8), np.float16)}, steps, 2)]
+    commit(store, [(fork, *written) for written in write_episodes(fork, made)])
+    recipe = load_recipe("small", [*SMALL, "validation_share=0", "normalise=quantiles"])
+    settings = pretrain.plan(store.uri, recipe)
+    data = dataset(settings, False, recipe)
+    arrays = data.gather(np.zeros(200, int), np.arange(200))
+    largest = np.abs(arrays["action"]).max((0, 1))
+    assert (
+        largest[1] > 5
+        and (arrays["action_reach"] == np.array(settings.embodiments["arm"].action_reach, np.float32)).all()
+    )
+    np.testing.assert_allclose(arrays["action_reach"][0], np.maximum(largest, 1), rtol=1e-4)
 
 
 # Validation

@@ -13,7 +13,7 @@ import torch
 from helpers.baselines import fresh, stirred
 from helpers.command import Uwm
 from helpers.formats import numbered, write_demos, write_video
-from helpers.models import SEEING, TINY, changed, make_batch, repeated, seeded, train
+from helpers.models import SEEING, TINY, Constant, changed, make_batch, repeated, seeded, train
 from pydantic import TypeAdapter
 
 from infra import tracking
@@ -25,6 +25,7 @@ from uwm_model.baselines.dp import DiffusionPolicy
 from uwm_model.baselines.gr1 import GR1
 from uwm_model.baselines.pad import PredictionWithAction
 from uwm_model.config import DiffusionConfig, ModelConfig
+from uwm_model.query import PolicyQuery
 from uwm_model.randomness import SampleGenerators
 from uwm_model.sampling import ROLES, Mode
 from uwm_model.world_model import UnifiedWorldModel
@@ -134,6 +135,25 @@ def test_the_mean_of_the_shares_losses_is_the_loss_of_the_batch(kind: str, actio
     random = SampleGenerators.of(0, 1, range(4))
     shares = [model(batch[some], random[some], counts / 2) for some in (slice(0, 2), slice(2, 4))]
     torch.testing.assert_close(sum(share.total for share in shares) / 2, whole.total)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm_solver"])
+@pytest.mark.parametrize("schedule", ["squaredcos_cap_v2", "flow"])
+@pytest.mark.parametrize("kind", ["uwm", "query", "dp", "pad", "gr1"])
+def test_samplers_clip_actions_where_the_data_ended(kind: str, schedule: str, sampler: str) -> None:
+    """A network that knows the action: 4.5 where the data reach 5, capped where they reach 2 or, without a word, 1."""
+    settings = DiffusionConfig(schedule=schedule, sampler=sampler, prediction="sample", sampling_steps=4)
+    model = fresh("uwm" if kind == "query" else kind, diffusion=settings)
+    net, config = getattr(model, "denoiser", None) or model.transformer, model.model_config
+    net.actions.decode = Constant(4.5, config.action_dim)
+    reach = torch.ones(2, config.action_dim)
+    reach[0], reach[1] = 5, 2
+    for given, expected in ((reach, [4.5, 2]), (None, [1, 1])):
+        batch = dataclasses.replace(make_batch(2), action_reach=given)
+        action = PolicyQuery(model)(batch, seeded(0)) if kind == "query" else model.sample("policy", batch)[0]
+        assert action is not None
+        for found, value in zip(action, expected, strict=True):
+            torch.testing.assert_close(found, torch.full_like(found, value), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", MODES)

@@ -76,6 +76,7 @@ class DiffusionPolicy(Model):
             self.diffusion_config.marginal_timestep,
             noise_action,
             noise_action.new_zeros(0),  # no latents
+            action_limit=batch.action_limit,
         )
         return action.float() * batch.action_visible, None
 

@@ -33,7 +33,8 @@ from uwm_model.tokens import ActionTokens, LatentPatches
 class GR1(Model):
     """future = f(observation), action = g(observation, future). Deterministic.
 
-    Of DiffusionConfig it uses ``latent_divisor`` and ``clip_sample``: both predictions are clipped to [-1, 1].
+    Of DiffusionConfig it uses ``latent_divisor`` and ``clip_sample``: predicted latents are clipped to [-1, 1], actions
+    to +- ``action_reach`` of the batch.
     """
 
     modes: ClassVar[tuple[Mode, ...]] = ("policy", "video", "joint")
@@ -78,7 +79,8 @@ class GR1(Model):
         sampling.require(mode, self.modes, "GR1")
         action, latents = self._predict(batch)
         if self.diffusion_config.clip_sample:
-            action, latents = action.clamp(-1, 1), latents.clamp(-1, 1)
+            limit = action.new_ones(()) if batch.action_limit is None else batch.action_limit
+            action, latents = action.clamp(-limit, limit), latents.clamp(-1, 1)
         latents = latents * self.diffusion_config.latent_divisor
         return (
             action * batch.action_visible if mode != "video" else None,

@@ -92,6 +92,7 @@ class PredictionWithAction(Model):
             self.diffusion_config.marginal_timestep,
             noise_action,
             noise_latents,
+            action_limit=batch.action_limit,
         )
         latents = latents.float() * self.diffusion_config.latent_divisor
         return (
