@@ -68,8 +68,8 @@ RESULT_KEYS = {
 }  # fmt: skip
 # Keys that do not affect the result except through rounding: an interrupted run may resume with other values.
 WORK_KEYS = {
-    "workers", "micro_batch_size", "zero_stage", "activation_checkpointing", "offload", "compile", "checkpoint_every",
-    "keep_last", "worker_price", "log_every",
+    "device", "workers", "micro_batch_size", "zero_stage", "activation_checkpointing", "offload", "compile",
+    "checkpoint_every", "keep_last", "worker_price", "log_every",
 }  # fmt: skip
 
 
@@ -97,6 +97,9 @@ class Recipe(BaseModel):
     )
     gradient_clip: float = Field(default=1.0, ge=0, description="maximum gradient norm; 0: no clipping")
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    device: Literal["auto", "cpu", "gpu"] = Field(
+        default="auto", description="auto: GPUs if there are any; a run stays on the kind it began on"
+    )
     workers: int | tuple[int, int] = Field(default=2, description="number of workers, or [least, most]")
     micro_batch_size: int | None = Field(
         default=None, gt=0, description="samples per forward pass of a worker; null: its whole share of the batch"

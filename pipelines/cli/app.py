@@ -174,12 +174,14 @@ def pretrain(
     """Pretrain a world model on all episodes of a store."""
     from pipelines.recipe import load_recipe
     from pipelines.train import pretrain as verb
+    from pipelines.train.devices import decide_here
     from pipelines.train.run import RunOptions
 
     chosen = load_recipe(recipe, [*(overrides or []), *(settings or [])])
     printer = Printer(as_json)
     if dry_run:
-        show_training_plan(verb.plan(store, chosen, snapshot), chosen, printer)
+        chosen, notes = decide_here(chosen, address)
+        show_training_plan(verb.plan(store, chosen, snapshot), chosen, printer, notes)
         return
     options = RunOptions(output=output, checkpoints=checkpoints, new=new, address=address, verbose=verbose())
     run_id, folder = verb.pretrain(store, chosen, options, snapshot_id=snapshot)
@@ -215,6 +217,7 @@ def finetune(
     from pipelines.registry.register import check_name
     from pipelines.registry.register import register as to_registry
     from pipelines.train import finetune as verb
+    from pipelines.train.devices import decide_here
     from pipelines.train.run import RunOptions
 
     def accept(result: checkpoint.Settings) -> None:
@@ -225,13 +228,14 @@ def finetune(
     chosen = load_recipe(recipe, [*(overrides or []), *(settings or [])])
     printer = Printer(as_json)
     if dry_run:
+        chosen, notes = decide_here(chosen, address)
         with tempfile.TemporaryDirectory() as scratch:
             initial = resolve(model, store, embodiment, snapshot, extend=True, cache=Path(scratch))
             planned = verb.plan(initial, store, chosen, snapshot).settings
             accept(planned)
             for line in verb.lines(planned):
                 printer.show(line)
-            show_training_plan(planned, chosen, printer, transplant=verb.table(planned))
+            show_training_plan(planned, chosen, printer, notes, transplant=verb.table(planned))
         return
     options = RunOptions(
         output=output, checkpoints=checkpoints, new=new, address=address, verbose=verbose(), accept=accept

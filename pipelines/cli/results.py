@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from pipelines.console import Printer
+from pipelines.console import Printer, say
 
 
 def show_ingest(report: Any, printer: Printer) -> None:
@@ -55,7 +55,7 @@ def _counted(filtered: list[dict[str, Any]]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.most_common())
 
 
-def show_training_plan(settings: Any, recipe: Any, printer: Printer, **more: Any) -> None:
+def show_training_plan(settings: Any, recipe: Any, printer: Printer, notes: list[str], **more: Any) -> None:
     """Print the resolved recipe as YAML, and what the training would take."""
     import yaml
 
@@ -88,6 +88,8 @@ def show_training_plan(settings: Any, recipe: Any, printer: Printer, **more: Any
         ),
     ):
         printer.show(f"# {name:>10}  {value}")
+    for note in notes:
+        say(note)
     report = {"parameters": found.parameters, "snapshot": settings.snapshot, "recipe": resolved}
     printer.answer(report | {"estimate": dataclasses.asdict(found), **more})
 

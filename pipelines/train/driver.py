@@ -30,6 +30,7 @@ from pipelines.errors import Interrupted
 from pipelines.models.checkpoint import Settings
 from pipelines.recipe import Recipe
 from pipelines.train.checkpoints import RunFolder
+from pipelines.train.devices import HIDDEN
 from pipelines.train.preemption import PreemptibleTorchConfig
 from pipelines.train.worker import Diverged, Preempted, work
 from preprocessing.errors import UserError
@@ -48,7 +49,8 @@ def train(
 ) -> Path:
     """Train on Ray and return the folder of the final weights, ``output/checkpoint``.
 
-    ``checkpoints`` is the URI of this run's checkpoints; training resumes from the newest. Raises Interrupted,
+    ``checkpoints`` is the URI of this run's checkpoints; training resumes from the newest. Workers have GPUs if the
+    recipe's ``device`` says so (pipelines/train/devices.py), and otherwise see none. Raises Interrupted,
     Diverged, UserError, or a worker's failure that keeps recurring.
     """
     output.mkdir(parents=True, exist_ok=True)
@@ -107,17 +109,10 @@ def _train_to_the_end(
 
 def _run_workers(recipe: Recipe, config: dict[str, Any]) -> None:
     """Run one group of workers until they finish or one of them fails."""
-    gpus = ray.cluster_resources().get("GPU", 0) >= recipe.least_workers
     if isinstance(recipe.workers, tuple):
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", WAIT_FOR_WORKERS)
     with tempfile.TemporaryDirectory() as scratch:  # for Ray's own files; our checkpoints are elsewhere
-        trainer = TorchTrainer(
-            work,
-            train_loop_config=config,
-            torch_config=PreemptibleTorchConfig(backend="nccl" if gpus else "gloo"),
-            scaling_config=ScalingConfig(num_workers=recipe.workers, use_gpu=gpus),  # type: ignore[arg-type]
-            run_config=RunConfig(name="ray", storage_path=scratch),
-        )
+        trainer = trainer_of(recipe, config, scratch)
         outcome: list[BaseException] = []
 
         def fit() -> None:
@@ -133,6 +128,18 @@ def _run_workers(recipe: Recipe, config: dict[str, Any]) -> None:
             thread.join(0.5)
         if outcome:
             raise outcome[0]
+
+
+def trainer_of(recipe: Recipe, config: dict[str, Any], scratch: str) -> TorchTrainer:
+    """Return Ray's trainer of one group of workers, on the recipe's device."""
+    gpus = recipe.device == "gpu"
+    return TorchTrainer(
+        work,
+        train_loop_config=config,
+        torch_config=PreemptibleTorchConfig(backend="nccl" if gpus else "gloo"),
+        scaling_config=ScalingConfig(num_workers=recipe.workers, use_gpu=gpus),  # type: ignore[arg-type]
+        run_config=RunConfig(name="ray", storage_path=scratch, worker_runtime_env={"env_vars": {} if gpus else HIDDEN}),
+    )
 
 
 class ProgressLine:

@@ -11,12 +11,13 @@ from torch import Tensor
 from pipelines.models.checkpoint import Settings
 from pipelines.recipe import Recipe
 from pipelines.train.setup import optimizer_settings, prepare
+from preprocessing.errors import UserError
 from uwm_model.batch import Batch
 from uwm_model.config import ModelConfig
 from uwm_model.model import Model
 from uwm_model.optimizer import adamw
 
-MEASURED = 4  # maximum number of samples in the training step that is timed here
+MEASURED = 4  # samples of the step that is timed on a core, which takes as many times longer for more
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Estimate:
 
 def estimate(settings: Settings, recipe: Recipe, model: Model) -> Estimate:
     """Measure one training step of ``model``, which is changed by it, and extrapolate."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() and recipe.device != "cpu" else "cpu")
     threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)  # like a worker, which has one core
@@ -54,32 +55,17 @@ def estimate(settings: Settings, recipe: Recipe, model: Model) -> Estimate:
     dtype = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
     model.to(device, dtype).train()
     optimizer, _ = adamw(model, optimizer_settings(recipe))
-    measured = min(micro, MEASURED)
-    batch = _sample(settings.model, measured, settings.stride).to(device, dtype)
-    held: dict[int, int] = {}
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            held[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    seconds = []
-    for _ in range(2):  # the first warms up
-        began = time.monotonic()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = model.loss(batch).total
-        activations = sum(held.values())
-        loss.backward()
-        computed = time.monotonic()
-        optimizer.step()
-        optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append((computed - began, time.monotonic() - computed))
+    measured = micro if device.type == "cuda" else min(micro, MEASURED)  # a GPU is no faster with less than it can take
+    while True:
+        try:
+            batch = _sample(settings.model, measured, settings.stride).to(device, dtype)
+            of_samples, of_optimizer, activations = _measure(model, optimizer, batch, device)
+            break
+        except torch.OutOfMemoryError:
+            if measured == 1:
+                raise UserError(f"recipe: one sample does not fit on this {torch.cuda.get_device_name()}") from None
+            measured //= 2
     torch.set_num_threads(threads)
-    of_samples, of_optimizer = seconds[1]
     step = share * of_samples / measured + of_optimizer / (workers if recipe.zero_stage else 1)
     return Estimate(
         parameters=parameters,
@@ -95,6 +81,41 @@ def estimate(settings: Settings, recipe: Recipe, model: Model) -> Estimate:
         seconds=step * recipe.steps,
         cost=step * recipe.steps / 3600 * workers * recipe.worker_price,
     )
+
+
+def _measure(
+    model: Model, optimizer: torch.optim.Optimizer, batch: Batch, device: torch.device
+) -> tuple[float, float, int]:
+    """Return the seconds of both passes and of the optimizer, and the bytes that the forward pass keeps."""
+    held: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    seconds = (0.0, 0.0)
+    activations = 0
+    for _ in range(2):  # the first warms up
+        began = now(device)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model.loss(batch).total
+        activations = sum(held.values())
+        loss.backward()
+        computed = now(device)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds = (computed - began, now(device) - computed)
+    return *seconds, activations
+
+
+def now(device: torch.device) -> float:
+    """Return the time, in seconds, once the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.monotonic()
 
 
 def _state_bytes(parameters: int, trained: int, recipe: Recipe) -> tuple[int, int]:

@@ -29,13 +29,14 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
 from infra import tracking
-from infra.cluster import check_address
+from infra.cluster import check_address, cluster
 from pipelines.console import say
 from pipelines.errors import Interrupted
 from pipelines.models.checkpoint import Settings
 from pipelines.outputs import check_writable
 from pipelines.recipe import RESULT_KEYS, WORK_KEYS, Recipe
 from pipelines.train.checkpoints import RunFolder
+from pipelines.train.devices import decide, gpus_of_cluster
 from pipelines.train.driver import train
 from preprocessing.errors import UserError
 from preprocessing.store.storage import Folder, parse
@@ -84,16 +85,25 @@ def tracked(
     check_address(options.address)
     home = place.uri
     run = None if options.new else _interrupted_run(home, kind, asked, recipe)
-    if run is None:
-        run, write_start = _new_run(kind, asked, begin, recipe)
-    else:
-        if options.accept:
-            options.accept(run.settings)
-        write_start = None
-        tracking.connect()
-        tracking.resume_run(str(run.settings.run_id))
-        say(f"resuming interrupted run {run.settings.run_id} ({run.name}); use --new to start another")
-    run = adopted(run, kind, asked, recipe)
+    settings, write_start = begin() if run is None else (run.settings, None)
+    if run and options.accept:
+        options.accept(settings)
+    with cluster(options.address, options.verbose):
+        recipe, notes = decide(recipe, gpus_of_cluster(), settings.recipe.get("device", "auto") if run else "auto")
+        if run is None:
+            run = _new_run(kind, asked, settings, recipe)
+        else:
+            tracking.connect()
+            tracking.resume_run(str(run.settings.run_id))
+            say(f"resuming interrupted run {run.settings.run_id} ({run.name}); use --new to start another")
+        for note in notes:
+            say(note)
+        return _trained(adopted(run, kind, asked, recipe), write_start, recipe, home, options)
+
+
+def _trained(
+    run: RunRecord, write_start: Callable[[Path], None] | None, recipe: Recipe, home: str, options: RunOptions
+) -> tuple[str, Path]:
     settings, run_id = run.settings, str(run.settings.run_id)
     folder, kept = options.output.resolve() / run.name, RunFolder(_below(home, run.name))
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,10 +126,7 @@ def tracked(
     return run_id, final
 
 
-def _new_run(
-    kind: str, asked: dict[str, str | None], begin: Begin, recipe: Recipe
-) -> tuple[RunRecord, Callable[[Path], None] | None]:
-    settings, write_start = begin()
+def _new_run(kind: str, asked: dict[str, str | None], settings: Settings, recipe: Recipe) -> RunRecord:
     tags = {"kind": kind, "store": settings.store, "snapshot": settings.snapshot, "parent": settings.parent or ""}
     run_id = tracking.start_run("unified-world-models", recipe.name, tags | _code())
     settings.run_id = run_id
@@ -127,7 +134,7 @@ def _new_run(
     LatentStore.open(settings.store).tag(f"run-{run_id}", settings.snapshot)
     name = f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{run_id[:6]}"
     tracking.log_settings(run_id, _resolved(recipe, settings))
-    return RunRecord(identity=_identity(kind, asked, recipe.model_dump()), name=name, settings=settings), write_start
+    return RunRecord(identity=_identity(kind, asked, recipe.model_dump()), name=name, settings=settings)
 
 
 def _resolved(recipe: Recipe, settings: Settings) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from pipelines.train.trainable import adapters, merged
 from pipelines.train.validation import Validation
 from preprocessing.dataset.loader import Samples
 from preprocessing.dataset.prefetch import Prefetch, tensors
+from preprocessing.errors import UserError
 from uwm_model.augment import augment
 from uwm_model.batch import Batch
 from uwm_model.randomness import SampleGenerators
@@ -81,6 +82,9 @@ class Worker:
         self.recipe = recipe = Recipe.model_validate_json(config["recipe"])
         self.folder, self.meter = RunFolder(config["folder"]), config["meter"]
         tracking.connect(config["tracking_uri"])
+        if torch.cuda.is_available() != (recipe.device == "gpu"):
+            found = "finds no GPU; check the driver, or set device=cpu" if recipe.device == "gpu" else "sees a GPU"
+            raise UserError(f"device: this run trains on {recipe.device.upper()}s, but a worker {found}")
         if not torch.cuda.is_available():
             torch.set_num_threads(1)  # a worker has one core
         self.passes = passes(recipe, world)

@@ -17,9 +17,12 @@ from torch._dynamo.utils import counters
 from pipelines.models.batch import to_batch
 from pipelines.models.data import dataset
 from pipelines.recipe import Recipe, load_recipe
-from pipelines.train import pretrain, validation
+from pipelines.train import dry_run, pretrain, validation
+from pipelines.train.devices import decide, decide_here
+from pipelines.train.driver import trainer_of
 from pipelines.train.setup import loss_divisors, prepare
 from pipelines.train.validation import Validation
+from preprocessing.errors import UserError
 from preprocessing.store.store import LatentStore
 from uwm_model.blocks import Block
 from uwm_model.randomness import SampleGenerators
@@ -193,6 +196,67 @@ def test_a_rare_samples_weight_does_not_depend_on_the_others(tmp_path: Path, kin
     if kind != "dp":
         video_only = load_recipe("small", [*overrides, "mixture={arm: 0, video: 1}"])
         assert loss_divisors(model, dataset(settings, False, video_only), video_only, 1).tolist() == [1, 8]
+
+
+# Devices
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpus", "recorded", "device", "workers", "note"),
+    [
+        ([], 0, "auto", "cpu", 2, ""),
+        ([], 1, "auto", "gpu", 1, "1 worker, not 2: one for each GPU"),
+        ([], 8, "auto", "gpu", 2, ""),
+        (["workers=4"], 3, "auto", "gpu", 3, "3 workers, not 4: one for each GPU"),
+        (["workers=[1, 4]"], 2, "auto", "gpu", (1, 4), ""),
+        (["device=cpu"], 8, "auto", "cpu", 2, ""),
+        # resumed
+        ([], 0, "cpu", "cpu", 2, ""),
+        ([], 1, "cpu", "cpu", 2, "trained on CPUs so far, and stays there; device=gpu moves"),
+        ([], 1, "gpu", "gpu", 1, "1 worker, not 2"),
+        (["device=cpu"], 0, "gpu", "cpu", 2, "trained on GPUs so far; from here on, on CPUs"),
+        (["device=gpu"], 2, "cpu", "gpu", 2, "trained on CPUs so far; from here on, on GPUs"),
+    ],
+)
+def test_a_run_decides_once_what_it_trains_on(
+    overrides: list[str], gpus: int, recorded: str, device: str, workers: Any, note: str
+) -> None:
+    decided, notes = decide(load_recipe("small", overrides), gpus, recorded)
+    assert (decided.device, decided.workers) == (device, workers)
+    assert note in "".join(notes) and len(notes) == bool(note)
+    again, _ = decide(decided, gpus, decided.device)  # the recorded recipe, asked for again
+    assert again == decided
+
+
+@pytest.mark.parametrize(
+    ("override", "gpus", "recorded", "message"),
+    [
+        ("seed=0", 0, "gpu", "trains on GPUs, and there is none; set device=cpu .*; --new starts another"),
+        ("device=gpu", 0, "auto", "trains on GPUs, and there is none; set device=cpu to train on CPUs$"),
+        ("workers=[3, 4]", 2, "auto", "workers: at least 3 are asked for, and there are 2 GPUs"),
+    ],
+)
+def test_a_run_without_its_gpus_is_refused(override: str, gpus: int, recorded: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        decide(load_recipe("small", [override]), gpus, recorded)
+
+
+def test_workers_on_cpus_see_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for device, backend, uses in (("cpu", "gloo", False), ("gpu", "nccl", True)):
+        trainer = trainer_of(load_recipe("small", [f"device={device}"]), {}, str(tmp_path))
+        assert trainer.scaling_config.use_gpu is uses and trainer.backend_config.backend == backend
+        assert (trainer.run_config.worker_runtime_env["env_vars"].get("CUDA_VISIBLE_DEVICES") == "") is not uses
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # a workstation
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert decide_here(load_recipe("small", []), None)[0].workers == 1
+    assert decide_here(load_recipe("small", []), "cluster:6379")[0].device == "auto"
+
+
+def test_a_gpu_is_waited_for_before_the_clock_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append(str(device)))
+    monkeypatch.setattr(dry_run.time, "monotonic", lambda: float(len(done)))
+    assert dry_run.now(torch.device("cuda")) == 1 and dry_run.now(torch.device("cpu")) == 1 and done == ["cuda"]
 
 
 # Compilation

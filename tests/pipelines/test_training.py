@@ -55,10 +55,12 @@ def test_a_run_logs_curves_images_and_its_lineage_whoever_reads_its_stderr(
     assert {"learning_rate", "gradient_norm", "samples_per_second", "data_wait_share"} <= measured
     assert [step for step, _ in tracking.history(trained["run_id"], "validation_loss")] == [3, 6]
     assert run.data.tags["snapshot"] and run.data.tags["version"] and run.data.params["micro_batch_size"] == "3"
+    assert run.data.params["device"] == "cpu"
     images = [file.path for file in tracking.MlflowClient().list_artifacts(trained["run_id"], "images")]
     assert len([path for path in images if path.endswith(".png")]) == 2
     folder = Path(trained["checkpoint"])
-    assert checkpoint.load_settings(folder).step == 6
+    settings = checkpoint.load_settings(folder)
+    assert settings.step == 6 and settings.recipe["device"] == "cpu"
     kept = {path.name for path in folder.parent.glob("step-*")}
     assert kept == {"step-00000003", "step-00000006"}
 
