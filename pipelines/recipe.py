@@ -64,7 +64,8 @@ class Lora(BaseModel):
 RESULT_KEYS = {
     "name", "seed", "steps", "batch_size", "learning_rate", "weight_decay", "warmup_steps", "betas", "decay",
     "gradient_clip", "ema_decay", "precision", "validation_share", "encoder", "text_encoder", "instructions",
-    "normalise", "mixture", "shuffle_windows", "model", "diffusion", "augment", "freeze", "lora", "statistics",
+    "normalise", "data", "mixture", "windows", "shuffle_windows", "model", "diffusion", "augment",
+    "freeze", "lora", "statistics",
 }  # fmt: skip
 # Keys that do not affect the result except through rounding: an interrupted run may resume with other values.
 WORK_KEYS = {
@@ -123,6 +124,15 @@ class Recipe(BaseModel):
     instructions: list[str] | None = Field(default=None, description="train only on episodes with these instructions")
     normalise: Literal["extremes", "quantiles"] = Field(
         default="extremes", description="action values that map to -1 and 1"
+    )
+    data: list[str] = Field(
+        default_factory=list,
+        description="train only on these sources (a folder, or its name) and embodiments; empty: on everything",
+    )
+    windows: Literal["masked", "inside"] = Field(
+        default="masked",
+        description="masked: every frame starts a window, and actions past the end are masked; inside: only windows "
+        "that lie inside the episode, as in the published code",
     )
     mixture: dict[str, Share] = Field(
         default_factory=dict,
@@ -211,9 +221,13 @@ def load_recipe(recipe: str | Path, overrides: list[str], kind: type[Kind] = Rec
             if not isinstance(section, dict):
                 raise UserError(f"{override}: {parent} is a value, not a section")
         try:
-            section[last] = yaml.safe_load(text)
+            section[last] = value = yaml.safe_load(text)
         except yaml.YAMLError:
-            raise UserError(f"{override}: the value is not YAML; write lists as KEY='[1, 2]'") from None
+            raise UserError(
+                f"{override}: the value is not YAML; quote what has spaces, as in KEY='[1, 2]' or KEY='{{a: 1, b: 2}}'"
+            ) from None
+        if isinstance(value, dict) and any(":" in str(name) and given is None for name, given in value.items()):
+            raise UserError(f"{override}: write a space after each colon, as in {key}='{{a: 1, b: 2}}'")
     try:
         return kind.model_validate(values)
     except ValidationError as error:

@@ -195,6 +195,13 @@ def finetune(
     overrides: SomeSettings = None,
     settings: Settings = None,
     recipe: Annotated[str, typer.Option(help="Shipped recipe's name or YAML file.")] = "finetune",
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SOURCE_OR_EMBODIMENT",
+            help="Train only on this data set (its folder, or that folder's name) or embodiment. Repeatable.",
+        ),
+    ] = None,
     snapshot: SnapshotId = None,
     output: Output = Path("runs"),
     register: Annotated[
@@ -225,7 +232,8 @@ def finetune(
             check_name(register)
             result.acting(embodiment, f"--register {register}")
 
-    chosen = load_recipe(recipe, [*(overrides or []), *(settings or [])])
+    restricted = [f"data={json.dumps(data)}"] if data else []
+    chosen = load_recipe(recipe, [*(overrides or []), *(settings or []), *restricted])
     printer = Printer(as_json)
     if dry_run:
         chosen, notes = decide_here(chosen, address)

@@ -59,6 +59,7 @@ def show_training_plan(settings: Any, recipe: Any, printer: Printer, notes: list
     """Print the resolved recipe as YAML, and what the training would take."""
     import yaml
 
+    from pipelines.train import held_out
     from pipelines.train.dry_run import estimate
     from pipelines.train.trainable import adapt
 
@@ -88,8 +89,12 @@ def show_training_plan(settings: Any, recipe: Any, printer: Printer, notes: list
         ),
     ):
         printer.show(f"# {name:>10}  {value}")
+    counted = held_out.amounts(settings, recipe)
+    for line in held_out.lines(settings, recipe, counted):
+        printer.show(f"# {'data':>10}  {line}")
     for note in notes:
         say(note)
+    more["data"] = counted
     report = {"parameters": found.parameters, "snapshot": settings.snapshot, "recipe": resolved}
     printer.answer(report | {"estimate": dataclasses.asdict(found), **more})
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from pipelines.console import say
 from pipelines.models.batch import to_batch
 from pipelines.models.data import dataset
 from pipelines.models.policy import Policy
@@ -140,6 +141,8 @@ def _frame_quality(
     for number, image in enumerate(shown):
         comparisons.append({"file": f"forward_{number}.png", "columns": ["now", "predicted", "true"]})
         Image.fromarray(image).save(output / comparisons[-1]["file"])
+    if not quality:
+        say("predicted frames are not judged: the source files of the held-out episodes are gone or have changed")
     forward, floor, ceiling = np.mean(quality, axis=0) if quality else [float("nan")] * 3
     return (float(forward), float(floor), float(ceiling)), comparisons
 

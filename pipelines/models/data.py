@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from pipelines.models.checkpoint import Settings
 from pipelines.recipe import Recipe
 from preprocessing.dataset.loader import LatentDataset, WindowShape
-from preprocessing.dataset.selection import left_out, source_names, split
+from preprocessing.dataset.selection import check_names, left_out, only_from, source_names, split
 from preprocessing.encoders.vae import PIXELS
 from preprocessing.errors import UserError
 from preprocessing.store.rows import EpisodeRow, TrainingRow
 from preprocessing.store.snapshot import Snapshot
+from uwm_model.config import ModelConfig
 
 
 def dataset(
@@ -25,13 +26,31 @@ def dataset(
     snapshot = Snapshot(settings.store, settings.snapshot)
     rows = [
         row
-        for row in split(
-            snapshot.rows(settings.encoder_digest), recipe.instructions, recipe.validation_share, validation
-        )
+        for row in selected(snapshot.rows(settings.encoder_digest), recipe, validation)
         if row["embodiment"] in settings.embodiments and not left_out(row, recipe.mixture)
     ]
-    model = settings.model
-    shape = WindowShape(
+    shape = window_shape(settings.model)
+    pixels = snapshot.rows(PIXELS) if settings.model.observation == "pixels" else None
+    instructions = None
+    if settings.text_encoder_digest:
+        instructions = snapshot.instruction_vectors(settings.text_encoder_digest)
+    mixture = {} if validation else {name: share for name, share in recipe.mixture.items() if share}
+    return LatentDataset(
+        snapshot,
+        rows,
+        settings.embodiments,
+        shape,
+        pixels,
+        instructions,
+        mixture,
+        recipe.shuffle_windows,
+        tell,
+        inside=recipe.windows == "inside",
+    )
+
+
+def window_shape(model: ModelConfig) -> WindowShape:
+    return WindowShape(
         model.cameras,
         model.observed_frames,
         model.future_frames,
@@ -39,22 +58,22 @@ def dataset(
         model.action_dim,
         model.proprio_dim,
     )
-    pixels = snapshot.rows(PIXELS) if model.observation == "pixels" else None
-    instructions = None
-    if settings.text_encoder_digest:
-        instructions = snapshot.instruction_vectors(settings.text_encoder_digest)
-    mixture = {} if validation else {name: share for name, share in recipe.mixture.items() if share}
-    return LatentDataset(
-        snapshot, rows, settings.embodiments, shape, pixels, instructions, mixture, recipe.shuffle_windows, tell
-    )
+
+
+def selected(rows: list[TrainingRow], recipe: Recipe, validation: bool) -> list[TrainingRow]:
+    """Return the training or the held-out rows of the recipe's ``data``, before its mixture leaves any out."""
+    return split(only_from(rows, recipe.data), recipe.instructions, recipe.validation_share, validation)
 
 
 def training_rows(rows: list[TrainingRow], recipe: Recipe, store_uri: str) -> list[TrainingRow]:
     """Return the rows that the recipe trains on. Raises UserError if there are none, or its mixture does not fit."""
-    chosen = split(rows, recipe.instructions, recipe.validation_share, validation=False)
-    if not chosen:
-        held = sorted({row["instruction"] for row in rows if row["instruction"]})
+    check_names(rows, recipe.data)
+    chosen = selected(rows, recipe, validation=False)
+    if not chosen and recipe.instructions:
+        held = sorted({row["instruction"] for row in only_from(rows, recipe.data) if row["instruction"]})
         raise UserError(f"{store_uri}: no episode with instructions {recipe.instructions}; it holds {held}")
+    if not chosen:
+        raise UserError(f"{store_uri}: no episode to train on, all are held out; lower validation_share")
     source_names(chosen, recipe.mixture)
     return [row for row in chosen if not left_out(row, recipe.mixture)]
 

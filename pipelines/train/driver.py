@@ -35,6 +35,7 @@ from pipelines.train.preemption import PreemptibleTorchConfig
 from pipelines.train.worker import Diverged, Preempted, work
 from preprocessing.errors import UserError
 
+NO_RATE = "{desc}: {n_fmt}/{total_fmt}{postfix}"  # of the progress bar, until there is a step to measure
 ATTEMPTS = 3  # failures in a row without a new checkpoint before giving up
 WAIT_FOR_WORKERS = "20"  # seconds before a run with a range of workers starts with those available
 
@@ -64,7 +65,7 @@ def train(
     with cluster(address, verbose):
         meter = actor(Meter)
         with (
-            tqdm(total=recipe.steps, desc=recipe.name, unit="step", mininterval=0.5) as bar,
+            tqdm(total=recipe.steps, desc=recipe.name, unit="step", mininterval=0.5, bar_format=NO_RATE) as bar,
             # Each poll costs the workers time.
             watch(lambda: ray.get(meter.read.remote(), timeout=10), ProgressLine(bar, meter), every=1.0),
             _save_on_signals(meter) as stop_requested,
@@ -153,10 +154,10 @@ class ProgressLine:
             for line in ray.get(self._meter.said.remote(self._shown), timeout=10):
                 self._shown += 1
                 self._bar.write(line, file=self._bar.fp)
-        step = int(values.get("step", 0))
-        if step and self._bar.n == 0:  # for the estimate of the remaining time: a run may resume midway
-            self._bar.initial, self._bar.start_t = step, time.time()
-        self._bar.n = max(self._bar.n, step)
+        if "first" in values and self._bar.bar_format:  # the workers have begun, perhaps midway: time counts from here
+            self._bar.initial = self._bar.n = int(values["first"])
+            self._bar.start_t, self._bar.bar_format = time.time(), None
+        self._bar.n = max(self._bar.n, int(values.get("step", 0)))
         if "loss" in values:
             self._bar.set_postfix_str(
                 f"loss {values['loss']:.3f}, {values['rate']:.0f} samples/s, data wait {100 * values['wait']:.1f} %"

@@ -38,6 +38,7 @@ from pipelines.recipe import RESULT_KEYS, WORK_KEYS, Recipe
 from pipelines.train.checkpoints import RunFolder
 from pipelines.train.devices import decide, gpus_of_cluster
 from pipelines.train.driver import train
+from pipelines.train.held_out import amounts, lines
 from preprocessing.errors import UserError
 from preprocessing.store.storage import Folder, parse
 from preprocessing.store.store import LatentStore
@@ -88,6 +89,8 @@ def tracked(
     settings, write_start = begin() if run is None else (run.settings, None)
     if run and options.accept:
         options.accept(settings)
+    for line in lines(settings, recipe, amounts(settings, recipe)):
+        say(line)
     with cluster(options.address, options.verbose):
         recipe, notes = decide(recipe, gpus_of_cluster(), settings.recipe.get("device", "auto") if run else "auto")
         if run is None:

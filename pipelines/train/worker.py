@@ -123,6 +123,8 @@ class Worker:
         first = self.step
         last: FinishedStep | None = None
         following = next(batches)
+        if self.rank == 0:
+            self.meter.put.remote(first=self.step)
         waited = time.monotonic() - began
         while self.step < recipe.steps:
             batch, samples = following

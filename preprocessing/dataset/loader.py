@@ -2,7 +2,7 @@
 
 A window at frame t of an episode reads the observed frames up to t, the actions t .. t+L-1, and the future frames
 from t+L on (L is the action chunk; paper section III). Every frame starts a window: beyond the first and last frame
-the nearest frame is repeated, and actions past the end are masked.
+the nearest frame is repeated, and actions past the end are masked. Or only windows inside the episode are used.
 
 A batch takes a few fancy-indexing operations per shard: no worker processes, no copies between them.
 """
@@ -52,7 +52,7 @@ class LatentDataset:
     instructions to float32 ``[E]``, if windows are to include them. ``mixture`` maps sources to shares of the samples
     (:func:`~preprocessing.dataset.selection.source_of`); without it, embodiments are sampled in proportion to their
     windows. Samples are drawn from about ``shuffle`` windows at any time. ``tell`` receives the progress of copying, as
-    in LocalCopy. Raises UserError if the mixture does not fit the rows.
+    in LocalCopy. ``inside``: only windows inside an episode. Raises UserError if the mixture does not fit the rows.
 
     An episode with several usable spans counts as several episodes: the attribute ``rows`` has one entry per span, and
     ``first`` where the span starts. The attribute ``source``, int64 ``[episodes]``, indexes ``source_names``.
@@ -69,8 +69,10 @@ class LatentDataset:
         mixture: dict[str, float] | None = None,
         shuffle: int = SHUFFLE_WINDOWS,
         tell: Callable[[int, int], None] | None = None,
+        inside: bool = False,
     ):
-        used = [(row, first, stop) for row in rows for first, stop in spans(row)]
+        self._inside, (self._lead, least) = inside, window_limits(shape, inside)
+        used = [(row, first, stop) for row in rows for first, stop in spans(row) if stop - first >= least]
         self.rows, self.shape = [row for row, _, _ in used], shape
         if not used:
             return
@@ -81,11 +83,12 @@ class LatentDataset:
         rows = self.rows
         self.first = np.array([first for _, first, _ in used])
         self.frames = np.array([stop - first for _, first, stop in used])
+        self.windows = self.frames - (least - 1)
         self.embodiment = np.array([embodiments[row["embodiment"]].index for row in rows], np.int64)
         named = source_names(rows, mixture or {})
         self.source_names = [*dict.fromkeys(named)]
         self.source = np.array([self.source_names.index(name) for name in named], np.int64)
-        windows = np.bincount(self.source, self.frames)
+        windows = np.bincount(self.source, self.windows)
         self._weights = [(mixture or {}).get(*each) for each in zip(self.source_names, windows, strict=True)]
         self._shuffle = shuffle
         self._shard = np.array([copy.shard[row["key"]] for row in rows])
@@ -152,14 +155,15 @@ class LatentDataset:
         """Return what ``batches`` yields in a sample on average: the number of True entries of its action_mask, the
         probability that it has no actions, and the number of its cameras.
         """
-        steps = np.minimum(self.frames, self.shape.action_chunk)
-        acting = (self.frames - steps) * steps + steps * (steps + 1) / 2  # steps that exist, over all windows
+        chunk = self.shape.action_chunk
+        steps = np.minimum(self.frames, chunk)  # that exist, over all windows:
+        acting = self.windows * chunk if self._inside else (self.frames - steps) * steps + steps * (steps + 1) / 2
         totals = np.stack([
             acting * self._action_dim,
-            self.frames * (self._action_dim == 0),
-            self.frames * (self._camera_start >= 0).sum(1),
+            self.windows * (self._action_dim == 0),
+            self.windows * (self._camera_start >= 0).sum(1),
         ])  # fmt: skip
-        weights = np.array(self._weights) / np.bincount(self.source, self.frames)
+        weights = np.array(self._weights) / np.bincount(self.source, self.windows)
         action_values, without_actions, cameras = totals @ weights[self.source] / sum(self._weights)
         return float(action_values), float(without_actions), float(cameras)
 
@@ -178,11 +182,11 @@ class LatentDataset:
                 self._copy.want(*({int(n) for block in blocks for n in order.shards(block)} for blocks in (now, soon)))
                 place = now
             episode, frame = order.draw(step, size, rank, world)
-            yield Samples(self.gather(episode, frame), episode, position)
+            yield Samples(self.gather(episode, frame + self._lead), episode, position)
             step += 1
 
     def _order(self, seed: int) -> WindowOrder:
-        return WindowOrder(self.frames, self.source, self._shard, self._weights, self._shuffle, seed)
+        return WindowOrder(self.windows, self.source, self._shard, self._weights, self._shuffle, seed)
 
     def _columns(
         self, episode: np.ndarray, frame: np.ndarray, first: int | np.ndarray, count: np.ndarray, padded: int
@@ -212,6 +216,12 @@ class LatentDataset:
         runs = sum(1 if file == "steps" else places.shape[1] for file, places in at.values())
         self._copy.touched(len(shard) * runs, sum(values.nbytes for values in found.values()))
         return found
+
+
+def window_limits(shape: WindowShape, inside: bool) -> tuple[int, int]:
+    """Return the first frame of an episode that starts a window, and the fewest frames of an episode that has one."""
+    lead = shape.observed_frames - 1
+    return (lead, lead + shape.action_chunk + shape.future_frames) if inside else (0, 1)
 
 
 def _places(start: np.ndarray, present: np.ndarray, frame: np.ndarray) -> np.ndarray:

@@ -50,8 +50,25 @@ def source_of(row: EpisodeRow, mixture: dict[str, float]) -> str | None:
     """
     if not mixture:
         return row["embodiment"]
-    names = {row["source"], PurePath(row["source"] or "").name, row["embodiment"]}
-    return next((key for key in mixture if key in names), None)
+    return next((key for key in mixture if key in _names(row)), None)
+
+
+def only_from(rows: Iterable[TrainingRow], names: Sequence[str]) -> list[TrainingRow]:
+    """Return the rows of these sources (a folder, or its name) and embodiments; without names, all."""
+    return [row for row in rows if not names or _names(row) & {*names}]
+
+
+def check_names(rows: Sequence[EpisodeRow], names: Iterable[str]) -> None:
+    """Raise UserError if one of the names is no row's source or embodiment."""
+    known = {name for row in rows for name in _names(row)}
+    if unknown := [name for name in names if name not in known]:
+        held = ", ".join(sorted({name for row in rows for name in (row["source"], row["embodiment"]) if name}))
+        raise UserError(f"data: {unknown[0]} is no source or embodiment of the store; there are {held}")
+
+
+def _names(row: EpisodeRow) -> set[str]:
+    source = row["source"] or ""
+    return {source, PurePath(source).name, row["embodiment"]} - {""}
 
 
 def source_names(rows: Sequence[EpisodeRow], mixture: dict[str, float]) -> list[str]:

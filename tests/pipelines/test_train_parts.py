@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from functools import partialmethod
 from pathlib import Path
@@ -10,16 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.command import Uwm
 from helpers.models import make_batch, seeded, stirred
-from helpers.rows import Made, commit, fill, write_episodes
+from helpers.rows import Made, commit, fill, random_episode, write_episodes
 from torch._dynamo.utils import counters
+from tqdm import tqdm
 
 from pipelines.models.batch import to_batch
+from pipelines.models.checkpoint import Settings
 from pipelines.models.data import dataset
 from pipelines.recipe import Recipe, load_recipe
 from pipelines.train import dry_run, pretrain, validation
 from pipelines.train.devices import decide, decide_here
-from pipelines.train.driver import trainer_of
+from pipelines.train.driver import NO_RATE, ProgressLine, trainer_of
+from pipelines.train.held_out import amounts
 from pipelines.train.setup import loss_divisors, prepare
 from pipelines.train.validation import Validation
 from preprocessing.errors import UserError
@@ -42,7 +47,13 @@ def write(folder: Path, *episodes: tuple[str, tuple[str, ...], int, int], frames
             # The column after these is another signal of the log, which no model reads.
             steps = random.standard_normal((frames, action_dim + proprio + 1)).astype(np.float32)
             state = [{"name": "state", "width": proprio}] if proprio else []
-            columns: dict[str, Any] = {"embodiment": name, "proprio": state, "instruction": f"do {name}"}
+            source = "/data/kitchen" if name == "arm" else None
+            columns: dict[str, Any] = {
+                "source": source,
+                "embodiment": name,
+                "proprio": state,
+                "instruction": f"do {name}",
+            }
             if name == "short":  # shorter than an action chunk
                 columns["spans"] = [{"first": 5, "stop": 15}]
             made.append(Made(f"{name}-{i}", latents, steps, action_dim, columns))
@@ -156,6 +167,94 @@ def test_an_empty_share_of_a_batch_has_the_arrays_of_the_others(tmp_path: Path) 
     assert len(none.position) == len(none.episode) == 0
     for name, array in some.arrays.items():
         assert none.arrays[name].shape == (0, *array.shape[1:]) and none.arrays[name].dtype == array.dtype
+
+
+# What is trained on
+
+
+def test_how_much_is_trained_on_and_held_out_is_told_before_training(tmp_path: Path, uwm: Uwm) -> None:
+    store = write(tmp_path / "store", ("arm", ("top",), 3, 2), ("short", ("top",), 3, 2), count=12)
+    opened = LatentStore.open(store)
+    fork, row, statistics = random_episode(opened, "only", 40, ("top",))
+    commit(opened, [(fork, {**row, "embodiment": "rare"}, statistics)])
+    code, plan, text = uwm("pretrain", "--store", store, "--dry-run", "--json", *SMALL, "batch_size=2")
+    assert code == 0, text
+    found = {one["embodiment"]: one for one in plan["data"]}
+    data = [
+        dataset(settings, validation, recipe) for settings, recipe in [planned(store)] for validation in (False, True)
+    ]
+    for name, one in found.items():
+        for each, episodes, windows in zip(
+            data, ("episodes", "held_out"), ("windows", "held_out_windows"), strict=True
+        ):
+            mine = np.array([row["embodiment"] == name for row in each.rows])
+            assert one[episodes] == mine.sum()  # type: ignore[literal-required]
+            inside = each.frames if windows == "windows" else np.maximum(each.frames - 18, 0)
+            assert one[windows] == inside[mine].sum()  # type: ignore[literal-required]
+    assert found["arm"]["held_out"] > 0
+    assert "short:" in text and "predicted frames cannot be judged: none of these episodes has the 19 frames" in text
+    assert "rare: 1 episodes with 40 windows to train on; held out: 0 with 0; it cannot be evaluated: raise" in text
+
+
+def planned(store: str, *overrides: str) -> tuple[Settings, Recipe]:
+    recipe = load_recipe("small", [*SMALL, *overrides])
+    return pretrain.plan(store, recipe), recipe
+
+
+def test_windows_inside_the_episode_have_nothing_masked(tmp_path: Path) -> None:
+    store = write(tmp_path / "store", ("arm", ("top",), 3, 2), ("short", ("top",), 3, 2))
+    settings, recipe = planned(store, "windows=inside", "validation_share=0")
+    data = dataset(settings, False, recipe)
+    assert data.windows.tolist() == [40 - 18]  # the episode of ten frames has none
+    seen = next(data.batches(0, 22)).arrays
+    assert seen["action_mask"].all() and loss_divisors(settings.build(), data, recipe, 1)[0] == 64 * 16 * 3
+    alike = dataset(settings, False, recipe)
+    every = alike.gather(np.zeros(22, int), np.arange(1, 23))  # the observed frame before the first is in the episode
+    order = np.lexsort(seen["action"][:, 0].T), np.lexsort(every["action"][:, 0].T)
+    np.testing.assert_array_equal(seen["future_latents"][order[0]], every["future_latents"][order[1]])
+    assert load_recipe("paper_libero", []).windows == "inside" and amounts(settings, recipe)[0]["windows"] == 22
+    settings, recipe = planned(store, "windows=inside", "data=[short]", "validation_share=0")
+    with pytest.raises(UserError, match=r"no episode has a window to train on; with windows=inside .* 19 frames"):
+        amounts(settings, recipe)
+
+
+def test_data_restricts_a_training_to_sources_and_embodiments(tmp_path: Path) -> None:
+    store = write(tmp_path / "store", ("arm", ("top",), 3, 2), ("cart", ("top",), 2, 2), ("video", ("top",), 0, 0))
+    for names, kept in (("[cart]", ["cart"]), ("[kitchen]", ["arm"]), ("[/data/kitchen, video]", ["arm", "video"])):
+        settings, recipe = planned(store, f"data={names}", "validation_share=0")
+        assert [*settings.embodiments] == kept
+        assert {row["embodiment"] for row in dataset(settings, False, recipe).rows} == {*kept}
+    with pytest.raises(
+        UserError, match="data: kichen is no source or embodiment of the store; there are /data/kitchen, arm"
+    ):
+        planned(store, "data=[kichen]")
+    with pytest.raises(UserError, match=r"mixture: video is no source or embodiment to train on; there are .*cart"):
+        planned(store, "data=[cart]", "mixture={cart: 1, video: 1}", "validation_share=0")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("mixture={arm:1,video:0}", r"a space after each colon, as in mixture='\{a: 1, b: 2\}'"),
+        ("model={width:32}", "a space after each colon, as in model="),
+        ("mixture={arm:", r"quote what has spaces, as in KEY='\[1, 2\]' or KEY='\{a: 1, b: 2\}'"),
+    ],
+)
+def test_a_mapping_without_spaces_is_explained(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_recipe("small", [override])
+
+
+def test_progress_counts_from_where_the_workers_began() -> None:
+    with tqdm(total=60, desc="pretrain", unit="step", bar_format=NO_RATE, file=io.StringIO()) as bar:
+        line = ProgressLine(bar, None)
+        bar.set_postfix_str("starting workers")
+        assert str(bar) == "pretrain: 0/60, starting workers"
+        line({"first": 20.0})
+        assert "20/60" in str(bar) and bar.initial == 20
+        bar.start_t -= 10  # seconds
+        line({"first": 20.0, "step": 40.0, "loss": 1.0, "rate": 8.0, "wait": 0.0})
+        assert "40/60 [00:10<00:10,  2.00step/s" in str(bar)
 
 
 # Weights of samples
