@@ -20,7 +20,8 @@ def decide(recipe: Recipe, gpus: int, recorded: str = "auto") -> tuple[Recipe, l
     ``gpus``: how many there are. ``recorded``: the decided ``device`` of the run to resume; "auto" for a new run, and
     for one of a version that recorded none. Raises UserError if the run needs GPUs that are not there.
     """
-    notes, device = [], recipe.device
+    notes = list[str]()
+    device: str = recipe.device
     if device == "auto":
         device = ("gpu" if gpus else "cpu") if recorded == "auto" else recorded
         if device == "cpu" and gpus:

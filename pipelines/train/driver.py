@@ -134,12 +134,13 @@ def _run_workers(recipe: Recipe, config: dict[str, Any]) -> None:
 def trainer_of(recipe: Recipe, config: dict[str, Any], scratch: str) -> TorchTrainer:
     """Return Ray's trainer of one group of workers, on the recipe's device."""
     gpus = recipe.device == "gpu"
+    environment = {"env_vars": {} if gpus else HIDDEN}
     return TorchTrainer(
         work,
         train_loop_config=config,
         torch_config=PreemptibleTorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(num_workers=recipe.workers, use_gpu=gpus),  # type: ignore[arg-type]
-        run_config=RunConfig(name="ray", storage_path=scratch, worker_runtime_env={"env_vars": {} if gpus else HIDDEN}),
+        run_config=RunConfig(name="ray", storage_path=scratch, worker_runtime_env=environment),  # type: ignore[call-arg]
     )
 
 
