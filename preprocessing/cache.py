@@ -1,4 +1,4 @@
-"""Regenerable on-disk cache: copies of shards, and the findings of scans.
+"""Regenerable on-disk cache: copies of shards, unpacked archives, and the findings of scans.
 
 Copies can fill a disk, so :class:`Shelf` bounds them to ``UWM_CACHE_GB`` (10^9 bytes; by default 80 % of the free space
 plus its own contents) and evicts the least recently used. Any number of processes share it, and any of them may be
@@ -20,6 +20,7 @@ from typing import BinaryIO
 
 from preprocessing.errors import UserError
 
+FEW = 256  # files that are flushed one by one; more of them, together with everything else
 FREE_SHARE = 0.8  # default limit: this share of the free space plus the shelf's own contents
 PATIENCE = 60.0  # seconds to wait for other processes to release what fills the shelf
 GB = 1e9
@@ -41,10 +42,13 @@ class Item:
 
 
 class Shelf:
-    """Items of flat files in the folder ``root``: each is complete or absent, and their total size is bounded."""
+    """Items, folders of files, in the folder ``root``: each is complete or absent, and their total size is bounded.
 
-    def __init__(self, root: Path):
-        self.root = root
+    By default ``root`` is the one that everything shares: the limit is that of all items together.
+    """
+
+    def __init__(self, root: Path | None = None):
+        self.root = root or cache_folder() / "shards"
 
     def limit(self) -> int:
         """Return the bytes that all items together may take. Raises UserError if ``UWM_CACHE_GB`` is not a number."""
@@ -54,7 +58,14 @@ class Shelf:
         with contextlib.suppress(ValueError):
             if (limit := float(given)) > 0:
                 return int(min(limit, 1e9) * GB)
-        raise UserError(f"UWM_CACHE_GB={given}: give a number above 0: the GB that copies of shards may take")
+        raise UserError(f"UWM_CACHE_GB={given}: give a number above 0: the GB that the cache may take")
+
+    def find(self, name: str) -> Item | None:
+        """Hold the item of that name if it is there."""
+        if (lock := _lock(self.root / name, fcntl.LOCK_SH)) is None:
+            return None
+        os.utime(lock.fileno())
+        return Item(self.root / name, lock)
 
     def hold(self, name: str, sizes: dict[str, int], fill: Callable[[Path], None], wait: bool = True) -> Item | None:
         """Hold the item of that name, whose files have these sizes in bytes; make it first if it is absent.
@@ -86,8 +97,7 @@ class Shelf:
                     time.sleep(0.2)
                     continue
                 fill(building)
-                for file in sizes:
-                    _sync(building / file)
+                _sync([building / file for file in sizes])
                 with self._counting():
                     building.rename(self.root / name)
             except BaseException as error:
@@ -104,7 +114,7 @@ class Shelf:
         path = self.root / name
         if (lock := _lock(path, fcntl.LOCK_SH)) is None:
             return None
-        if {file: size for file, size in _files(path) if file in sizes} == sizes:
+        if all(_size(path / file) == size for file, size in sizes.items()):
             os.utime(lock.fileno())
             return Item(path, lock)
         with contextlib.suppress(OSError):
@@ -129,6 +139,7 @@ class Shelf:
                     held.pop(victim)
                     if lock is not None:
                         lock.close()
+            (building / "lock").write_text(str(needed))
             for file, size in sizes.items():
                 _allocate(building / file, size)
         return True
@@ -142,13 +153,13 @@ class Shelf:
 
     def _sizes(self) -> dict[Path, int]:
         """Return the bytes of each item, incomplete ones included."""
-        return {path: sum(size for _, size in _files(path)) for path in self.root.iterdir() if path.is_dir()}
+        return {path: _taken(path) for path in self.root.iterdir() if path.is_dir()}
 
     def _full(self, needed: int) -> str:
         held = sum(self._sizes().values())
         return (
             f"{self.root}: no room for {needed / GB:.2f} GB more: this and other runs use {held / GB:.2f} of "
-            f"{self.limit() / GB:.2f} GB; raise UWM_CACHE_GB, lower shuffle_windows, or wait for them"
+            f"{self.limit() / GB:.2f} GB; raise UWM_CACHE_GB, or wait for them"
         )
 
 
@@ -177,10 +188,19 @@ def _delete(path: Path) -> None:
     shutil.rmtree(gone)
 
 
-def _files(path: Path) -> Iterator[tuple[str, int]]:
+def _taken(item: Path) -> int:
+    """The bytes of an item: its lock file says so, unless an earlier version made it."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return int((item / "lock").read_bytes())
     with contextlib.suppress(FileNotFoundError):
-        for entry in os.scandir(path):
-            yield entry.name, entry.stat().st_size
+        return sum(entry.stat().st_size for entry in os.scandir(item))
+    return 0
+
+
+def _size(path: Path) -> int | None:
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_size
+    return None
 
 
 def _last_used(path: Path) -> float:
@@ -191,6 +211,7 @@ def _last_used(path: Path) -> float:
 
 def _allocate(path: Path, size: int) -> None:
     """Create a file with all its blocks allocated, so that writing into it cannot fill the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         try:
             if size:
@@ -199,7 +220,11 @@ def _allocate(path: Path, size: int) -> None:
             raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def _sync(path: Path) -> None:
+def _sync(paths: list[Path]) -> None:
     """Flush to disk, so that a power failure cannot leave a file of zeros."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    if len(paths) > FEW:
+        os.sync()
+        return
+    for path in paths:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())

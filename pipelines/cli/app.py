@@ -71,7 +71,7 @@ def set_verbosity(
 def ingest(
     source: Annotated[
         list[str],
-        typer.Argument(metavar="SOURCE", help="Files or folders of robot logs and videos (see docs/formats.md)."),
+        typer.Argument(metavar="SOURCE", help="Files, folders, archives of robot logs and videos (docs/formats.md)."),
     ],
     store: Store,
     format: Format = "auto",

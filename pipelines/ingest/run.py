@@ -223,7 +223,7 @@ def _shown(what: str, unit: str) -> Iterator[tuple[tqdm[Any], Callable[[str], No
 
 def _source(path: Path) -> str:
     """Return the source's name: the folder whose episodes belong together."""
-    return printable(str(path if path.is_dir() else path.parent))
+    return printable(sources.folder_of(path))
 
 
 def _contracts(

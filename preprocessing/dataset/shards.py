@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from preprocessing.cache import GB, Item, Shelf, cache_folder
+from preprocessing.cache import GB, Item, Shelf
 from preprocessing.errors import UserError
 from preprocessing.store.rows import LocationRow, TrainingRow
 from preprocessing.store.snapshot import Snapshot, row_shape
@@ -46,7 +46,7 @@ class LocalCopy:
         pixels: list[TrainingRow] | None = None,
         tell: Callable[[int, int], None] | None = None,
     ):
-        self._snapshot, self._shelf = snapshot, Shelf(cache_folder() / "shards")
+        self._snapshot, self._shelf = snapshot, Shelf()
         self.has_pixels = pixels is not None
         self.shards = cut(rows, pixels)
         self.shard = {key: number for number, shard in enumerate(self.shards) for key in shard.frame}

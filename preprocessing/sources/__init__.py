@@ -22,6 +22,7 @@ from preprocessing.episode import Episode, EpisodeRef, Repair
 from preprocessing.errors import BadEpisode, UserError
 from preprocessing.sources import (
     aloha,
+    archive,
     bridge,
     calvin,
     droid,
@@ -69,7 +70,10 @@ ACTIONLESS = tuple(name for name, format in TABLE.items() if format.actionless) 
 
 
 def find(path: str | Path, format: str = "auto") -> list[tuple[str, Path]]:
-    """Find the data sets at or below a path, as (format, path for ``scan``). Raises UserError where there are none."""
+    """Find the data sets at or below a path, as (format, path for ``scan``). Raises UserError where there are none.
+
+    A path in an archive is ``set.zip!/folder``.
+    """
     found = survey(path, format)
     if not found.places:
         place, problem = next(iter(found.problems.items()))
@@ -125,7 +129,8 @@ def scan(format: str, path: Path, root: Path | None = None) -> Iterator[EpisodeR
     Unchanged files are not read again. A data set that cannot be listed at all yields one episode with a problem, so
     that the others are still read. Nothing outside of ``root``, the source, is read: by default, outside of the path.
     """
-    root = root or path
+    inside = archive.split(path)
+    root = root or (inside[0] if inside else path)
     refs = _scan(format, path)
     while True:
         with within(root):
@@ -137,7 +142,10 @@ def scan(format: str, path: Path, root: Path | None = None) -> Iterator[EpisodeR
 
 def _scan(format: str, path: Path) -> Iterator[EpisodeRef]:
     try:
-        yield from FORMATS[format].scan(path)
+        if place := archive.split(path):
+            yield from archive.scan(FORMATS[format].scan, format, *place)
+        else:
+            yield from FORMATS[format].scan(path)
     except UserError as error:
         yield _broken(format, path, str(error))
     except BadEpisode as error:
@@ -159,7 +167,7 @@ def digest(ref: EpisodeRef) -> str:
     """
     try:
         with within(_root(ref)):
-            return FORMATS[ref.format].digest(ref)
+            return archive.digest(FORMATS[ref.format].digest, ref)
     except FileNotFoundError:
         raise BadEpisode("its file was deleted after it was listed") from None
     except BREAKS as error:
@@ -182,7 +190,7 @@ def load(
         raise BadEpisode(ref.problem)
     try:
         with within(_root(ref)):
-            episode = FORMATS[ref.format].load(ref)
+            episode = archive.load(FORMATS[ref.format].load, ref)
     except UserError as error:  # of the data set as a whole
         raise BadEpisode(str(error)) from error
     except BREAKS as error:
@@ -257,6 +265,13 @@ def _check(episode: Episode) -> None:
 def _slug(name: str) -> str:
     """``PandaOmron`` and ``panda_omron`` are one embodiment: panda-omron."""
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])", "-", name).lower()).strip("-") or "unknown"
+
+
+def folder_of(path: Path) -> str:
+    """The folder, or the archive, whose episodes belong together, of a path that ``find`` returned."""
+    if place := archive.split(path):
+        return str(path if place[1] else place[0])
+    return str(path if path.is_dir() else path.parent)
 
 
 def _root(ref: EpisodeRef) -> Path | None:

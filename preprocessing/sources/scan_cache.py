@@ -84,6 +84,20 @@ def findings(
         cache.close()
 
 
+def findings_of(reader: str, file: Path, read: Callable[[Path], list[Finding]]) -> list[Finding]:
+    """The cached findings of one file, or else those of ``read``, which runs in this thread and may raise anything."""
+    cache = _Cache(reader)
+    try:
+        found = cache.lookup([file]).get(file)
+        if found is None:
+            found, stamp = _at_rest(file, read)
+            if stamp:
+                cache.keep(file, stamp, found)
+        return found
+    finally:
+        cache.close()
+
+
 def stamp_of(files: Iterable[Path]) -> str | None:
     """A stamp of several files that are cached as one, to be part of ``reader``; None if one has changed so recently
     that its next change might go unnoticed."""
@@ -102,17 +116,22 @@ def file_digest(path: Path) -> str:
 
 
 def _examine(file: Path, read: Callable[[Path], list[Finding]]) -> tuple[list[Finding], str | None]:
-    """The file's findings, and the stamp to cache them under; None if they must not be cached."""
-    began = time.time_ns()
+    """As ``_at_rest``, with a finding in place of an exception."""
     try:
-        before = check(file)
-        found = read(file)
-        after = file.stat()
+        return _at_rest(file, read)
     except (OSError, BadEpisode) as error:
         reason = f"cannot be read: {error.strerror or error}" if isinstance(error, OSError) else str(error)
         return [Finding(hashlib.sha256(_name(file) + os.fsencode(reason)).hexdigest(), reason)], None
     except Exception as error:  # foreign bytes break readers in unforeseeable ways
         return [Finding(file_digest(file), f"cannot be read: {type(error).__name__}: {error}")], None
+
+
+def _at_rest(file: Path, read: Callable[[Path], list[Finding]]) -> tuple[list[Finding], str | None]:
+    """The file's findings, and the stamp to cache them under; None if they must not be cached."""
+    began = time.time_ns()
+    before = check(file)
+    found = read(file)
+    after = file.stat()
     at_rest = max(before.st_mtime_ns, before.st_ctime_ns) + AT_REST < began
     if at_rest and _stamp(before) == _stamp(after) and all(finding.problem is None for finding in found):
         return found, _stamp(before)

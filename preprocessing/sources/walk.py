@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from preprocessing.errors import BadEpisode
+from preprocessing.errors import BadEpisode, UserError
+from preprocessing.sources import archive
 from preprocessing.sources.reader import BREAKS, Format
 from preprocessing.sources.untrusted.files import HEAD, TELLING, leads_out, listing, opened, pointer_of, within
 
@@ -77,6 +78,7 @@ class _Walk:
     formats: Mapping[str, Format]
     every: bool
     looked: Callable[[], object]
+    unpacked: bool = False
     seen: set[Path] = field(default_factory=set)
 
     def visit(self, path: Path) -> None:
@@ -111,17 +113,53 @@ class _Walk:
         self.found.copies |= there.copies
         if self.every:
             self.found.problems |= there.refused
-            for file in there.files:
-                self.looked()
-                if not any(format.reader.detect(file) for format in loose):
-                    self._unclaimed(file)
+        for file in there.files:
+            self.looked()
+            told = self.every or archive.is_archive(file)
+            if told and not any(format.reader.detect(file) for format in loose):
+                self._unclaimed(file)
         owned = {child for format in loose if format.owns for child in format.owns(folder)}
         for child in there.folders:
             if child not in owned:
                 self.visit(child)
 
+    def _archive(self, file: Path) -> None:
+        """What an archive holds; one that holds nothing to read counts as a file that is not read."""
+        if self.unpacked:
+            self.found.problems[file] = "an archive in an archive; unpack the outer one yourself and ingest the folder"
+            return
+        try:
+            rows = archive.look(file, " ".join(self.formats), self._unpacked)
+        except (BadEpisode, UserError) as error:
+            self.found.problems[file] = str(error)
+            return
+        except BREAKS as error:
+            self.found.problems[file] = f"cannot be unpacked: {error}"
+            return
+        if all(what == "unread" for what, *_ in rows):
+            self.found.unread[file.suffix.lower()] += self.every
+            return
+        for what, text, path in rows:
+            if what == "problem":
+                self.found.problems[path] = text
+            elif what == "unread":
+                count, kind = text.split(" ", 1)
+                self.found.unread[kind] += int(count)
+            else:
+                self.found.places.append((text, path))
+
+    def _unpacked(self, tree: Path) -> Iterator[tuple[str, str, Path]]:
+        found = Survey(tree)
+        _Walk(found, self.formats, self.every, self.looked, unpacked=True).visit(tree)
+        yield from (("place", format, path) for format, path in found.places)
+        yield from (("problem", problem, path) for path, problem in found.problems.items())
+        yield from (("unread", f"{count} {kind}", tree) for kind, count in found.unread.items())
+
     def _unclaimed(self, file: Path) -> None:
         name, kind = file.name.lower(), file.suffix.lower()
+        if archive.is_archive(file):
+            self._archive(file)
+            return
         if kind == ".dvc":
             if not file.with_suffix("").exists():
                 self.found.problems[file] = "its data is in DVC, but not on this machine; fetch it with `dvc pull`"

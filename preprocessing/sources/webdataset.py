@@ -16,21 +16,21 @@ once per process. An episode's digest covers the members that are read and their
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby, islice, pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 from preprocessing.episode import Episode, EpisodeRef, Repair, Video
 from preprocessing.errors import BadEpisode
 from preprocessing.limits import limits
-from preprocessing.sources.scan_cache import Finding, file_digest, findings
+from preprocessing.sources.scan_cache import Finding, file_digest, findings, findings_of
+from preprocessing.sources.untrusted.archives import TarStream
 from preprocessing.sources.untrusted.files import files_in
 from preprocessing.video.decode import open_video_file
 from preprocessing.video.frames import indexed_images_video
@@ -40,9 +40,13 @@ VIDEOS = ("mp4", "m4v", "mov", "mkv", "webm", "avi", "mpg", "mpeg", "wmv", "flv"
 IMAGES = ("jpg", "jpeg", "png")
 TEXTS = ("txt", "caption", "json")
 CAPTIONS = ("caption", "captions", "text", "description", "prompt", "instruction", "title")  # by priority
-A_FEW = 64  # members that identify a shard; folders are members, too
+A_FEW = 64  # members, one of which is a clip; folders are members, too
+# Names that identify data sets of other formats, of which a tar file may be an archive.
+OTHERS = re.compile(
+    r"(^|/)(meta/info\.json|features\.json|obs_dict\.pkl|ep_start_end_ids\.npy|\.zarray)$"
+    r"|\.(hdf5|h5|mcap|bag|db3|parquet)$|\.tfrecord"
+)
 MAX_MEMBERS = 2**20  # of a shard; 30,000 are usual
-MAX_HEADER = 2**20  # bytes
 MAX_TEXT = 2**20  # bytes of one caption, or one JSON
 BREAKS = (tarfile.TarError, OSError, RuntimeError, ValueError)
 
@@ -141,7 +145,7 @@ def _listed(file: Path) -> tuple[list[Sample], str | None]:
     """The samples before the first break, and what broke."""
     size, members, end = file.stat().st_size, list[tuple[str, Member]](), 0
     try:
-        with _Headers(file) as headers, tarfile.open(fileobj=headers, mode="r:") as tar:
+        with TarStream(file.open("rb")) as headers, tarfile.open(fileobj=headers, mode="r:") as tar:
             for info in tar:
                 start, end = info.offset_data, info.offset_data + (info.size if info.isreg() else 0)
                 if len(members) == MAX_MEMBERS:
@@ -282,30 +286,31 @@ def _number(name: str) -> int | None:
     return int(digits[0]) if digits else None
 
 
-class _Headers(io.FileIO):
-    """A tar file whose headers can request neither unbounded memory nor endless reads past its end."""
-
-    ends = 0
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or not 0 <= size <= MAX_HEADER:
-            raise tarfile.ReadError(f"a header of {size} bytes")
-        data = super().read(size) or b""
-        self.ends += not data and size > 0
-        if self.ends > A_FEW:
-            raise tarfile.ReadError("a header that continues past the end")
-        return data
-
-
 def _files(path: Path) -> Iterator[Path]:
-    return (file for file in files_in(path) if file.name.endswith(".tar") and _is_shard(file))
+    return (file for file in files_in(path) if file.name.endswith(".tar") and _is_remembered_as_shard(file))
+
+
+def _is_remembered_as_shard(file: Path) -> bool:
+    try:
+        return bool(findings_of("webdataset shard", file, lambda _: [Finding("yes")] if _is_shard(file) else []))
+    except BadEpisode:
+        return True  # so that it gets reported
 
 
 def _is_shard(file: Path) -> bool:
-    """Whether clips are among the first members. An unreadable file counts as a shard, so that it gets reported."""
-    clips = tuple(f".{kind}" for kind in (*VIDEOS, *IMAGES))
+    """Whether clips are among the first members, and no member is of another format: else it is an archive of that.
+
+    An unreadable file counts as a shard, so that it gets reported.
+    """
+    clips, found = tuple(f".{kind}" for kind in (*VIDEOS, *IMAGES)), False
     try:
-        with _Headers(file) as headers, tarfile.open(fileobj=headers, mode="r:") as tar:
-            return any(info.name.lower().endswith(clips) for info in islice(tar, A_FEW) if info.isreg())
+        with TarStream(file.open("rb")) as headers, tarfile.open(fileobj=headers, mode="r:") as tar:
+            for number, info in enumerate(tar):
+                if info.isreg() and OTHERS.search(info.name):
+                    return False
+                found = found or (info.isreg() and info.name.lower().endswith(clips))
+                if number >= A_FEW and not found:
+                    return False
     except BREAKS:
         return True
+    return found

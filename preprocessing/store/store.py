@@ -285,7 +285,8 @@ class LatentStore:
                 raise UserError(f"{self.uri}: {error}; {hint}") from None
             chosen |= {row["id"]: row for row in rows if row["id"] == full}
         for source in sources:
-            found = {row["id"]: row for row in rows if f"{row['uri']}/".startswith(f"{source.rstrip('/')}/")}
+            inside = tuple(f"{source.rstrip('/')}{mark}" for mark in ("/", "!/"))  # of a folder, of an archive
+            found = {row["id"]: row for row in rows if f"{row['uri']}/".startswith(inside)}
             if not found:
                 raise UserError(f"{self.uri}: no episode comes from {source}; {hint}")
             chosen |= found

@@ -336,3 +336,39 @@ def test_a_source_that_is_no_file_is_refused_in_one_line(tmp_path: Path, uwm: Uw
     for source in (tmp_path / "pipe.mp4", Path("/dev/null")):
         code, _, err = uwm("ingest", source, "--store", tmp_path / "store")
         assert code == 2 and err == f"error: {source}: neither a file nor a folder; copy what it yields to a file\n"
+
+
+def test_an_archive_is_ingested_once_and_what_is_added_to_it(tmp_path: Path, uwm: Uwm) -> None:
+    raw, store, archive = tmp_path / "raw", tmp_path / "store", tmp_path / "packed" / "set.zip"
+    write_demos(raw / "robot" / "a.hdf5", demos=1, steps=20)
+    archive.parent.mkdir()
+    arguments = ("ingest", archive.parent, "--store", store, "--image-size", "32", "--json")
+
+    def pack() -> None:
+        shutil.make_archive(str(archive.with_suffix("")), "zip", raw)
+
+    pack()
+    assert uwm(*arguments)[1]["episodes"] == {"new": 1, "already": 0, "quarantined": 0, "filtered": 0}
+    [row] = LatentStore.open(str(store)).snapshot().rows()
+    assert (row["uri"], row["source"]) == (f"{archive}!/robot/a.hdf5", f"{archive}!/robot")
+    folder = uwm("ingest", raw, "--store", store, "--image-size", "32", "--json")[1]
+    assert folder["episodes"] == {"new": 0, "already": 1, "quarantined": 0, "filtered": 0}
+
+    write_video(raw / "clip.mp4", moving(20))
+    pack()
+    (archive.parent / "cut.tar.gz").write_bytes(b"\x1f\x8b")
+    code, report, err = uwm(*arguments)
+    assert code == 3 and report["episodes"] == {"new": 1, "already": 1, "quarantined": 1, "filtered": 0}
+    [bad] = report["quarantine"]
+    assert bad["uri"] == f"{archive.parent}/cut.tar.gz" and "cut.tar.gz is damaged or cut" in bad["reason"]
+    assert bad["reason"] in err
+    assert uwm("store", "quarantine", store, "--json")[1] == [bad | {"filter": None}]
+    shutil.move(shutil.make_archive(str(tmp_path / "whole"), "gztar", raw), archive.parent / "cut.tar.gz")
+    code, report, _ = uwm(*arguments, "--retry")
+    assert code == 0 and report["episodes"] == {"new": 0, "already": 4, "quarantined": 0, "filtered": 0}
+
+    code, removed, _ = uwm("store", "remove", store, "--source", archive, "--json")
+    assert code == 0 and {one["uri"] for one in removed["removed"]} == {
+        f"{archive}!/robot/a.hdf5", f"{archive}!/clip.mp4",
+    }  # fmt: skip
+    assert uwm(*arguments)[1]["removed"] == 4

@@ -88,7 +88,7 @@ def size(folder: Path) -> int:
     """Return the total size of all files, while other processes create and delete some."""
     found = 0
     for place, _, files in os.walk(folder):
-        for name in files:
+        for name in set(files) - {"lock"}:
             with contextlib.suppress(FileNotFoundError):
                 found += (Path(place) / name).stat().st_size
     return found

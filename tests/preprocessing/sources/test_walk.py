@@ -139,7 +139,8 @@ def test_files_of_other_kinds_are_counted(tmp_path: Path, film: bytes) -> None:
     put(tmp_path / "ok.mp4", film)
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as file:
         file.writestr("other", "x")
-    for name in ("b.ZIP", "notes.txt", "deep/c.svo", "README.txt", "LICENSE", "ok.json", ".hidden.zip", "raw"):
+    put(tmp_path / "b.ZIP", (tmp_path / "set.zip").read_bytes())
+    for name in ("notes.txt", "deep/c.svo", "README.txt", "LICENSE", "ok.json", ".hidden.zip", "raw"):
         put(tmp_path / name, b"x")
     found = survey(tmp_path)
     assert found.unread == {".zip": 2, ".txt": 1, ".svo": 1, "without a suffix": 1}
