@@ -31,6 +31,7 @@ from preprocessing.sources.hdf5_kinds import episode_groups, hdf5_files
 from preprocessing.sources.hdf5_streams import action_of, read_streams, short_name
 from preprocessing.sources.hdf5_texts import instruction_of
 from preprocessing.sources.scan_cache import Finding, findings
+from preprocessing.sources.untrusted.files import contents
 from preprocessing.sources.untrusted.hdf5 import child, digest_of, numbers, own
 
 FPS = 20.0  # SimConfig's control_freq, unless the task sets another
@@ -199,8 +200,8 @@ def _said(file: Path) -> _Said:
 @lru_cache(maxsize=2)  # the episodes of a file are read one after the other
 def _parsed(file: Path, _modified: int) -> _Said:
     try:
-        return _Said(json.loads(file.read_bytes()) if file.stat().st_size <= MAX_JSON else None)
-    except (OSError, ValueError, RecursionError):
+        return _Said(json.loads(contents(file, MAX_JSON)))
+    except (BadEpisode, OSError, ValueError, RecursionError):
         return _Said(None)
 
 

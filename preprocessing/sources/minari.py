@@ -28,6 +28,7 @@ from preprocessing.sources.hdf5_kinds import episode_groups, hdf5_files
 from preprocessing.sources.hdf5_streams import action_of, read_streams
 from preprocessing.sources.hdf5_texts import instruction_of
 from preprocessing.sources.scan_cache import Finding, findings
+from preprocessing.sources.untrusted.files import contents
 from preprocessing.sources.untrusted.hdf5 import child, digest_of, numbers, own
 
 FPS = 20.0
@@ -118,10 +119,9 @@ def _dataset(file: Path) -> str | None:
     """The data set's name in the metadata, which is next to the file, or in its folder's."""
     for metadata in (file.parent / "metadata.json", file.parent.parent / "metadata.json"):
         try:
-            if metadata.stat().st_size <= MAX_METADATA:
-                name = json.loads(metadata.read_bytes()).get("dataset_id")
-                return name if isinstance(name, str) else None
-        except (OSError, ValueError, AttributeError, RecursionError):
+            name = json.loads(contents(metadata, MAX_METADATA)).get("dataset_id")
+            return name if isinstance(name, str) else None
+        except (BadEpisode, OSError, ValueError, AttributeError, RecursionError):
             continue
     return None
 

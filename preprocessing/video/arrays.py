@@ -55,9 +55,8 @@ def array_video(name: str, shape: tuple[int, ...], dtype: np.dtype, pieces: Piec
         if not 0 <= low <= high <= 255:
             raise BadEpisode(f"{what}: it ranges from {low:g} to {high:g}, which are not colours")
         scale = 255.0 if dtype.kind == "f" and high <= 1 else 1.0
-        mended.append(
-            "is recorded from 0 to 1; scaled to 0 to 255" if scale > 1 else f"is recorded as {dtype}; read as 0 to 255"
-        )
+        if scale > 1:
+            mended.append("is recorded from 0 to 1; scaled to 0 to 255")
 
     def frames(size: int | None) -> Iterator[np.ndarray]:
         return chunks(resize(frame[None], size)[0] for rows in pieces() for frame in _colours(rows, first, scale, name))

@@ -296,6 +296,11 @@ def instruction_key(texts: dict[str, str]) -> str | None:
 
 def matrix(table: pa.Table, key: str) -> np.ndarray:
     """A column of numbers or of (nested) lists of numbers, as float32 ``[T, D]``. Raises BadEpisode."""
+    return recorded(table, key).astype(np.float32)
+
+
+def recorded(table: pa.Table, key: str) -> np.ndarray:
+    """The column ``[T, D]`` in its own type. Raises BadEpisode."""
     column = table[key].combine_chunks()
     if column.null_count:
         raise BadEpisode(f"column {key} has {column.null_count} empty rows")
@@ -307,7 +312,7 @@ def matrix(table: pa.Table, key: str) -> np.ndarray:
         if len(values) > WIDEST * len(column):
             width = len(values) // len(column)
             raise BadEpisode(f"column {key} has {width} numbers a step: neither a picture nor a vector")
-    return values.to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(column), -1)
+    return values.to_numpy(zero_copy_only=False).reshape(len(column), -1)
 
 
 def _is_camera(feature: dict[str, Any]) -> bool:

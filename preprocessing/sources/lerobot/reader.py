@@ -30,6 +30,7 @@ from preprocessing.sources.lerobot.meta import (
     is_text,
     matrix,
     read_meta,
+    recorded,
     short,
     texts_of,
 )
@@ -37,6 +38,7 @@ from preprocessing.sources.lerobot.pictures import picture_video
 from preprocessing.sources.lerobot.v2 import FilesV2
 from preprocessing.sources.lerobot.v3 import FilesV3
 from preprocessing.sources.untrusted.files import contents
+from preprocessing.sources.vectors import as_vectors
 from preprocessing.video.frames import first_frames, frames_to_use
 
 ACTION, STATE = "action", "observation."
@@ -189,7 +191,8 @@ def _proprio(meta: Meta, table: pa.Table) -> tuple[dict[str, np.ndarray], list[R
         kind = meta.features.get(key, {}).get("dtype") or dtype_of(table.schema.field(key).type)
         if str(kind).startswith("float"):
             try:
-                found[key] = matrix(table, key)
+                found[key], mended = as_vectors(recorded(table, key), key)
+                repairs += mended
             except BadEpisode as error:
                 repairs.append(Repair("proprio", f"{error}; left out"))
     if not found and (alias := _vector(table, STATES)):
@@ -220,7 +223,8 @@ def _signals(table: pa.Table, others: set[str]) -> tuple[dict[str, np.ndarray], 
         try:
             if not _holds_numbers(field):
                 raise BadEpisode(f"column {field.name} holds neither numbers nor pictures nor text ({field.type})")
-            signals[field.name] = matrix(table, field.name)
+            signals[field.name], mended = as_vectors(recorded(table, field.name), field.name)
+            repairs += mended
         except BadEpisode as error:
             repairs.append(Repair("streams", f"{error}; left out"))
     return signals, repairs

@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +27,10 @@ from preprocessing.limits import limits
 from preprocessing.sources.replay_buffer.buffer import Buffer, buffers, digests, found_in, is_buffer, is_image, vectors
 from preprocessing.sources.scan_cache import Finding, file_digest, findings
 from preprocessing.sources.untrusted.zarr_v2 import ZarrArray
+from preprocessing.sources.vectors import as_vectors
+from preprocessing.video.arrays import array_video, rows_at_once
 from preprocessing.video.decode import open_video, probe_video
-from preprocessing.video.frames import chunks, first_frames, kept_before, resize, thinned
+from preprocessing.video.frames import first_frames, kept_before, thinned
 
 WIDE = 1024  # numbers per step; point clouds and depth have more
 PROPRIO = re.compile(r"(robot|agent_pos|state|qpos|qvel|eef|joint|gripper|proprio)(?!.*(demo_|action))")
@@ -101,9 +103,8 @@ def load(ref: EpisodeRef) -> Episode:
         layout = (ActionBlock(name="action", size=action.shape[1]),)
 
     if _has_images(buffer):
-        images = {name: _camera(array, start, stop) for name, array in buffer.arrays.items() if is_image(array)}
-        cameras = {name: video for name, (video, _) in images.items()}
-        repairs += [Repair("frames", f"{name} {mended}") for name, (_, done) in images.items() for mended in done]
+        cameras, done = _array_cameras(buffer, start, stop)
+        repairs += done
     else:
         cameras, steps = _video_cameras(_videos(path, ref.index), stop - start, fps)
         if steps < stop - start:
@@ -151,12 +152,8 @@ def _numbers(buffer: Buffer, start: int, stop: int) -> tuple[dict[str, np.ndarra
         if lacking := array.not_stored(start, stop):
             text = f"{lacking} chunks of {name} are not stored; read as its fill value, as Zarr specifies"
             repairs.append(Repair("steps", text))
-        rows = vectors(array, start, stop)
-        if name == "timestamp" and abs(float(rows[0, 0])) > 1e5:
-            rows = rows.astype(np.float64) - float(rows[0, 0])
-            text = "timestamp now counts from the first step: float32 cannot hold the time of day"
-            repairs.append(Repair("steps", text))
-        values[name] = rows.astype(np.float32)
+        values[name], mended = as_vectors(vectors(array, start, stop), name)
+        repairs += mended
     return values, repairs
 
 
@@ -207,33 +204,26 @@ def _has_images(buffer: Buffer) -> bool:
     return any(map(is_image, buffer.arrays.values()))
 
 
-def _camera(array: ZarrArray, start: int, stop: int) -> tuple[Video, list[str]]:
-    """The camera, and a description of each change to its frames."""
-    first = array.shape[3] != 3
-    scale = 1.0 if array.dtype.kind in "iu" or _exceeds_one(array, start, stop) else 255.0
-
-    def frames(size: int | None) -> Iterator[np.ndarray]:
-        slab = lru_cache(maxsize=1)(array.slab)
-        rows = (row for number, part in array.parts(start, stop) for row in slab(number)[part])
-        return chunks(resize(_frame(row, first, scale, array.path)[None], size)[0] for row in rows)
-
-    repairs = ["has its channels first; moved last"] if first else []
-    if scale != 1:
-        repairs.append("is recorded from 0 to 1; scaled to 0 to 255")
-    return Video(frames), repairs
+def _array_cameras(buffer: Buffer, start: int, stop: int) -> tuple[dict[str, Video], list[Repair]]:
+    cameras, repairs = dict[str, Video](), list[Repair]()
+    for name, array in buffer.arrays.items():
+        if not is_image(array):
+            continue
+        try:
+            cameras[name], done = array_video(name, array.shape[1:], array.dtype, partial(_pieces, array, start, stop))
+        except BadEpisode as error:
+            repairs.append(Repair("streams", f"{error}; left out"))
+        else:
+            repairs += done
+    return cameras, repairs
 
 
-def _exceeds_one(array: ZarrArray, start: int, stop: int) -> bool:
-    """Whether any value exceeds 1, so that floats range from 0 to 255. Stops at the first image that tells."""
-    return any(bool((array.slab(number)[part] > 1).any()) for number, part in array.parts(start, stop))
-
-
-def _frame(row: np.ndarray, first: bool, scale: float, name: str) -> np.ndarray:
-    if row.dtype != np.uint8:
-        if not (np.isfinite(row).all() and row.min() >= 0 and row.max() * scale <= 255):
-            raise BadEpisode(f"{name} ranges from {row.min()} to {row.max()}, which are not colours")
-        row = np.rint(row * scale).astype(np.uint8)
-    return np.array(row.transpose(1, 2, 0) if first else row, order="C")  # a view would keep its whole chunk in memory
+def _pieces(array: ZarrArray, start: int, stop: int) -> Iterator[np.ndarray]:
+    at_once = rows_at_once(array.shape[1:], array.dtype)
+    for number, part in array.parts(start, stop):
+        rows = array.slab(number)[part]
+        for first in range(0, len(rows), at_once):
+            yield rows[first : first + at_once]
 
 
 def _videos(buffer: Path, index: int) -> list[Path]:

@@ -33,6 +33,7 @@ from preprocessing.sources.rlds.tfds import (
 from preprocessing.sources.rlds.tfrecord import Feature, is_tfrecord, parse_example, read_record, records
 from preprocessing.sources.scan_cache import findings
 from preprocessing.sources.untrusted.files import files_in
+from preprocessing.sources.vectors import as_vectors
 from preprocessing.video.frames import decode_image, images_video
 
 BLACK = 8  # JPEG noise around zero stays below this level
@@ -102,7 +103,8 @@ def _episode(ref: EpisodeRef, features: dict[str, Feature], leaves: dict[str, Le
         repairs.append(Repair("steps", "is_last is never 1; the last step is taken as the end"))
 
     action, layout = _action(features, leaves, steps)
-    proprio, signals = _vectors(features, leaves, steps)
+    proprio, signals, mended = _vectors(features, leaves, steps)
+    repairs += mended
     every_text = _texts(features, leaves)
     instruction, changes = _instruction(every_text)
     if changes:
@@ -175,24 +177,28 @@ def _is_black(files: Sequence[bytes]) -> bool:
 
 def _vectors(
     features: dict[str, Feature], leaves: dict[str, Leaf], steps: int
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[Repair]]:
     """Observed floats are proprio; all other numbers per step, except the action, are signals."""
-    proprio, signals = dict[str, np.ndarray](), dict[str, np.ndarray]()
+    proprio, signals, repairs = dict[str, np.ndarray](), dict[str, np.ndarray](), list[Repair]()
     for key, leaf in sorted(leaves.items()):
         if not key.startswith("steps/") or key == "steps/action" or not leaf.width or "embed" in key:
             continue
         if key.startswith(OBSERVATION) and leaf.dtype.startswith("float"):
-            proprio[key.removeprefix(OBSERVATION).replace("/", "_")] = _tensor(features, key, steps)
+            name = key.removeprefix(OBSERVATION).replace("/", "_")
+            proprio[name], mended = as_vectors(_tensor(features, key, steps), name)
+            repairs += mended
         elif leaf.width <= WIDEST and key in features:
-            signals[key.removeprefix("steps/")] = _tensor(features, key, steps)
-    return proprio, signals
+            name = key.removeprefix("steps/")
+            signals[name], mended = as_vectors(_tensor(features, key, steps), name)
+            repairs += mended
+    return proprio, signals, repairs
 
 
 def _tensor(features: dict[str, Feature], key: str, steps: int) -> np.ndarray:
     values = features.get(key)
     if not isinstance(values, np.ndarray):
         raise BadEpisode(f"{key} holds no numbers")
-    return values.reshape(steps, -1).astype(np.float32)
+    return values.reshape(steps, -1)
 
 
 def _action(
@@ -202,12 +208,12 @@ def _action(
     if "steps/action" in leaves:
         if not leaves["steps/action"].width:
             raise BadEpisode("steps/action is not one vector per step")
-        action = _tensor(features, "steps/action", steps)
+        action = _tensor(features, "steps/action", steps).astype(np.float32)
         return action, (ActionBlock(name="action", size=action.shape[1]),)
     keys = sorted(key for key, leaf in leaves.items() if key.startswith("steps/action/") and leaf.width)
     if not keys:
         return None, ()
-    parts = [_tensor(features, key, steps) for key in keys]
+    parts = [_tensor(features, key, steps).astype(np.float32) for key in keys]
     names = [key.removeprefix("steps/action/") for key in keys]
     layout = tuple(ActionBlock(name=n, size=p.shape[1]) for n, p in zip(names, parts, strict=True))
     return np.concatenate(parts, axis=1), layout

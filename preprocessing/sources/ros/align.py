@@ -18,6 +18,7 @@ import numpy as np
 
 from preprocessing.episode import Repair
 from preprocessing.errors import BadEpisode
+from preprocessing.sources.vectors import as_vectors
 
 MAX_DELAY = 10 * 10**9  # nanoseconds between sending and receiving; more means that a clock is not set
 MAX_MEDIAN_DELAY = 10**9  # nanoseconds; more means that a clock is wrong; single delays are a stalled disk
@@ -32,7 +33,7 @@ class Track:
 
     received: array[int] = field(default_factory=lambda: array("q"))
     stamped: array[int] = field(default_factory=lambda: array("q"))
-    rows: array[float] = field(default_factory=lambda: array("f"))
+    rows: array[float] = field(default_factory=lambda: array("d"))
     latest: dict[str | int, float] = field(default_factory=dict)
     mapped: bool = False  # the names or their order differ between messages
     ragged: bool = False  # unnamed vectors differ in length
@@ -45,7 +46,7 @@ class Track:
             self.mapped = True
             self.ragged |= not names or isinstance(known[0], int)
             if any(key not in self.latest for key in keys):  # earlier rows lack it
-                self.received, self.stamped, self.rows = array("q"), array("q"), array("f")
+                self.received, self.stamped, self.rows = array("q"), array("q"), array("d")
         self.latest.update(zip(keys, values, strict=True))
         self.received.append(received)
         self.stamped.append(stamped)
@@ -113,7 +114,11 @@ def align(cameras: dict[str, Track], vectors: dict[str, Track]) -> Aligned:
         raise BadEpisode(f"{len(frames) - first} frames are left once every topic has a message; at least 2 are needed")
     frames, held = frames[first:], {name: orders[name][at[first:]] for name, at in held.items()}
 
-    steps = {name: _rows(vectors[name])[at] for name, at in held.items() if name in vectors}
+    steps = dict[str, np.ndarray]()
+    for name, at in held.items():
+        if name in vectors:
+            steps[name], mended = as_vectors(_rows(vectors[name])[at], name)
+            repairs += mended
     not_finite = [name for name, rows in steps.items() if not np.isfinite(rows).all()]
     repairs += [Repair("streams", f"{name} is not finite at every frame; left out") for name in not_finite]
     for name, at in held.items():
@@ -127,7 +132,7 @@ def align(cameras: dict[str, Track], vectors: dict[str, Track]) -> Aligned:
 
 
 def _rows(track: Track) -> np.ndarray:
-    return np.frombuffer(track.rows, np.float32).reshape(len(track.received), -1)
+    return np.frombuffer(track.rows, np.float64).reshape(len(track.received), -1)
 
 
 def _fps(frames: np.ndarray, repairs: list[Repair]) -> float:

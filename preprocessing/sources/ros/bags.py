@@ -1,8 +1,9 @@
 """Read messages from ROS recordings in the order they were written: MCAP, ROS 2 bags, ROS 1 bags.
 
 A recording is one file or one ROS 2 bag: a folder whose ``metadata.yaml`` lists its storage files; a split bag has
-several. A storage file is recognised by its first bytes: MCAP (https://mcap.dev/spec), SQLite with the tables
-``topics`` and ``messages`` (https://github.com/ros2/rosbag2, ``rosbag2_storage_sqlite3``), or ROS 1's format 2.0
+several. A recorder that is killed leaves out the last ones, and copies lose some: what is there is read. A storage file
+is recognised by its first bytes: MCAP (https://mcap.dev/spec), SQLite with the tables ``topics`` and ``messages``
+(https://github.com/ros2/rosbag2, ``rosbag2_storage_sqlite3``), or ROS 1's format 2.0
 (https://wiki.ros.org/Bags/Format/2.0).
 
 Sizes that a file claims are not trusted: data is decompressed up to a limit and no further. The message definitions in
@@ -62,7 +63,12 @@ def recordings(path: Path) -> Iterator[Path]:
 
 def storage_files(recording: Path) -> list[Path]:
     """The file itself, or a bag's files in order. Raises BadEpisode if its metadata is broken."""
-    return _metadata(recording)[0] if recording.is_dir() else [recording]
+    return _metadata(recording).files if recording.is_dir() else [recording]
+
+
+def differences(recording: Path) -> list[str]:
+    """How a bag's files differ from those that its metadata lists."""
+    return _metadata(recording).differences if recording.is_dir() else []
 
 
 def problem_of(file: Path) -> str | None:
@@ -83,7 +89,7 @@ def problem_of(file: Path) -> str | None:
 
 def messages(recording: Path, topic: str | None = None) -> Iterator[Message]:
     """Yield all messages, or those of one topic. Raises BadEpisode where the bytes break."""
-    files, compressed = _metadata(recording) if recording.is_dir() else ([recording], False)
+    files, compressed, _ = _metadata(recording) if recording.is_dir() else _Bag([recording], False, [])
     number = 0
     try:
         for file in files:
@@ -117,14 +123,20 @@ def _is_bag(path: Path) -> bool:
     return INFORMATION.encode() in head or pointer_of(head) is not None
 
 
-def _metadata(bag: Path) -> tuple[list[Path], bool]:
-    """The storage files of a bag, and whether its messages are compressed one by one.
+class _Bag(NamedTuple):
+    files: list[Path]
+    compressed: bool  # each message by itself
+    differences: list[str]  # between its files and those that its metadata lists
+
+
+def _metadata(bag: Path) -> _Bag:
+    """The storage files of a bag, and how to read them. Raises BadEpisode if its metadata is broken, or no file there.
 
     Before version 4, file names include the folder. Only their last part is used, so none leads out of the bag.
     """
     try:
         information = yaml.safe_load(contents(bag / METADATA, MAX_METADATA))[INFORMATION]
-        files = [bag / PurePosixPath(name).name for name in dict.fromkeys(information["relative_file_paths"])]
+        listed = [bag / PurePosixPath(name).name for name in dict.fromkeys(information["relative_file_paths"])]
         mode = str(information.get("compression_mode") or "none").lower()
     except Exception as error:  # damaged text may be any YAML
         reason = " ".join(str(error).split())
@@ -133,11 +145,30 @@ def _metadata(bag: Path) -> tuple[list[Path], bool]:
         raise BadEpisode("its files are compressed as a whole; decompress them (`ros2 bag convert`)")
     if mode not in ("none", "message"):
         raise BadEpisode(f"compression_mode {mode} is unknown")
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise BadEpisode(f"{METADATA} lists {missing[0]}, which is missing")
-    if not files:
-        raise BadEpisode(f"{METADATA} lists no file")
-    return files, mode == "message"
+    whole = [file for file in listed if file.is_file()]
+    missing = [file.name for file in listed if file not in whole]
+    told = [f"{METADATA} lists {name}, which is missing: its messages are lost" for name in missing]
+    parts = {_recording_of(file) for file in listed}
+    for there in sorted(files_in(bag), key=_place):
+        if there in listed or _kind(there) not in (_mcap, _sqlite):
+            continue
+        is_part = _recording_of(there) in parts or not any(one in listed for one in whole)
+        told.append(f"{METADATA} does not list {there.name}; {'read, as a part of the bag' if is_part else 'not read'}")
+        whole += [there] if is_part else []
+    if not whole:
+        raise BadEpisode(told[0].partition(":")[0] if told else f"{METADATA} lists no file")
+    ordered = whole if all(file in listed for file in whole) else sorted(whole, key=_place)
+    return _Bag(ordered, mode == "message", told)
+
+
+def _recording_of(file: Path) -> str:
+    """What the files of a split bag have in common: ``run`` of ``run_0.mcap`` and ``run_1.mcap``."""
+    return re.sub(r"_\d+$", "", file.stem)
+
+
+def _place(file: Path) -> tuple[int, str]:
+    number = re.search(r"_(\d{1,9})$", file.stem)
+    return int(number[1]) if number else -1, file.name
 
 
 def _kind(file: Path) -> Callable[[Path, str | None], Iterator[Message]] | None:

@@ -24,7 +24,15 @@ import numpy as np
 from preprocessing.episode import Episode, EpisodeRef, Repair, Video
 from preprocessing.errors import BadEpisode
 from preprocessing.sources.ros.align import Track, align
-from preprocessing.sources.ros.bags import METADATA, Message, messages, problem_of, recordings, storage_files
+from preprocessing.sources.ros.bags import (
+    METADATA,
+    Message,
+    differences,
+    messages,
+    problem_of,
+    recordings,
+    storage_files,
+)
 from preprocessing.sources.ros.messages import NO_CHANNEL_ORDER, decode, image_of, numbers_of, role_of, stamp_of, unfit
 from preprocessing.sources.scan_cache import Finding, file_digest, findings
 from preprocessing.video.frames import chunks, resize
@@ -45,7 +53,7 @@ PLUMBING = {  # types that are skipped without a repair
     "diagnostic_msgs/msg/DiagnosticArray",
 }
 MAX_WIDTH = 1024  # numbers per message; more is a map, not a robot's state
-MAX_NUMBERS = 2**27  # of one recording
+MAX_NUMBERS = 2**26  # of one recording, eight bytes each
 MAX_TEXT = 10_000  # characters
 
 
@@ -84,7 +92,8 @@ def load(ref: EpisodeRef) -> Episode:
     commands = {name for name in aligned.vectors if any(word in contents.topics[name].lower() for word in COMMANDS)}
     texts = contents.texts.items()
     instructions = {topic: text for topic, text in texts if any(word in topic.lower() for word in INSTRUCTIONS)}
-    repairs = [*aligned.repairs, Repair("embodiment", "robot unknown")]
+    repairs = [*aligned.repairs, *(Repair("frames", text) for text in differences(path))]
+    repairs.append(Repair("embodiment", "robot unknown"))
     for topic in contents.unnamed:
         repairs.append(Repair("bgr", f"{topic} does not declare its channel order; BGR assumed, OpenCV's default"))
     for topic in sorted(contents.changing):

@@ -239,8 +239,8 @@ def test_groups_below_observations_and_actions(tmp_path):
         (numbered(5).transpose(0, 3, 1, 2), "has its channels first; moved last"),
         ((numbered(5) / np.float32(255)), "is recorded from 0 to 1; scaled to 0 to 255"),
         ((numbered(5) / 255).transpose(0, 3, 1, 2), "has its channels first; moved last"),
-        (numbered(5).astype(np.float64), "is recorded as float64; read as 0 to 255"),
-        (numbered(5).astype(np.int64), "is recorded as int64; read as 0 to 255"),
+        (numbered(5).astype(np.float64), None),
+        (numbered(5).astype(np.int64), None),
         (np.concatenate([numbered(5), numbered(5)[..., :1]], axis=3), "has an alpha channel; dropped"),
     ],
 )
@@ -250,7 +250,9 @@ def test_images_stored_in_other_ways(tmp_path, pictures, reason):
         file["data/demo_0/obs/top"] = pictures
     (episode,) = episodes_of(path)
     assert np.array_equal(frames_of(episode, "top"), numbered(5)[:, ::-1])
-    assert f"obs/top {reason}" in said(episode)
+    assert [text for text in said(episode) if text.startswith("obs/top")][:1] == (
+        [f"obs/top {reason}"] if reason else []
+    )
 
 
 @pytest.mark.parametrize(

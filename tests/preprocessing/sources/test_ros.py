@@ -622,6 +622,16 @@ def test_message_types_are_the_same_in_all_releases():
             assert other[kind][1] == humble[kind][1], (release, kind)
 
 
+def test_a_clock_among_the_topics_counts_from_the_first_step(tmp_path):
+    sent = images_at("/cam", every(10, 0, 1)) + [
+        Sent("/clock", FLOATS, None, t, floats([1.7e9 + t])) for t in every(10, 0, 1)
+    ]
+    episode = recorded(tmp_path, sent)
+    rows = episode.proprio["/clock"][:, 0]
+    assert np.allclose(rows, np.arange(len(rows)) / 10, atol=1e-5)
+    assert any(text.startswith("/clock now counts from the first step") for text in said(episode))
+
+
 # ------------------------------------------------------------------------------------------ digests, broken files
 
 
@@ -648,9 +658,35 @@ def test_a_split_bag_is_one_episode(tmp_path):
     assert split.id != whole.id and digest(split.ref) == split.ref.digest
     before_move = split.id
     assert episode_of(shutil.move(tmp_path / "split", tmp_path / "elsewhere")).id == before_move
-    (tmp_path / "elsewhere" / "part_1.db3").unlink()
-    (ref,) = scan("ros", tmp_path / "elsewhere")
-    assert ref.problem == "metadata.yaml lists part_1.db3, which is missing"
+
+
+@pytest.mark.parametrize("storage", ["SQLITE3", "MCAP"])
+def test_a_bag_whose_files_are_not_those_listed(tmp_path, storage):
+    """What is there is read; what is lost, or not listed, is told."""
+    suffix, sent = {"SQLITE3": "db3", "MCAP": "mcap"}[storage], scene()
+    half = len(sent) // 2
+    whole = episode_of(write_bag2(tmp_path / "whole", sent, storage))
+    bag = write_bag2(tmp_path / "bag", sent[:half], storage)
+    (part,) = write_bag2(tmp_path / "rest", sent[half:], storage).glob(f"*.{suffix}")
+    shutil.move(part, bag / f"bag_1.{suffix}")
+    shutil.copy(bag / f"bag.{suffix}", bag / f"copy.{suffix}")
+    (bag / "notes.txt").write_text("a fine run")
+    grown = episode_of(bag)
+    for camera in whole.cameras:
+        assert np.array_equal(frames_of(whole, camera), frames_of(grown, camera))
+    unlisted = f"metadata.yaml does not list bag_1.{suffix}; read, as a part of the bag"
+    assert {unlisted, f"metadata.yaml does not list copy.{suffix}; not read"} <= {*said(grown)}
+    (bag / f"copy.{suffix}").unlink()
+    metadata = bag / "metadata.yaml"
+    metadata.write_text(metadata.read_text().replace(f"- bag.{suffix}", f"- bag_0.{suffix}\n  - bag.{suffix}"))
+    lost = f"metadata.yaml lists bag_0.{suffix}, which is missing: its messages are lost"
+    assert {lost, unlisted} <= {*said(episode_of(bag))}
+    (bag / f"bag.{suffix}").rename(bag / f"other.{suffix}")  # none that is listed is there
+    (bag / f"bag_1.{suffix}").unlink()
+    assert f"metadata.yaml does not list other.{suffix}; read, as a part of the bag" in said(episode_of(bag))
+    (bag / f"other.{suffix}").unlink()
+    (ref,) = scan("ros", bag)
+    assert ref.problem == f"metadata.yaml lists bag_0.{suffix}, which is missing"
 
 
 def test_digests(tmp_path):
@@ -714,9 +750,9 @@ def test_truncated_recordings_are_named(tmp_path):
     "change, says",
     [
         (("- bag.db3", "- 7"), "metadata.yaml cannot be read: TypeError"),
-        (("- bag.db3", "- ../../outside/bag_1.db3"), "lists bag_1.db3, which is missing"),
-        (("- bag.db3", '- "bag\\0.db3"'), "which is missing"),
-        (("- bag.db3", "- .."), "lists .., which is missing"),
+        (("- bag.db3", "- ../../outside/bag_1.db3"), "none"),  # the bag's own file is read, none outside of it
+        (("- bag.db3", '- "bag\\0.db3"'), "none"),
+        (("- bag.db3", "- .."), "none"),
         (("- bag.db3", "- metadata.yaml"), "metadata.yaml is neither MCAP nor SQLite"),
         (("compression_mode: ''", "compression_mode: FILE"), "compressed as a whole"),
         (("compression_mode: ''", "compression_mode: message"), "breaks after 0 messages: ZstdError"),
