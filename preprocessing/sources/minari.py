@@ -28,7 +28,7 @@ from preprocessing.sources.hdf5_kinds import episode_groups, hdf5_files
 from preprocessing.sources.hdf5_streams import action_of, read_streams
 from preprocessing.sources.hdf5_texts import instruction_of
 from preprocessing.sources.scan_cache import Finding, findings
-from preprocessing.sources.untrusted.files import contents
+from preprocessing.sources.untrusted.files import contents, within
 from preprocessing.sources.untrusted.hdf5 import child, digest_of, numbers, own
 
 FPS = 20.0
@@ -119,7 +119,8 @@ def _dataset(file: Path) -> str | None:
     """The data set's name in the metadata, which is next to the file, or in its folder's."""
     for metadata in (file.parent / "metadata.json", file.parent.parent / "metadata.json"):
         try:
-            name = json.loads(contents(metadata, MAX_METADATA)).get("dataset_id")
+            with within(metadata.parent):  # the user may name the file or its folder
+                name = json.loads(contents(metadata, MAX_METADATA)).get("dataset_id")
             return name if isinstance(name, str) else None
         except (BadEpisode, OSError, ValueError, AttributeError, RecursionError):
             continue

@@ -26,7 +26,7 @@ from preprocessing.errors import BadEpisode
 from preprocessing.sources.hdf5_kinds import hdf5_files
 from preprocessing.sources.hdf5_streams import action_of, read_streams, short_name
 from preprocessing.sources.scan_cache import Finding, file_digest, findings
-from preprocessing.sources.untrusted.files import contents
+from preprocessing.sources.untrusted.files import contents, within
 from preprocessing.sources.untrusted.hdf5 import child, digest_of
 
 FPS = round(250 / 15, 2)
@@ -115,7 +115,8 @@ def _texts(file: Path) -> dict[str, str]:
     """The first sentence of each list beside the episode: ``seen`` in training, and ``unseen``."""
     sentences = file.parent.parent / "instructions" / f"{file.stem}.json"
     try:
-        table = json.loads(contents(sentences, MAX_INSTRUCTIONS))
+        with within(file.parent.parent):  # the user may name the folder of the episodes alone
+            table = json.loads(contents(sentences, MAX_INSTRUCTIONS))
     except (BadEpisode, OSError, ValueError, RecursionError):
         return {}
     lists = {key: table.get(key) for key in ("seen", "unseen")} if isinstance(table, dict) else {}
