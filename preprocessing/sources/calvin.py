@@ -21,7 +21,7 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -29,13 +29,13 @@ from typing import Any
 
 import numpy as np
 
-from preprocessing.episode import FRAMES_PER_CHUNK, ActionBlock, Episode, EpisodeRef
+from preprocessing.episode import FRAMES_PER_CHUNK, ActionBlock, Episode, EpisodeRef, Repair, Video
 from preprocessing.errors import BadEpisode, UserError
 from preprocessing.limits import limits
 from preprocessing.sources.scan_cache import Finding, file_digest, findings
 from preprocessing.sources.untrusted.files import contents
 from preprocessing.sources.untrusted.pickles import read_npy
-from preprocessing.video.frames import sliced_video
+from preprocessing.video.arrays import array_video
 
 FPS = 30.0
 RANGES = "ep_start_end_ids.npy"
@@ -92,19 +92,27 @@ def load(ref: EpisodeRef) -> Episode:
     files = list(stretch.files(folder))
     with _opened(files[0]) as first:
         held = {name.removesuffix(".npy") for name in first.namelist()}
-    cameras = {name: camera for name, camera in CAMERAS.items() if name in held}
+    cameras, repairs = dict[str, Video](), list[Repair]()
+    for name, camera in CAMERAS.items():
+        try:
+            if name in held:
+                cameras[camera], mended = _camera(files, name)
+                repairs += mended
+        except BadEpisode as error:
+            repairs.append(Repair("streams", f"{error}; left out"))
     others = [name for name in SIGNALS if name in held]
     vectors = _vectors(files, ["robot_obs", "rel_actions", *others])
     return Episode(
         ref=ref,
         fps=FPS,
-        cameras={camera: sliced_video(len(files), _frames_reader(files, name)) for name, camera in cameras.items()},
+        cameras=cameras,
         proprio={"robot_obs": vectors["robot_obs"]},
         action=vectors["rel_actions"],
         action_layout=LAYOUT,
         instruction=stretch.instruction,
         success=None,
         embodiment="panda",
+        repairs=tuple(repairs),
         signals={name: vectors[name] for name in others},
         texts={"language/ann": stretch.instruction} if stretch.instruction else {},
         split=folder.name if folder.name in SPLITS else None,
@@ -193,17 +201,19 @@ def _vectors(files: list[Path], names: list[str]) -> dict[str, np.ndarray]:
     return {name: np.stack(rows).astype(np.float32) for name, rows in found.items()}
 
 
-def _frames_reader(files: list[Path], name: str) -> Callable[[int, int], np.ndarray]:
-    def read(start: int, stop: int) -> np.ndarray:
-        images = []
-        for file in files[start:stop]:
-            with _opened(file) as arrays:
-                images.append(_array(file, arrays, name))
-        if any(image.dtype != np.uint8 or image.shape[2:] != (3,) for image in images):
-            raise BadEpisode(f"{name} is not an RGB image of uint8")
-        return np.stack(images)
+def _camera(files: list[Path], name: str) -> tuple[Video, list[Repair]]:
+    with _opened(files[0]) as arrays:
+        image = _array(files[0], arrays, name)
 
-    return read
+    def pieces() -> Iterator[np.ndarray]:
+        for file in files:
+            with _opened(file) as arrays:
+                row = _array(file, arrays, name)
+            if (row.shape, row.dtype) != (image.shape, image.dtype):
+                raise BadEpisode(f"{name} in {file.name} is {row.dtype} of shape {row.shape}, unlike the first")
+            yield row[None]
+
+    return array_video(name, image.shape, image.dtype, pieces)
 
 
 def _array(file: Path, arrays: zipfile.ZipFile, name: str) -> np.ndarray:

@@ -124,6 +124,19 @@ def test_an_encrypted_image(tmp_path):
         frames_of(episode, "static")
 
 
+def test_images_stored_in_other_ways(tmp_path):
+    folder = write_calvin(tmp_path / "x", numbered(3, 16), first=0)
+    for index, file in enumerate(sorted(folder.glob("episode_*.npz"))):
+        arrays = dict(np.load(file))
+        arrays["rgb_static"] = (numbered(3, 16)[index] / 255).transpose(2, 0, 1)
+        arrays["rgb_gripper"] = np.full((16, 16), 900, np.uint16)
+        np.savez(file, **arrays)
+    [episode] = episodes_of(folder)
+    assert np.array_equal(frames_of(episode, "static"), numbered(3, 16)) and list(episode.cameras) == ["static"]
+    told = [repair.text for repair in episode.repairs]
+    assert told[0] == "rgb_static has its channels first; moved last" and "rgb_gripper is uint16" in told[2]
+
+
 @pytest.mark.parametrize("text", [["push"], 7, b"push", {"a": "push"}])
 def test_an_instruction_that_is_not_text(tmp_path, text):
     [broken] = refs_of(write_calvin(tmp_path / "x", numbered(3, 16), first=0, sentences={(0, 2): text}))
