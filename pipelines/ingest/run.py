@@ -57,7 +57,7 @@ class IngestReport:
     without_action: int = 0  # new episodes of robot logs in which no action was found
     removed: int = 0  # episodes skipped because they were removed from the store earlier
     notes: list[str] = field(default_factory=list)
-    unread: Counter[str] = field(default_factory=Counter)  # files that are not read, by suffix
+    unread: dict[str, int] = field(default_factory=dict)  # files of kinds that are not read, by suffix
     expected: dict[str, float] | None = None  # dry run: frames to encode ("pictures"), seconds, bytes
     waiting: dict[str, float] = field(default_factory=dict)  # share of time that "decode" and "encode" spent waiting
 
@@ -122,9 +122,8 @@ def ingest(
         store = LatentStore.open(place) if dry_run and not absent else LatentStore.create(place)
         head = store.snapshot()
         report = IngestReport(None if absent else head.id, {"new": 0, "already": 0, "quarantined": 0, "filtered": 0})
-        report.notes += [note for survey in found for note in survey.notes]
-        for survey in found:
-            report.unread.update(survey.unread)
+        report.notes += [printable(note) for survey in found for note in survey.notes]
+        report.unread = dict(sum((survey.unread for survey in found), Counter()))
         contracts = _contracts(head, [*map(_source, places)], contract, report)
         plan = Plan(digests, recipe, contracts, _interfaces(head, contracts))
         with _shown("scan", " episodes") as (bar, label):

@@ -64,6 +64,7 @@ TABLE = {
     "video": Format(video, "*.mp4, *.mkv, *.webm, ...", actionless=True),
 }
 FORMATS: dict[str, Reader] = {name: format.reader for name, format in TABLE.items()}
+SLOWEST, FASTEST = 1e-4, 1e4  # frames a second: one in three hours, the fastest cameras
 MOST_REASONS = 6  # why streams were left out, of an episode without a camera
 UNREADABLE = "unreadable"  # in place of a format: what cannot be looked into, or holds no data
 ACTIONLESS = tuple(name for name, format in TABLE.items() if format.actionless)  # these may be thinned
@@ -244,7 +245,9 @@ def _at_most(episode: Episode, fps: float) -> Episode:
 
 
 def _check(episode: Episode) -> None:
-    """Check what every reader owes: arrays of one length, and a layout of exactly the action's columns."""
+    """Check what every reader owes: a rate, arrays of one length, and a layout of exactly the action's columns."""
+    if not SLOWEST <= episode.fps <= FASTEST:
+        raise BadEpisode(f"a rate of {episode.fps:g} frames a second; it must be between {SLOWEST:g} and {FASTEST:g}")
     rows = {name: len(values) for name, values in (episode.signals | episode.proprio).items()}
     if episode.action is not None:
         rows["action"] = len(episode.action)

@@ -68,6 +68,27 @@ def test_what_was_guessed_or_mended_is_told_and_kept(tmp_path: Path, uwm: Uwm) -
     assert [repairs.get("fps") for repairs in found].count("control rate unknown; 20 Hz assumed") == 2
 
 
+def test_what_is_not_read_is_told(tmp_path: Path, uwm: Uwm) -> None:
+    raw, store = tmp_path / "raw", tmp_path / "store"
+    raw.mkdir()
+    (raw / "run.mcap").touch()
+    code, report, _ = uwm("ingest", raw, "--store", store, "--image-size", "64", "--json")  # nothing but that
+    assert code == 3 and [row["reason"] for row in report["quarantine"]] == ["is empty"]
+    film = write_video(raw / "GX010042.MP4", moving(20)).read_bytes()
+    (raw / "GL010042.LRV").write_bytes(film + bytes(8))
+    for name in ("a.svo", "b.svo", "c.txt", os.fsdecode(b"\xb2.\xe2\xff"), "README.md"):
+        (raw / name).write_bytes(b"x")
+    for again in ([], ["--dry-run"]):
+        code, report, err = uwm("ingest", raw, "--store", store, "--image-size", "64", "--json", *again)
+        assert code == 3 and report["episodes"] | {"new": 0, "already": 0} == {
+            "new": 0, "already": 0, "quarantined": 1, "filtered": 0
+        }  # fmt: skip
+        assert report["unread"] == {".svo": 2, ".txt": 1, "without a suffix": 1}
+        assert "4 files of kinds that are not read: 2 .svo, 1 .txt, 1 without a suffix" in err
+        assert "1 proxy or preview file not read: GL010042.LRV repeats GX010042.MP4" in err
+    assert [row["uri"] for row in uwm("store", "episodes", store, "--json")[1]] == [str(raw / "GX010042.MP4")]
+
+
 def test_a_camera_that_is_of_no_use_is_left_out(tmp_path: Path, uwm: Uwm) -> None:
     """Black in every frame, frozen, broken in the middle, too short: whatever the format, the others go in."""
     path = write_demos(tmp_path / "raw" / "toy_demo.hdf5", demos=1, steps=20)

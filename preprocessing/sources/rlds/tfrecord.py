@@ -50,9 +50,10 @@ def records(shard: Path) -> Iterator[Finding]:
                 cut = f"truncated: {size - start} of {length + 16} bytes"
                 yield Finding(digest, f"record {index} at byte {start} of {shard.name} is {cut}")
                 return
-            digest, crc = _hash(file, start + 12, length)
+            too_long = length > limits().array_bytes
+            digest, crc = (_rest(file, start, size), 0) if too_long else _hash(file, start + 12, length)
             problem = None
-            if length > limits().array_bytes:
+            if too_long:
                 problem = f"is {length} bytes long, more than limits.array_bytes"
             elif _masked(crc) != struct.unpack("<I", file.read(4))[0]:
                 problem = "has a wrong checksum: its bytes are damaged"

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import socket
 import zipfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
+import h5py
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from helpers.formats import numbered, rlds_episode, write_calvin, write_demos, write_lerobot, write_rlds, write_video
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from test_bridge import toy as raw_bridge
 from test_droid import place
 from test_droid import toy as raw_droid
@@ -20,9 +26,10 @@ from test_replay_buffer import pusht
 from test_ros import scene, write_bag2, write_mcap
 
 from preprocessing.episode import EpisodeRef
-from preprocessing.errors import UserError
+from preprocessing.errors import BadEpisode, UserError
 from preprocessing.sources import episodes, find, load, survey
 
+EXAMPLES = int(os.environ.get("UWM_FUZZ_EXAMPLES", "25"))
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:%064d\nsize 9\n" % 0
 
 
@@ -199,7 +206,7 @@ def test_special_files_are_named_and_never_opened(tmp_path: Path, film: bytes, m
 
 # One file of a data set that its episode needs, by the end of its path.
 FILES = {
-    "lerobot": ["episode_000000.parquet", "episode_000000.mp4", "info.json"],
+    "lerobot": ["episode_000000.parquet", "episode_000000.mp4", "info.json", "tasks.jsonl", "episodes.jsonl"],
     "rlds": ["-00000-of-00001", "features.json"],
     "calvin": ["episode_0358483.npz", "auto_lang_ann.npy"],
     "droid": ["trajectory.h5", ".mp4"],
@@ -212,7 +219,7 @@ CASES = [(format, file) for format, files in FILES.items() for file in files]
 
 
 def spoilt(whole: Path, top: Path, format: str, file: str, how: Callable[[Path], object]) -> str:
-    """Why the episode cannot be read once one of its files was replaced."""
+    """Why episodes cannot be read, or not whole, once one of their files was replaced."""
     shutil.copytree(whole / format, top / "d" / "set", dirs_exist_ok=True)
     [found] = [path for path in (top / "d").rglob("*") if str(path).endswith(file) and "1.mp4" not in path.name][:1]
     shutil.move(found, top / "elsewhere")
@@ -220,11 +227,12 @@ def spoilt(whole: Path, top: Path, format: str, file: str, how: Callable[[Path],
     reasons = []
     for ref in refs_of(top / "d"):
         try:
-            for video in load(ref).cameras.values():
+            episode = load(ref)
+            for video in episode.cameras.values():
                 [*video.frames(8)]
-        except Exception as error:
-            reasons.append(f"{type(error).__name__}: {error}")
-    assert all(reason.startswith("BadEpisode") for reason in reasons)
+            reasons += [repair.text for repair in episode.repairs]
+        except BadEpisode as error:
+            reasons.append(str(error))
     return " ".join(reasons)
 
 
@@ -319,6 +327,76 @@ def test_films_beside_a_replay_buffer_are_read(tmp_path: Path, whole: Path, film
         ("video", "d"),
         ("video", "others"),
     ]
+
+
+@pytest.mark.parametrize("kind", ["mxf", "apng"])
+def test_other_containers_that_ffmpeg_reads(tmp_path: Path, kind: str) -> None:
+    codec, pixels = ("mpeg2video", "yuv420p") if kind == "mxf" else ("apng", "rgb24")
+    write_video(tmp_path / f"a.{kind}", numbered(4, 32), fps=25, codec=codec, pix_fmt=pixels)
+    [ref] = refs_of(tmp_path)
+    assert sum(len(frames) for frames in load(ref).cameras["video"].frames(8)) == 4
+
+
+@pytest.mark.parametrize("fps", [float("inf"), float("nan"), -5.0, 1e7])
+@pytest.mark.parametrize("format", ["lerobot", "hdf5"])
+def test_a_rate_that_is_none_is_refused(tmp_path: Path, whole: Path, format: str, fps: float) -> None:
+    shutil.copytree(whole / format, tmp_path / "d")
+    if format == "lerobot":
+        info = tmp_path / "d" / "meta" / "info.json"
+        info.write_text(json.dumps(json.loads(info.read_text()) | {"fps": fps}))
+        for table in (tmp_path / "d").rglob("*.parquet"):
+            pq.write_table(pq.read_table(table).drop_columns("timestamp"), table)
+    else:
+        with h5py.File(tmp_path / "d" / "a.hdf5", "a") as file:
+            file["data"].attrs["fps"] = fps
+    for ref in refs_of(tmp_path):
+        try:
+            assert 0 < load(ref).fps <= 1e4 and not fps > 0  # robomimic's reader takes its default
+        except BadEpisode as error:
+            assert "rate" in str(error)
+
+
+def test_a_long_shard_that_is_broken_is_not_read_to_its_end(tmp_path: Path, whole: Path) -> None:
+    shutil.copytree(whole / "rlds", tmp_path / "d")
+    with next((tmp_path / "d").glob("*.tfrecord*")).open("r+b") as file:
+        file.seek(0, 2)
+        file.truncate(file.tell() + 2**42)  # sparse; reading it would take an hour
+    good, broken = refs_of(tmp_path)
+    assert not good.problem and "wrong checksum" in str(broken.problem)
+
+
+# -------------------- any name
+
+NAMES = st.binary(min_size=1, max_size=40).map(os.fsdecode)
+NAMES |= st.text(min_size=1, max_size=40)
+NAMES |= st.sampled_from(
+    ["-rf", "a\nb.mp4", "\u202egpj.mp4", "x" * 250, "\udcb2.mp4", "%d.mp4", "a:b.mp4", "concat:a", " "]
+)
+
+
+@settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.lists(st.tuples(NAMES, st.sampled_from(["", ".mp4", ".tar", ".mcap", ".h5", ".zarr.zip", ".LRV"])), max_size=4)
+)
+def test_files_of_any_name_are_read_or_named(tmp_path: Path, film: bytes, parts: list[tuple[str, str]]) -> None:
+    top = tmp_path / "any"
+    put(top / "ok.mov", film)
+    made = set()
+    for number, (name, suffix) in enumerate(parts):
+        for path in (top / f"{name}{suffix}", top / name / f"b{suffix or '.mp4'}"):
+            with contextlib.suppress(OSError, ValueError):  # no name of a file here
+                if "/" not in name and name not in (".", "..") and not name.startswith("."):
+                    made.add(put(path, film + bytes(8 + number)))
+    try:
+        found = survey(top)
+        for _, ref in episodes(found, lambda _: None):
+            with contextlib.suppress(BadEpisode):
+                assert load(EpisodeRef(**json.loads(json.dumps(asdict(ref))))).cameras
+            made.discard(Path(ref.uri))
+        quiet = [path for path in made - {*found.copies} if path.suffix in (".mp4", ".tar", ".mcap", ".h5", ".zip")]
+        assert not quiet
+    finally:
+        shutil.rmtree(top)
 
 
 def test_one_mcap_is_one_episode(tmp_path: Path) -> None:
