@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from preprocessing.dataset.order import SHUFFLE_WINDOWS
 from preprocessing.encoders.vae import Precision
+from preprocessing.episode import Fit
 from preprocessing.errors import UserError
 from preprocessing.limits import Limits
 from preprocessing.quality.filters import Filters
@@ -33,6 +34,9 @@ class IngestRecipe(BaseModel):
     text_encoder: str | None = Field(default=None, description="text encoder whose instruction vectors are stored")
     image_size: int = Field(
         default=128, ge=32, description="side of a frame in pixels, a multiple of the encoders' stride (8)"
+    )
+    fit: Fit = Field(
+        default="stretch", description="how a frame becomes a square: stretch it, crop its centre, or pad it with black"
     )
     fps: float | None = Field(default=None, ge=0.01, description="maximum frame rate of videos without actions, in Hz")
     max_bad: float = Field(

@@ -15,6 +15,23 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 FRAMES_PER_CHUNK = 64
+# How a frame becomes a square: resized whole, its sides by different factors; its centre; whole, between black bars.
+Fit = Literal["stretch", "crop", "pad"]
+
+
+class Square(int):
+    """The side in pixels of the square that a camera's frames become, and how. A plain int stretches.
+
+    ``recorded`` is the (height, width) of the frames as recorded, upright and in square pixels, once one was read.
+    """
+
+    fit: Fit
+    recorded: tuple[int, int] | None
+
+    def __new__(cls, side: int, fit: Fit = "stretch") -> Square:
+        square = super().__new__(cls, side)
+        square.fit, square.recorded = fit, None
+        return square
 
 
 @dataclass(frozen=True)
@@ -41,11 +58,12 @@ class EpisodeRef:
 class Video:
     """One camera's frames, decoded only while iterated.
 
-    ``frames(size)`` yields uint8 ``[n, size, size, 3]`` RGB, upright, with n <= FRAMES_PER_CHUNK; the whole
-    frame is resized, nothing is cropped. ``size=None`` keeps the recorded height and width. It raises
-    :class:`BadEpisode` at broken bytes. ``turned`` means that the camera is recorded upside down and ``frames`` turns
-    it; a contract can override that. ``thin(share)``, if present, returns the same camera with that share of its
-    frames, for less work than dropping frames afterwards (used by :func:`preprocessing.video.frames.thinned`).
+    ``frames(size)`` yields uint8 ``[n, size, size, 3]`` RGB, upright, with n <= FRAMES_PER_CHUNK; an int resizes the
+    whole frame, a :class:`Square` says whether to crop or pad instead. ``size=None`` keeps the recorded height and
+    width. It raises :class:`BadEpisode` at broken bytes. ``turned`` means that the camera is recorded upside down and
+    ``frames`` turns it; a contract can override that. ``thin(share)``, if present, returns the same camera with that
+    share of its frames, for less work than dropping frames afterwards (used by
+    :func:`preprocessing.video.frames.thinned`).
     """
 
     frames: Callable[[int | None], Iterator[np.ndarray]]

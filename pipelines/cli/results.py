@@ -23,7 +23,10 @@ def show_ingest(report: Any, printer: Printer) -> None:
             f"{report.without_action} robot log{'s' * (report.without_action != 1)} without actions, to be trained on "
             "as videos; to name the actions: uwm contract infer SOURCE"
         )
+    if report.updated:
+        printer.show(f"updated {report.updated} of those already there: their contract is new, their latents are not")
     show_repairs(report.repairs, printer)
+    show_quality(report.quality, printer)
     printer.show(f"snapshot {report.snapshot}")
 
 
@@ -34,6 +37,23 @@ def show_repairs(repairs: list[Any], printer: Printer, most: int = 10) -> None:
         printer.show(f"noted in {count} episode{'s' * (count != 1)} ({field}): {repair['text']}")
     if len(repairs) > most:
         printer.show(f"{len(repairs) - most} other notes (to list all: --json)")
+
+
+def show_quality(quality: list[Any], printer: Printer) -> None:
+    """Print what is lost of each camera's frames, by encoder, and warn where it is much."""
+    from pipelines.ingest.quality import shape_note
+
+    for row in quality:
+        unknown = "stored unencoded" if row["encoder"] == "pixels" else "not measured"
+        lost = unknown if row["psnr"] is None else f"{row['psnr']:.1f} dB"
+        shape = shape_note(row)
+        names = f"{row['embodiment']}, {row['camera']}, {row['encoder']}"
+        printer.show(f"reconstruction {names}: {lost}{f'; {shape}' if shape else ''}")
+    for row in quality:
+        if row.get("note"):
+            say(f"warning: {row['note']}")
+        if row.get("picture"):
+            say(f"before and after: {row['picture']}")
 
 
 def show_dry_run(report: Any, printer: Printer) -> None:

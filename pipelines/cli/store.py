@@ -19,15 +19,16 @@ StoreArgument = Annotated[str, typer.Argument(metavar="URI", help="Latent store:
 
 @store_app.command("show")
 def show(uri: StoreArgument, at: SnapshotArgument = None, snapshot: SnapshotId = None, as_json: AsJson = False) -> None:
-    """Show counts by embodiment and encoder, repairs, and quarantined episodes."""
-    from pipelines.cli.results import show_repairs
+    """Show counts by embodiment and encoder, what encoders lose by camera, repairs, and quarantined episodes."""
+    from pipelines.cli.results import show_quality, show_repairs
+    from pipelines.ingest.quality import Qualities
     from preprocessing.store.rows import CountedRepairs
     from preprocessing.store.store import LatentStore
 
     state = LatentStore.open(uri).snapshot(one_snapshot(at, snapshot))
     groups: dict[tuple[str, ...], dict[str, Any]] = {}
-    columns = ("id", "embodiment", "encoder", "encoder_digest", "frames", "cameras", "action_dim")
-    rows = state.episodes([*columns, "repairs", "repair_fields"]).to_pylist()
+    columns = ("id", "key", "embodiment", "encoder", "encoder_digest", "frames", "cameras", "action_dim", "fit")
+    rows = state.episodes([*columns, "pictures", "repairs", "repair_fields"]).to_pylist()
     superseded = state.all_rows(["id"]).num_rows - len(rows)
     for row in rows:
         new: dict[str, Any] = {name: row[name] for name in ("embodiment", "encoder", "encoder_digest")}
@@ -50,6 +51,10 @@ def show(uri: StoreArgument, at: SnapshotArgument = None, snapshot: SnapshotId =
             f"{group['frames']:8} frames  "
             f"encoder {group['encoder']}  cameras {', '.join(group['cameras'])}"
         )
+    tally = Qualities()
+    tally.add(rows, state.psnr())
+    quality = [{k: v for k, v in row.items() if k not in ("note", "picture")} for row in tally.rows()]
+    show_quality(quality, printer)
     repairs = CountedRepairs()
     repairs.add(rows)
     show_repairs(repairs.counted(), printer)
@@ -60,7 +65,7 @@ def show(uri: StoreArgument, at: SnapshotArgument = None, snapshot: SnapshotId =
     if superseded:
         printer.show(f"{superseded} rows of earlier contracts and settings are superseded, and not counted above")
     found = {"embodiments": list(groups.values()), "repairs": repairs.counted(), "quarantine": quarantine}
-    printer.answer({"snapshot": state.id, **found, "filtered": filtered, "superseded": superseded})
+    printer.answer({"snapshot": state.id, **found, "filtered": filtered, "superseded": superseded, "quality": quality})
 
 
 @store_app.command("log")
@@ -230,6 +235,7 @@ def remove(
     as_json: AsJson = False,
 ) -> None:
     """Remove episodes for good, for example after consent is withdrawn. Later ingests skip them. Cannot be undone."""
+    from pipelines.ingest.quality import forget
     from preprocessing.store.store import LatentStore
 
     if not (episode or source):
@@ -242,6 +248,7 @@ def remove(
     if not dry_run:
         confirm(f"Remove {len(found)} episodes for good? This cannot be undone.", yes)
         found = store.remove([row["id"] for row in found], [])
+        forget(store.place, {row["id"] for row in found})
     head = store.snapshot().id
     if dry_run:
         printer.show(f"would remove {len(found)} episodes; nothing was changed")

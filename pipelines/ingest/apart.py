@@ -17,10 +17,12 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipelines.ingest.episode_reader import Plan
+
 
 @contextlib.contextmanager
-def apart(function: Callable[..., Iterator[pa.Table]], items: list[Any], **arguments: Any) -> Iterator[Any]:
-    """Start a process that calls ``function(item, **arguments)`` for each item; yield the iterator of its tables.
+def apart(function: Callable[..., Iterator[pa.Table]], items: list[Any], plan: Plan) -> Iterator[Any]:
+    """Start a process that calls ``function(item, plan=plan)`` for each item; yield the iterator of its tables.
 
     They have one schema. The iterator ends early if the process dies; leaving the block ends the process.
     """
@@ -29,12 +31,16 @@ def apart(function: Callable[..., Iterator[pa.Table]], items: list[Any], **argum
     modules = os.pathsep.join(map(os.path.abspath, sys.path))
     environment = os.environ | {"PYTHONPATH": modules, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        command,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=None if plan.verbose else subprocess.DEVNULL,
     )
     assert process.stdin and process.stdout
     try:
         with contextlib.suppress(BrokenPipeError):  # it died already; its stream is empty
-            pickle.dump((function, items, arguments), process.stdin)
+            pickle.dump((function, items, plan), process.stdin)
             process.stdin.close()
         yield _tables(process.stdout)
     finally:
@@ -53,10 +59,10 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent ends this process
     with os.fdopen(os.dup(1), "wb") as answers:
         os.dup2(2, 1)  # whatever a library prints must not get into the stream
-        function, items, arguments = pickle.load(sys.stdin.buffer)
+        function, items, plan = pickle.load(sys.stdin.buffer)
         writer = None
         for item in items:
-            for table in function(item, **arguments):
+            for table in function(item, plan=plan):
                 writer = writer or pa.ipc.new_stream(answers, table.schema)
                 writer.write_table(table)
                 answers.flush()

@@ -14,14 +14,25 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 from icechunk import ForkSession
 
 from pipelines.ingest.episode_reader import EpisodeRecord, Gate, Plan, Refusal, Work, refusal
+from pipelines.ingest.quality import Qualities
+from pipelines.ingest.stored import Stored
 from preprocessing.sources import ACTIONLESS
 from preprocessing.store.catalogue import as_table
-from preprocessing.store.rows import CameraRow, CountedRepairs, EpisodeRow, LocationRow, QuarantineRow, StatisticsRow
+from preprocessing.store.rows import (
+    CameraRow,
+    CountedRepairs,
+    EpisodeRow,
+    LocationRow,
+    PictureRow,
+    QuarantineRow,
+    StatisticsRow,
+)
 from preprocessing.store.statistics import Statistics, StatisticsColumns, merge
 from preprocessing.store.store import LatentStore
 
@@ -36,12 +47,14 @@ class Committer:
     Stops the job when more than ``max_bad`` episodes are quarantined, or when FAILURES commits in a row fail.
     """
 
-    def __init__(self, store: LatentStore, work: list[Work], plan: Plan, max_bad: float):
-        self.store = store
+    def __init__(self, store: LatentStore, work: list[Work], plan: Plan, stored: Stored, max_bad: float):
+        self.store, self._stored = store, stored
         self.snapshot: str | None = None
         self.episodes = self.already = self.frames = 0
         self.quarantine: list[QuarantineRow] = []
+        self.updated = 0  # episodes whose latents were there already: only their rows are new
         self.repairs = CountedRepairs()  # of the episodes that this ingest added
+        self.quality = Qualities()
         self.without_action = 0  # robot logs among them in which no action was found
         self.too_bad = False
         self.failure: Exception | None = None  # of the commit that stopped the job
@@ -125,6 +138,8 @@ class Committer:
                     else:
                         segments[row["first"]] = row
                 else:
+                    if pending.steps:  # as above
+                        pending.unused.append(pending.steps["place"])
                     pending.record, pending.steps = json.loads(row["record"]), row
         for episode, why in refusals.items():
             if episode in self._left:
@@ -155,7 +170,7 @@ class Committer:
             made: list[tuple[EpisodeRow, list[StatisticsRow]]] = []
             if pending.record and not pending.refusal:
                 try:  # what this episode cannot have stored must not fail the others' commit
-                    made = [_catalogue_rows(one, pending, name, key, self._plan) for name, key in one.keys.items()]
+                    made = [self._catalogue_rows(one, pending, name) for name in one.keys]
                     as_table("catalogue", [row for row, _ in made])
                     pending.refusal = self._gate.admit(one.source, pending.record)
                 except Exception as error:
@@ -164,6 +179,7 @@ class Committer:
             if pending.refusal:
                 batch.quarantine.append(pending.refusal.row(one))
                 batch.unused += [row["place"] for found in pending.segments.values() for row in found.values()]
+                batch.unused += [pending.steps["place"]] if pending.steps else []
                 continue
             shown = pending.record["cameras"] if pending.record else {}  # others were left out when they had been seen
             lost = [found for (_, camera), found in pending.segments.items() if camera not in shown]
@@ -171,21 +187,57 @@ class Committer:
             for row, statistics in made:
                 batch.rows.append(row)
                 batch.statistics += statistics
+                if pending.record and row["encoder"] in pending.record["reused"]:
+                    batch.bases[row["key"]] = one.bases[row["encoder"]]["key"]
+            for (encoder, camera), found in pending.segments.items():
+                samples = [segment["sample"] for segment in found.values() if segment["sample"]]
+                if samples:
+                    batch.samples[one.keys[encoder], camera] = samples[0]
         return batch
+
+    def _catalogue_rows(self, one: Work, pending: _Pending, encoder: str) -> tuple[EpisodeRow, list[StatisticsRow]]:
+        """Return the catalogue row of one encoding of an episode, and its statistics rows."""
+        assert pending.record is not None and pending.steps is not None
+        key, names = one.keys[encoder], pending.record["reused"].get(encoder)
+        if names is None:
+            cameras, pictures, statistics = _encoded(pending, encoder)
+        else:
+            cameras, pictures, statistics = self._stored.cameras(one.bases[encoder]["key"], names)
+        if "statistics" in pending.steps:
+            of_steps: StatisticsColumns = pending.steps["statistics"]
+            statistics.append({"key": key, "array": "steps", **of_steps})
+        columns = {name: value for name, value in pending.record.items() if name != "reused"}
+        row = columns | {
+            "key": key,
+            "encoder": encoder,
+            "encoder_digest": self._plan.encoders[encoder],
+            "cameras": cameras,
+            "pictures": pictures,
+            "steps": pending.steps["place"],
+        }
+        return cast(EpisodeRow, row), [cast(StatisticsRow, each | {"key": key}) for each in statistics]
 
     def _send(self, batch: _Batch) -> None:
         commit = self.store.commit(
-            batch.name, batch.forks, batch.rows, batch.statistics, batch.quarantine, batch.unused
+            batch.name, batch.forks, batch.rows, batch.statistics, batch.quarantine, batch.unused, batch.bases
         )
         self._batch = None
         self.snapshot = commit.snapshot
         new = [row for row in batch.rows if row["key"] in commit.keys]
+        encoded = [row for row in new if row["key"] not in batch.bases]
         self.repairs.add(new)
+        lost = {
+            (row["key"], row["array"]): (psnr, row["psnr_frames"] or 0)
+            for row in batch.statistics
+            if (psnr := row.get("psnr")) is not None
+        }
+        self.quality.add(encoded, lost, batch.samples)
         logs = {row["id"]: row["action_dim"] for row in new if row["format"] not in ACTIONLESS}
         self.without_action += sum(not width for width in logs.values())
-        frames = {row["id"]: row["frames"] for row in new}
+        frames = {row["id"]: row["frames"] for row in encoded}
         self.episodes += len(frames)
         self.frames += sum(frames.values())
+        self.updated += len({row["id"] for row in new} - frames.keys())
         self.already += len({row["id"] for row in batch.rows} - frames.keys())
         self.quarantine += batch.quarantine
         for episode in batch.episodes:
@@ -262,6 +314,7 @@ class _Pending:
         return all(
             sum(row["place"]["count"] for row in self.segments.get((encoder, camera), {}).values()) == count
             for encoder in encoders
+            if encoder not in self.record["reused"]
             for camera, count in self.record["cameras"].items()
         )
 
@@ -276,14 +329,14 @@ class _Batch:
     statistics: list[StatisticsRow] = field(default_factory=list)
     quarantine: list[QuarantineRow] = field(default_factory=list)
     unused: list[LocationRow] = field(default_factory=list)
+    bases: dict[str, str] = field(default_factory=dict)  # keys of rows, and of those whose latents they use again
+    samples: dict[tuple[str, str], bytes] = field(default_factory=dict)  # PNGs by key and camera
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
-def _catalogue_rows(
-    one: Work, pending: _Pending, encoder: str, key: str, plan: Plan
-) -> tuple[EpisodeRow, list[StatisticsRow]]:
-    """Return the catalogue row of one encoding of an episode, and its statistics rows."""
-    assert pending.record is not None and pending.steps is not None
+def _encoded(pending: _Pending, encoder: str) -> tuple[list[CameraRow], list[PictureRow], list[StatisticsRow]]:
+    """Return an episode's cameras as this ingest encoded them. The statistics have no key yet."""
+    assert pending.record is not None
     cameras: list[CameraRow] = []
     statistics: list[StatisticsRow] = []
     for camera in pending.record["cameras"]:
@@ -291,16 +344,8 @@ def _catalogue_rows(
         cameras.append({"name": camera, "segments": [segment["place"] for segment in found]})
         measured = [Statistics.from_row(segment["statistics"]) for segment in found if "statistics" in segment]
         if measured:
-            statistics.append({"key": key, "array": camera, **merge(measured).to_row()})
-    if "statistics" in pending.steps:
-        of_steps: StatisticsColumns = pending.steps["statistics"]
-        statistics.append({"key": key, "array": "steps", **of_steps})
-    row: EpisodeRow = {
-        **pending.record,
-        "key": key,
-        "encoder": encoder,
-        "encoder_digest": plan.encoders[encoder],
-        "cameras": cameras,
-        "steps": pending.steps["place"],
-    }
-    return row, statistics
+            values = [value for segment in found for value in segment["psnr"] or ()]
+            lost: Any = {"psnr": float(np.mean(values)), "psnr_frames": len(values)} if values else {}
+            row: StatisticsRow = {"key": "", "array": camera, **merge(measured).to_row()}
+            statistics.append(cast(StatisticsRow, row | lost))
+    return cameras, pending.record["pictures"] or [], statistics

@@ -5,20 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import NamedTuple
 
 import numpy as np
 
+from pipelines.ingest.stored import Base, reusable
 from pipelines.recipe import IngestRecipe
 from preprocessing import limits, sources
 from preprocessing.contracts.contract import DataContract
 from preprocessing.contracts.interface import InterfaceRow, Interfaces, NamedWidth
-from preprocessing.episode import Episode, EpisodeRef, Repair
+from preprocessing.episode import Episode, EpisodeRef, Repair, Square
 from preprocessing.errors import BadEpisode, UserError
 from preprocessing.quality.duplicates import Fingerprints
-from preprocessing.quality.filters import Inspector
+from preprocessing.quality.filters import Filters, Inspector
 from preprocessing.store.rows import EpisodeColumns, QuarantineRow, printable
 from preprocessing.store.snapshot import Snapshot
 
@@ -27,13 +28,17 @@ READER = version("unified-world-models")
 
 @dataclass(frozen=True)
 class Work:
-    """One episode to ingest. ``keys`` holds the key of its catalogue row for each encoder."""
+    """One episode to ingest. ``keys`` holds the key of its catalogue row for each encoder.
+
+    ``bases`` holds, for the encoders that have one, its row under another contract.
+    """
 
     ref: EpisodeRef
     source: str
     keys: dict[str, str]
     quarantine_key: str
     fps: float | None  # maximum frame rate, for episodes without actions
+    bases: dict[str, Base] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class Plan:
     recipe: IngestRecipe
     contracts: dict[str, DataContract | None]  # by source
     interfaces: Interfaces  # of stored episodes; on the driver, also of those accepted since
+    verbose: bool = False  # show what libraries print while they read
 
     @property
     def strictness(self) -> str:
@@ -72,37 +78,53 @@ class Refusal(NamedTuple):
 
 
 class EpisodeRecord(EpisodeColumns):
-    """An episode's catalogue row before encoding. ``cameras`` maps each camera to its number of frames."""
+    """An episode's catalogue row before encoding. ``cameras`` maps each camera to its number of frames.
+
+    ``reused`` maps encoders whose stored latents serve again to the cameras and their names in the base.
+    """
 
     cameras: dict[str, int]
+    reused: dict[str, dict[str, str]]
 
 
 class Reading:
     """An episode being read: first all ``frames``, then the ``record``.
 
-    Every method may raise; :func:`refusal` turns the exception into a reason.
+    ``encoders`` are those that need the frames; the others' latents are in the store. Every method may raise;
+    :func:`refusal` turns the exception into a reason.
     """
 
-    def __init__(self, ref: EpisodeRef, source: str, fps: float | None, plan: Plan):
+    def __init__(self, work: Work, plan: Plan):
         limits.use(plan.recipe.limits)
-        self._source, self._plan = source, plan
+        self._source, self._plan = work.source, plan
+        contract = plan.contracts[work.source]
         self._breaks: list[str] | None = [] if plan.recipe.keep_broken else None
-        self.episode = sources.load(ref, plan.contracts[source], fps, self._breaks)
-        if reason := plan.interfaces.broken_by(source, _interface_row(self.episode)):
+        self.episode = sources.load(work.ref, contract, work.fps, self._breaks)
+        if reason := plan.interfaces.broken_by(work.source, _interface_row(self.episode)):
             raise BadEpisode(reason)
         self._counts: dict[str, int] = {}
         self._left_out: dict[str, str] = {}  # cameras that break or do not fit, and why
+        self._sizes: dict[str, tuple[int, int]] = {}
         self._inspector = Inspector(plan.recipe.quality, self.episode)
+        self._reused = reusable(work.ref, work.bases, contract, work.fps)
+        self.encoders = [name for name in work.keys if name not in self._reused]
+        base = next((work.bases[name] for name in self._reused), None)
+        self._base = base if base and not self.encoders and _judged(base, plan.recipe.quality) else None
 
     def frames(self) -> Iterator[tuple[str, int, np.ndarray]]:
         """Yield (camera, index of the first frame, up to 64 frames uint8 ``[n, S, S, 3]``).
 
-        A camera that breaks is left out, unless it was the last one.
+        A camera that breaks is left out, unless it was the last one. Nothing is decoded if the store has all latents,
+        and the filters have seen these frames.
         """
+        if self._base:
+            self._counts = dict.fromkeys(next(iter(self._reused.values())), self._base["frames"])
+            return
         for camera, video in self.episode.cameras.items():
             self._counts[camera] = 0
+            square = Square(self._plan.recipe.image_size, self._plan.recipe.fit)
             try:
-                for frames in video.frames(self._plan.recipe.image_size):
+                for frames in video.frames(square):
                     self._inspector.frames(camera, frames)
                     yield camera, self._counts[camera], frames
                     self._counts[camera] += len(frames)
@@ -110,6 +132,8 @@ class Reading:
                 self._left_out[camera] = str(error)
                 if len(self._left_out) == len(self.episode.cameras):
                     raise
+            if square.recorded:
+                self._sizes[camera] = square.recorded
 
     def record(self) -> tuple[EpisodeRecord, np.ndarray]:
         """Return the catalogue row without storage locations, and the steps float32 ``[T, D]``.
@@ -121,12 +145,26 @@ class Reading:
             self._inspector.forget(camera)
         counts = {camera: count for camera, count in self._counts.items() if camera not in self._left_out}
         row, steps = _record(self.episode, counts, self._plan, self._source)
+        row["reused"] = self._reused
         if sources.digest(self.episode.ref) != self.episode.ref.digest:
             raise BadEpisode("the source changed while it was read; ingest it again when it is complete")
+        if self._base:
+            row["spans"], row["fingerprint"] = self._base["spans"], self._base["fingerprint"]
+            # What was found while the frames were decoded is still true of them.
+            kinds, told = ("quality", "frames", "streams"), row["repairs"]
+            more = [(field, text) for field, text in self._base["repairs"] if field in kinds and text not in told]
+            row["repairs"] += [text for _, text in more]
+            row["repair_fields"] = [*(row["repair_fields"] or ()), *(field for field, _ in more)]
+            return row, steps
         verdict = self._inspector.verdict()
         if verdict.filter:
             raise _Filtered(verdict.filter, verdict.reason)
         row["cameras"] = {camera: count for camera, count in counts.items() if camera not in verdict.dead}
+        row["pictures"] = [
+            {"camera": name, "height": height, "width": width}
+            for name, (height, width) in self._sizes.items()
+            if name in row["cameras"]
+        ]
         whole = verdict.spans == [(0, row["frames"])]
         row["spans"] = None if whole else [{"first": first, "stop": stop} for first, stop in verdict.spans]
         row["fingerprint"] = verdict.fingerprint.hex() if verdict.fingerprint else None
@@ -136,6 +174,12 @@ class Reading:
         row["repairs"] += [repair.text for repair in repairs]
         row["repair_fields"] = [*(row["repair_fields"] or ()), *(repair.field for repair in repairs)]
         return row, steps
+
+
+def _judged(base: Base, filters: Filters) -> bool:
+    """Return whether the base says all that these filters would say of the same frames."""
+    parts = filters.idle or filters.shots or base["spans"] is not None  # may depend on the action
+    return not parts and (filters.near_duplicates is None or base["fingerprint"] is not None)
 
 
 class _Filtered(Exception):
@@ -248,6 +292,9 @@ def _record(episode: Episode, counts: dict[str, int], plan: Plan, source: str) -
         "repair_fields": [repair.field for repair in repairs],
         "source": source,
         "image_size": plan.recipe.image_size,
+        "fit": plan.recipe.fit,
+        "pictures": None,
+        "reused": {},
         "split": episode.split,
         "signals": _widths(signals),
         "texts": [{"name": name, "text": text} for name, text in episode.texts.items()],

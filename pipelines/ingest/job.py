@@ -93,15 +93,28 @@ def encoder_resources() -> dict[str, Any]:
 
 
 def read_on_ray(
-    function: Callable[[Any], Iterator[pa.Table]], items: list[Any], address: str | None, verbose: bool
+    function: Callable[[Any], Iterator[pa.Table]],
+    died: Callable[[Any, Exception], pa.Table],
+    items: list[Any],
+    address: str | None,
+    verbose: bool,
 ) -> Iterator[pa.Table]:
-    """Yield the tables of ``function(item)`` for each item, in the order in which they are done."""
+    """Yield the tables of ``function(item)`` for each item, in the order in which they are done.
 
-    def task(batch: pa.Table) -> Iterator[pa.Table]:
-        for one in batch.to_pylist():
-            yield from function(one)
-
+    For an item that killed its process, the table is ``died(item, error)``.
+    """
     with cluster(address, verbose), data_context():
+        inbox = ActorInbox()
+
+        def task(batch: pa.Table) -> Iterator[pa.Table]:
+            for one in batch.to_pylist():
+                try:
+                    _give_up(inbox, one)
+                except RuntimeError as error:
+                    yield died(one, error)
+                else:
+                    yield from function(one)
+
         read = ray.data.from_items(items, override_num_blocks=min(len(items), 512)).map_batches(
             task,
             batch_size=1,
@@ -144,8 +157,7 @@ def decode(batch: pa.Table, plan: Plan, count: Any, inbox: ActorInbox) -> Iterat
     [one] = batch.to_pylist()
     episode, clock = ref(one), Clock(count, "decode")
     try:
-        if inbox.begin(episode.id) > TRIES:  # Ray itself would retry for ever
-            raise RuntimeError(f"the process that read it died {TRIES} times; it may be too large for memory")
+        _give_up(inbox, one)
         for row in stages.decode(one, plan):
             clock.wait()  # Ray blocks this task here while the encoders are behind
             yield row
@@ -153,6 +165,12 @@ def decode(batch: pa.Table, plan: Plan, count: Any, inbox: ActorInbox) -> Iterat
     except Exception as error:  # one broken file must not end a job over thousands
         # Not as a row: when Ray reruns a task, it drops as many rows as the task had yielded before.
         inbox.refuse(episode.id, refusal(error, episode))
+
+
+def _give_up(inbox: ActorInbox, item: dict[str, Any]) -> None:
+    """Raise RuntimeError if the episode was begun TRIES times before: Ray itself would retry for ever."""
+    if inbox.begin(ref(item).id) > TRIES:
+        raise RuntimeError(f"the process that read it died {TRIES} times; it may be too large for memory")
 
 
 class LatentSink(Datasink[None]):

@@ -23,6 +23,8 @@ from infra.progress import Meter, watch
 from pipelines.ingest import local
 from pipelines.ingest.committer import Committer
 from pipelines.ingest.episode_reader import READER, Plan, Work
+from pipelines.ingest.quality import QualityRow
+from pipelines.ingest.stored import Stored
 from pipelines.recipe import IngestRecipe, load_recipe
 from preprocessing import limits, sources
 from preprocessing.contracts.contract import DataContract
@@ -55,6 +57,8 @@ class IngestReport:
     filtered: list[dict[str, Any]] = field(default_factory=list)  # uri, index, filter, reason
     repairs: list[CountedRepair] = field(default_factory=list)  # of new episodes
     without_action: int = 0  # new episodes of robot logs in which no action was found
+    updated: int = 0  # of those already there: their contract is new, their latents are not
+    quality: list[QualityRow] = field(default_factory=list)  # what the encoders lose, by camera
     removed: int = 0  # episodes skipped because they were removed from the store earlier
     notes: list[str] = field(default_factory=list)
     unread: dict[str, int] = field(default_factory=dict)  # files of kinds that are not read, by suffix
@@ -73,7 +77,7 @@ class IngestReport:
     @property
     def bound_by(self) -> str | None:
         """Return the bottleneck, "encoding" or "decoding"; None if nothing was encoded."""
-        if "encode" not in self.waiting:
+        if "encode" not in self.waiting or not self.frames:
             return None
         return "encoding" if 1 - self.waiting["encode"] > BUSY else "decoding"
 
@@ -125,16 +129,17 @@ def ingest(
         report.notes += [printable(note) for survey in found for note in survey.notes]
         report.unread = dict(sum((survey.unread for survey in found), Counter()))
         contracts = _contracts(head, [*map(_source, places)], contract, report)
-        plan = Plan(digests, recipe, contracts, _interfaces(head, contracts))
+        plan = Plan(digests, recipe, contracts, _interfaces(head, contracts), verbose)
+        stored = Stored(head)
         with _shown("scan", " episodes") as (bar, label):
-            work = _new_work(_episodes(found, bar, label), store, plan, retry, report)
+            work = _new_work(_episodes(found, bar, label), store, plan, stored, retry, report)
         report.episodes["new"] = len(work)
         _check_contracts(work, plan)
         if work:
             if dry_run:
                 _dry_run(work, plan, head, report, address, verbose)
             else:
-                _run(store, work, plan, report, address, verbose)
+                _run(store, work, plan, stored, report, address, verbose)
         if recipe.text_encoder and not dry_run:
             report.snapshot = keep_instruction_vectors(store, recipe.text_encoder)
     report.seconds = round(time.monotonic() - began, 2)
@@ -174,9 +179,11 @@ def _dry_run(
     for one in seen:
         if one.refusal:
             report.refuse(one.refusal.row(one.work))
-    going = [one.row for one in seen if one.row and not one.refusal]
-    report.episodes["new"] = len(going)
-    report.frames = sum(row["frames"] for row in going)
+    going = [one for one in seen if one.row and not one.refusal]
+    report.updated = sum(not one.encoders for one in going)
+    report.episodes["new"] = len(going) - report.updated
+    report.episodes["already"] += report.updated
+    report.frames = sum(one.row["frames"] for one in going if one.row and one.encoders)
     report.expected = asdict(expected(seen, plan, address, verbose))
 
 
@@ -261,7 +268,12 @@ def _as_json(contract: DataContract | None) -> str | None:
 
 
 def _new_work(
-    refs: Iterable[tuple[str, EpisodeRef]], store: LatentStore, plan: Plan, retry: bool, report: IngestReport
+    refs: Iterable[tuple[str, EpisodeRef]],
+    store: LatentStore,
+    plan: Plan,
+    stored: Stored,
+    retry: bool,
+    report: IngestReport,
 ) -> list[Work]:
     """Return the episodes that the store does not hold yet; count all others in the report."""
     head = store.snapshot()
@@ -271,9 +283,9 @@ def _new_work(
     seen: set[str] = set()
     work = []
     for source, ref in refs:
-        contract, size = plan.contracts[source], plan.recipe.image_size
+        contract, size, fit = plan.contracts[source], plan.recipe.image_size, plan.recipe.fit
         rate = plan.recipe.fps if ref.format in sources.ACTIONLESS else None  # robot logs keep their actions' rate
-        keys = {name: work_key(ref.id, contract, d, size, rate) for name, d in plan.encoders.items()}
+        keys = {name: work_key(ref.id, contract, d, size, rate, fit) for name, d in plan.encoders.items()}
         missing = {name: key for name, key in keys.items() if key not in known}
         quarantine_key = work_key(ref.id, contract, plan.strictness, 0, None)
         if ref.id in removed:
@@ -283,17 +295,25 @@ def _new_work(
         elif quarantine_key in refused:
             report.refuse(refused[quarantine_key])
         else:
-            work.append(Work(ref, source, missing, quarantine_key, rate))
+            bases = {name: stored.base(ref, plan.encoders[name], size, rate, fit) for name in missing}
+            held = {name: base for name, base in bases.items() if base}
+            work.append(Work(ref, source, missing, quarantine_key, rate, held))
         seen.add(ref.id)
     return work
 
 
 def _run(
-    store: LatentStore, work: list[Work], plan: Plan, report: IngestReport, address: str | None, verbose: bool
+    store: LatentStore,
+    work: list[Work],
+    plan: Plan,
+    stored: Stored,
+    report: IngestReport,
+    address: str | None,
+    verbose: bool,
 ) -> None:
     """Encode and commit the episodes: a few in this process, many on Ray."""
     max_bad = plan.recipe.max_bad
-    committer = Committer(store, work, plan, max_bad=max(ENOUGH_TO_JUDGE - 1, max_bad * len(work)))
+    committer = Committer(store, work, plan, stored, max_bad=max(ENOUGH_TO_JUDGE - 1, max_bad * len(work)))
     meter = Meter()
     with tqdm(total=len(work), desc="ingest", unit="ep", mininterval=0.5) as bar:
 
@@ -335,6 +355,8 @@ def _run(
     report.episodes["new"] = committer.episodes
     report.repairs, report.without_action = committer.repairs.counted(), committer.without_action
     report.episodes["already"] += committer.already
+    report.updated = committer.updated
+    report.quality = committer.quality.draw(store.place)
     for row in committer.quarantine:
         report.refuse(row)
 

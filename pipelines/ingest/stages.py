@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from pipelines.ingest.episode_reader import Plan, Reading, Refusal, Work
+from pipelines.ingest.quality import Sampler
 from preprocessing.encoders.vae import BATCH, PIXELS
 from preprocessing.episode import EpisodeRef
 from preprocessing.store.statistics import Statistics
@@ -31,44 +33,54 @@ ROW = pa.schema(
     [
         ("episode", pa.string()),
         ("camera", pa.string()),  # null in the row that carries the record
+        ("embodiment", pa.string()),
         ("encoders", pa.list_(pa.string())),  # those that will encode these frames, or the one that has
         ("first", pa.int64()),
         ("shape", pa.list_(pa.int64())),
         ("data", pa.large_binary()),  # uint8 frames, then latents or pixels; float32 steps with the record
         ("record", pa.string()),  # JSON: a catalogue row without storage locations
+        ("psnr", pa.list_(pa.float64())),  # of some encoded frames (quality.Reconstructed)
+        ("sample", pa.binary()),
     ]
 )
 
 
 def item(work: Work) -> dict[str, Any]:
     """Return what ``decode`` needs of an episode, as columns of a table."""
-    return {"ref": json.dumps(asdict(work.ref)), "source": work.source, "encoders": list(work.keys), "fps": work.fps}
+    values = asdict(work)
+    return {"ref": json.dumps(values.pop("ref")), "work": json.dumps(values)}
 
 
 def ref(item: dict[str, Any]) -> EpisodeRef:
     return EpisodeRef(**json.loads(item["ref"]))
 
 
+def work_of(item: dict[str, Any]) -> Work:
+    return Work(ref(item), **json.loads(item["work"]))
+
+
 def decode(item: dict[str, Any], plan: Plan) -> Iterator[pa.Table]:
     """Yield an episode as rows: its cameras' frames 64 at a time, then its record. May raise anything."""
-    episode, encoders = ref(item), item["encoders"]
-    reading = Reading(episode, item["source"], item["fps"], plan)
+    one = work_of(item)
+    reading = Reading(one, plan)
     for camera, first, frames in reading.frames():
-        yield row(episode.id, frames, camera, encoders, first)
+        if reading.encoders:
+            yield row(one.ref.id, frames, camera, reading.episode.embodiment, reading.encoders, first)
     record, steps = reading.record()
-    yield row(episode.id, steps, record=record)
+    yield row(one.ref.id, steps, record=record)
 
 
 def row(
     episode: str,
     data: np.ndarray,
     camera: str | None = None,
+    embodiment: str | None = None,
     encoders: Sequence[str] = (),
     first: int = 0,
     record: Mapping[str, Any] | None = None,
 ) -> pa.Table:
     raw, text = np.ascontiguousarray(data).tobytes(), json.dumps(record) if record else None
-    values: list[Any] = [episode, camera, list(encoders), first, data.shape, raw, text]
+    values: list[Any] = [episode, camera, embodiment, list(encoders), first, data.shape, raw, text, [], None]
     return pa.table([[value] for value in values], schema=ROW)
 
 
@@ -98,18 +110,28 @@ class Encode:
     """
 
     def __init__(self, plan: Plan, count: Callable[..., None], refuse: Callable[[str, Refusal], None]):
+        self._plan, self._count, self._refuse = plan, count, refuse
+        self._sampler = Sampler()
+        self._clock: Clock | None = None  # starts with the first rows: waiting before them is not waiting for decoders
+
+    @cached_property
+    def encoders(self) -> dict[str, Any]:
+        """The encoders by name, loaded with the first frames: a new contract may need none."""
         import torch  # imported lazily: slow, and workers that decode or write do not need it
 
         from preprocessing.encoders.vae import load_encoder
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.encoders = {name: load_encoder(name, device, plan.recipe.precision) for name in plan.encoders}
+        return {name: load_encoder(name, device, self._plan.recipe.precision) for name in self._plan.encoders}
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor | None:
+        import torch
+
         # Threads that encode different frames wait for nobody. Those that share a layer wait for each other at its
         # end: 2.5 times slower as soon as another process has one of two cores. Ray's workers have one thread.
-        threads = min(torch.get_num_threads(), THREADS) if device == "cpu" else 1
-        self._pool = ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) if threads > 1 else None
-        self._count, self._refuse = count, refuse
-        self._clock: Clock | None = None  # starts with the first rows: waiting before them is not waiting for decoders
+        threads = 1 if torch.cuda.is_available() else min(torch.get_num_threads(), THREADS)
+        return ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) if threads > 1 else None
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         if not batch.num_rows:  # without columns, too, if every episode was refused
@@ -121,14 +143,18 @@ class Encode:
         rows = batch.drop_columns(["data"]).to_pylist()
         done = [row | {"data": bytes(data[i])} for i, row in enumerate(rows) if row["camera"] is None]
         self._count(episodes=len(done))
-        for name, encoder in self.encoders.items():
+        for name in self._plan.encoders:
             mine = [i for i, row in enumerate(rows) if name in row["encoders"]]
             if not mine:
                 continue
+            encoder = self.encoders[name]
             frames = [np.frombuffer(data[i], np.uint8).reshape(rows[i]["shape"]) for i in mine]
-            for i, chunk in zip(mine, self._encoded(encoder, frames, [rows[i]["episode"] for i in mine]), strict=True):
+            encoded = self._encoded(encoder, frames, [rows[i]["episode"] for i in mine])
+            for i, source, chunk in zip(mine, frames, encoded, strict=True):
                 if chunk is not None:
-                    done.append(rows[i] | {"encoders": [name], "shape": list(chunk.shape), "data": chunk.tobytes()})
+                    lost = self._sampler.measure(name, encoder, rows[i]["embodiment"], rows[i]["camera"], source, chunk)
+                    made = {"encoders": [name], "shape": list(chunk.shape), "data": chunk.tobytes()}
+                    done.append(rows[i] | made | lost)
             self._count(frames=sum(map(len, frames)))
         self._clock.wait()
         return pa.Table.from_pylist(done, schema=ROW)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from preprocessing.dataset.embodiment import Embodiment
 from preprocessing.dataset.normalizer import Normalizer
+from preprocessing.episode import Fit
 from preprocessing.errors import UserError
 from uwm_model.config import DiffusionConfig, ModelConfig
 from uwm_model.kinds import build
@@ -46,6 +47,7 @@ class Settings(BaseModel):
     encoder: str
     encoder_digest: str
     image_size: int = 0  # side of the encoded frames in pixels; 0 in old checkpoints: see frame_size
+    fit: Fit = "stretch"  # how a frame of another shape becomes a square
     stride: int = 8  # of the encoder: pixels per latent
     text_encoder: str | None = None
     text_encoder_digest: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from pipelines.models.checkpoint import Settings
@@ -9,6 +10,7 @@ from pipelines.recipe import Recipe
 from preprocessing.dataset.loader import LatentDataset, WindowShape
 from preprocessing.dataset.selection import check_names, left_out, only_from, source_names, split
 from preprocessing.encoders.vae import PIXELS
+from preprocessing.episode import Fit
 from preprocessing.errors import UserError
 from preprocessing.store.rows import EpisodeRow, TrainingRow
 from preprocessing.store.snapshot import Snapshot
@@ -76,6 +78,17 @@ def training_rows(rows: list[TrainingRow], recipe: Recipe, store_uri: str) -> li
         raise UserError(f"{store_uri}: no episode to train on, all are held out; lower validation_share")
     source_names(chosen, recipe.mixture)
     return [row for row in chosen if not left_out(row, recipe.mixture)]
+
+
+def fit_of(rows: Sequence[EpisodeRow], store_uri: str) -> Fit:
+    """Return how the frames of these rows became squares. Raises UserError if they did so in several ways."""
+    found = Counter(row["fit"] or "stretch" for row in rows)
+    if len(found) > 1:
+        held = ", ".join(f"{fit} ({count} episodes)" for fit, count in found.items())
+        raise UserError(
+            f"{store_uri}: its frames became squares in several ways: {held}; ingest all with the same --set fit=..."
+        )
+    return next(iter(found))
 
 
 def stride_of(row: EpisodeRow, shape: Sequence[int]) -> int:

@@ -16,6 +16,7 @@ from preprocessing.contracts.interface import Interface
 from preprocessing.dataset.embodiment import Embodiment
 from preprocessing.encoders.text import TextEncoder, load_text_encoder
 from preprocessing.encoders.vae import load_encoder
+from preprocessing.episode import Square
 from preprocessing.errors import UserError
 from uwm_model.augment import centre
 from uwm_model.batch import Batch
@@ -67,8 +68,9 @@ class Policy:
         self.spec.interface.require(interface, who)
 
     @property
-    def image_size(self) -> int:
-        return self.settings.frame_size
+    def image_size(self) -> Square:
+        """The side in pixels of the square frames that the model sees, and how frames of other shapes become such."""
+        return Square(self.settings.frame_size, self.settings.fit)
 
     def act(
         self,

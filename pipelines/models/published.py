@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from pipelines.models import checkpoint
 from pipelines.models.checkpoint import SPARE_EMBODIMENTS
-from pipelines.models.data import stride_of
+from pipelines.models.data import fit_of, stride_of
 from pipelines.recipe import load_recipe
 from preprocessing.cache import cache_folder
 from preprocessing.dataset.embodiment import FARTHEST, Embodiment, describe
@@ -22,6 +23,7 @@ from preprocessing.dataset.normalizer import MINIMUM_RANGE, Normalizer
 from preprocessing.dataset.selection import by_embodiment, choose_encoder
 from preprocessing.encoders.vae import PIXELS
 from preprocessing.errors import UserError
+from preprocessing.store.rows import TrainingRow
 from preprocessing.store.store import LatentStore
 from uwm_model.published import load_published, read_published
 
@@ -29,6 +31,7 @@ ENCODER = "sdxl-vae"  # of the published models; as a folder it has the folder's
 OTHERS = ("tiny", "taesdxl", PIXELS)  # encoders that published models do not use
 ALL = 0.9999  # share of episodes to hold out: it is unknown which ones the model was trained on
 BEYOND = 1.5  # maximum magnitude of the store's normalised actions
+SQUARE = 0.02  # maximum relative difference of the sides of frames that are square, or 4 : 3
 EXACT = 0.02  # maximum distance of the normalised extremes from -1 and 1 if the normaliser was fitted to this store
 
 
@@ -76,6 +79,7 @@ def adopt(
         raise UserError(
             f"{file}: sees {sizes[0]} pixels; {store_uri} holds {sizes[1]}; ingest with --image-size {sizes[0]} or more"
         )
+    _same_view(file, store_uri, rows[name], extend)
     known = {}
     if found.action_dim == config.action_dim:
         normalizer = _normalizer(held.action_normalizer, found, file)
@@ -87,6 +91,7 @@ def adopt(
         encoder=rows[name][0]["encoder"],
         encoder_digest=encoder,
         image_size=shape[2] * stride,
+        fit=fit_of(rows[name], store_uri),
         stride=stride,
         embodiments=known,
         store=snapshot.uri,
@@ -102,6 +107,33 @@ def adopt(
     if not folder.exists():
         checkpoint.save(folder, model.state_dict(), settings)
     return folder
+
+
+def _same_view(file: Path, store_uri: str, rows: Sequence[TrainingRow], extend: bool) -> None:
+    """Raise UserError if the model saw its frames in other proportions than the store has them.
+
+    The published code scales whole frames, to 240 x 320 for DROID's 180 x 320, and crops 224 x 224. The file does not
+    tell which: its models' frames were square (LIBERO's) or DROID's. So square frames are right, as is the centre of
+    4 : 3; squashed frames are wrong, and any other shape has no square like the model's. A model that is finetuned
+    (``extend``) may get used to another section of the frame, but is not given squashed ones.
+    """
+    fit = fit_of(rows, store_uri)
+    for row in rows:
+        for picture in row["pictures"] or ():
+            height, width = picture["height"], picture["width"]
+            square, tv = (abs(width * b - height * a) <= SQUARE * b * width for a, b in ((1, 1), (4, 3)))
+            if square or (tv and fit == "crop") or (extend and fit != "stretch"):
+                continue
+            way = "ingest with --set fit=crop" if extend or tv else "no square has the model's proportions"
+            raise UserError(
+                f"{file}: its model saw whole frames of 240 x 320, cropped to 224 x 224; {store_uri} holds frames of "
+                f"{picture['camera']}, {width} x {height}, as squares (fit: {fit}); {way}"
+            )
+        if row["pictures"] is None and "droid" in f"{row['format']} {row['source']} {row['contract']}".lower():
+            raise UserError(
+                f"{file}: its model saw DROID's frames as 240 x 320, cropped to 224 x 224; {store_uri} holds them "
+                "squashed to squares; no square has the model's proportions"
+            )
 
 
 def _normalizer(numbers: dict[str, np.ndarray], embodiment: Embodiment, file: Path) -> Normalizer:

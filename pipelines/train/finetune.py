@@ -18,7 +18,7 @@ from infra import tracking
 from pipelines.console import say
 from pipelines.models import checkpoint
 from pipelines.models.checkpoint import Normalizers, Settings
-from pipelines.models.data import stride_of, training_rows
+from pipelines.models.data import fit_of, stride_of, training_rows
 from pipelines.models.resolve import resolve
 from pipelines.recipe import Recipe
 from pipelines.train.embodiments import Embodiments, keep_slots, match_embodiments, model_inputs
@@ -61,6 +61,11 @@ def plan(initial: Path, store_uri: str, recipe: Recipe, snapshot_id: str | None 
             f"ingest with: uwm ingest SOURCE --store {store_uri} --encoder {parent.encoder}"
         )
     rows = training_rows(all_rows, recipe, store_uri)
+    if (fit := fit_of(rows, store_uri)) != parent.fit:
+        raise UserError(
+            f"{store_uri}: its frames became squares by {fit}, those of the model by {parent.fit}; ingest with: "
+            f"uwm ingest SOURCE --store {store_uri} --set fit={parent.fit}"
+        )
     known_text = recipe.text_encoder in (None, parent.text_encoder)
     text = parent.text_encoder_digest if known_text else recipe.text_encoder
     language: dict[str, Any] = {"text_encoder": None, "text_encoder_digest": None, "text_width": 0}

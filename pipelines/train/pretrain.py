@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pipelines.models.checkpoint import SPARE_EMBODIMENTS, Settings
-from pipelines.models.data import stride_of, training_rows
+from pipelines.models.data import fit_of, stride_of, training_rows
 from pipelines.recipe import Recipe
 from pipelines.train.run import RunOptions, tracked
 from pipelines.train.trainable import learning
@@ -69,6 +69,7 @@ def plan(store_uri: str, recipe: Recipe, snapshot_id: str | None = None) -> Sett
         encoder=rows[0]["encoder"],
         encoder_digest=rows[0]["encoder_digest"],
         image_size=stride * shape[2],
+        fit=fit_of(rows, store_uri),
         stride=stride,
         **text,
         embodiments=embodiments,

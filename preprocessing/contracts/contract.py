@@ -134,6 +134,14 @@ class DataContract(BaseModel):
             split=(self.splits or {}).get(episode.split or "", episode.split),
         )
 
+    def pictures(self, episode: Episode) -> dict[str, tuple[str, bool, bool]]:
+        """Return what each camera shows, by its name in the store, of an episode as its reader returns it: the recorded
+        name, whether the rows are reversed, and whether red and blue are exchanged.
+        """
+        names = {name: name for name in episode.cameras} if self.cameras is None else self.cameras
+        turned = {name for name, video in episode.cameras.items() if video.turned} if self.flip is None else self.flip
+        return {stored: (name, name in turned, name in (self.bgr or ())) for name, stored in names.items()}
+
     def _cameras(self, episode: Episode) -> dict[str, Video]:
         cameras = episode.cameras
         for field in ("cameras", "flip", "bgr"):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -187,6 +187,17 @@ def load(
     ``fps`` frames a second; a robot log keeps its control rate. With ``breaks``, a video that breaks ends there, and
     the reason is appended to the list when its frames are read.
     """
+    episode = _recorded(ref)
+    episode = contract.apply(episode) if contract else _with_shipped_contract(episode)
+    episode = replace(_with_actions_or_a_word(episode), embodiment=_slug(episode.embodiment))
+    episode = _at_most(episode, fps) if fps else episode
+    if breaks is None or ref.format not in ACTIONLESS:
+        return episode
+    return replace(episode, cameras={name: until_broken(video, breaks) for name, video in episode.cameras.items()})
+
+
+def _recorded(ref: EpisodeRef) -> Episode:
+    """Return the episode as its reader does, without a contract."""
     if ref.problem:
         raise BadEpisode(ref.problem)
     try:
@@ -197,12 +208,24 @@ def load(
     except BREAKS as error:
         raise BadEpisode(f"cannot be read as {ref.format}: {type(error).__name__}: {error}") from error
     _check(episode)
-    episode = contract.apply(episode) if contract else _with_shipped_contract(episode)
-    episode = replace(_with_actions_or_a_word(episode), embodiment=_slug(episode.embodiment))
-    episode = _at_most(episode, fps) if fps else episode
-    if breaks is None or ref.format not in ACTIONLESS:
-        return episode
-    return replace(episode, cameras={name: until_broken(video, breaks) for name, video in episode.cameras.items()})
+    return episode
+
+
+def pictures(
+    ref: EpisodeRef, contracts: Sequence[DataContract | None], fps: float | None = None
+) -> list[dict[str, tuple[Hashable, ...]]]:
+    """Return, for each contract, what the cameras' frames are by name: where values are equal, so are the frames.
+
+    ``fps`` is as in ``load``, which raises the same errors.
+    """
+    recorded = _recorded(ref)
+    found: list[dict[str, tuple[Hashable, ...]]] = []
+    for contract in contracts:
+        known = contract or _shipped(recorded) or DataContract()
+        rate = known.apply(recorded).fps
+        thinned_by = fps / rate if fps and fps < rate else 1.0
+        found.append({name: (*shown, thinned_by) for name, shown in known.pictures(recorded).items()})
+    return found
 
 
 def _with_actions_or_a_word(episode: Episode) -> Episode:
@@ -230,9 +253,13 @@ def _with_shipped_contract(episode: Episode) -> Episode:
 
 def shipped_contract(episode: Episode) -> DataContract | None:
     """Return the shipped contract that ``load`` applied to this episode, if any."""
-    for known in shipped_for(episode.dataset):
+    return _shipped(load(episode.ref, DataContract()))
+
+
+def _shipped(recorded: Episode) -> DataContract | None:
+    for known in shipped_for(recorded.dataset):
         with suppress(UserError):
-            known.apply(load(episode.ref, DataContract()))
+            known.apply(recorded)
             return known
     return None
 

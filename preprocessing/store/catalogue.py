@@ -20,6 +20,7 @@ from preprocessing.store.rows import printable
 
 LOCATION = pa.struct([("array", pa.string()), ("start", pa.int64()), ("count", pa.int64()), ("checksum", pa.string())])
 NAMED = pa.list_(pa.struct([("name", pa.string()), ("width", pa.int64())]))  # consecutive columns of the steps
+PICTURE = pa.struct([("camera", pa.string()), ("height", pa.int64()), ("width", pa.int64())])
 SPAN = pa.struct([("first", pa.int64()), ("stop", pa.int64())])
 CATALOGUE = pa.schema(
     [
@@ -50,6 +51,8 @@ CATALOGUE = pa.schema(
         ("spans", pa.list_(SPAN)),  # frames that training may use, no window across two spans; null: all
         ("fingerprint", pa.string()),  # hexadecimal (quality/duplicates.py); null: not computed
         ("image_size", pa.int64()),  # pixels a side of the encoded frames; null before version 0.2
+        ("fit", pa.string()),  # preprocessing.episode.Fit; null: stretch
+        ("pictures", pa.list_(PICTURE)),  # of each camera (PictureRow); null before version 0.2
     ]
 )
 STATISTICS = pa.schema(
@@ -62,6 +65,8 @@ STATISTICS = pa.schema(
         ("min", pa.list_(pa.float64())),
         ("max", pa.list_(pa.float64())),
         ("quantiles", pa.list_(pa.float32())),  # at the RANKS (store/statistics.py) of column 0, then of column 1, ...
+        ("psnr", pa.float64()),  # dB, of reconstructed frames of a camera; null: not measured
+        ("psnr_frames", pa.int64()),  # how many those were
     ]
 )
 QUARANTINE = pa.schema(

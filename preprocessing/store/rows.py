@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from preprocessing.contracts.interface import NamedWidth
+from preprocessing.episode import Fit
 from preprocessing.store.statistics import Statistics, StatisticsColumns
 
 
@@ -62,6 +63,14 @@ class CameraRow(TypedDict):
     segments: list[LocationRow]
 
 
+class PictureRow(TypedDict):
+    """A camera's frames as recorded: upright, in square pixels."""
+
+    camera: str
+    height: int
+    width: int
+
+
 class Span(TypedDict):
     """Frames ``[first, stop)`` of an episode."""
 
@@ -101,6 +110,8 @@ class EpisodeColumns(TypedDict):
     spans: list[Span] | None
     fingerprint: str | None
     image_size: int | None
+    fit: Fit | None
+    pictures: list[PictureRow] | None
 
 
 class EpisodeRow(EpisodeColumns):
@@ -132,10 +143,12 @@ class BriefRow(TypedDict):
 
 
 class StatisticsRow(StatisticsColumns):
-    """A row of STATISTICS."""
+    """A row of STATISTICS. Few cameras' frames are reconstructed to measure their PSNR."""
 
     key: str
     array: str
+    psnr: NotRequired[float | None]
+    psnr_frames: NotRequired[int | None]
 
 
 class QuarantineRow(TypedDict):

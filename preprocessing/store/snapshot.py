@@ -117,6 +117,17 @@ class Snapshot:
         found = [Statistics.from_row(row) for row in rows if row["key"] in chosen]
         return merge(found) if found else None
 
+    def all_statistics(self) -> pa.Table:
+        """Return the statistics (STATISTICS) of all catalogue rows."""
+        return read_tables(self._store, "statistics")
+
+    def psnr(self) -> dict[tuple[str, str], tuple[float, int]]:
+        """Return the measured PSNR in dB and the number of frames, by catalogue row and camera."""
+        columns = ("key", "array", "psnr", "psnr_frames")
+        table = read_tables(self._store, "statistics", columns)
+        rows = table.filter(pc.is_valid(table["psnr"])).to_pylist()
+        return {(row["key"], row["array"]): (row["psnr"], row["psnr_frames"]) for row in rows}
+
     def read(self, locations: Sequence[LocationRow]) -> np.ndarray:
         """Return the rows of these locations as one array, e.g. a camera's segments -> float16 ``[T, C, h, w]``.
 

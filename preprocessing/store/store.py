@@ -25,7 +25,7 @@ import re
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -217,10 +217,13 @@ class LatentStore:
         statistics: Sequence[StatisticsRow],
         quarantine: Sequence[QuarantineRow],
         unused: Sequence[LocationRow] = (),
+        bases: Mapping[str, str] | None = None,
     ) -> Commit:
         """Make the writers' arrays and these rows (CATALOGUE, STATISTICS, QUARANTINE) visible in one transaction.
 
         Episodes that were added or removed meanwhile by others are left out, and blanked like ``unused`` locations.
+        ``bases`` maps the keys of rows that point to latents of another row to that row's key: they are left out where
+        the head has no such row, and nothing but their steps is ever blanked.
         ``name`` is unique to this commit: repeating it after an error with an unknown outcome commits only once.
         """
 
@@ -230,8 +233,9 @@ class LatentStore:
             new: list[EpisodeRow] = []
             blank = list(unused)
             for row in episodes:
-                if row["key"] in known or row["id"] in removed:
-                    blank += _places(row)
+                base = (bases or {}).get(row["key"])
+                if row["key"] in known or row["id"] in removed or (base and base not in known):
+                    blank += [row["steps"]] if base else _places(row)
                 else:
                     known[row["key"]] = row["id"]
                     new.append(row)
@@ -249,7 +253,8 @@ class LatentStore:
             counts |= {"quarantined": len(quarantine) - filtered, "filtered": filtered}
             message = f"ingest {len(frames)} episodes"
             if updated := len({row["id"] for row in new} & stored):  # other contract, encoder or size
-                counts["updated"], message = updated, f"{message}, update {updated}"
+                counts["updated"] = updated
+                message = f"{message}, update {updated}" if frames else f"update {updated} episodes"
             return message, counts
 
         head = self._commit(name, change, forks)

@@ -30,7 +30,7 @@ from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from preprocessing.episode import Repair, Video
 from preprocessing.errors import BadEpisode
 from preprocessing.limits import limits
-from preprocessing.video.frames import check_pixels, chunks, thinned
+from preprocessing.video.frames import check_pixels, chunks, scaled, squared, thinned
 from preprocessing.video.thinning import (
     Choice,
     DecodeState,
@@ -196,8 +196,8 @@ def decode(path: Path | str, size: int | None, choose: Choice = all_frames) -> I
                 if times > MAX_REPEATS:
                     raise BadEpisode(f"shows one frame for the duration of {times}: its clock jumps")
                 # The size may change midway (web conferences, joined videos): the first one applies.
-                shape = shape or ((size, size) if size else _shown(frame, stream))
-                yield from repeat(_upright(frame, _rgb(frame, reformatter, *shape)), times)
+                shape = shape or _shape(frame, stream, size)
+                yield from repeat(squared(_upright(frame, _rgb(frame, reformatter, *shape)), size), times)
         except av.FFmpegError as error:
             raise BadEpisode(f"{_declared(stream)}breaks after {state.frames}: {error.strerror}") from None
         if state.frames == 0:
@@ -206,11 +206,16 @@ def decode(path: Path | str, size: int | None, choose: Choice = all_frames) -> I
             raise BadEpisode(f"{_declared(stream)}ends after {state.frames}: the file is cut off")
 
 
-def _shown(frame: av.VideoFrame, stream: av.VideoStream) -> tuple[int, int]:
-    """Width and height in square pixels."""
-    width = max(1, round(frame.width * (stream.sample_aspect_ratio or 1)))
-    check_pixels(width, frame.height)
-    return width, frame.height
+def _shape(frame: av.VideoFrame, stream: av.VideoStream, size: int | None) -> tuple[int, int]:
+    """Width and height to scale the coded frame to: in square pixels, or what ``size`` asks of the upright frame."""
+    width, height = max(1, round(frame.width * (stream.sample_aspect_ratio or 1))), frame.height
+    if size is None:
+        check_pixels(width, height)
+    if _is_sideways(frame):
+        width, height = scaled(width, height, size)  # of the upright frame: width rows, height columns
+        return width, height
+    height, width = scaled(height, width, size)
+    return width, height
 
 
 def _declared(stream: av.VideoStream) -> str:
@@ -303,14 +308,24 @@ def _upright(frame: av.VideoFrame, image: np.ndarray) -> np.ndarray:
 
     Only quarter turns and mirrors are applied; shear and scale are ignored.
     """
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if not isinstance(matrix, SideData):
-        return image
-    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
-    if abs(b) > abs(a):  # columns become rows
+    a, b, c, d = _matrix(frame)
+    if _is_sideways(frame):  # columns become rows
         image = image.transpose(1, 0, 2)
         a, d = c, b
     return np.ascontiguousarray(image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+
+
+def _is_sideways(frame: av.VideoFrame) -> bool:
+    a, b, _, _ = _matrix(frame)
+    return abs(b) > abs(a)
+
+
+def _matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if not isinstance(matrix, SideData):
+        return 1, 0, 0, 1
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+    return a, b, c, d
 
 
 def _decode_share(path: Path | str, size: int | None, share: float) -> Iterator[np.ndarray]:

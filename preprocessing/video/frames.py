@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from preprocessing.episode import FRAMES_PER_CHUNK, Video
+from preprocessing.episode import FRAMES_PER_CHUNK, Square, Video
 from preprocessing.errors import BadEpisode
 from preprocessing.limits import limits
 
@@ -161,13 +161,46 @@ def decode_image(data: bytes) -> np.ndarray:
 
 
 def resize(frames: np.ndarray, size: int | None) -> np.ndarray:
-    """Resize uint8 ``[T, H, W, 3]`` to ``[T, size, size, 3]``: area averages when shrinking, else bilinear."""
-    if size is None or frames.shape[1:3] == (size, size):
+    """Resize uint8 ``[T, H, W, 3]`` to ``[T, size, size, 3]``: area averages when shrinking, else bilinear.
+
+    A :class:`Square` says how another shape becomes a square. Raises BadEpisode for one that is far too long for it.
+    """
+    height, width = frames.shape[1:3]
+    rows, columns = scaled(height, width, size)
+    if size is None or (rows, columns) == (height, width) == (size, size):
         return frames
     # Pillow widens its filters with the reduction, so both average instead of skipping pixels. When growing, a box
     # filter would merely repeat pixels.
-    method = Image.Resampling.BOX if size <= min(frames.shape[1:3]) else Image.Resampling.BILINEAR
-    return np.stack([np.asarray(Image.fromarray(frame).resize((size, size), method)) for frame in frames])
+    method = Image.Resampling.BOX if rows <= height and columns <= width else Image.Resampling.BILINEAR
+    whole = (np.asarray(Image.fromarray(frame).resize((columns, rows), method)) for frame in frames)
+    return np.stack([squared(frame, size) for frame in whole])
+
+
+def scaled(height: int, width: int, size: int | None) -> tuple[int, int]:
+    """Return (height, width) to which a frame of this shape is scaled before ``squared``; a Square notes the shape."""
+    if size is None:
+        return height, width
+    if isinstance(size, Square):
+        size.recorded = height, width
+        if size.fit != "stretch":
+            factor = size / (min if size.fit == "crop" else max)(height, width)
+            rows, columns = max(1, round(height * factor)), max(1, round(width * factor))
+            check_pixels(columns, rows)
+            return rows, columns
+    return int(size), int(size)
+
+
+def squared(frame: np.ndarray, size: int | None) -> np.ndarray:
+    """Cut the centre out of a scaled frame uint8 ``[h, w, 3]``, or put black bars around it: ``[size, size, 3]``."""
+    height, width = frame.shape[:2]
+    if size is None or height == width == size:
+        return frame
+    top, left = max(height - size, 0) // 2, max(width - size, 0) // 2
+    frame = frame[top : top + size, left : left + size]
+    above, before = (size - frame.shape[0]) // 2, (size - frame.shape[1]) // 2
+    whole = np.zeros((size, size, 3), np.uint8)
+    whole[above : above + frame.shape[0], before : before + frame.shape[1]] = frame
+    return whole
 
 
 def chunks(frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:

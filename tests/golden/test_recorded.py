@@ -27,8 +27,10 @@ from pipelines.recipe import Recipe, load_recipe
 from pipelines.train.checkpoints import RunFolder
 from pipelines.train.driver import train
 from pipelines.train.run import RunRecord, _identity, adopted, is_same
+from preprocessing.episode import Fit, Square
 from preprocessing.errors import UserError
 from preprocessing.store.store import LatentStore
+from preprocessing.video.frames import resize, sliced_video
 
 COMMAND = [
     "steps=8", "checkpoint_every=4", "workers=1", "model.width=8", "model.depth=1", "model.heads=1",
@@ -92,6 +94,16 @@ def test_its_actions_are_clipped_where_its_data_ended(run: Path, tmp_path: Path)
         proprio = {name: np.zeros((1, observed, width), np.float32) for name, width in policy.spec.proprio}
         normalised = policy.spec.action_normalizer.apply(policy.act(images, proprio))
         np.testing.assert_allclose(normalised, acted, atol=1e-4)
+
+
+@pytest.mark.parametrize("fit", ["stretch", "crop", "pad"])
+def test_live_frames_become_squares_as_the_training_datas_did(run: Path, fit: Fit) -> None:
+    policy = Policy(run / "checkpoint")
+    assert policy.image_size == 32 and policy.image_size.fit == "stretch", "as before there was a choice"
+    policy.settings = policy.settings.model_copy(update={"fit": fit})
+    live = np.random.default_rng(0).integers(0, 256, (2, 48, 80, 3), np.uint8)
+    [ingested] = sliced_video(2, lambda start, stop: live[start:stop]).frames(Square(32, fit))
+    np.testing.assert_array_equal(resize(live, policy.image_size), ingested)
 
 
 def test_the_same_command_resumes_its_run(run: Path) -> None:

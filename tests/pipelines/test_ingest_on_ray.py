@@ -17,7 +17,7 @@ import pytest
 from helpers.formats import numbered, quadrants, write_demos, write_video
 from helpers.rows import differences
 
-from pipelines.ingest import committer, local
+from pipelines.ingest import committer, dry_run, local
 from pipelines.ingest import job as ingest_job
 from pipelines.ingest import run as verb
 from pipelines.ingest.episode_reader import Plan
@@ -126,7 +126,7 @@ def test_files_that_change_vanish_or_kill_their_reader_are_quarantined_and_retri
 ) -> None:
     for name, count in (("changing", 30), ("deadly", 100), ("staying", 32), ("vanishing", 31)):
         write_video(tmp_path / f"{name}.mp4", numbered(count))
-    store, scan, decode = str(tmp_path / "store"), sources.scan, ingest_job.decode
+    store, scan, decode, read_one = str(tmp_path / "store"), sources.scan, ingest_job.decode, dry_run.read_one
 
     def scan_then_change_files(*arguments: Any) -> Any:
         refs = list(scan(*arguments))
@@ -140,6 +140,15 @@ def test_files_that_change_vanish_or_kill_their_reader_are_quarantined_and_retri
             if "deadly" in batch["ref"][0].as_py():
                 os.kill(os.getpid(), signal.SIGKILL)
 
+    def die_in_a_dry_run(each: Any, plan: Plan) -> Any:
+        if "deadly" in each["ref"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield from read_one(each, plan)
+
+    monkeypatch.setattr(dry_run, "read_one", die_in_a_dry_run)
+    would = ingest([str(tmp_path)], store, IngestRecipe(image_size=64), dry_run=True)
+    assert would.episodes == {"new": 3, "already": 0, "quarantined": 1, "filtered": 0}
+    assert "died 3 times" in would.quarantine[0]["reason"] and would.quarantine[0]["uri"].endswith("deadly.mp4")
     monkeypatch.setattr(sources, "scan", scan_then_change_files)
     monkeypatch.setattr(ingest_job, "decode", die)
     monkeypatch.setattr(local, "decode_or_refuse", deadly)  # it begins without Ray, where dying is seen once

@@ -200,6 +200,37 @@ def test_an_episode_counts_once_however_often_it_was_ingested(tmp_path: Path, uw
     assert len(everything) == 3 and is_blank(store, store.snapshot().id, everything)
 
 
+def test_a_row_that_uses_the_latents_of_another_never_blanks_them(tmp_path: Path) -> None:
+    store = LatentStore.create(str(tmp_path / "store"))
+    empty, first = store.snapshot().id, fill(store, ["a", "b"], frames=20)
+    [base, _] = store.snapshot(first).episodes().to_pylist()
+
+    def described(key: str) -> Any:
+        fork = store.fork()
+        row, statistics = write_episode(fork, key, {}, np.ones((20, 5), np.float32), 3, id="a")
+        row["cameras"] = base["cameras"]
+        return fork, row, statistics
+
+    def added(key: str) -> bool:
+        fork, row, statistics = described(key)
+        commit = store.commit(key, [fork], [row], statistics, [], bases={row["key"]: base["key"]})
+        return row["key"] in commit.keys
+
+    assert added("new") and len(store.snapshot().episodes(["id"])) == 2
+    fork, twice, statistics = described("new")  # the same work of another ingest
+    store.commit("late", [fork], [twice], statistics, [], bases={twice["key"]: base["key"]})
+    head = store.snapshot()
+    assert not list(head.verify()) and not is_blank(store, head.id, base["cameras"][0]["segments"])
+    store.rollback(empty)
+    assert not added("after the rollback") and not len(store.snapshot().episodes(["id"])), (
+        "its latents are not in the head"
+    )
+    store.rollback(head.id)
+    store.remove(["a"], [])
+    assert not added("after the removal") and is_blank(store, store.snapshot().id, base["cameras"][0]["segments"])
+    assert not list(store.snapshot().verify())
+
+
 def test_a_removed_episode_is_blanked_and_stays_out(tmp_path: Path) -> None:
     store = LatentStore.create(str(tmp_path / "store"))
     before = fill(store, ["apple", "axe", "bee"], frames=150)
