@@ -8,11 +8,23 @@ import re
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import mlflow
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient as MlflowClient
+
+OPENS_ON_RUNS = {"mlflow.experimentKind": "custom_model_development"}  # otherwise the UI opens on traces of chats
+
+
+def ui() -> str:
+    """Return what opens MLflow: the server's address, or the command that starts one. Holds no password."""
+    uri = connect()
+    if not uri.startswith("http"):
+        return f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite:") else "mlflow ui"
+    parts = urlsplit(uri)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def connect(uri: str | None = None) -> str:
@@ -33,7 +45,7 @@ def start_run(experiment: str, name: str, tags: dict[str, str]) -> str:
         root = None
         if uri.startswith("sqlite:///"):
             root = (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri()
-        experiment_id = client.create_experiment(experiment, artifact_location=root)
+        experiment_id = client.create_experiment(experiment, artifact_location=root, tags=OPENS_ON_RUNS)
     else:
         experiment_id = found.experiment_id
     return client.create_run(experiment_id, run_name=name, tags=tags).info.run_id

@@ -120,6 +120,9 @@ def show_training_plan(settings: Any, recipe: Any, printer: Printer, notes: list
 
 
 def show_trained_run(run_id: str, folder: Path, printer: Printer, **more: Any) -> None:
+    from infra import tracking
+
     version = f", {more['name']} version {more['version']}" if "version" in more else ""
     printer.show(f"run {run_id}: checkpoint in {folder}{version}")
+    say(f"curves and files in MLflow: {tracking.ui()}")
     printer.answer({"run_id": run_id, "checkpoint": str(folder), **more})

@@ -131,13 +131,22 @@ def _trained(
 
 def _new_run(kind: str, asked: dict[str, str | None], settings: Settings, recipe: Recipe) -> RunRecord:
     tags = {"kind": kind, "store": settings.store, "snapshot": settings.snapshot, "parent": settings.parent or ""}
-    run_id = tracking.start_run("unified-world-models", recipe.name, tags | _code())
+    run_id = tracking.start_run("unified-world-models", run_title(recipe, settings), tags | _code())
     settings.run_id = run_id
     # A tag keeps the snapshot from being collected, so that the run's data stays readable.
     LatentStore.open(settings.store).tag(f"run-{run_id}", settings.snapshot)
     name = f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{run_id[:6]}"
     tracking.log_settings(run_id, _resolved(recipe, settings))
     return RunRecord(identity=_identity(kind, asked, recipe.model_dump()), name=name, settings=settings)
+
+
+def run_title(recipe: Recipe, settings: Settings) -> str:
+    """Return the run's name in MLflow: recipe, task or robots, number of parameters."""
+    tasks = recipe.instructions or [*settings.embodiments]
+    with torch.device("meta"):
+        millions = sum(weight.numel() for weight in settings.build().parameters()) / 1e6
+    shown = ", ".join(tasks[:3]) + (f" and {len(tasks) - 3} more" if len(tasks) > 3 else "")
+    return f"{recipe.name}: {shown}, {millions:.1f} M"[:250]
 
 
 def _resolved(recipe: Recipe, settings: Settings) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from uwm_model.model import Model
 from uwm_model.randomness import SampleGenerators
 
 BATCHES, SIZE = 4, 64
+PICTURES = "held-out frames - now - predicted - true"  # the image's name in MLflow
 SHOWN_WINDOWS = 4  # in the image of predicted frames
 
 
@@ -92,7 +93,7 @@ class Validation:
             columns = [self._encoder.decode(latents[:, camera]) for camera in cameras for latents in shown]
             return np.concatenate(list(np.concatenate(columns, axis=2)), axis=0)
 
-        return f"now_{self._mode}_true", draw
+        return PICTURES, draw
 
     @cached_property
     def _encoder(self) -> Any:

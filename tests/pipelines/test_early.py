@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from infra.cluster import check_address, cluster
 from pipelines.models import checkpoint
 from pipelines.recipe import load_recipe
 from pipelines.train.pretrain import plan
+from pipelines.train.run import run_title
+from pipelines.train.validation import PICTURES
 from preprocessing.encoders.vae import encoder_digest
 from preprocessing.store.store import LatentStore
 
@@ -174,3 +177,19 @@ def test_versions_that_differ_from_the_cluster_are_one_line(monkeypatch: pytest.
     with pytest.raises(ConnectionError, match=told), cluster("auto"):
         pass
     assert check_address("auto") == "auto"
+
+
+def test_mlflow_names_runs_and_pictures_for_people(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = checkpoint.load_settings(lab["model"])
+    assert re.fullmatch(r"pretrain: left, right, \d\.\d M", run_title(load_recipe("small", SMALL), settings))
+    recipe = load_recipe("small", [*SMALL, "instructions=[close the drawer]"])
+    assert run_title(recipe, settings).startswith("pretrain: close the drawer, ")
+    tracking.connect()
+    tracking.log_image(lab["run"], np.zeros((8, 24, 3), np.uint8), PICTURES, 1)
+    client = tracking.MlflowClient()
+    assert client.list_artifacts(lab["run"], "images")[0].path.startswith(f"images/{PICTURES}+step+1")
+    experiment = client.get_experiment(client.get_run(lab["run"]).info.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    assert tracking.ui() == f"mlflow ui --backend-store-uri sqlite:///{lab['root'] / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@lab.example/mlflow")
+    assert tracking.ui() == "https://lab.example/mlflow"
