@@ -100,13 +100,13 @@ def _evaluations(run_id: str | None, scratch: Path) -> dict[str, Path]:
         return {}
     parts = {file.stem: json.loads(file.read_text()) for file in sorted(logged.glob("*.json"))}
     whole = parts.pop("evaluation", None)
-    opened = [part for part in parts.values() if part.get("open_loop")]
+    opened = sorted((part for part in parts.values() if part.get("open_loop")), key=lambda part: bool(part.get("fast")))
     closed = [part for part in parts.values() if part.get("closed_loop")]
     if not opened and not closed:  # recorded by an earlier version
         return {"this model": logged} if whole else {}
     folders: dict[str, Path] = {}
     for number, numbers in enumerate(closed or [{}]):
-        last = numbers | opened[0] if opened and number == len(closed or [{}]) - 1 else numbers
+        last = opened[0] | numbers if opened and number == len(closed or [{}]) - 1 else numbers
         task = last["closed_loop"]["task"] if "closed_loop" in last else ""
         label = (task if len(closed) > 1 else "this model") + " (fast)" * bool(last.get("fast"))
         folder = scratch / f"{number}"
