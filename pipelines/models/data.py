@@ -47,7 +47,7 @@ def dataset(
         mixture,
         recipe.shuffle_windows,
         tell,
-        inside=recipe.windows == "inside",
+        inside=recipe.windows == "inside" and not validation,
     )
 
 

@@ -83,8 +83,8 @@ def adopt(
     known = {}
     if found.action_dim == config.action_dim:
         normalizer = _normalizer(held.action_normalizer, found, file)
-        seen = found.cameras[: config.cameras]
-        known = {name: dataclasses.replace(found, cameras=seen, action_normalizer=normalizer, action_reach=())}
+        seen, reach = found.cameras[: config.cameras], (1.0,) * config.action_dim  # published samplers clip at 1
+        known = {name: dataclasses.replace(found, cameras=seen, action_normalizer=normalizer, action_reach=reach)}
     settings = checkpoint.Settings(
         model=config,
         diffusion=model.diffusion_config,
