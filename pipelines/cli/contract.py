@@ -43,11 +43,15 @@ def infer(
         raise UserError(f"{output}: already exists; choose another file")
     if output:
         check_writable(output.parent, "--output")
-    found, measured = _measure(source, format, episodes, None)
+    places, measured = _measure(source, format, episodes, None, one_format=True)
     if not measured.episodes:
         reason = measured.problems[0][1] if measured.problems else "it holds no episodes"
         raise UserError(f"{source}: no readable episode: {reason}")
-    text = contract_yaml(measured, f"{source} ({', '.join(found)})")
+    kind, first = places[0]
+    sets = [path.name for _, path in places]
+    others = f" and {len(sets) - 5} more" if len(sets) > 5 else ""
+    which = f", {len(sets)} of them: {', '.join(sets[:5])}{others}" if len(sets) > 1 else f" in {first.name}"
+    text = contract_yaml(measured, f"{source} ({kind}{which})")
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text)
@@ -85,7 +89,7 @@ def check(
     if lag:
         printer.show(lag.said)
     for repair, count in measured.repairs().most_common():
-        printer.show(f"repaired or guessed in {count} episodes: {repair}")
+        printer.show(f"noted in {count} episode{'s' * (count != 1)}: {repair}")
     for remark in remarks:
         printer.show(f"{'WRONG' if remark.wrong else 'look'}: {remark.line}")
     wrong = sum(remark.wrong for remark in remarks)
@@ -123,8 +127,13 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME", help="Shipped contr
     typer.echo(DataContract.load(name).to_yaml(), nl=False)
 
 
-def _measure(source: str, format: str, episodes: int, contract: DataContract | None) -> tuple[list[str], Measured]:
-    """Return the formats found at a source, and what was measured there."""
+def _measure(
+    source: str, format: str, episodes: int, contract: DataContract | None, one_format: bool = False
+) -> tuple[list[tuple[str, Path]], Measured]:
+    """Return the data sets found at a source, and what was measured there.
+
+    Raises UserError if there are several formats where only ``one_format`` is wanted.
+    """
     from tqdm import tqdm
 
     from preprocessing import sources
@@ -132,9 +141,11 @@ def _measure(source: str, format: str, episodes: int, contract: DataContract | N
 
     refs: list[EpisodeRef] = []
     places = sources.find(source, format)
+    examples = {kind: f"{kind} in {path}" for kind, path in reversed(places) if kind in sources.FORMATS}
+    if one_format and len(examples) > 1:
+        listed = ", ".join(examples[kind] for kind in sorted(examples))
+        raise UserError(f"{source}: holds {listed}; a contract is for one of them: give its path, or --format NAME")
     for kind, path in places:
         refs += tqdm(sources.scan(kind, path), f"scan {path.name}", unit=" episodes", leave=False, delay=1)
     chosen = spread(refs, episodes)
-    return sorted({kind for kind, _ in places}), measure(
-        refs, contract, tqdm(chosen, "read", unit="ep", leave=False, delay=1)
-    )
+    return places, measure(refs, contract, tqdm(chosen, "read", unit="ep", leave=False, delay=1))

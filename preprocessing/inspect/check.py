@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from preprocessing.contracts.contract import DataContract
 from preprocessing.episode import ActionBlock, Episode, EpisodeRef
 from preprocessing.errors import BadEpisode
 from preprocessing.quality.duplicates import Fingerprints, fingerprint, frame_hashes
+from preprocessing.quality.filters import DARK
 from preprocessing.sources import load
 
 MEAN_SIZE = 16  # pixels a side of the frames from which up and down and copies are found
@@ -85,12 +86,17 @@ def measure(
     measured.problems = [(f"{ref.uri} #{ref.index}", ref.problem) for ref in refs if ref.problem]
     known = Fingerprints()
     for ref in chosen:
+        where = f"{ref.uri} #{ref.index}"
         try:
             episode = load(ref, contract)
-            seen = {name: _watch(episode, name) for name in episode.cameras} if decode else {}
+            seen, broken = _watch(episode) if decode else ({}, {})
         except BadEpisode as bad:
-            measured.problems.append((f"{ref.uri} #{ref.index}", str(bad)))
+            measured.problems.append((where, str(bad)))
             continue
+        measured.problems += [(where, f"camera {name}: {reason}") for name, reason in broken.items()]
+        episode = replace(
+            episode, cameras={name: video for name, video in episode.cameras.items() if name not in broken}
+        )
         measured.episodes.append(episode)
         measured.frames.append({name: len(hashes) for name, (hashes, _) in seen.items()})
         measured.mean_frames.append({name: mean_frame for name, (_, mean_frame) in seen.items()})
@@ -114,15 +120,33 @@ def spread(refs: Sequence[EpisodeRef], count: int) -> list[EpisodeRef]:
     return [*chosen, *(ref for ref in readable if times[ref.id] > 1 and ref not in chosen)][: 2 * count]
 
 
-def _watch(episode: Episode, camera: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the hashes, uint64 ``[T]``, of a camera's frames, and their grey mean."""
-    hashes, total = [np.zeros(0, np.uint64)], np.zeros((MEAN_SIZE, MEAN_SIZE))
-    for chunk in episode.cameras[camera].frames(MEAN_SIZE):
-        grids = chunk.mean(axis=3, dtype=np.float32)
-        hashes.append(frame_hashes(grids))
-        total += grids.sum(axis=0)
-    every = np.concatenate(hashes)
-    return every, total / max(len(every), 1)
+def _watch(episode: Episode) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], dict[str, str]]:
+    """Return the hashes, uint64 ``[T]``, of each camera's frames and their grey mean; and why cameras break.
+
+    Raises BadEpisode if all of them do.
+    """
+    seen, broken = dict[str, tuple[np.ndarray, np.ndarray]](), dict[str, str]()
+    for name, video in episode.cameras.items():
+        hashes, total = [np.zeros(0, np.uint64)], np.zeros((MEAN_SIZE, MEAN_SIZE))
+        try:
+            for chunk in video.frames(MEAN_SIZE):
+                grids = chunk.mean(axis=3, dtype=np.float32)
+                hashes.append(frame_hashes(grids))
+                total += grids.sum(axis=0)
+        except BadEpisode as bad:
+            broken[name] = str(bad)
+            if len(broken) == len(episode.cameras):
+                raise
+            continue
+        every = np.concatenate(hashes)
+        seen[name] = every, total / max(len(every), 1)
+    return seen, broken
+
+
+def black_cameras(measured: Measured) -> dict[str, int]:
+    """Return the cameras that are black in some episodes, and in how many."""
+    means = [(name, mean) for mean_frames in measured.mean_frames for name, mean in mean_frames.items()]
+    return Counter(name for name, mean in means if mean.max() < DARK)
 
 
 def find_lag(episodes: Iterable[Episode]) -> Lag | None:
@@ -207,6 +231,8 @@ def check(measured: Measured) -> list[Remark]:
         remarks.append(
             Remark(False, f"{_where(episode)}: camera {camera} looks upside down compared with other episodes")
         )
+    for camera, count in sorted(black_cameras(measured).items()):
+        remarks.append(Remark(False, f"camera {camera} is black in {count} of {len(measured.episodes)} episodes"))
     if measured.twice:
         remarks.append(Remark(False, f"{measured.twice} episodes occur twice, byte for byte; one of each is read"))
     if measured.copies:

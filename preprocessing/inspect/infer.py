@@ -13,7 +13,7 @@ import yaml
 
 from preprocessing.contracts.contract import DataContract
 from preprocessing.episode import ActionBlock, Episode
-from preprocessing.inspect.check import Measured, blocks, find_lag, looks_upside_down
+from preprocessing.inspect.check import Measured, black_cameras, blocks, find_lag, looks_upside_down
 from preprocessing.sources import shipped_contract
 
 
@@ -45,8 +45,11 @@ def _cameras(measured: Measured) -> Iterator[str]:
     count = len(measured.episodes)
     names = {name: sum(name in e.cameras for e in measured.episodes) for e in measured.episodes for name in e.cameras}
     yield "cameras:  # recorded name: name in the store; cameras without a line are dropped"
+    black = black_cameras(measured)
     for name, having in names.items():
-        yield f"  {_entry(name, name, '' if having == count else f'in {having} of {count} episodes')}"
+        found = "" if having == count else f"in {having} of {count} episodes"
+        dead = "black in every episode: an ingest leaves it out" if black.get(name) == having else ""
+        yield f"  {_entry(name, name, dead or found)}"
     turned = [name for name in names if any(name in e.cameras and e.cameras[name].turned for e in measured.episodes)]
     odd = sorted({camera for _, camera in looks_upside_down(measured)})
     yield _entry("flip", turned, "stored bottom-up" + (f"; {', '.join(odd)} look so in some episodes" if odd else ""))

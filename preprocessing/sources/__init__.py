@@ -38,6 +38,7 @@ from preprocessing.sources.reader import BREAKS, Format, Reader
 from preprocessing.sources.replay_buffer import reader as replay_buffer_reader
 from preprocessing.sources.rlds import reader as rlds_reader
 from preprocessing.sources.ros import reader as ros_reader
+from preprocessing.sources.unread import contract_line, is_command, unread
 from preprocessing.sources.untrusted.files import forget, within
 from preprocessing.sources.walk import Survey, walk
 from preprocessing.video.frames import thinned, until_broken
@@ -208,7 +209,7 @@ def _recorded(ref: EpisodeRef) -> Episode:
     except BREAKS as error:
         raise BadEpisode(f"cannot be read as {ref.format}: {type(error).__name__}: {error}") from error
     _check(episode)
-    return episode
+    return replace(episode, repairs=(*episode.repairs, *unread(episode)))
 
 
 def pictures(
@@ -236,6 +237,8 @@ def _with_actions_or_a_word(episode: Episode) -> Episode:
     vectors = [name for name, values in (episode.signals | episode.proprio).items() if values.shape[1] > 1]
     names = ", ".join(vectors) or "none"
     text = f"no action was found; a contract's key `action` names the columns it is made of. Recorded vectors: {names}"
+    if commands := [name for name in episode.signals if is_command(name)]:
+        text += f"; to read: `{contract_line('action', commands)}`"
     return replace(episode, repairs=(*episode.repairs, Repair("action", text)))
 
 

@@ -75,14 +75,18 @@ def load(ref: EpisodeRef) -> Episode:
     if steps < 1:
         raise BadEpisode(f"holds {len(action)} actions")
     cameras = {f"image_{k}": _video(camera, len(action), first, steps) for k, camera in _cameras(folder).items()}
-    observed = _rows(_pickle(folder / OBSERVED), len(action), first, steps)
+    table = _pickle(folder / OBSERVED)
+    observed = _rows(table, len(action), first, steps)
+    misfits = [name for name, values in table.items() if name not in observed and _numbers(values) is not None]
     if "full_state" not in observed:
         raise BadEpisode(f"{OBSERVED} holds no full_state with a row per frame")
     if "time_stamp" in observed:
         observed["time_stamp"] -= observed["time_stamp"][0]  # float32 cannot hold seconds since 1970
     commanded = _rows(commands, len(action), 0, steps)
     instructions = _instructions(folder)
-    repairs = []
+    repairs = [
+        Repair("streams", f"{name} in {OBSERVED} has another number of rows than frames; left out") for name in misfits
+    ]
     if first:
         text = f"cameras lagged by one frame before {NO_LAG_SINCE}; each action is paired with the next frame"
         repairs.append(Repair("steps", text))

@@ -32,7 +32,7 @@ import numpy as np
 from preprocessing.episode import FRAMES_PER_CHUNK, ActionBlock, Episode, EpisodeRef, Repair, Video
 from preprocessing.errors import BadEpisode, UserError
 from preprocessing.limits import limits
-from preprocessing.sources.scan_cache import Finding, file_digest, findings
+from preprocessing.sources.scan_cache import Finding, file_digest, findings, overlaps
 from preprocessing.sources.untrusted.files import contents
 from preprocessing.sources.untrusted.pickles import read_npy
 from preprocessing.video.arrays import array_video
@@ -42,7 +42,7 @@ RANGES = "ep_start_end_ids.npy"
 STEP = re.compile(r"episode_(\d{7,18})\.npz")
 ANNOTATIONS = "auto_lang_ann.npy"
 MAX_LIST = 2**28  # bytes; the largest annotation file, with its embeddings, has 10**8
-SIGNALS = ("actions", "scene_obs")  # absolute actions; the state of doors, lamps and blocks
+NOT_READ = ("depth_static", "depth_gripper", "rgb_tactile", "depth_tactile")
 SPLITS = ("training", "validation")
 CAMERAS = {"rgb_static": "static", "rgb_gripper": "gripper"}
 LAYOUT = (
@@ -65,6 +65,7 @@ def detect(path: Path) -> bool:
 def scan(path: Path) -> Iterator[EpisodeRef]:
     folder = path.absolute()
     stretches, there = _stretches(folder), _steps(folder)
+    claimed = _claimed_twice(stretches, there)
     whole = [stretch for stretch in stretches if stretch.missing(there) is None]
     files = dict.fromkeys(file for stretch in whole for file in stretch.files(folder))
     found, known = findings("calvin", files, _read), dict[Path, Finding]()
@@ -78,6 +79,7 @@ def scan(path: Path) -> Iterator[EpisodeRef]:
             while file not in known:
                 step, [known[step]] = next(found)
         problem = next((f"{file.name} {known[file].problem}" for file in steps if known[file].problem), None)
+        problem = problem or claimed.get(index)
         joined = stretch.digest(known[file].digest for file in steps)
         yield EpisodeRef(str(folder / RANGES), "calvin", index, joined, problem)
 
@@ -100,8 +102,13 @@ def load(ref: EpisodeRef) -> Episode:
                 repairs += mended
         except BadEpisode as error:
             repairs.append(Repair("streams", f"{error}; left out"))
-    others = [name for name in SIGNALS if name in held]
-    vectors = _vectors(files, ["robot_obs", "rel_actions", *others])
+    vectors = _vectors(files, ["robot_obs", "rel_actions"])
+    for name in sorted(held - {*vectors, *CAMERAS, *NOT_READ}):
+        try:
+            vectors |= _vectors(files, [name])
+        except (BadEpisode, ValueError, TypeError) as error:
+            text = str(error) if name in str(error) else f"{name}: {error}"
+            repairs.append(Repair("streams", f"{text}; left out"))
     return Episode(
         ref=ref,
         fps=FPS,
@@ -113,7 +120,7 @@ def load(ref: EpisodeRef) -> Episode:
         success=None,
         embodiment="panda",
         repairs=tuple(repairs),
-        signals={name: vectors[name] for name in others},
+        signals={name: rows for name, rows in vectors.items() if name not in ("robot_obs", "rel_actions")},
         texts={"language/ann": stretch.instruction} if stretch.instruction else {},
         split=folder.name if folder.name in SPLITS else None,
     )
@@ -170,6 +177,18 @@ def _stretches(folder: Path) -> list[Stretch]:
     ]
     file = next((file for file in lists if file.is_file()), folder / RANGES)
     return _listed(file, file.stat().st_mtime_ns)
+
+
+def _claimed_twice(stretches: list[Stretch], there: np.ndarray) -> dict[int, str]:
+    """Why a recording is refused whose steps another one claims, too; annotated stretches may overlap."""
+    recordings = [
+        (one.first, one.last + 1, index)
+        for index, one in enumerate(stretches)
+        if one.instruction is None and one.missing(there) is None
+    ]
+    return {
+        index: f"episode {other} claims some of its steps, too; mend {RANGES}" for index, other in overlaps(recordings)
+    }
 
 
 def _name(step: int) -> str:

@@ -40,8 +40,9 @@ from preprocessing.episode import ActionBlock, Episode, EpisodeRef, Repair
 from preprocessing.errors import BadEpisode, UserError
 from preprocessing.sources.hdf5_kinds import hdf5_files
 from preprocessing.sources.scan_cache import Finding, file_digest, findings
-from preprocessing.sources.untrusted.files import contents, within
+from preprocessing.sources.untrusted.files import within
 from preprocessing.sources.untrusted.hdf5 import datasets, digest_of
+from preprocessing.sources.untrusted.metadata import read_table
 from preprocessing.sources.vectors import as_vectors
 from preprocessing.video.decode import open_video, probe_video
 from preprocessing.video.frames import first_frames, frames_to_use
@@ -59,7 +60,7 @@ PROPRIO = (
     "joint_positions",
     "joint_velocities",
 )  # what DROID's policies observe
-READ = ("action/", STATE, "observation/controller_info/", "observation/timestamp/skip_action")
+NOT_READ = re.compile(r"observation/(camera_|stereo|timestamp/(?!skip_action))")  # camera poses and clocks
 LAYOUT = (
     ActionBlock(name="position", size=3, kind="position", mode="velocity", frame="base", unit="scaled"),
     ActionBlock(
@@ -213,15 +214,12 @@ def _annotations(file: Path, _changed: int) -> dict[str, Any]:
 
 
 def _table(file: Path, limit: int) -> dict[str, Any]:
-    table = json.loads(contents(file, limit))
-    if not isinstance(table, dict):
-        raise ValueError("not a JSON object")
-    return table
+    return read_table(file, limit)
 
 
 def _vectors(file: h5py.File) -> tuple[dict[str, np.ndarray], list[Repair]]:
     """All numbers recorded per step, by path, and repairs for optional ones that do not fit."""
-    every = {name: dataset for name, dataset in datasets(file) if name.startswith(READ)}
+    every = {name: dataset for name, dataset in datasets(file) if not NOT_READ.match(name)}
     if missing := [name for name in ACTION if name not in every]:
         raise BadEpisode(f"{TRAJECTORY} has no {' and no '.join(missing)}")
     needed = (*ACTION, *(f"{STATE}{name}" for name in PROPRIO))

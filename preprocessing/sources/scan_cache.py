@@ -109,6 +109,17 @@ def stamp_of(files: Iterable[Path]) -> str | None:
     return sha.hexdigest() if newest + AT_REST < time.time_ns() else None
 
 
+def overlaps(ranges: Iterable[tuple[int, int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield (number, number of another) for each of the ranges ``(first, stop, number)`` that overlaps another."""
+    farthest: tuple[int, int] | None = None  # stop and number of the range that reaches farthest so far
+    for first, stop, number in sorted(ranges):
+        if farthest and first < farthest[0]:
+            yield number, farthest[1]
+            yield farthest[1], number
+        if not farthest or stop > farthest[0]:
+            farthest = stop, number
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a whole file."""
     with opened(path) as file:

@@ -16,7 +16,6 @@ once per process. An episode's digest covers the members that are read and their
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import tarfile
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ from preprocessing.limits import limits
 from preprocessing.sources.scan_cache import Finding, file_digest, findings, findings_of
 from preprocessing.sources.untrusted.archives import TarStream
 from preprocessing.sources.untrusted.files import files_in
+from preprocessing.sources.untrusted.metadata import json_of, text_of
 from preprocessing.video.decode import open_video_file
 from preprocessing.video.frames import indexed_images_video
 
@@ -100,9 +100,20 @@ def load(ref: EpisodeRef) -> Episode:
     if _is_scattered(sample, samples):
         raise BadEpisode(f"members of sample {sample.key} are not consecutive; sort the shard (`tar --sort=name`)")
     texts, rates, repairs = _texts(path, sample)
+    if besides := [member.name for member in sample.members if member.kind not in (*VIDEOS, *IMAGES, *TEXTS)]:
+        listed = ", ".join(besides[:8]) + (" ..." if len(besides) > 8 else "")
+        repairs.append(Repair("streams", f"not read, as clips have no actions here: {listed}"))
     if videos := sample.of(*VIDEOS):
         urls = {member.name.rpartition(".")[0] or "video": _url(path, member) for member in videos}
-        opened = {camera: open_video_file(url) for camera, url in urls.items()}
+        opened, broken = dict[str, tuple[Video, float, list[Repair]]](), dict[str, BadEpisode]()
+        for camera, url in urls.items():
+            try:
+                opened[camera] = open_video_file(url)
+            except BadEpisode as error:
+                broken[camera] = error
+        if not opened:
+            raise next(iter(broken.values()))
+        repairs += [Repair("streams", f"camera {camera}: {why}; left out") for camera, why in broken.items()]
         cameras = {camera: video for camera, (video, _, _) in opened.items()}
         repairs += [
             repair._replace(text=f"{camera}: {repair.text}")
@@ -247,14 +258,14 @@ def _texts(path: Path, sample: Sample) -> tuple[dict[str, str], list[float], lis
         try:
             if member.stop - member.start > MAX_TEXT:
                 raise ValueError(f"{member.stop - member.start} bytes")
-            text = _bytes(path, member).decode("utf-8-sig")  # Windows writes a byte order mark
+            data = _bytes(path, member)
             if member.kind != "json":
-                texts[member.name] = text.strip()
+                texts[member.name] = text_of(data, "strict").strip()
                 continue
-            table = json.loads(text)
+            table = json_of(data)
             if not isinstance(table, dict):
                 raise ValueError("not a JSON object")
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             repairs.append(Repair("streams", f"{member.name} cannot be read ({error}); left out"))
             continue
         for name in CAPTIONS:
@@ -262,6 +273,12 @@ def _texts(path: Path, sample: Sample) -> tuple[dict[str, str], list[float], lis
             for number, text in enumerate(found if isinstance(found, list) else [found]):
                 if isinstance(text, str):
                     texts[name if number == 0 else f"{name}_{number}"] = text.strip()
+        if numbers := [
+            name for name, value in table.items() if isinstance(value, list) and value and not isinstance(value[0], str)
+        ]:
+            repairs.append(
+                Repair("streams", f"not read, as clips have no actions here: {member.name}: {', '.join(numbers[:8])}")
+            )
         rate = table.get("fps")
         rates += [float(rate)] if isinstance(rate, int | float) and 0 < rate < 1000 else []
     return {name: text for name, text in texts.items() if text}, rates, repairs

@@ -88,7 +88,10 @@ def test_the_lags_of_real_robots() -> None:
     for found, mode in ((bridge, "delta"), (gr1, "absolute")):
         lag = find_lag(found.episodes)
         assert isinstance(lag, Lag) and lag.steps == 0 and lag.mode == mode and lag.correlation > 0.6
-    assert lines(bridge) == "look: is_last is not set at the end of 25 of 25 episodes"
+    assert lines(bridge).splitlines() == [
+        "look: camera image_3 is black in 25 of 25 episodes",
+        "look: is_last is not set at the end of 25 of 25 episodes",
+    ]
     assert "that never change: left_hand, left_leg, neck, right_hand[5], right_leg, waist" in lines(gr1)
 
 
@@ -163,6 +166,18 @@ def test_an_inferred_contract_changes_nothing(tmp_path: Path, uwm: Uwm, source: 
     assert code == 0 and answer["episodes"] == len(found.episodes), err
     code, _, err = uwm("contract", "infer", path, "--output", tmp_path / "contract.yaml")
     assert code == 2 and "already exists" in err
+
+
+def test_a_contract_is_inferred_for_one_format(tmp_path: Path, uwm: Uwm) -> None:
+    write_demos(tmp_path / "a.hdf5", demos=1, steps=3)
+    write_demos(tmp_path / "b.hdf5", demos=1, steps=4)
+    (tmp_path / "films").mkdir()
+    write_video(tmp_path / "films" / "c.mp4", moving(3))
+    code, _, err = uwm("contract", "infer", tmp_path)
+    assert code == 2 and f"holds hdf5 in {tmp_path}, video in {tmp_path}/films" in err
+    assert "a contract is for one of them: give its path, or --format NAME" in err
+    code, _, _ = uwm("contract", "infer", tmp_path, "--format", "hdf5", "--output", tmp_path / "hdf5.yaml")
+    assert code == 0 and f"# {tmp_path} (hdf5 in {tmp_path.name}): " in (tmp_path / "hdf5.yaml").read_text()
 
 
 def same(one: Episode, other: Episode) -> bool:

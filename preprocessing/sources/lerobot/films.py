@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from preprocessing.sources.untrusted.files import leads_out
+
 CHUNK = re.compile(r"chunk[-_]?(\d{1,9})")
 USUAL = "videos"
 NO_FILMS = {"data", "meta", "images"}  # the last may hold a folder of frames for each episode
@@ -42,7 +44,11 @@ class FilmFolders:
         """A feature's film of this name; ``chunk`` is the number of the folder it must be in."""
         for folder in self.of_feature(key):
             numbers = [int(match[1]) for part in folder.parts[-2:] if (match := CHUNK.fullmatch(part))]
-            if (chunk is None or numbers in ([], [chunk])) and (folder / file).is_file():
+            if (
+                (chunk is None or numbers in ([], [chunk]))
+                and (folder / file).is_file()
+                and not leads_out(folder / file)
+            ):
                 return folder / file
         return None
 

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from preprocessing.episode import ActionBlock, EpisodeRef, Repair, RepairField, Representation, Video
 from preprocessing.errors import BadEpisode, UserError
 from preprocessing.sources.lerobot.films import FilmFolders
+from preprocessing.sources.untrusted.files import leads_out
 from preprocessing.sources.untrusted.metadata import read_table
 
 NOT_AN_INSTRUCTION = {"valid", "invalid", ""}  # GR00T stores validity annotations in the table of tasks
@@ -101,9 +102,9 @@ class Meta:
         path = Path(name)
         try:
             there = name and ".." not in path.parts and not path.is_absolute() and (self.root / path).is_file()
+            return self.root / path if there and not leads_out(self.root / path) else None
         except (OSError, ValueError):  # longer than any file's name
             return None
-        return self.root / path if there else None
 
     @cached_property
     def films(self) -> FilmFolders:

@@ -94,9 +94,9 @@ def load(ref: EpisodeRef) -> Episode:
     if commands not in (None, ACTION):
         told.append(Repair("action", f"no column action; {commands} is read as the action"))
     action = matrix(table, commands) if commands else None
-    proprio, of_proprio = _proprio(meta, table)
+    proprio, lost, of_proprio = _proprio(meta, table)
     used = {*PLACES, *proprio, *([commands] if commands else []), *(key for key, _ in _picture_columns(meta, table))}
-    signals, left_out = _signals(table, {*used, *(repair.text.split()[1] for repair in of_proprio)})
+    signals, left_out = _signals(table, {*used, *lost})
     layout, of_layout = meta.action_layout(action.shape[1]) if action is not None else ((), [])
     found = [*_repairs(meta, table, signals.get("timestamp"), chosen)]
     if any(repair.field == "fps" for repair in found):  # once is enough
@@ -182,9 +182,9 @@ def _picture_columns(meta: Meta, table: pa.Table) -> list[tuple[str, str]]:
     ]
 
 
-def _proprio(meta: Meta, table: pa.Table) -> tuple[dict[str, np.ndarray], list[Repair]]:
-    """The state that the robot observes, by column, and repairs; a column that cannot be used is left out."""
-    found, repairs = dict[str, np.ndarray](), list[Repair]()
+def _proprio(meta: Meta, table: pa.Table) -> tuple[dict[str, np.ndarray], list[str], list[Repair]]:
+    """The state that the robot observes, by column; columns of it that cannot be used; and repairs."""
+    found, lost, repairs = dict[str, np.ndarray](), list[str](), list[Repair]()
     for key in sorted(table.column_names):
         if not key.startswith(STATE) or key in SIMULATED or not _holds_numbers(table.schema.field(key)):
             continue
@@ -194,11 +194,12 @@ def _proprio(meta: Meta, table: pa.Table) -> tuple[dict[str, np.ndarray], list[R
                 found[key], mended = as_vectors(recorded(table, key), key)
                 repairs += mended
             except BadEpisode as error:
+                lost.append(key)
                 repairs.append(Repair("proprio", f"{error}; left out"))
     if not found and (alias := _vector(table, STATES)):
         text = f"no column observation.*; {alias} is read as proprioception"
-        return {alias: matrix(table, alias)}, [*repairs, Repair("proprio", text)]
-    return found, repairs
+        return {alias: matrix(table, alias)}, lost, [*repairs, Repair("proprio", text)]
+    return found, lost, repairs
 
 
 def _vector(table: pa.Table, names: Iterable[str]) -> str | None:

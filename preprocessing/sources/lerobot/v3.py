@@ -26,7 +26,7 @@ from preprocessing.episode import EpisodeRef, Repair
 from preprocessing.errors import BadEpisode, UserError
 from preprocessing.sources.lerobot.meta import SLACK, CameraVideo, Meta, is_text, texts_in, wrong_template
 from preprocessing.sources.lerobot.pictures import named_files
-from preprocessing.sources.scan_cache import Finding, file_digest, findings
+from preprocessing.sources.scan_cache import Finding, file_digest, findings, overlaps
 from preprocessing.video.decode import probe_video
 from preprocessing.video.excerpts import excerpt, excerpt_digests
 
@@ -237,17 +237,6 @@ class FilesV3:
     def _digest(self, index: int, spans: Iterable[str]) -> str:
         instructions = self._episodes[index].get("tasks") or []
         return hashlib.sha256(json.dumps([[*spans], [*instructions]]).encode()).hexdigest()
-
-
-def overlaps(ranges: Iterable[tuple[int, int, int]]) -> Iterator[tuple[int, int]]:
-    """Yield (number, number of another) for each of the ranges ``(first, stop, number)`` that overlaps another."""
-    farthest: tuple[int, int] | None = None  # stop and number of the range that reaches farthest so far
-    for first, stop, number in sorted(ranges):
-        if farthest and first < farthest[0]:
-            yield number, farthest[1]
-            yield farthest[1], number
-        if not farthest or stop > farthest[0]:
-            farthest = stop, number
 
 
 def _other_rate(film: Path, fps: float) -> str:

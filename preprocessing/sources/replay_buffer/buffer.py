@@ -31,6 +31,7 @@ from preprocessing.sources.untrusted.zarr_v2 import (
 )
 
 ENDS = "meta/episode_ends"
+ACTIONS = ("action", "actions")
 MARK = f"{ENDS}/.zarray"
 MAX_ARRAYS = 256
 MAX_EPISODES = 10**6
@@ -79,7 +80,7 @@ class Buffer:
         for name in names:
             try:
                 array = open_array(store, f"data/{name}")
-                arrays[name] = replace(array, needed=is_image(array) or name == "action")
+                arrays[name] = replace(array, needed=is_image(array) or name in ACTIONS)
             except NotNumericError as error:
                 dropped.append(Repair("streams", f"{error}; dropped"))
         ends = replace(open_array(store, ENDS), needed=True)
@@ -97,10 +98,19 @@ class Buffer:
         start, stop = ([0, *self.ends])[index : index + 2]
         if start == stop:
             raise BadEpisode("holds no step")
-        for name, array in self.arrays.items():
-            if array.shape[0] < stop:
-                raise BadEpisode(f"{name} has {array.shape[0]} rows, but the episode ends at {stop}")
+        for name in self.short(stop):
+            if self.needs(name):
+                raise BadEpisode(f"{name} has {self.arrays[name].shape[0]} rows, but the episode ends at {stop}")
         return start, stop
+
+    def short(self, stop: int) -> list[str]:
+        """The arrays that end before this row."""
+        return [name for name, array in self.arrays.items() if array.shape[0] < stop]
+
+    def needs(self, name: str) -> bool:
+        """Whether an episode cannot be read without this array: its action, or its only camera."""
+        cameras = [other for other, array in self.arrays.items() if is_image(array)]
+        return name in ACTIONS or cameras == [name]
 
 
 def vectors(array: ZarrArray, start: int, stop: int) -> np.ndarray:
@@ -120,7 +130,12 @@ def is_image(array: ZarrArray) -> bool:
 def digests(buffer: Buffer, indices: Iterable[int]) -> list[Finding]:
     """Digest these episodes, array by array: a chunk with rows of several episodes is decompressed once."""
     hashes = {index: hashlib.sha256() for index in indices}
-    problems: dict[int, str] = {}
+    problems, places = dict[int, str](), dict[int, tuple[int, int]]()
+    for index in hashes:
+        try:
+            places[index] = buffer.rows(index)
+        except BadEpisode as error:
+            problems[index] = str(error)
     for name, array in buffer.arrays.items():
         slab, stored = lru_cache(maxsize=1)(array.slab), array.metadata
         head = f"{name} {stored.dtype} {stored.shape[1:]};"
@@ -129,15 +144,20 @@ def digests(buffer: Buffer, indices: Iterable[int]) -> list[Finding]:
             head += f"{stored.chunks} {stored.order} {stored.fill_value} {compressor};"
         for index, sha in hashes.items():
             sha.update(head.encode())
+            start, stop = places.get(index, (0, array.shape[0] + 1))
+            if array.shape[0] < stop:
+                sha.update(problems.get(index, "too short").encode())
+                continue
             try:
-                for number, part in array.parts(*buffer.rows(index)):
+                for number, part in array.parts(start, stop):
                     if array.rows_per_slab == 1:
                         for data in array.packed(number):
                             sha.update(b"-" if data is None else b"%d:%b" % (len(data), data))
                     else:
                         sha.update(np.ascontiguousarray(slab(number)[part]).data)
             except (BadEpisode, OSError) as error:
-                problems.setdefault(index, str(error))
+                if buffer.needs(name):
+                    problems.setdefault(index, str(error))
                 sha.update(str(error).encode())
     return [Finding(sha.hexdigest(), problems.get(index)) for index, sha in hashes.items()]
 

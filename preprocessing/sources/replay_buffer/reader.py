@@ -16,6 +16,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +25,16 @@ import numpy as np
 from preprocessing.episode import ActionBlock, Episode, EpisodeRef, Repair, Video
 from preprocessing.errors import BadEpisode
 from preprocessing.limits import limits
-from preprocessing.sources.replay_buffer.buffer import Buffer, buffers, digests, found_in, is_buffer, is_image, vectors
+from preprocessing.sources.replay_buffer.buffer import (
+    ACTIONS,
+    Buffer,
+    buffers,
+    digests,
+    found_in,
+    is_buffer,
+    is_image,
+    vectors,
+)
 from preprocessing.sources.scan_cache import Finding, file_digest, findings
 from preprocessing.sources.untrusted.zarr_v2 import ZarrArray
 from preprocessing.sources.vectors import as_vectors
@@ -74,6 +84,10 @@ def load(ref: EpisodeRef) -> Episode:
     buffer = Buffer.open(path)
     start, stop = buffer.rows(ref.index)
     robot, repairs = _robot(buffer), list(buffer.dropped)
+    for name in buffer.short(stop):
+        text = f"{name} has {buffer.arrays[name].shape[0]} rows, but the episode ends at {stop}; left out"
+        repairs.append(Repair("streams", text))
+    buffer = replace(buffer, arrays={name: a for name, a in buffer.arrays.items() if a.shape[0] >= stop})
     signals, done = _numbers(buffer, start, stop)
     repairs += done
     fps = _rate(signals)
@@ -84,6 +98,9 @@ def load(ref: EpisodeRef) -> Episode:
         repairs.append(Repair("embodiment", "robot unknown"))
     recorded = set(signals)
     action = signals.pop("action", None)
+    if action is None and "actions" in signals:
+        action = signals.pop("actions")
+        repairs.append(Repair("action", "no array action; actions is read as the action"))
     proprio = {name: signals.pop(name) for name in list(signals) if PROPRIO.match(name)}
     layout: tuple[ActionBlock, ...] = ()
     if robot == "umi" and action is None:
@@ -149,10 +166,17 @@ def _numbers(buffer: Buffer, start: int, stop: int) -> tuple[dict[str, np.ndarra
         raise BadEpisode("its numbers unpack to more than limits.array_bytes")
     values = dict[str, np.ndarray]()
     for name, array in numbers.items():
-        if lacking := array.not_stored(start, stop):
+        try:
+            lacking, rows = array.not_stored(start, stop), vectors(array, start, stop)
+        except BadEpisode as error:
+            if name in ACTIONS:
+                raise
+            repairs.append(Repair("streams", f"{error}; left out"))
+            continue
+        if lacking:
             text = f"{lacking} chunks of {name} are not stored; read as its fill value, as Zarr specifies"
             repairs.append(Repair("steps", text))
-        values[name], mended = as_vectors(vectors(array, start, stop), name)
+        values[name], mended = as_vectors(rows, name)
         repairs += mended
     return values, repairs
 

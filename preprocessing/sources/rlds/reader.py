@@ -15,6 +15,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -39,7 +41,9 @@ from preprocessing.video.frames import decode_image, images_video
 BLACK = 8  # JPEG noise around zero stays below this level
 WIDEST = 256  # wider vectors are embeddings or encoded text
 INSTRUCTION_NAMES = ("language_instruction", "natural_language_instruction", "instruction")
-OBSERVATION = "steps/observation/"
+OBSERVATIONS = ("steps/observation/", "steps/observations/", "steps/obs/")  # RLDS's name, and others
+ACTIONS = ("steps/action", "steps/actions")
+NOT_SEEN = re.compile(r"goal|depth|mask|segment", re.IGNORECASE)  # pictures that are no camera's view of the step
 
 
 def detect(path: Path) -> bool:
@@ -89,22 +93,23 @@ def _episode(ref: EpisodeRef, features: dict[str, Feature], leaves: dict[str, Le
         Repair("fps", "control rate unknown; 10 Hz assumed"),
         Repair("embodiment", "robot unknown; the data set's name is used instead"),
     ]
-    steps = _count_steps(features, leaves)
+    steps, misfits = _count_steps(features, leaves)
+    features = {key: values for key, values in features.items() if key not in misfits}
+    repairs += [Repair("streams", f"{text}; left out") for text in misfits.values()]
     images, dropped = _images(features, leaves, steps)
     repairs += [Repair("streams", f"camera {camera} is dropped: {why}") for camera, why in dropped.items()]
-    black = {camera for camera, files in images.items() if _is_black(files)}
-    repairs += [Repair("frames", f"camera {camera} is black in every frame") for camera in sorted(black)]
-    for camera in sorted(images.keys() - black):
+    repairs += _unread(features, leaves)
+    for camera, files in sorted(images.items()):
         flag = features.get(f"episode_metadata/has_{camera}")
-        if isinstance(flag, np.ndarray) and flag.size and not flag.any():
+        if isinstance(flag, np.ndarray) and flag.size and not flag.any() and not _is_black(files):
             repairs.append(Repair("cameras", f"has_{camera} is 0 although images exist; camera kept"))
     is_last = features.get("steps/is_last")
     if isinstance(is_last, np.ndarray) and not is_last.any():
         repairs.append(Repair("steps", "is_last is never 1; the last step is taken as the end"))
 
-    action, layout = _action(features, leaves, steps)
+    action, layout, told = _action(features, leaves, steps)
     proprio, signals, mended = _vectors(features, leaves, steps)
-    repairs += mended
+    repairs += [*told, *mended]
     every_text = _texts(features, leaves)
     instruction, changes = _instruction(every_text)
     if changes:
@@ -128,9 +133,12 @@ def _episode(ref: EpisodeRef, features: dict[str, Feature], leaves: dict[str, Le
     )
 
 
-def _count_steps(features: dict[str, Feature], leaves: dict[str, Leaf]) -> int:
-    """The number of steps. Raises BadEpisode if the lists with values per step disagree."""
-    counts: dict[int, str] = {}
+def _count_steps(features: dict[str, Feature], leaves: dict[str, Leaf]) -> tuple[int, dict[str, str]]:
+    """The number of steps, and what does not have that many, with the reason, if most have and the action does.
+
+    Raises BadEpisode if it cannot be told.
+    """
+    counts, misfits = dict[str, int](), dict[str, str]()
     for key, leaf in sorted(leaves.items()):
         if key.startswith("steps/") and leaf.shape is not None and key in features:
             width = math.prod(leaf.shape) if leaf.kind in ("Tensor", "Scalar") else 1
@@ -138,13 +146,32 @@ def _count_steps(features: dict[str, Feature], leaves: dict[str, Leaf]) -> int:
                 continue
             steps, rest = divmod(len(features[key]), width)
             if rest:
-                raise BadEpisode(f"{key} holds {len(features[key])} values, not a multiple of {width}")
-            counts.setdefault(steps, key)
-    if len(counts) > 1:
-        raise BadEpisode("step counts differ: " + ", ".join(f"{key} has {n}" for n, key in sorted(counts.items())))
-    if not counts or 0 in counts:
+                misfits[key] = f"{key} holds {len(features[key])} values, not a multiple of {width}"
+            else:
+                counts[key] = steps
+    if misfits and any(_is_action(key) for key in misfits):
+        raise BadEpisode(next(iter(misfits.values())))
+    acted = next((count for key, count in counts.items() if _is_action(key)), None)
+    usual = Counter(count for count in counts.values() if count).most_common(2)
+    if not usual:
         raise BadEpisode("holds no step")
-    return next(iter(counts))
+    even = len(usual) > 1 and usual[0][1] == usual[1][1]
+    if (acted is None and even) or acted not in (None, usual[0][0], *([usual[1][0]] if even else [])):
+        some = {count: key for key, count in reversed(counts.items())}
+        raise BadEpisode("step counts differ: " + ", ".join(f"{key} has {n}" for n, key in sorted(some.items())))
+    steps = usual[0][0] if acted is None else acted
+    misfits |= {key: f"{key} has {count} of {steps} steps" for key, count in counts.items() if count != steps}
+    return steps, misfits
+
+
+def _is_action(key: str) -> bool:
+    return any(key == action or key.startswith(f"{action}/") for action in ACTIONS)
+
+
+def _name(key: str) -> str:
+    """A recorded name without the path to the observations."""
+    above = next((above for above in OBSERVATIONS if key.startswith(above)), "steps/")
+    return key.removeprefix(above).replace("/", "_")
 
 
 def _images(
@@ -153,9 +180,9 @@ def _images(
     images: dict[str, list[bytes]] = {}
     dropped: dict[str, str] = {}
     for key, leaf in sorted(leaves.items()):
-        if leaf.kind != "Image" or not key.startswith("steps/observation/"):
+        if leaf.kind != "Image" or not key.startswith("steps/"):
             continue
-        camera = key.removeprefix("steps/observation/").replace("/", "_")
+        camera = _name(key)
         files = features.get(key, [])
         if leaf.dtype != "uint8" or (leaf.shape and leaf.shape[-1] != 3):
             dropped[camera] = (
@@ -164,10 +191,32 @@ def _images(
         elif isinstance(files, np.ndarray) or not any(files):
             dropped[camera] = "it holds no image"
         elif len(files) != steps:
-            raise BadEpisode(f"camera {camera} has {len(files)} images for {steps} steps")
+            dropped[camera] = f"it has {len(files)} images for {steps} steps"
+        elif not key.startswith(OBSERVATIONS) and NOT_SEEN.search(camera):
+            dropped[camera] = "it is not an observation"
         else:
-            images[camera] = files
+            try:
+                decode_image(next(data for data in files if data))
+                images[camera] = files
+            except BadEpisode as error:
+                dropped[camera] = str(error)
     return images, dropped
+
+
+def _unread(features: dict[str, Feature], leaves: dict[str, Leaf]) -> Iterator[Repair]:
+    """What a record holds for each step that is neither a picture nor a vector nor text."""
+    for key, values in sorted(features.items()):
+        if not key.startswith("steps/") or not len(values):
+            continue
+        leaf = leaves.get(key)
+        if leaf is None:
+            yield Repair("streams", f"{key} is recorded, but not in features.json; left out")
+        elif leaf.kind == "Image" or leaf.is_text or "embed" in key or key.endswith("/instruction"):
+            continue
+        elif not leaf.size:
+            yield Repair("streams", f"{key} is {leaf.dtype or 'unknown'}, not numbers of one shape; left out")
+        elif leaf.size > WIDEST and not _is_action(key):
+            yield Repair("streams", f"{key} has {leaf.size} numbers a step: neither a picture nor a vector; left out")
 
 
 def _is_black(files: Sequence[bytes]) -> bool:
@@ -181,13 +230,13 @@ def _vectors(
     """Observed floats are proprio; all other numbers per step, except the action, are signals."""
     proprio, signals, repairs = dict[str, np.ndarray](), dict[str, np.ndarray](), list[Repair]()
     for key, leaf in sorted(leaves.items()):
-        if not key.startswith("steps/") or key == "steps/action" or not leaf.width or "embed" in key:
+        if not key.startswith("steps/") or not 0 < leaf.size <= WIDEST or "embed" in key or key not in features:
             continue
-        if key.startswith(OBSERVATION) and leaf.dtype.startswith("float"):
-            name = key.removeprefix(OBSERVATION).replace("/", "_")
+        if key.startswith(OBSERVATIONS) and leaf.dtype.startswith("float") and leaf.width:
+            name = _name(key)
             proprio[name], mended = as_vectors(_tensor(features, key, steps), name)
             repairs += mended
-        elif leaf.width <= WIDEST and key in features:
+        elif key not in ACTIONS:
             name = key.removeprefix("steps/")
             signals[name], mended = as_vectors(_tensor(features, key, steps), name)
             repairs += mended
@@ -203,20 +252,22 @@ def _tensor(features: dict[str, Feature], key: str, steps: int) -> np.ndarray:
 
 def _action(
     features: dict[str, Feature], leaves: dict[str, Leaf], steps: int
-) -> tuple[np.ndarray | None, tuple[ActionBlock, ...]]:
+) -> tuple[np.ndarray | None, tuple[ActionBlock, ...], list[Repair]]:
     """One vector, or its parts concatenated in the order of their names; a contract can reorder them."""
-    if "steps/action" in leaves:
-        if not leaves["steps/action"].width:
-            raise BadEpisode("steps/action is not one vector per step")
-        action = _tensor(features, "steps/action", steps).astype(np.float32)
-        return action, (ActionBlock(name="action", size=action.shape[1]),)
-    keys = sorted(key for key, leaf in leaves.items() if key.startswith("steps/action/") and leaf.width)
-    if not keys:
-        return None, ()
-    parts = [_tensor(features, key, steps).astype(np.float32) for key in keys]
-    names = [key.removeprefix("steps/action/") for key in keys]
-    layout = tuple(ActionBlock(name=n, size=p.shape[1]) for n, p in zip(names, parts, strict=True))
-    return np.concatenate(parts, axis=1), layout
+    for name in ACTIONS:
+        told = [Repair("action", "no steps/action; steps/actions is read as the action")] if name != ACTIONS[0] else []
+        if name in leaves:
+            if not leaves[name].width:
+                raise BadEpisode(f"{name} is not one vector per step")
+            action = _tensor(features, name, steps).astype(np.float32)
+            return action, (ActionBlock(name="action", size=action.shape[1]),), told
+        keys = sorted(key for key, leaf in leaves.items() if key.startswith(f"{name}/") and leaf.width)
+        if keys:
+            parts = [_tensor(features, key, steps).astype(np.float32) for key in keys]
+            names = [key.removeprefix(f"{name}/") for key in keys]
+            layout = tuple(ActionBlock(name=n, size=p.shape[1]) for n, p in zip(names, parts, strict=True))
+            return np.concatenate(parts, axis=1), layout, told
+    return None, (), []
 
 
 def _success(features: dict[str, Feature], every_text: dict[str, list[str]]) -> bool | None:

@@ -6,7 +6,6 @@ named ``NAME-SPLIT.tfrecord-00000-of-00004``: https://www.tensorflow.org/dataset
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -17,6 +16,7 @@ from typing import Any
 
 from preprocessing.errors import BadEpisode
 from preprocessing.sources.untrusted.files import contents
+from preprocessing.sources.untrusted.metadata import read_table, text_of
 
 MAX_METADATA = 2**24  # bytes; published files have 10**4
 SHARD = re.compile(r"\.tfrecord(-(\d+)-of-(\d+))?$")
@@ -32,19 +32,29 @@ class Leaf:
     encoding: str
 
     @property
+    def size(self) -> int:
+        """How many numbers it has per step; 0 if it holds something else, or lists that vary."""
+        numeric = re.match("float|bfloat|u?int|bool", self.dtype) and self.kind in ("Tensor", "Scalar")
+        return math.prod(self.shape) if numeric and self.encoding == "none" and self.shape is not None else 0
+
+    @property
     def width(self) -> int:
         """How many numbers it has per step; 0 if it is not one vector of numbers per step."""
-        numeric = re.match("float|bfloat|u?int|bool", self.dtype) and self.kind in ("Tensor", "Scalar")
-        whole = self.encoding == "none" and self.shape is not None and len(self.shape) <= 1
-        return math.prod(self.shape or ()) if numeric and whole else 0
+        return self.size if len(self.shape or ()) <= 1 else 0
 
     @property
     def is_text(self) -> bool:
         return self.kind == "Text" or (self.dtype in ("string", "object") and self.encoding == "none")
 
 
+UNKNOWN = Leaf("", None, "", "none")
+
+
 def read_leaves(path: Path) -> dict[str, Leaf]:
-    """Read features.json, flattened to the names that the Example uses. Raises BadEpisode."""
+    """Read features.json, flattened to the names that the Example uses. Raises BadEpisode.
+
+    What it describes in no known way is a leaf of unknown kind.
+    """
     leaves: dict[str, Leaf] = {}
 
     def walk(node: dict[str, Any], name: str, sequences: int) -> None:
@@ -54,17 +64,18 @@ def read_leaves(path: Path) -> dict[str, Leaf]:
         elif "sequence" in node:
             walk(node["sequence"]["feature"], name, sequences + 1)
         else:
-            kind = node.get("pythonClassName", "").rsplit(".", 1)[-1]
-            spec = node.get("tensor") or node.get("image") or {}
-            sizes = [int(size) for size in spec.get("shape", {}).get("dimensions", [])]
-            ragged = sequences > 1 or any(size < 0 for size in sizes)  # a list within a step has no fixed length
-            leaves[name] = Leaf(
-                kind, None if ragged else tuple(sizes), spec.get("dtype", ""), spec.get("encoding", "none")
-            )
+            leaves[name] = UNKNOWN
+            with suppress(ValueError, KeyError, TypeError, AttributeError, OverflowError):
+                kind = str(node.get("pythonClassName", "")).rsplit(".", 1)[-1]
+                spec = node.get("tensor") or node.get("image") or {}
+                sizes = [int(size) for size in spec.get("shape", {}).get("dimensions", [])]
+                ragged = sequences > 1 or any(size < 0 for size in sizes)  # a list within a step has no fixed length
+                shape = None if ragged else tuple(sizes)
+                leaves[name] = Leaf(kind, shape, str(spec.get("dtype", "")), str(spec.get("encoding", "none")))
 
     try:
-        walk(json.loads(contents(path, MAX_METADATA)), "", 0)
-    except (OSError, BadEpisode, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        walk(read_table(path, MAX_METADATA), "", 0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadEpisode(f"features.json cannot be read: {error}") from None
     return leaves
 
@@ -77,15 +88,15 @@ def describes_episodes(folder: Path) -> bool:
         return False
     except (OSError, BadEpisode):
         return True
-    return b'"steps"' in text
+    return '"steps"' in text_of(text)
 
 
 def dataset_and_split(shard: Path) -> tuple[str, str | None]:
     """The data set's name, from dataset_info.json or else from the shard's name, and the shard's split."""
     whole, _, counted = shard.name.partition(".tfrecord")
     name, dash, split = whole.rpartition("-")
-    with suppress(OSError, BadEpisode, ValueError, KeyError, TypeError, RecursionError):
-        name = str(json.loads(contents(shard.parent / "dataset_info.json", MAX_METADATA))["name"])
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        name = str(read_table(shard.parent / "dataset_info.json", MAX_METADATA)["name"])
     return name or whole, split if dash and counted else None
 
 

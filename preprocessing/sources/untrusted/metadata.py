@@ -13,9 +13,12 @@ from preprocessing.sources.untrusted.files import contents
 MAX_BYTES = 2**28  # of one file; the episodes of the largest data sets fill 10**8
 
 
-def text_of(data: bytes) -> str:
-    """Decode UTF-8, UTF-16 or UTF-32, with or without a byte order mark; what is none of these becomes U+FFFD."""
-    return data.decode(json.detect_encoding(data), errors="replace").removeprefix("\ufeff")
+def text_of(data: bytes, errors: str = "replace") -> str:
+    """Decode UTF-8, UTF-16 or UTF-32, with or without a byte order mark; what is none of these becomes U+FFFD.
+
+    With ``errors="strict"`` it raises ValueError instead.
+    """
+    return data.decode(json.detect_encoding(data), errors).removeprefix("\ufeff")
 
 
 def json_of(data: bytes | str) -> Any:
@@ -27,14 +30,9 @@ def json_of(data: bytes | str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def read_json(file: Path) -> Any:
-    """Parse a file of JSON. Raises OSError, or ValueError with a reason."""
-    return json_of(_bytes(file))
-
-
-def read_table(file: Path) -> dict[str, Any]:
+def read_table(file: Path, limit: int = MAX_BYTES) -> dict[str, Any]:
     """Parse a file that holds one JSON object. Raises OSError, or ValueError with a reason."""
-    table = read_json(file)
+    table = json_of(_bytes(file, limit))
     if not isinstance(table, dict):
         raise ValueError("not a JSON object")
     return table
@@ -57,9 +55,9 @@ def read_lines(file: Path) -> tuple[list[dict[str, Any]], list[int]]:
     return rows, lost
 
 
-def _bytes(file: Path) -> bytes:
+def _bytes(file: Path, limit: int = MAX_BYTES) -> bytes:
     try:
-        return contents(file, MAX_BYTES)
+        return contents(file, limit)
     except BadEpisode as error:
         raise ValueError(str(error)) from None
 

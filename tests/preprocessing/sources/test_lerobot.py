@@ -52,7 +52,7 @@ def test_lerobot_columns_by_the_names_of_other_tools(tmp_path):
     assert strange.action is None and list(strange.signals) == ["commands", "timestamp"]
     assert said(strange) == [
         "no action was found; a contract's key `action` names the columns it is made of. "
-        "Recorded vectors: commands, state"
+        "Recorded vectors: commands, state; to read: `action: [commands]`"
     ]
 
 

@@ -462,7 +462,7 @@ class Exploit:
         ("data/img", {"zarr_format": 3}, "is not Zarr v2 metadata"),
         ("data/img", {"shape": [11, 16, 16, 3]}, "img has 11 rows, but the episode ends at 12"),
         ("data/img", {"dtype": "<f8"}, "cannot be decompressed"),
-        ("data/n_contacts", {"shape": [10**15, 99], "chunks": [1, 99]}, "cannot be decompressed"),
+        ("data/action", {"shape": [10**15, 99], "chunks": [1, 99]}, "is missing"),
         (
             "data/action",
             {"shape": [12, 2, 2], "chunks": [7, 2, 2]},
