@@ -205,7 +205,7 @@ class Committer:
             cameras, pictures, statistics = self._stored.cameras(one.bases[encoder]["key"], names)
         if "statistics" in pending.steps:
             of_steps: StatisticsColumns = pending.steps["statistics"]
-            statistics.append({"key": key, "array": "steps", **of_steps})
+            statistics.append({"key": key, "array": "steps", **of_steps, "psnr": None, "psnr_frames": None})
         columns = {name: value for name, value in pending.record.items() if name != "reused"}
         row = columns | {
             "key": key,
@@ -215,7 +215,7 @@ class Committer:
             "pictures": pictures,
             "steps": pending.steps["place"],
         }
-        return cast(EpisodeRow, row), [cast(StatisticsRow, each | {"key": key}) for each in statistics]
+        return cast(EpisodeRow, row), [each | {"key": key} for each in statistics]
 
     def _send(self, batch: _Batch) -> None:
         commit = self.store.commit(
@@ -345,7 +345,9 @@ def _encoded(pending: _Pending, encoder: str) -> tuple[list[CameraRow], list[Pic
         measured = [Statistics.from_row(segment["statistics"]) for segment in found if "statistics" in segment]
         if measured:
             values = [value for segment in found for value in segment["psnr"] or ()]
-            lost: Any = {"psnr": float(np.mean(values)), "psnr_frames": len(values)} if values else {}
-            row: StatisticsRow = {"key": "", "array": camera, **merge(measured).to_row()}
-            statistics.append(cast(StatisticsRow, row | lost))
+            moments = merge(measured).to_row()
+            row: StatisticsRow = {"key": "", "array": camera, **moments, "psnr": None, "psnr_frames": None}
+            if values:
+                row |= {"psnr": float(np.mean(values)), "psnr_frames": len(values)}
+            statistics.append(row)
     return cameras, pending.record["pictures"] or [], statistics

@@ -90,8 +90,8 @@ def test_a_contract_changes_rows_not_latents(
         file.write_text(contract)
     count = 2 if source == DEMOS else 1
     monkeypatch.setattr(Encoder, "encode", None)  # would raise
-    arguments = ("ingest", raw, "--store", store, *SIZE, "--encoder", "tiny", "--encoder", "pixels", "--fps", "10")
-    arguments += ("--contract", file)
+    encoders = ("--encoder", "tiny", "--encoder", "pixels")
+    arguments = ("ingest", raw, "--store", store, *SIZE, *encoders, "--fps", "10", "--contract", file)
     for options, updated in ((["--dry-run"], count), ([], count), ([], 0)):
         code, report, err = uwm(*arguments, *options)
         assert code == 0, err

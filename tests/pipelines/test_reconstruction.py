@@ -52,11 +52,17 @@ def film(frames: int, height: int = 64, width: int = 64, grain: int = 0) -> np.n
 
 
 def test_an_ingest_tells_what_its_encoder_loses(tmp_path: Path, uwm: Uwm, monkeypatch: pytest.MonkeyPatch) -> None:
-    raw, store, decoded = tmp_path / "raw", tmp_path / "store", []
+    raw, store = tmp_path / "raw", tmp_path / "store"
+    decoded: list[int] = []
     raw.mkdir()
     write_video(raw / "grainy.mp4", film(64 * 5, grain=60), crf="1")
     decode = Encoder.decode
-    monkeypatch.setattr(Encoder, "decode", lambda self, latents: decoded.append(len(latents)) or decode(self, latents))
+
+    def counted(encoder: Encoder, latents: np.ndarray) -> np.ndarray:
+        decoded.append(len(latents))
+        return decode(encoder, latents)
+
+    monkeypatch.setattr(Encoder, "decode", counted)
     arguments = ("ingest", raw, "--store", store, *SIZE, "--encoder", "tiny", "--encoder", "pixels")
     code, report, err = uwm(*arguments)
     [row] = report["quality"]
