@@ -20,19 +20,8 @@ from urllib.parse import unquote, urlsplit
 from preprocessing.contracts.contract import DataContract, shipped_for
 from preprocessing.episode import Episode, EpisodeRef, Repair
 from preprocessing.errors import BadEpisode, UserError
-from preprocessing.sources import (
-    aloha,
-    archive,
-    bridge,
-    calvin,
-    droid,
-    maniskill,
-    minari,
-    robomimic,
-    robotwin,
-    video,
-    webdataset,
-)
+from preprocessing.sources import archive, bridge, calvin, droid, video, webdataset
+from preprocessing.sources.hdf5 import aloha, maniskill, minari, robomimic, robotwin
 from preprocessing.sources.lerobot import reader as lerobot_reader
 from preprocessing.sources.reader import BREAKS, Format, Reader
 from preprocessing.sources.replay_buffer import reader as replay_buffer_reader

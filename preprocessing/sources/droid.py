@@ -38,7 +38,7 @@ import numpy as np
 
 from preprocessing.episode import ActionBlock, Episode, EpisodeRef, Repair
 from preprocessing.errors import BadEpisode, UserError
-from preprocessing.sources.hdf5_kinds import hdf5_files
+from preprocessing.sources.hdf5.kinds import hdf5_files
 from preprocessing.sources.scan_cache import Finding, file_digest, findings
 from preprocessing.sources.untrusted.files import within
 from preprocessing.sources.untrusted.hdf5 import datasets, digest_of

@@ -27,10 +27,10 @@ import numpy as np
 
 from preprocessing.episode import ActionBlock, Episode, EpisodeRef, Repair
 from preprocessing.errors import BadEpisode
-from preprocessing.sources.hdf5_episodes import find_each, name_of
-from preprocessing.sources.hdf5_kinds import hdf5_files, resembles
-from preprocessing.sources.hdf5_streams import Streams, action_of, common_length, read_streams
-from preprocessing.sources.hdf5_texts import instruction_of, other_texts, texts_of
+from preprocessing.sources.hdf5.episodes import find_each, name_of
+from preprocessing.sources.hdf5.kinds import hdf5_files, resembles
+from preprocessing.sources.hdf5.streams import Streams, action_of, common_length, read_streams
+from preprocessing.sources.hdf5.texts import instruction_of, other_texts, texts_of
 from preprocessing.sources.scan_cache import Finding, findings
 from preprocessing.sources.untrusted.hdf5 import child, digest_of, groups, json_of, numbers, own, text
 from preprocessing.video.frames import first_frames, upside_down

@@ -26,10 +26,10 @@ import numpy as np
 
 from preprocessing.episode import ActionBlock, Episode, EpisodeRef, Repair
 from preprocessing.errors import BadEpisode
-from preprocessing.sources.hdf5_episodes import find_each, name_of, names_in
-from preprocessing.sources.hdf5_kinds import episode_groups, hdf5_files
-from preprocessing.sources.hdf5_streams import action_of, read_streams, short_name
-from preprocessing.sources.hdf5_texts import instruction_of
+from preprocessing.sources.hdf5.episodes import find_each, name_of, names_in
+from preprocessing.sources.hdf5.kinds import episode_groups, hdf5_files
+from preprocessing.sources.hdf5.streams import action_of, read_streams, short_name
+from preprocessing.sources.hdf5.texts import instruction_of
 from preprocessing.sources.scan_cache import Finding, findings
 from preprocessing.sources.untrusted.files import contents
 from preprocessing.sources.untrusted.hdf5 import child, digest_of, numbers, own

@@ -23,8 +23,8 @@ import numpy as np
 
 from preprocessing.episode import ActionBlock, Episode, EpisodeRef, Repair
 from preprocessing.errors import BadEpisode
-from preprocessing.sources.hdf5_kinds import hdf5_files
-from preprocessing.sources.hdf5_streams import action_of, read_streams, short_name
+from preprocessing.sources.hdf5.kinds import hdf5_files
+from preprocessing.sources.hdf5.streams import action_of, read_streams, short_name
 from preprocessing.sources.scan_cache import Finding, file_digest, findings
 from preprocessing.sources.untrusted.files import contents, within
 from preprocessing.sources.untrusted.hdf5 import child, digest_of

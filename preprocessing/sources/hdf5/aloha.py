@@ -19,9 +19,9 @@ import numpy as np
 
 from preprocessing.episode import ActionBlock, Episode, EpisodeRef, Repair
 from preprocessing.errors import BadEpisode
-from preprocessing.sources.hdf5_kinds import hdf5_files
-from preprocessing.sources.hdf5_streams import action_of, read_streams
-from preprocessing.sources.hdf5_texts import instruction_of, other_texts, texts_of
+from preprocessing.sources.hdf5.kinds import hdf5_files
+from preprocessing.sources.hdf5.streams import action_of, read_streams
+from preprocessing.sources.hdf5.texts import instruction_of, other_texts, texts_of
 from preprocessing.sources.scan_cache import Finding, file_digest, findings
 from preprocessing.sources.untrusted.hdf5 import child, digest_of
 

@@ -19,7 +19,7 @@ SIGNATURE = b"\x89HDF\r\n\x1a\n"
 SUFFIXES = (".hdf5", ".h5")
 MAX_NAMED = 8  # members of an unknown file that are listed
 
-Kind = Literal["aloha", "droid", "maniskill", "minari", "robotwin", "agibot", "demonstrations"]
+Kind = Literal["aloha", "droid", "maniskill", "minari", "robotwin", "demonstrations"]
 
 
 def hdf5_files(path: Path, kind: Kind) -> Iterator[Path]:
@@ -54,8 +54,8 @@ def resembles(file: h5py.Group) -> str:
         return "it looks like D4RL's: vectors of steps without pictures"
     if "observations" in names or "observation" in names:
         return f"it looks like ALOHA's or RoboTwin's, but has no action or joint_action; it holds {_listed(file)}"
-    if {"state", "action"} & names and "timestamp" in names:
-        return f"it looks like AgiBot World's, but lacks its group state or action; it holds {_listed(file)}"
+    if {"state", "action"} <= names:
+        return "it looks like AgiBot World's proprio_stats.h5, which is not read; convert the data set to LeRobot"
     if isinstance(top.get("data"), h5py.Dataset):
         return "its member data is a data set, not a group of demonstrations"
     if numbered := next((key for key in top if re.fullmatch(r"(traj|episode|demo)_\d+", key)), None):
@@ -90,8 +90,6 @@ def _kind_of_groups(file: h5py.File, name: str) -> Kind:
         return "demonstrations"
     if group("observation") and group("joint_action"):
         return "robotwin"
-    if group("state") and group("action"):
-        return "agibot"
     kinds: tuple[tuple[Kind, str], ...] = (("maniskill", "traj"), ("minari", "episode"))
     for kind, prefix in kinds:
         for key in episode_groups(file, prefix)[:1]:

@@ -22,7 +22,7 @@ import numpy as np
 from preprocessing.episode import Repair, Video
 from preprocessing.errors import BadEpisode
 from preprocessing.limits import limits
-from preprocessing.sources.hdf5_texts import SAYS, short_text
+from preprocessing.sources.hdf5.texts import SAYS, short_text
 from preprocessing.sources.untrusted.hdf5 import datasets, members, own
 from preprocessing.sources.vectors import as_vectors
 from preprocessing.video.arrays import array_video, is_picture, rows_at_once

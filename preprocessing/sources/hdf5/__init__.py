@@ -1,0 +1,1 @@
+"""Readers of the formats in HDF5, and what they share."""
