@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import tempfile
 import warnings
@@ -18,11 +17,14 @@ from mlflow.models import ModelSignature
 from mlflow.tracking import MlflowClient
 from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
+from infra.tracking import answering, holds_nothing, is_absence
+
 NAME = re.compile(r"[\w .-]{1,200}")  # of a model: MLflow refuses / and :, and @ separates an alias
 # MLflow gives "latest" and "v1" a meaning of their own.
 ALIAS = re.compile(r"(?!latest$|v\d+$)[\w-]{1,200}", re.IGNORECASE | re.ASCII)
 
 
+@answering()
 def register(
     run_id: str,
     name: str,
@@ -56,8 +58,11 @@ def register(
             pip_requirements=["unified-world-models"],
         )
     client = MlflowClient()  # registering through log_model prints to stderr, and sets tags one by one
-    with contextlib.suppress(MlflowException):  # it exists already
+    try:
         client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
     created = client.create_model_version(name, f"models:/{info.model_id}", run_id, tags, model_id=info.model_id)
     return str(created.version)
 
@@ -72,6 +77,7 @@ class RegisteredVersion:
     tags: dict[str, str]
 
 
+@answering()
 def versions_of(run_id: str) -> list[RegisteredVersion]:
     """Return the registered versions of a run's model, the newest first."""
     client = MlflowClient()
@@ -81,24 +87,34 @@ def versions_of(run_id: str) -> list[RegisteredVersion]:
     return [RegisteredVersion(one.name, str(one.version), tuple(one.aliases), dict(one.tags)) for one in newest]
 
 
+@answering()
 def version_of(name: str, version_or_alias: str) -> tuple[str, str] | None:
     """Return (version, run id) of a model's version number or alias, None if there is no such version."""
+    if holds_nothing():
+        return None
     client = MlflowClient()
     try:
         if version_or_alias.isdigit():
             found = client.get_model_version(name, version_or_alias)
         else:
             found = client.get_model_version_by_alias(name, version_or_alias)
-    except MlflowException:
+    except MlflowException as error:
+        if not is_absence(error):
+            raise
         return None
     return str(found.version), str(found.run_id)
 
 
+@answering()
 def embodiment_of(model: str) -> str | None:
     """Return the embodiment that ``models:/...`` was registered for; None if there is no such model."""
+    if holds_nothing():
+        return None
     try:
         return (_flavor(model).get("config") or {}).get("embodiment")
-    except (MlflowException, OSError):
+    except MlflowException as error:
+        if not is_absence(error):
+            raise
         return None
 
 
@@ -107,10 +123,12 @@ def _flavor(model: str) -> dict[str, Any]:
     return mlflow.models.get_model_info(model).flavors["python_function"]
 
 
+@answering()
 def metrics(run_id: str) -> dict[str, float]:
     return dict(MlflowClient().get_run(run_id).data.metrics)
 
 
+@answering()
 def move_alias(name: str, alias: str, version: str, notes: dict[str, str]) -> None:
     """Set notes as tags of the version, then point the alias at it."""
     client = MlflowClient()
@@ -124,10 +142,15 @@ def promotion_lock(name: str) -> FileLock:
     return FileLock(Path(tempfile.gettempdir()) / f"uwm-promote-{name.replace('/', '_')}.lock")
 
 
+@answering()
 def download(model: str) -> Path | None:
     """Download the checkpoint of ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION``; None if there is none."""
+    if holds_nothing():
+        return None
     try:
         folder = _flavor(model)["artifacts"]["checkpoint"]["path"]  # named like the folder that was registered
         return Path(mlflow.artifacts.download_artifacts(f"{model}/{folder}"))
-    except (MlflowException, OSError):
+    except MlflowException as error:
+        if not is_absence(error):
+            raise
         return None

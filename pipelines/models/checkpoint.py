@@ -1,4 +1,4 @@
-"""Checkpoints: folders of ``model.safetensors`` and ``settings.json``, readable without this project."""
+"""Checkpoints: folders of ``model.safetensors``, ``settings.json`` and a manifest, readable without this project."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from pipelines.models import manifest
 from preprocessing.dataset.embodiment import Embodiment
 from preprocessing.dataset.normalizer import Normalizer
 from preprocessing.episode import Fit
@@ -42,6 +43,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     format: int = FORMAT
+    checksums: bool = False  # whether a manifest with checksums was written beside; not before version 0.2
     model: ModelConfig
     diffusion: DiffusionConfig
     encoder: str
@@ -103,6 +105,7 @@ def save(
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     write(building, weights, settings, adapter)
+    (building / manifest.MANIFEST).write_bytes(manifest.dump(manifest.measure(building.iterdir()), {}))
     shutil.rmtree(folder, ignore_errors=True)
     building.rename(folder)
 
@@ -110,11 +113,12 @@ def save(
 def write(
     folder: Path, weights: dict[str, torch.Tensor], settings: Settings, adapter: dict[str, torch.Tensor] | None = None
 ) -> None:
-    """Write the files of a checkpoint into an existing folder; ``adapter`` as in ``save``."""
+    """Write a checkpoint's files, except for the manifest, into an existing folder; ``adapter`` as in ``save``."""
     for name, tensors in (("model", weights), ("adapter", adapter)):
         if tensors:
             contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
             save_file(contiguous, folder / f"{name}.safetensors")
+    settings = settings.model_copy(update={"checksums": True})
     (folder / "settings.json").write_text(settings.model_dump_json(indent=1))
 
 
@@ -132,9 +136,19 @@ def load_settings(folder: Path) -> Settings:
         raise UserError(f"{folder}: not a checkpoint of this project ({reason})") from None
 
 
-def load(folder: Path) -> tuple[Model, Settings]:
-    """Load the model with its weights, in evaluation mode, and its settings. Raises UserError if that fails."""
+def load_intact(folder: Path) -> Settings:
+    """Read ``settings.json``, and compare all files with their checksums. Raises UserError if one is damaged."""
     settings = load_settings(folder)
+    manifest.verify(folder, settings.checksums)
+    return settings
+
+
+def load(folder: Path) -> tuple[Model, Settings]:
+    """Load the model with its weights, in evaluation mode, and its settings.
+
+    Raises UserError if that fails, or if a file is damaged.
+    """
+    settings = load_intact(folder)
     model = settings.build()
     try:
         model.load_state_dict(load_file(folder / "model.safetensors"))

@@ -52,7 +52,7 @@ def resolve(
         found = tracking.download(_run_id(model), "checkpoint")
         hint = "give a checkpoint folder, a run id, models:/NAME@ALIAS or a published checkpoint's file"
     if found is None:
-        raise UserError(f"{model}: no such model; {hint}")
+        raise UserError(f"{model}: no such model in {tracking.place()}; {hint}")
     return found
 
 

@@ -35,7 +35,10 @@ def promote(name: str, version: str, alias: str = "champion", floor: float = 0.5
     with registry.promotion_lock(name):
         candidate = registry.version_of(name, version)
         if candidate is None:
-            raise UserError(f"{name} version {version}: not in the registry; register one with uwm register RUN {name}")
+            raise UserError(
+                f"{name} version {version}: not in the registry at {tracking.place()}; "
+                f"register one with uwm register RUN {name}"
+            )
         current = registry.version_of(name, alias)
         reason = _judge(name, candidate, current, floor)
         previous = current[0] if current else None

@@ -24,10 +24,12 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from tqdm import tqdm
 
 from infra import tracking
-from infra.cluster import actor, cluster
+from infra.cluster import actor, cluster, is_loopback
 from infra.progress import Meter, watch
 from pipelines.errors import Interrupted
+from pipelines.models import manifest
 from pipelines.models.checkpoint import Settings
+from pipelines.models.manifest import MANIFEST
 from pipelines.recipe import Recipe
 from pipelines.train.checkpoints import RunFolder
 from pipelines.train.devices import HIDDEN
@@ -47,12 +49,14 @@ def train(
     checkpoints: str,
     address: str | None = None,
     verbose: bool = False,
+    identity: str = "",
 ) -> Path:
     """Train on Ray and return the folder of the final weights, ``output/checkpoint``.
 
-    ``checkpoints`` is the URI of this run's checkpoints; training resumes from the newest. Workers have GPUs if the
-    recipe's ``device`` says so (pipelines/train/devices.py), and otherwise see none. Raises Interrupted,
-    Diverged, UserError, or a worker's failure that keeps recurring.
+    ``checkpoints`` is the URI of this run's checkpoints; training resumes from the newest that is intact. ``identity``
+    is the run's (RunRecord), which checkpoints keep. Workers have GPUs if the recipe's ``device`` says so
+    (pipelines/train/devices.py), and otherwise see none. Raises Interrupted, Diverged, UserError, or a worker's failure
+    that keeps recurring.
     """
     output.mkdir(parents=True, exist_ok=True)
     folder = RunFolder(checkpoints)
@@ -61,6 +65,7 @@ def train(
         "recipe": recipe.model_dump_json(),
         "folder": checkpoints,
         "tracking_uri": tracking.connect(),
+        "identity": identity,
     }
     with cluster(address, verbose):
         meter = actor(Meter)
@@ -80,6 +85,7 @@ def train(
         for name in ("model.safetensors", "settings.json", "adapter.safetensors"):
             if (saved / name).exists():
                 shutil.copyfile(saved / name, final / name)
+    (final / MANIFEST).write_bytes(manifest.dump(manifest.measure(final.iterdir()), {"step": recipe.steps}))
     return final
 
 
@@ -88,7 +94,7 @@ def _train_to_the_end(
 ) -> None:
     """Start one group of workers after another until the last step is saved or the user stops."""
     reached, fruitless = -1, 0
-    while (newest := folder.newest()) < recipe.steps:
+    while (newest := folder.newest()) < recipe.steps or _is_damaged(folder, recipe.steps, config["meter"]):
         if stop_requested.is_set():
             raise Interrupted(f"stopped at step {newest}; run the same command to resume")
         try:
@@ -106,6 +112,13 @@ def _train_to_the_end(
                 preempted = all(isinstance(cause, Preempted) for cause in causes)
                 why = "a machine was preempted" if preempted else f"a worker was lost ({_one_line(causes[0])})"
                 config["meter"].say.remote(f"{why}; resuming from step {newest}")
+
+
+def _is_damaged(folder: RunFolder, last: int, meter: Any) -> bool:
+    """Whether the last step's checkpoint had to be removed, so that training goes on from the one before."""
+    for line in folder.sweep():
+        meter.say.remote(line)
+    return folder.newest() < last
 
 
 def _run_workers(recipe: Recipe, config: dict[str, Any]) -> None:
@@ -138,7 +151,9 @@ def trainer_of(recipe: Recipe, config: dict[str, Any], scratch: str) -> TorchTra
     return TorchTrainer(
         work,
         train_loop_config=config,
-        torch_config=PreemptibleTorchConfig(backend="nccl" if gpus else "gloo"),
+        torch_config=PreemptibleTorchConfig(
+            backend="nccl" if gpus else "gloo", meeting_folder=scratch if is_loopback() else None
+        ),
         scaling_config=ScalingConfig(num_workers=recipe.workers, use_gpu=gpus),  # type: ignore[arg-type]
         run_config=RunConfig(name="ray", storage_path=scratch, worker_runtime_env=environment),  # type: ignore[call-arg]
     )

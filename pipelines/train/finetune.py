@@ -50,7 +50,7 @@ def plan(initial: Path, store_uri: str, recipe: Recipe, snapshot_id: str | None 
     take free slots. Raises UserError if the store has no latents of the model's encoder, if an embodiment differs from
     the model's of that name, or if the recipe changes what cannot change.
     """
-    parent = checkpoint.load_settings(initial)
+    parent = checkpoint.load_intact(initial)
     if recipe.diffusion:
         raise UserError("recipe: a finetuned model keeps its diffusion settings; remove the section diffusion")
     snapshot = LatentStore.open(store_uri).snapshot(snapshot_id)

@@ -32,7 +32,8 @@ from infra import tracking
 from infra.cluster import check_address, cluster
 from pipelines.console import say
 from pipelines.errors import Interrupted
-from pipelines.models.checkpoint import Settings
+from pipelines.models import manifest
+from pipelines.models.checkpoint import Settings, load_settings
 from pipelines.outputs import check_writable
 from pipelines.recipe import RESULT_KEYS, WORK_KEYS, Recipe
 from pipelines.train.checkpoints import RunFolder
@@ -45,12 +46,20 @@ from preprocessing.store.store import LatentStore
 
 
 class RunRecord(BaseModel):
-    """Content of ``run.json``. ``identity`` is a digest of the command that started the run."""
+    """Content of ``run.json``, with its own digest. ``identity`` is a digest of the command that started the run."""
 
     identity: str
     name: str
     settings: Settings
     finished: bool = False
+
+    def dump(self) -> bytes:
+        return manifest.seal(self.model_dump(mode="json"))
+
+    @classmethod
+    def load(cls, content: bytes) -> RunRecord:
+        """Raises ValueError if the content is not as it was written."""
+        return cls.model_validate(manifest.unseal(content))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +106,7 @@ def tracked(
             run = _new_run(kind, asked, settings, recipe)
         else:
             tracking.connect()
-            tracking.resume_run(str(run.settings.run_id))
+            _log(tracking.resume_run, str(run.settings.run_id))
             say(f"resuming interrupted run {run.settings.run_id} ({run.name}); use --new to start another")
         for note in notes:
             say(note)
@@ -117,16 +126,24 @@ def _trained(
             if write_start:  # as the checkpoint of step 0, so that the parent's files are no longer needed
                 kept.write(0, write_start)
                 kept.commit(0, {})
-            kept.put("run.json", run.model_dump_json(indent=1).encode())
-            final = train(settings, recipe, folder, kept.uri, options.address, options.verbose)
-        tracking.log_folder(run_id, final, "checkpoint")
+            kept.put("run.json", run.dump())
+            final = train(settings, recipe, folder, kept.uri, options.address, options.verbose, run.identity)
+        _log(tracking.log_folder, run_id, final, "checkpoint")
     except BaseException as error:
-        tracking.end_run(run_id, "KILLED" if isinstance(error, KeyboardInterrupt | Interrupted) else "FAILED")
+        _log(tracking.end_run, run_id, "KILLED" if isinstance(error, KeyboardInterrupt | Interrupted) else "FAILED")
         raise
-    kept.put("run.json", run.model_copy(update={"finished": True}).model_dump_json(indent=1).encode())
+    kept.put("run.json", run.model_copy(update={"finished": True}).dump())
     kept.drop(0)
-    tracking.end_run(run_id)
+    _log(tracking.end_run, run_id)
     return run_id, final
+
+
+def _log(log: Callable[..., None], *arguments: Any) -> None:
+    """Tell MLflow; if it does not answer, only say so: a training is worth more than its entry there."""
+    try:
+        log(*arguments)
+    except ConnectionError as error:
+        say(f"not logged: {error}")
 
 
 def _new_run(kind: str, asked: dict[str, str | None], settings: Settings, recipe: Recipe) -> RunRecord:
@@ -159,10 +176,37 @@ def _interrupted_run(home: str, kind: str, asked: dict[str, str | None], recipe:
     there = files.get_file_info(pyarrow.fs.FileSelector(root, allow_not_found=True))
     names = sorted(info.base_name for info in there if info.type == pyarrow.fs.FileType.Directory)
     for name in sorted(names, key=lambda name: name.split("-")[-3:], reverse=True):
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            run = RunRecord.model_validate_json(RunFolder(_below(home, name)).read("run.json"))
-            if not run.finished and is_same(run, kind, asked, recipe):
-                return run
+        kept = RunFolder(_below(home, name))
+        try:
+            run: RunRecord | None = RunRecord.load(kept.read("run.json"))
+        except (FileNotFoundError, ValueError) as error:
+            run = _healed(kept, name, isinstance(error, ValueError), kind, asked, recipe)
+        if run and not run.finished and is_same(run, kind, asked, recipe):
+            return run
+    return None
+
+
+def _healed(
+    kept: RunFolder, name: str, is_there: bool, kind: str, asked: dict[str, str | None], recipe: Recipe
+) -> RunRecord | None:
+    """Return what a damaged or missing ``run.json`` said, from the newest intact checkpoint beside it.
+
+    None if there is no checkpoint. Raises UserError if that does not say which command started the run.
+    """
+    what = f"{kept.uri}/run.json is {'damaged' if is_there else 'missing'}"
+    for step, about in sorted(kept.complete().items(), reverse=True):
+        if step == 0 or kept.damage(step, about):
+            continue
+        if "identity" not in about:
+            raise UserError(f"{what}, and its checkpoints are of an earlier version; restore it, or use --new")
+        with kept.fetched(step) as folder:
+            settings = load_settings(folder).model_copy(update={"step": 0})
+        run = RunRecord(identity=about["identity"], name=name, settings=settings)
+        if is_same(run, kind, asked, recipe):
+            say(f"{what}; its checkpoint of step {step} says what was in it")
+        return run
+    if is_there:
+        say(f"{what}, and there is no checkpoint that says what was in it; it is passed over")
     return None
 
 

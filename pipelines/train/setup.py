@@ -55,7 +55,7 @@ def loss_divisors(model: Model, data: LatentDataset, recipe: Recipe, world: int)
 def set_up(settings: Settings, recipe: Recipe, folder: RunFolder, step: int, world: int) -> Training:
     """Build the model and its engine as they were after ``step``, or as training starts if it is 0."""
     torch.manual_seed(recipe.seed)
-    if 0 in folder.complete():  # the weights that finetuning starts from
+    if settings.parent:  # the weights that finetuning starts from
         with folder.fetched(0) as start:
             model = checkpoint.load(start)[0].train()
     else:

@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from infra.engine import ParameterSlice
+from pipelines.models import manifest
+from pipelines.models.manifest import MANIFEST
 
 
 def save_state(path: Path, kept: list[ParameterSlice]) -> None:
@@ -30,7 +32,11 @@ class SavedState:
     def __init__(self, folder: Path):
         self._open = contextlib.ExitStack()
         self._where: dict[tuple[str, str], dict[int, Any]] = {}
+        # What the manifest does not list was not written with the rest.
+        listed = manifest.parse((folder / MANIFEST).read_bytes())["files"] if (folder / MANIFEST).exists() else None
         for path in sorted(folder.glob("state-*.safetensors")):
+            if listed is not None and path.name not in listed:
+                continue
             file = self._open.enter_context(safe_open(path, "pt"))
             for key in file.keys():  # noqa: SIM118  not a dict
                 kind, _, rest = key.partition("/")

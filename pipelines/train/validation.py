@@ -22,6 +22,7 @@ from uwm_model.randomness import SampleGenerators
 
 BATCHES, SIZE = 4, 64
 PICTURES = "held-out frames - now - predicted - true"  # the image's name in MLflow
+MEASURED = ("validation_loss", "validation_loss_action", "validation_loss_video")
 SHOWN_WINDOWS = 4  # in the image of predicted frames
 
 
@@ -67,11 +68,7 @@ class Validation:
         if not self._batches:
             return {}
         action, video = totals.tolist()
-        return {
-            "validation_loss": self._model.total_loss(action, video),
-            "validation_loss_action": action,
-            "validation_loss_video": video,
-        }
+        return dict(zip(MEASURED, (self._model.total_loss(action, video), action, video), strict=True))
 
     @torch.inference_mode()
     def predicted_frames(self) -> tuple[str, Callable[[], np.ndarray]] | None:

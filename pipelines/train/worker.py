@@ -32,7 +32,7 @@ from pipelines.train.setup import loss_divisors, passes, set_up
 from pipelines.train.state import save_state
 from pipelines.train.tally import Tally
 from pipelines.train.trainable import adapters, merged
-from pipelines.train.validation import Validation
+from pipelines.train.validation import MEASURED, Validation
 from preprocessing.dataset.loader import Samples
 from preprocessing.dataset.prefetch import Prefetch, tensors
 from preprocessing.errors import UserError
@@ -80,7 +80,11 @@ class Worker:
         self.rank, self.world = rank, world
         self.settings = settings = Settings.model_validate_json(config["settings"])
         self.recipe = recipe = Recipe.model_validate_json(config["recipe"])
-        self.folder, self.meter = RunFolder(config["folder"]), config["meter"]
+        self.folder, self.meter, self.identity = (
+            RunFolder(config["folder"]),
+            config["meter"],
+            config.get("identity", ""),
+        )
         tracking.connect(config["tracking_uri"])
         if torch.cuda.is_available() != (recipe.device == "gpu"):
             found = "finds no GPU; check the driver, or set device=cpu" if recipe.device == "gpu" else "sees a GPU"
@@ -91,7 +95,8 @@ class Worker:
         self.writer = CheckpointWriter(self.folder, rank == 0, world)
         self.agreement = Agreement(rank, self.meter, self.writer)
         if rank == 0:
-            self.folder.sweep()
+            for line in self.folder.sweep():
+                self.meter.say.remote(line)
         complete = self.folder.complete()
         self.step = self.agreement.newest(max(complete, default=0))
 
@@ -103,7 +108,12 @@ class Worker:
         self.data = dataset(settings, validation=False, recipe=recipe, tell=self._report_copying)
         self.counts = loss_divisors(self.averaged, self.data, recipe, world).to(self.device)
         self.validation = Validation(settings, recipe, self.averaged, rank, world, self._report_copying)
-        self.logger = MlflowLogger(settings.run_id) if rank == 0 and settings.run_id else None
+        self.logger = MlflowLogger(settings.run_id, self.meter.say.remote) if rank == 0 and settings.run_id else None
+        if self.logger:  # whoever wrote the checkpoint may have died before it logged these
+            for step, about in complete.items():
+                measured = {name: about[name] for name in MEASURED if name in about}
+                if 0 < step <= self.step and measured:
+                    self.logger.add(measured, step)
         carried = complete.get(self.step, {}).get("tally") if rank == 0 else None
         self.tally = Tally(self.data.source_names, self.device, carried)
 
@@ -225,7 +235,8 @@ class Worker:
             for name, values in engine.whole(self.engine, "average" if self.recipe.ema_decay else "weight"):
                 by_name[name].copy_(values)
         metrics = self.validation.losses() if judge else {}
-        about = {"workers": self.world, "seed": self.recipe.seed, "tally": self.tally.summed(), **metrics}
+        about = {"identity": self.identity, "workers": self.world, "seed": self.recipe.seed, **metrics}
+        about["tally"] = self.tally.summed()
         if judge and self.logger:
             self.logger.add(metrics, self.step)
             if found := self.validation.predicted_frames():

@@ -9,6 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
 
 def wait_for(condition: Callable[[], Any], driver: subprocess.Popen[str]) -> Any:
     deadline = time.monotonic() + 120
@@ -26,4 +30,16 @@ def workers(title: str, of: int | None = None) -> list[int]:
             parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
             if (process / "cmdline").read_bytes().startswith(f"ray::{title}".encode()) and of in (None, parent):
                 found.append(int(process.name))
+    return found
+
+
+def listening(pid: int) -> set[tuple[str, str]]:
+    """Return (command, address) of each TCP socket on which the process or one of its descendants listens."""
+    found = set()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                for socket in process.net_connections("tcp"):
+                    if socket.status == psutil.CONN_LISTEN:
+                        found.add((" ".join(process.cmdline())[:80], socket.laddr.ip))
     return found

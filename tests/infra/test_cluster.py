@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,9 @@ from typing import Any
 
 import pytest
 from helpers.formats import moving, numbered, write_video
+from helpers.processes import LOOPBACK, listening
 
+from infra import cluster
 from preprocessing.store.store import LatentStore
 
 UWM = Path(sys.executable).with_name("uwm")
@@ -68,6 +71,54 @@ def test_ctrl_c_ends_an_ingest_with_one_line_and_nothing_half_written(tmp_path: 
     assert process.wait(60) == 130
     assert log.read_text().splitlines()[-1].startswith("interrupted")
     assert not LatentStore.open(str(store)).snapshot().episodes().num_rows
+
+
+def test_a_local_cluster_is_for_this_machine_and_this_user_alone(ray_cluster: None) -> None:
+    import ray
+
+    @ray.remote
+    def settings() -> tuple[str, str, int]:
+        token = os.environ["RAY_AUTH_TOKEN_PATH"]
+        return os.environ["RAY_AUTH_MODE"], token, Path(token).stat().st_mode & 0o777
+
+    mode, token, rights = ray.get(settings.remote())
+    assert (mode, rights) == ("token", 0o600) and "RAY_AUTH_TOKEN_PATH" not in os.environ
+    sockets = listening(os.getpid())
+    assert len(sockets) > 4 and {address for _, address in sockets} <= LOOPBACK, sockets
+    address = ray.get_runtime_context().gcs_address
+    ask = "import sys; from ray._raylet import GcsClient; G = GcsClient(address=sys.argv[1])\n"
+    ask += "print(len(G.get_all_node_info(timeout=9)))"
+    for given, answer in (({}, ""), ({"RAY_AUTH_TOKEN_PATH": token}, "1\n")):
+        mode = {"RAY_AUTH_MODE": "token"} if given else {}
+        command = [sys.executable, "-c", ask, address]
+        ended = subprocess.run(command, env=os.environ | mode | given, capture_output=True, text=True, timeout=100)
+        assert ended.stdout == answer and ("uthentication" in ended.stderr) == (not answer), ended.stderr
+
+
+def test_what_is_no_ray_is_given_up_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "ANSWER_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for scheme in ("", "ray://"):
+            address = f"{scheme}127.0.0.1:{silent.getsockname()[1]}"
+            with pytest.raises(ConnectionError, match=f"no Ray cluster answers at {address} \\(timed out\\)"):
+                cluster.check_address(address)
+
+
+def test_the_users_way_into_a_cluster_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RAY_AUTH_MODE", "token"), ("RAY_AUTH_TOKEN", "theirs")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    with cluster._token_file() as token, cluster._private_start(token):
+        assert "RAY_AUTH_TOKEN" not in os.environ and os.environ["RAY_AUTH_TOKEN_PATH"].startswith("/proc/")
+    assert (os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"]) == ("token", "theirs")
+    assert "RAY_AUTH_TOKEN_PATH" not in os.environ
+    imported = subprocess.run(
+        [sys.executable, "-c", "import os, infra; print(os.environ.get('RAY_AUTH_MODE'))"],
+        env={name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"},
+        capture_output=True,
+        text=True,
+    )
+    assert imported.stdout == "None\n", "a cluster's authentication would be switched off"
 
 
 def test_an_address_without_a_cluster_is_reported_in_one_line(tmp_path: Path) -> None:

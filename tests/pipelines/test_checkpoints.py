@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import random
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.s3 import S3
+from helpers.s3 import S3, FaultyProxy
 
 from infra.engine import ParameterSlice
+from pipelines.models import manifest
 from pipelines.train.checkpoint_writer import CheckpointWriter
 from pipelines.train.checkpoints import RunFolder
 from pipelines.train.state import SavedState, save_state
+from preprocessing.errors import UserError
 
 pytest_plugins = ["helpers.s3"]
 
@@ -36,7 +41,9 @@ def test_a_checkpoint_is_listed_once_it_is_committed(folder: RunFolder) -> None:
     assert folder.complete() == {}
     folder.commit(10, {"validation_loss": 0.5})
     [about] = folder.complete().values()
-    assert about == {"validation_loss": 0.5, "step": 10, "files": {"model.safetensors": 7}}
+    digest = hashlib.sha256(b"weights").hexdigest()
+    assert about["files"] == {"model.safetensors": 7} and about["sha256"] == {"model.safetensors": digest}
+    assert about["validation_loss"] == 0.5 and about["step"] == 10
     with folder.fetched(10) as fetched:
         assert (fetched / "model.safetensors").read_text() == "weights"
     folder.drop(10)
@@ -60,6 +67,93 @@ def test_incomplete_checkpoints_are_ignored_and_swept_away(folder: RunFolder, na
     assert folder.complete()[30]["files"] == {"model.safetensors": 5}
     if folder._local:
         assert {path.name for path in folder._local.iterdir()} == {"step-00000010", "step-00000030"}
+
+
+def flipped(content: bytes, bit: int) -> bytes:
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def rewrite(folder: RunFolder, name: str, change: Callable[[bytes], bytes | None]) -> None:
+    """Change a file of the run behind its back; ``change`` returns None to delete it."""
+    files, root = folder._place.filesystem()
+    content = change(folder.read(name))
+    files.delete_file(f"{root}/{name}")
+    if content is not None:
+        with files.open_output_stream(f"{root}/{name}") as out:
+            out.write(content)
+
+
+FILES = ["model.safetensors", "state-1.safetensors", "settings.json", "checkpoint.json"]
+DAMAGES = ["bit", "cut", "missing", "header"]
+ON_S3 = [(name, damage, "s3") for name, damage in zip(FILES, DAMAGES, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "folder"),
+    [*((name, damage, "folder") for name in FILES for damage in DAMAGES), *ON_S3, ("checkpoint.json", "missing", "s3")],
+    indirect=["folder"],
+)
+def test_a_damaged_checkpoint_is_named_and_passed_over(folder: RunFolder, name: str, damage: str) -> None:
+    def build(made: Path) -> None:
+        for file in ("model.safetensors", "state-1.safetensors", "settings.json"):
+            (made / file).write_bytes(random.Random(file).randbytes(600))
+
+    for step in (0, 10, 20, 30):
+        folder.write(step, build)
+        folder.commit(step, {"validation_loss": step / 7})
+    changes: dict[str, Callable[[bytes], bytes | None]] = {
+        "bit": lambda content: flipped(content, random.Random(name).randrange(8 * len(content))),
+        "cut": lambda content: content[:-1],
+        "missing": lambda content: None,
+        "header": lambda content: bytes(8) + content[8:],
+    }
+    rewrite(folder, f"step-00000030/{name}", changes[damage])
+    said = folder.sweep()
+    incomplete = damage == "missing" and name == "checkpoint.json" and not folder._local  # as if never completed
+    assert len(said) == (not incomplete) and all("step 30 is damaged" in line and name in line for line in said)
+    assert folder.newest() == 20 and list(folder.complete()) == [0, 10, 20] and folder.sweep() == []
+    rewrite(folder, f"step-00000000/{name}", changes[damage])
+    with pytest.raises(UserError, match=r"step 0 is damaged .* start anew with --new"), folder.fetched(0):
+        pass
+    assert folder.sweep() == []
+
+
+def test_any_flipped_bit_of_a_manifest_is_noticed() -> None:
+    about = {"validation_loss": 0.1 + 0.2, "tally": [[1.0, 2.0]], "identity": "ab"}
+    content = manifest.dump({"model.safetensors": (7, "0" * 64)}, about | {"step": 8})
+    written = manifest.parse(content)
+    for bit in range(8 * len(content)):
+        with contextlib.suppress(ValueError):  # white space may become other white space
+            assert manifest.parse(flipped(content, bit)) == written
+
+
+def test_what_was_not_written_with_a_checkpoint_is_not_read(tmp_path: Path) -> None:
+    part = ParameterSlice("layer.weight", 0, torch.zeros(4), {})
+    folder = RunFolder(str(tmp_path))
+    folder.write(10, lambda made: save_state(made / "state-0.safetensors", [part]))
+    folder.commit(10, {})
+    extra = ParameterSlice("layer.weight", 4, torch.ones(4), {})
+    save_state(tmp_path / "step-00000010" / "state-1.safetensors", [extra])
+    with folder.fetched(10) as fetched, SavedState(fetched) as saved:
+        assert saved.read("weight", "layer.weight").equal(torch.zeros(4))
+
+
+def test_a_server_that_fails_does_not_make_a_checkpoint_damaged(s3: S3) -> None:
+    with FaultyProxy(s3.port) as proxy:
+        run = f"run-{uuid.uuid4().hex}"
+        writer, folder = RunFolder(s3.uri(run)), RunFolder(s3.uri(run, proxy.endpoint))
+        writer.write(10, content("weights" * 1000))
+        writer.commit(10, {})
+        proxy.inject("truncate", times=2)
+        assert list(folder.complete()) == [10] and folder.sweep() == []
+        for fault in ("truncate", "500"):
+            proxy.inject(fault, only=lambda request: "model" in request.path or "checkpoint" in request.path)
+            with pytest.raises(OSError):
+                folder.sweep()
+            proxy.heal()
+        assert list(folder.complete()) == [10]
 
 
 def test_the_newest_and_the_best_are_kept(folder: RunFolder) -> None:

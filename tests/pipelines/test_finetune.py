@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from pipelines.models import checkpoint
 from pipelines.models.checkpoint import Settings
 from pipelines.models.data import dataset
+from pipelines.models.policy import Policy
 from pipelines.recipe import Lora, Recipe, load_recipe
 from pipelines.train import finetune, pretrain
 from pipelines.train.finetune import Finetuning
@@ -73,6 +75,38 @@ def planned(trained: Path, store: str, *overrides: str) -> Finetuning:
 
 def notes(settings: Settings) -> dict[str, str]:
     return {row["part"]: row["note"] for row in finetune.table(settings) if row["note"]}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "settings.json", "checkpoint.json"])
+@pytest.mark.parametrize("damage", ["bit", "cut", "missing", "header"])
+def test_a_damaged_checkpoint_is_refused_in_one_line(trained: Path, tmp_path: Path, name: str, damage: str) -> None:
+    folder = shutil.copytree(trained, tmp_path / "checkpoint")
+    file, content = folder / name, (folder / name).read_bytes()
+    middle = len(content) // 2
+    changed = {
+        "bit": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+        "cut": content[:-1],
+        "header": bytes([content[0] ^ 4]) + content[1:],
+    }
+    file.write_bytes(changed[damage]) if damage in changed else file.unlink()
+    for load in (Policy, checkpoint.load, lambda where: planned(where, "/no/store")):
+        with pytest.raises(UserError, match=r"damaged|not a checkpoint") as refused:
+            load(folder)
+        assert name in str(refused.value) or name == "settings.json"
+        assert "\n" not in str(refused.value) and str(folder) in str(refused.value)
+
+
+def test_a_checkpoint_without_checksums_is_read_with_a_note(
+    trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(trained, tmp_path / "checkpoint")
+    (folder / "checkpoint.json").unlink()
+    settings = json.loads((folder / "settings.json").read_text())
+    del settings["checksums"]
+    (folder / "settings.json").write_text(json.dumps(settings))
+    model, _ = checkpoint.load(folder)
+    assert model.state_dict().keys() == checkpoint.load(trained)[0].state_dict().keys()
+    assert "written by an earlier version, without checksums" in capfd.readouterr().err
 
 
 # The new model
