@@ -104,7 +104,7 @@ def save(
     building = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    write(building, weights, settings, adapter)
+    write(building, weights, settings.model_copy(update={"checksums": True}), adapter)
     (building / manifest.MANIFEST).write_bytes(manifest.dump(manifest.measure(building.iterdir()), {}))
     shutil.rmtree(folder, ignore_errors=True)
     building.rename(folder)
@@ -118,7 +118,6 @@ def write(
         if tensors:
             contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
             save_file(contiguous, folder / f"{name}.safetensors")
-    settings = settings.model_copy(update={"checksums": True})
     (folder / "settings.json").write_text(settings.model_dump_json(indent=1))
 
 

@@ -244,7 +244,7 @@ class Worker:
         averaged = {}
         if self.rank == 0:
             averaged = {name: values.to("cpu", copy=True) for name, values in self.averaged.state_dict().items()}
-        settings = self.settings.model_copy(update={"step": self.step})
+        settings = self.settings.model_copy(update={"step": self.step, "checksums": True})
 
         def build(folder: Path) -> None:
             if self.rank == 0:
