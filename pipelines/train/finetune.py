@@ -103,6 +103,7 @@ def plan(initial: Path, store_uri: str, recipe: Recipe, snapshot_id: str | None 
             "recipe": recipe.model_dump(),
             "parent": parent.run_id or str(initial),
             "step": 0,
+            "checksums": False,  # its first checkpoint is to come
         }
     )
     before, after = model_inputs(parent, found, slots, model, settings.text_encoder_digest)
