@@ -389,7 +389,8 @@ def test_a_new_embodiment_is_learned_with_adapters_and_saved_as_a_plain_model(
 
     folder = Path(report["checkpoint"])
     model, settings = checkpoint.load(folder)
-    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "adapter.safetensors", "settings.json"}
+    weights = {"model.safetensors", "adapter.safetensors"}
+    assert {path.name for path in folder.iterdir()} == {*weights, "settings.json", "checkpoint.json"}
     assert {path.name for path in folder.parent.iterdir()} >= {"checkpoint", "recipe.yaml", "run.json"}
     assert not (folder.parent / "step-00000000").exists()
     assert settings.recipe["lora"]["rank"] == 2 and settings.model.cameras == 3 and settings.parent == str(trained)
