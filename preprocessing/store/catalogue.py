@@ -16,7 +16,11 @@ import numpy as np
 import pyarrow as pa
 import zarr
 
+from preprocessing.errors import UserError
 from preprocessing.store.rows import printable
+from preprocessing.store.storage import ANSWER_SECONDS, read_again
+
+zarr.config.set({"async.timeout": ANSWER_SECONDS})  # Icechunk would wait for ever for an answer that never comes
 
 LOCATION = pa.struct([("array", pa.string()), ("start", pa.int64()), ("count", pa.int64()), ("checksum", pa.string())])
 NAMED = pa.list_(pa.struct([("name", pa.string()), ("width", pa.int64())]))  # consecutive columns of the steps
@@ -111,8 +115,12 @@ def parts(store: Any, group: str) -> list[str]:
 
     ``store`` is an Icechunk session's store.
     """
-    root = zarr.open_group(store, mode="r")
-    return sorted(zarr.open_group(store, path=group, mode="r").array_keys()) if group in root else []
+
+    def read() -> list[str]:
+        root = zarr.open_group(store, mode="r")
+        return sorted(zarr.open_group(store, path=group, mode="r").array_keys()) if group in root else []
+
+    return read_again(read)
 
 
 def as_table(group: str, rows: Sequence[Mapping[str, object]]) -> pa.Table:
@@ -167,11 +175,16 @@ def read_tables(store: Any, group: str, columns: Sequence[str] | None = None) ->
 
 def read_table(store: Any, group: str, part: str, columns: Sequence[str]) -> pa.Table:
     """Return these columns of one table. Raises DamagedError if it is not as it was written."""
-    try:
+
+    def read() -> np.ndarray:
         array = zarr.open_array(store, path=f"{group}/{part}", mode="r")
         data = np.asarray(array[:])
         if _digest(data) != array.attrs["digest"]:
             raise ValueError("its digest differs")
+        return data
+
+    try:
+        data = read_again(read)
         written = pa.ipc.open_file(pa.py_buffer(data)).schema
         fields = [index for name in columns if (index := written.get_field_index(name)) >= 0]
         options = pa.ipc.IpcReadOptions(included_fields=fields)
@@ -182,6 +195,8 @@ def read_table(store: Any, group: str, part: str, columns: Sequence[str]) -> pa.
                     TABLES[group].field(name), pa.nulls(len(table), TABLES[group].field(name).type)
                 )
         return table.select([*columns])
+    except UserError:  # a server that does not answer
+        raise
     except Exception as error:  # zarr, Icechunk and Arrow each raise their own
         raise DamagedError(f"table {group}/{part} is not as it was written: {error}") from None
 

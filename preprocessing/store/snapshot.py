@@ -19,7 +19,7 @@ import zarr
 from preprocessing.store.catalogue import KINDS, TABLES, DamagedError, parts, read_table, read_tables
 from preprocessing.store.rows import BriefRow, InstructionRow, LocationRow, QuarantineRow, StatisticsRow, TrainingRow
 from preprocessing.store.statistics import Statistics, merge
-from preprocessing.store.storage import parse
+from preprocessing.store.storage import parse, read_again
 
 BYTES_AT_ONCE = 32 * 2**20
 
@@ -218,7 +218,7 @@ class Snapshot:
         """Return the rows of one array from the first of these locations to the last."""
         start = locations[batch[0]]["start"]
         stop = max(locations[i]["start"] + locations[i]["count"] for i in batch)
-        return np.asarray(self._array(locations[batch[0]]["array"])[start:stop])
+        return read_again(lambda: np.asarray(self._array(locations[batch[0]]["array"])[start:stop]))
 
     def _where(self, at: LocationRow) -> str:
         stop = at["start"] + at["count"]
@@ -237,8 +237,12 @@ class Snapshot:
     def _store(self) -> Any:
         if "_opened" not in self.__dict__:
             self._arrays: dict[str, zarr.Array[Any]] = {}
-            repository = icechunk.Repository.open(parse(self.uri).storage())
-            self._opened = repository.readonly_session(snapshot_id=self.id).store
+            place = parse(self.uri)
+
+            def open_session() -> Any:
+                return icechunk.Repository.open(place.storage()).readonly_session(snapshot_id=self.id).store
+
+            self._opened = read_again(lambda: place.bounded(open_session))
         return self._opened
 
     def _array(self, path: str) -> zarr.Array[Any]:

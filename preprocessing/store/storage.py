@@ -17,10 +17,12 @@ import functools
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
 import boto3
@@ -32,8 +34,25 @@ from filelock import FileLock
 
 from preprocessing.errors import UserError
 
+T = TypeVar("T")
 Content = Literal["store", "nothing", "something else"]
+TRIES = 3  # to read: what breaks off on its way from a server is not damaged where it lies
+ANSWER_SECONDS = 120.0  # for each step of Icechunk, which itself gives up a request after half a minute of errors
 HOW_TO_SIGN_IN = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or sign in with a profile in ~/.aws (AWS_PROFILE)"
+
+
+def read_again(read: Callable[[], T]) -> T:
+    """Return ``read()``; if it fails, try twice more. Raises UserError if Zarr has given up waiting for an answer."""
+    for number in range(1, TRIES + 1):
+        try:
+            return read()
+        except TimeoutError:
+            raise UserError("the store's server has stopped answering; is it up?") from None
+        except Exception as error:
+            if number == TRIES or isinstance(error, UserError):
+                raise
+            time.sleep(0.1 * number)
+    raise AssertionError
 
 
 def parse(uri: str) -> Place:
@@ -66,6 +85,10 @@ class Folder:
 
     def storage(self) -> icechunk.Storage:
         return icechunk.local_filesystem_storage(str(self.path))
+
+    def bounded(self, step: Callable[[], T]) -> T:
+        """Return ``step()``."""
+        return step()
 
     def filesystem(self) -> tuple[pyarrow.fs.FileSystem, str]:
         """Return a file system for plain files, and this place's path in it."""
@@ -107,8 +130,8 @@ class Bucket:
     """A prefix in a bucket on S3 or on a compatible server that honours conditional writes.
 
     None means boto3's default. Icechunk tries each request ten times, over about half a minute, and reads a chunk again
-    if its body breaks off; RepositoryConfig cannot change that, because the client is made before it is read. It waits
-    forever for an answer that never comes.
+    if its body breaks off; RepositoryConfig cannot change that, because the client is made before it is read. It would
+    wait forever for an answer that never comes, hence ``bounded``.
     """
 
     name: str
@@ -144,6 +167,27 @@ class Bucket:
             get_credentials=_credentials,
         )
 
+    def bounded(self, step: Callable[[], T]) -> T:
+        """Return ``step()``, a call of Icechunk or Zarr. Raises UserError if it takes longer than ANSWER_SECONDS."""
+        outcome: list[tuple[bool, Any]] = []
+
+        def run() -> None:
+            try:
+                outcome.append((True, step()))
+            except BaseException as error:  # including Icechunk's panics
+                outcome.append((False, error))
+
+        thread = threading.Thread(target=run, daemon=True)  # nothing can stop it if it hangs
+        thread.start()
+        thread.join(ANSWER_SECONDS)
+        if not outcome:
+            where = self.endpoint or "S3"
+            raise UserError(f"{self.uri}: {where} has not answered for {ANSWER_SECONDS:.0f} s; is the server up?")
+        done, value = outcome[0]
+        if not done:
+            raise value
+        return value
+
     def filesystem(self) -> tuple[pyarrow.fs.FileSystem, str]:
         """Return a file system for plain files, and this place's path in it.
 
@@ -170,7 +214,8 @@ class Bucket:
         with self._one_line():
             if not self._list_one().get("KeyCount"):
                 return "nothing"
-            return "store" if icechunk.Repository.exists(self.storage()) else "something else"
+            found = self.bounded(lambda: icechunk.Repository.exists(self.storage()))
+            return "store" if found else "something else"
 
     def now(self) -> datetime.datetime:
         """Return the time of the clock that dates objects there: the server's."""

@@ -27,6 +27,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypedDict
 
 import icechunk
@@ -90,7 +91,7 @@ class LatentStore:
                 raise UserError(f"{uri}: no store here; create one with: uwm ingest SOURCE --store {uri}")
             case "something else":
                 raise _not_a_store(uri)
-        store = cls(place, icechunk.Repository.open(place.storage()))
+        store = cls(place, place.bounded(lambda: icechunk.Repository.open(place.storage())))
         if store.repository.lookup_branch("main") == FIRST_SNAPSHOT:
             raise UserError(f"{uri}: this store is being created, or was left half-made; uwm ingest completes it")
         return store
@@ -126,7 +127,7 @@ class LatentStore:
         Raises UserError if there is none, or if several ids begin so.
         """
         if snapshot_id is None:
-            return Snapshot(self.uri, self.repository.lookup_branch("main"))
+            return Snapshot(self.uri, self.place.bounded(lambda: self.repository.lookup_branch("main")))
         if snapshot_id in self.repository.list_tags():
             return Snapshot(self.uri, self.repository.lookup_tag(snapshot_id))
         try:
@@ -207,7 +208,7 @@ class LatentStore:
 
     def fork(self) -> icechunk.ForkSession:
         """Return a picklable session for one writer. Its writes are invisible until it is passed to ``commit``."""
-        return self.repository.writable_session("main").fork()
+        return self.place.bounded(lambda: self.repository.writable_session("main").fork())
 
     def commit(
         self,
@@ -366,7 +367,7 @@ class LatentStore:
                 counts["tables"] = sum(len(parts(session.store, group)) for group in TABLES)
                 self._wait_for(head)
                 try:
-                    return Snapshot(self.uri, session.commit(message, metadata=counts))
+                    return Snapshot(self.uri, self.place.bounded(partial(session.commit, message, metadata=counts)))
                 except icechunk.ConflictError:
                     continue
                 except icechunk.IcechunkError:

@@ -87,6 +87,7 @@ class FaultyProxy:
     - ``reset after``: the server handles the request, but the connection is reset instead of an answer
     - ``500``, ``503``: an answer with that status, without passing the request on
     - ``delay``: the answer comes ``seconds`` later
+    - ``silence``: the connection is kept for ``seconds``, without an answer
     - ``truncate``: the body of the answer to a GET breaks off half-way, shorter than its Content-Length
     """
 
@@ -163,7 +164,9 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {name.lower(): value for name, value in self.headers.items()}
         rule = self.proxy.choose(Request(self.command, self.path, headers))
         fault = rule.fault if rule else ""
-        if fault == "reset before":
+        if rule and fault == "silence":
+            time.sleep(rule.seconds)
+        if fault in ("silence", "reset before"):
             return self._reset()
         if fault in ("500", "503"):
             return self._answer(int(fault), {"Content-Length": str(len(_ERRORS[fault]))}, _ERRORS[fault])

@@ -18,7 +18,7 @@ from infra import registry, tracking
 from pipelines.errors import Refused
 from pipelines.evaluate.run import evaluate
 from pipelines.ingest.run import ingest
-from pipelines.models import checkpoint
+from pipelines.models import checkpoint, manifest
 from pipelines.models.policy import Policy
 from pipelines.models.resolve import resolve
 from pipelines.recipe import IngestRecipe, load_recipe
@@ -124,8 +124,9 @@ def test_a_model_of_another_encoder_is_refused_in_one_line(road: Any, tmp_path: 
     assert code == 2 and "no latents of the model's encoder" in line and "uwm ingest" in line
     moved = shutil.copytree(road["pretrained"], tmp_path / "moved")
     settings = json.loads((moved / "settings.json").read_text())
-    (moved / "settings.json").write_text(json.dumps(settings | {"encoder_digest": "0" * 16, "checksums": False}))
-    (moved / "checkpoint.json").unlink()
+    (moved / "settings.json").write_text(json.dumps(settings | {"encoder_digest": "0" * 16}))
+    written = [path for path in moved.iterdir() if path.name != manifest.MANIFEST]
+    (moved / manifest.MANIFEST).write_bytes(manifest.dump(manifest.measure(written), {}))
     code, _, err = uwm("evaluate", moved, "--store", road["store"], *runs)
     [line] = err.strip().splitlines()
     assert code == 2 and "trained on latents of encoder tiny (0000000000000000)" in line

@@ -8,16 +8,21 @@ import multiprocessing
 import pickle
 import time
 from pathlib import Path
+from typing import Any
 
 import icechunk
 import numpy as np
 import pytest
 import zarr
 from filelock import FileLock, Timeout
+from helpers.rows import fill
 from helpers.s3 import ACCESS_KEY, S3, SECRET_KEY, FaultyProxy, Request
 
 from preprocessing.errors import UserError
+from preprocessing.store import storage
+from preprocessing.store.snapshot import Snapshot
 from preprocessing.store.storage import Bucket, Folder, Place, parse
+from preprocessing.store.store import LatentStore
 
 pytest_plugins = ["helpers.s3"]
 ADDRESS = "http://127.0.0.1:8333"
@@ -286,3 +291,51 @@ def _refusal(uri: str) -> str:
     message = str(caught.value)
     assert "\n" not in message and SECRET_KEY not in message
     return message
+
+
+@pytest.mark.parametrize("step", ["listing a table", "reading a table", "opening", "reading latents"])
+def test_what_breaks_off_on_its_way_is_read_again(s3: S3, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = LatentStore.create(s3.uri("breaks-off"))
+    if not store.snapshot().episodes().num_rows:
+        fill(store, ["a"])
+    rows = store.snapshot().rows()
+    left = {"failures": 2}
+
+    def failing(function: Any) -> Any:
+        def once_or_twice(*arguments: Any, **named: Any) -> Any:
+            if left["failures"]:
+                left["failures"] -= 1
+                raise icechunk.IcechunkError("I/O error")
+            return function(*arguments, **named)
+
+        return once_or_twice
+
+    target, name = {
+        "listing a table": (zarr, "open_group"),
+        "reading a table": (zarr, "open_array"),
+        "opening": (icechunk.Repository, "open"),
+        "reading latents": (zarr.Array, "__getitem__"),
+    }[step]
+    snapshot = Snapshot(store.uri, store.snapshot().id)
+    monkeypatch.setattr(target, name, failing(getattr(target, name)))
+    assert snapshot.rows() == rows
+    if step == "reading latents":
+        left["failures"] = 2
+        assert snapshot.read(rows[0]["cameras"][0]["segments"]).shape == (70, 4, 8, 8)
+    assert left["failures"] == 0
+
+
+def test_a_server_that_falls_silent_is_given_up(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = LatentStore.create(s3.uri("silent"))
+    fill(store, ["a"])
+    monkeypatch.setattr(storage, "ANSWER_SECONDS", 1.0)
+    with FaultyProxy(s3.port) as proxy, zarr.config.set({"async.timeout": 1.0}):
+        quiet = LatentStore.open(s3.uri("silent", proxy.endpoint))
+        opened = quiet.snapshot()
+        places = opened.rows()[0]["cameras"][0]["segments"]
+        proxy.inject("silence", seconds=20)
+        for ask in (quiet.snapshot, lambda: opened.read(places), Snapshot(quiet.uri, opened.id).episodes, quiet.fork):
+            with pytest.raises(
+                UserError, match=r"(has not answered for 1 s|stopped answering).*; is (the server|it) up\?"
+            ):
+                ask()
