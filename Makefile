@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 UWM = .venv/bin/uwm
 
-.PHONY: install demo test soak bench-vae bench-store bench-ingest bench-model bench-query bench-step bench-loader bench-train bench-start check lock
+.PHONY: install demo test soak soak-long bench-vae bench-store bench-ingest bench-model bench-query bench-step bench-loader bench-train bench-start check lock
 install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
@@ -16,8 +16,9 @@ demo: install
 test: install
 	.venv/bin/python -m pytest
 
-soak: install # kills drivers, workers and a node, fills a disk, breaks a network
-	.venv/bin/python -m pytest -m soak
+soak soak-long: install # kills drivers, workers and a node, flips bits, fills a disk, breaks a network
+	@seed=$${UWM_SOAK_SEED:-$$(date +%s)}; echo "UWM_SOAK_SEED=$$seed make $@ repeats this one's chances"; \
+	UWM_SOAK_SEED=$$seed UWM_SOAK_KILLS=$(if $(filter soak-long,$@),20,4) .venv/bin/python -m pytest -m soak
 
 bench-vae: install # PLACES="folder ..." adds other frames
 	PYTHONPATH=tests .venv/bin/python tests/benchmarks/bench_vae.py $(PLACES)

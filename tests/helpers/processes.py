@@ -14,8 +14,8 @@ import psutil
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
-def wait_for(condition: Callable[[], Any], driver: subprocess.Popen[str]) -> Any:
-    deadline = time.monotonic() + 120
+def wait_for(condition: Callable[[], Any], driver: subprocess.Popen[str], seconds: float = 120) -> Any:
+    deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert driver.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)

@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import pytest
 from helpers.processes import wait_for, workers
 from helpers.rows import fill
 from helpers.s3 import S3
+from helpers.soak import KILLS, chances
 from safetensors.torch import load_file
 
 from infra import tracking
@@ -87,12 +89,15 @@ class Training:
         """Wait until ``count`` checkpoints were written; older ones may be deleted already."""
         wait_for(lambda: max(self.checkpoints(), default=0) >= count * EVERY, self.process)
 
-    def losses(self) -> dict[int, float]:
+    def losses(self) -> dict[tuple[str, int], float]:
         tracking.connect(f"sqlite:///{self.folder}.db")
         [run] = tracking.MlflowClient().search_runs(["1"])
-        points = tracking.history(run.info.run_id, "loss")
-        assert len(points) == len(dict(points)), "a step was logged twice"
-        return dict(points)
+        found = {}
+        for name in ("loss", "validation_loss"):
+            points = tracking.history(run.info.run_id, name)
+            assert len(points) == len(dict(points)), "a step was logged twice"
+            found |= {(name, step): value for step, value in points}
+        return found
 
     def assert_equals_reference(self) -> None:
         reference = self.trainings.reference
@@ -138,6 +143,31 @@ def test_workers_and_drivers_that_die_or_are_asked_to_stop(trainings: Trainings)
     third.finish()
     third.assert_equals_reference()
     assert len(list(third.folder.glob("*/run.json"))) == 1
+
+
+@pytest.mark.soak
+def test_drivers_and_workers_killed_again_and_again(trainings: Trainings) -> None:
+    chance, killed = chances("training"), 0
+    training = trainings.start("often")
+    while killed < KILLS:
+        before = max(training.checkpoints(), default=0)
+        wait_for(lambda training=training: workers("RayTrainWorker"), training.process)
+        if before + EVERY >= STEPS:
+            break
+        time.sleep(chance.uniform(0, 6))
+        if training.process.poll() is not None:
+            break
+        if chance.random() < 0.5 and (there := workers("RayTrainWorker")):
+            os.kill(chance.choice(there), signal.SIGKILL)
+            wait_for(lambda there=there: workers("RayTrainWorker") != there, training.process)
+        else:
+            training.process.kill()
+            training.process.wait()
+            training = trainings.start("often")
+        killed += 1
+    training.finish()
+    training.assert_equals_reference()
+    assert len(list(training.folder.glob("*/run.json"))) == 1
 
 
 @pytest.mark.soak
