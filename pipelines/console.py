@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import time
-from pathlib import Path
 from typing import Any, TextIO
 
 import typer
@@ -24,8 +23,7 @@ class Stderr:
 
     def __init__(self, stream: TextIO | None):
         """Raises ValueError if UWM_PROGRESS_SECONDS, in place of the ten seconds, is no number."""
-        # None if the shell closed it (2>&-); open as long as the process.
-        self._stream = stream or Path(os.devnull).open("w")  # noqa: SIM115
+        self._stream = stream or _nowhere()
         self._every = 0.0 if self._stream.isatty() else float(os.environ.get("UWM_PROGRESS_SECONDS", "10"))
         self._told, self._bar = time.monotonic(), ""
 
@@ -50,6 +48,21 @@ class Stderr:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def _nowhere() -> TextIO:
+    """Return a stream for a process whose stderr the shell closed (2>&-).
+
+    It takes the number 2, which otherwise a file would get that Ray's processes then write their logs into.
+    """
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.fstat(2)
+    except OSError:
+        os.dup2(nowhere, 2)
+    if nowhere == 2:
+        os.set_inheritable(2, True)
+    return os.fdopen(nowhere, "w", closefd=False)
 
 
 def say(line: str) -> None:
