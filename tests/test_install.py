@@ -133,14 +133,14 @@ def test_what_a_missing_package_is_told() -> None:
 
 def _functions() -> Iterator[tuple[str, ast.FunctionDef]]:
     """Yield each verb and the functions that it runs."""
-    for file in ("app", "store", "contract"):
+    for file in ("app", "policies", "store", "contract"):
         for node in ast.parse((ROOT / "pipelines" / "cli" / f"{file}.py").read_text()).body:
             if isinstance(node, ast.FunctionDef):
                 calls = [one.func for one in node.decorator_list if isinstance(one, ast.Call)]
                 command = any(isinstance(call, ast.Attribute) and call.attr == "command" for call in calls)
-                helper = node.name.startswith("_") and file != "app"
-                if command or helper:
-                    yield (node.name.replace("_", "-") if file == "app" else file), node
+                of_a_file = file in ("store", "contract")
+                if command or (file == "policies") or (of_a_file and node.name.startswith("_")):
+                    yield (file if of_a_file else node.name.replace("_", "-")), node
 
 
 def _modules(nodes: Iterable[ast.AST]) -> Iterator[str]:

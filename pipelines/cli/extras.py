@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 PROJECT = "unified-world-models"
-VERBS = {
+VERBS: dict[str, tuple[str, ...]] = {
     "ingest": ("ingest",),
     "store": ("ingest",),
     "contract": ("ingest",),
@@ -25,6 +25,7 @@ VERBS = {
     "demo": ("ingest", "train", "sim"),
     "record": ("ingest", "sim"),
     "train-vae": ("ingest",),
+    "doctor": (),  # tells what is missing
 }
 # Packages whose names differ from their modules'.
 PACKAGES = {"cv2": "opencv-python", "PIL": "pillow", "yaml": "pyyaml"}

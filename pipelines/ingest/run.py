@@ -322,7 +322,7 @@ def _run(
             bar.n = max(committer.tick(), min(int(values.get("episodes", 0)), len(work)))
             if frames := values.get("frames"):
                 waits = ", ".join(f"{name}rs wait {share:.0%}" for name, share in report.waiting.items())
-                bar.set_postfix_str(f"{frames:.0f} camera images, {frames / bar.format_dict['elapsed']:.0f}/s, {waits}")
+                bar.set_postfix_str(f"{frames:.0f} images, {frames / bar.format_dict['elapsed']:.0f}/s, {waits}")
             else:
                 bar.set_postfix_str("starting")
 

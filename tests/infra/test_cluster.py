@@ -64,7 +64,7 @@ def test_ctrl_c_ends_an_ingest_with_one_line_and_nothing_half_written(tmp_path: 
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
         )
     deadline = time.monotonic() + 120
-    while not re.search(r"[1-9]\d* frames", text := log.read_text()):
+    while not re.search(r"[1-9]\d* images", text := log.read_text()):
         assert process.poll() is None and time.monotonic() < deadline, text
         time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)  # to the whole foreground group, as a terminal does

@@ -93,7 +93,7 @@ def test_nothing_listens_beyond_this_machine(tmp_path: Path, verb: str) -> None:
     if verb == "ingest":
         write_video(tmp_path / "raw" / "clip.mp4", moving(3000))
         arguments = [tmp_path / "raw", "--image-size", "64", "--set", "local_seconds=0", "--store", tmp_path / "new"]
-        at_work = r"[1-9]\d* frames"
+        at_work = r"[1-9]\d* images"
     else:
         sizes = [*TINY, "workers=2", "batch_size=8", "steps=100000", "checkpoint_every=100000", "log_every=1"]
         arguments = ["--store", tmp_path / "store", "--output", tmp_path / "runs", *sizes]

@@ -52,6 +52,11 @@ class FilmFolders:
                 return folder / file
         return None
 
+    def why_none(self, key: str, file: str, index: int) -> str:
+        """Why a feature's film of this name is not read for an episode, in words that follow its camera's name."""
+        outside = (leads_out(folder / file) for folder in self.of_feature(key) if (folder / file).is_file())
+        return next((f": {file} {reason}" for reason in outside if reason), f" has no video for episode {index}")
+
     def unlisted(self, features: Iterable[str]) -> list[str]:
         """Names of folders with films that belong to no feature, depth apart."""
         known = {*features, *self.short.values()}

@@ -120,14 +120,14 @@ class FilesV2:
         raise BadEpisode(f"episode {index} is listed, but {file} is missing")
 
     def _videos(self, index: int) -> tuple[dict[str, LocatedFile], dict[str, str]]:
-        found, lost = dict[str, LocatedFile](), dict[str, str]()
+        found, lost, file = dict[str, LocatedFile](), dict[str, str](), f"episode_{index:06d}.mp4"
         for key, camera in self.meta.cameras("video"):
             if named := self._templated("video_path", index, key):
                 found[camera] = LocatedFile(named, as_templated=True)
-            elif searched := self.meta.films.find(key, f"episode_{index:06d}.mp4"):
+            elif searched := self.meta.films.find(key, file):
                 found[camera] = LocatedFile(searched, as_templated=False)
             elif self.meta.films.of_feature(key):
-                lost[camera] = f"camera {camera} has no video for episode {index}"
+                lost[camera] = f"camera {camera}{self.meta.films.why_none(key, file, index)}"
         return found, lost
 
     def _templated(self, template: str, index: int, key: str = "") -> Path | None:

@@ -198,7 +198,9 @@ class FilesV3:
                 if not 0 <= begin < end:
                     raise ValueError("no frame")
             except (BadEpisode, KeyError, TypeError, ValueError, OverflowError):
-                lost[camera] = f"camera {camera} has no video for episode {index}"
+                number = self._episodes[index].get(f"videos/{key}/file_index")
+                file = f"file-{number:03d}.mp4" if isinstance(number, int) else ""
+                lost[camera] = f"camera {camera}{self.meta.films.why_none(key, file, index)}"
                 continue
             spans[camera] = VideoSpan(path, begin, end - begin)
             wrong.append(template)
