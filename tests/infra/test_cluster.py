@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from helpers.formats import moving, numbered, write_video
@@ -24,24 +23,35 @@ from preprocessing.store.store import LatentStore
 UWM = Path(sys.executable).with_name("uwm")
 
 
-@pytest.fixture(scope="module")
-def running() -> Iterator[Any]:
-    """A cluster of two nodes, as another process would start it; Ray believes that one has a GPU."""
-    from ray.cluster_utils import Cluster
+# In a process of its own: this one may be connected to a cluster of its own, which asks for a token.
+CLUSTER = """
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1, "include_dashboard": False})
+cluster.add_node(num_cpus=1)
+print(cluster.address, cluster.head_node.get_logs_dir_path(), flush=True)
+input()
+cluster.shutdown()
+"""
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1, "include_dashboard": False})
-    cluster.add_node(num_cpus=1)
-    yield cluster
-    cluster.shutdown()
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[tuple[str, Path]]:
+    """The address and logs of a cluster of two nodes; Ray believes that one has a GPU."""
+    command = [sys.executable, "-c", CLUSTER]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin and process.stdout
+        address, logs = process.stdout.readline().split()
+        yield address, Path(logs)
+        process.stdin.write("\n")
 
 
 @pytest.mark.slow
-def test_an_ingest_runs_on_the_cluster_at_ray_address(running: Any, tmp_path: Path) -> None:
+def test_an_ingest_runs_on_the_cluster_at_ray_address(running: tuple[str, Path], tmp_path: Path) -> None:
+    address, logs = running
     clip = write_video(tmp_path / "clip.mp4", numbered(40))
     command = [UWM, "ingest", clip, "--store", tmp_path / "store", "--json"]
-    logs = Path(running.head_node.get_logs_dir_path())
     drivers = set(logs.glob("python-core-driver-*"))
-    environment = os.environ | {"RAY_ADDRESS": running.address}
+    environment = os.environ | {"RAY_ADDRESS": address}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
     assert json.loads(ended.stdout.splitlines()[-1])["episodes"]["new"] == 1

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pytest
 from helpers.formats import numbered, quadrants, write_demos, write_video
 from helpers.rows import differences
+from ray import cloudpickle
 
 from pipelines.ingest import committer, dry_run, local
 from pipelines.ingest import job as ingest_job
@@ -113,6 +115,12 @@ def test_the_rows_are_the_same_without_ray_on_ray_and_when_handed_over(tmp_path:
         assert not differences(str(tmp_path / name), str(tmp_path / "without"))
 
 
+def deadly_to_read(each: dict[str, Any], plan: Plan) -> Iterator[pa.Table]:
+    if "deadly" in each["ref"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    yield from dry_run.read_one(each, plan)
+
+
 def deadly(item: dict[str, Any], plan: Plan) -> Iterator[pa.Table]:
     for row in local.decode_or_refuse(item, plan):
         yield row
@@ -126,7 +134,7 @@ def test_files_that_change_vanish_or_kill_their_reader_are_quarantined_and_retri
 ) -> None:
     for name, count in (("changing", 30), ("deadly", 100), ("staying", 32), ("vanishing", 31)):
         write_video(tmp_path / f"{name}.mp4", numbered(count))
-    store, scan, decode, read_one = str(tmp_path / "store"), sources.scan, ingest_job.decode, dry_run.read_one
+    store, scan, decode = str(tmp_path / "store"), sources.scan, ingest_job.decode
 
     def scan_then_change_files(*arguments: Any) -> Any:
         refs = list(scan(*arguments))
@@ -140,15 +148,12 @@ def test_files_that_change_vanish_or_kill_their_reader_are_quarantined_and_retri
             if "deadly" in batch["ref"][0].as_py():
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    def die_in_a_dry_run(each: Any, plan: Plan) -> Any:
-        if "deadly" in each["ref"]:
-            os.kill(os.getpid(), signal.SIGKILL)
-        yield from read_one(each, plan)
-
-    monkeypatch.setattr(dry_run, "read_one", die_in_a_dry_run)
+    monkeypatch.setattr(dry_run, "read_one", deadly_to_read)
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import this module
     would = ingest([str(tmp_path)], store, IngestRecipe(image_size=64), dry_run=True)
     assert would.episodes == {"new": 3, "already": 0, "quarantined": 1, "filtered": 0}
     assert "died 3 times" in would.quarantine[0]["reason"] and would.quarantine[0]["uri"].endswith("deadly.mp4")
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     monkeypatch.setattr(sources, "scan", scan_then_change_files)
     monkeypatch.setattr(ingest_job, "decode", die)
     monkeypatch.setattr(local, "decode_or_refuse", deadly)  # it begins without Ray, where dying is seen once

@@ -91,6 +91,7 @@ def test_flipped_bits_are_found_wherever_they_are(tmp_path: Path) -> None:
 def test_nothing_listens_beyond_this_machine(tmp_path: Path, verb: str) -> None:
     fill(LatentStore.create(str(tmp_path / "store")), [f"episode-{i}" for i in range(12)], frames=40)
     if verb == "ingest":
+        (tmp_path / "raw").mkdir()
         write_video(tmp_path / "raw" / "clip.mp4", moving(3000))
         arguments = [tmp_path / "raw", "--image-size", "64", "--set", "local_seconds=0", "--store", tmp_path / "new"]
         at_work = r"[1-9]\d* images"
