@@ -46,8 +46,8 @@ from pipelines.ingest import job as ingest_job
 
 class Average(ingest_job.Encode):
     def __init__(self, plan, count, refuse):
-        self.encoders, self._count = dict.fromkeys(plan.encoders, self), count
-        self._clock = self._pool = None
+        super().__init__(plan, count, refuse)
+        self.encoders, self._pool = dict.fromkeys(plan.encoders, self), None
     def encode(self, frames):
         frames = np.pad(frames, ((0, 0), (0, 0), (0, 0), (0, 1))).astype(np.float16)
         return frames.reshape(len(frames), 8, 8, 8, 8, 4).mean((2, 4)).transpose(0, 3, 1, 2)
