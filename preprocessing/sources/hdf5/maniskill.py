@@ -31,11 +31,10 @@ from preprocessing.sources.hdf5.kinds import episode_groups, hdf5_files
 from preprocessing.sources.hdf5.streams import action_of, read_streams, short_name
 from preprocessing.sources.hdf5.texts import instruction_of
 from preprocessing.sources.scan_cache import Finding, findings
-from preprocessing.sources.untrusted.files import contents
 from preprocessing.sources.untrusted.hdf5 import child, digest_of, numbers, own
+from preprocessing.sources.untrusted.metadata import beside
 
 FPS = 20.0  # SimConfig's control_freq, unless the task sets another
-MAX_JSON = 2**28  # bytes; 1,000 episodes have one million
 AGENT = "agent/"
 GRIPPER = ActionBlock(name="gripper", size=1, kind="gripper", mode="absolute", unit="scaled", gripper_one_means="open")
 
@@ -61,8 +60,9 @@ def digest(ref: EpisodeRef) -> str:
 
 def load(ref: EpisodeRef) -> Episode:
     path, name = Path(ref.uri), name_of(ref, _names)
-    said = _said(path).of(name)
-    repairs = list[Repair]()
+    about = _said(path)
+    said = about.of(name)
+    repairs = [Repair("action_layout", about.problem)] if about.problem else []
     with h5py.File(path, "r") as file:
         episode = child(file, name, h5py.Group)
         commands, parts, mended = action_of(episode, ("actions",))
@@ -165,8 +165,8 @@ def _success(episode: h5py.Group, said: dict[str, Any]) -> bool | None:
 class _Said:
     """What the JSON file says of the data set and of each episode; nothing if there is none that can be read."""
 
-    def __init__(self, table: Any):
-        table = _table(table)
+    def __init__(self, table: dict[str, Any], problem: str | None = None):
+        self.problem = problem
         env = _table(table.get("env_info"))
         kwargs = _table(env.get("env_kwargs"))
         sim = _table(kwargs.get("sim_config"))
@@ -193,16 +193,13 @@ def _table(value: Any) -> dict[str, Any]:
 
 
 def _said(file: Path) -> _Said:
-    beside = file.with_suffix(".json")
-    return _parsed(beside, beside.stat().st_mtime_ns) if beside.is_file() else _Said(None)
+    json_file = file.with_suffix(".json")
+    return _parsed(json_file, json_file.stat().st_mtime_ns) if json_file.is_file() else _Said({})
 
 
 @lru_cache(maxsize=2)  # the episodes of a file are read one after the other
 def _parsed(file: Path, _modified: int) -> _Said:
-    try:
-        return _Said(json.loads(contents(file, MAX_JSON)))
-    except (BadEpisode, OSError, ValueError, RecursionError):
-        return _Said(None)
+    return _Said(*beside(file))
 
 
 def _joined(held: str, said: dict[str, Any]) -> str:

@@ -14,7 +14,6 @@ of the data set.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,11 +27,11 @@ from preprocessing.sources.hdf5.kinds import episode_groups, hdf5_files
 from preprocessing.sources.hdf5.streams import action_of, read_streams
 from preprocessing.sources.hdf5.texts import instruction_of
 from preprocessing.sources.scan_cache import Finding, findings
-from preprocessing.sources.untrusted.files import contents, within
+from preprocessing.sources.untrusted.files import within
 from preprocessing.sources.untrusted.hdf5 import child, digest_of, numbers, own
+from preprocessing.sources.untrusted.metadata import beside
 
 FPS = 20.0
-MAX_METADATA = 2**24  # bytes; a space of pictures is described by its bounds, at each pixel
 SEEN = "observations"
 
 
@@ -42,14 +41,14 @@ def detect(path: Path) -> bool:
 
 def scan(path: Path) -> Iterator[EpisodeRef]:
     for file, found in findings("minari", hdf5_files(path, "minari"), _read):
-        name = _dataset(file)
+        name, _ = _dataset(file)
         for index, one in enumerate(found):
             yield EpisodeRef(str(file.absolute()), "minari", index, _joined(one.digest, name), one.problem)
 
 
 def digest(ref: EpisodeRef) -> str:
     with h5py.File(ref.uri, "r") as file:
-        return _joined(_digest(file, name_of(ref, _names)), _dataset(Path(ref.uri)))
+        return _joined(_digest(file, name_of(ref, _names)), _dataset(Path(ref.uri))[0])
 
 
 def load(ref: EpisodeRef) -> Episode:
@@ -74,6 +73,8 @@ def load(ref: EpisodeRef) -> Episode:
         repairs.append(Repair("steps", f"total_steps is {total}, but there are {steps} actions"))
     repairs.append(Repair("fps", f"control rate unknown; {FPS:g} Hz assumed"))
     repairs.append(Repair("embodiment", "robot unknown"))
+    dataset, problem = _dataset(path)
+    repairs += [Repair("contract", problem)] if problem else []
     instruction, guess = instruction_of(streams.texts)
     observed = {key: rows for key, rows in streams.vectors.items() if _is_seen(key)}
     outside = {key: rows for key, rows in (streams.vectors | streams.tables).items() if key not in observed}
@@ -91,7 +92,7 @@ def load(ref: EpisodeRef) -> Episode:
         repairs=(*repairs, *guess),
         signals=outside,
         texts=streams.texts,
-        dataset=_dataset(path),
+        dataset=dataset,
     )
 
 
@@ -115,16 +116,15 @@ def _success(infos: h5py.Group | h5py.Dataset | None) -> bool | None:
     return None
 
 
-def _dataset(file: Path) -> str | None:
-    """The data set's name in the metadata, which is next to the file, or in its folder's."""
-    for metadata in (file.parent / "metadata.json", file.parent.parent / "metadata.json"):
-        try:
-            with within(metadata.parent):  # the user may name the file or its folder
-                name = json.loads(contents(metadata, MAX_METADATA)).get("dataset_id")
-            return name if isinstance(name, str) else None
-        except (BadEpisode, OSError, ValueError, AttributeError, RecursionError):
-            continue
-    return None
+def _dataset(file: Path) -> tuple[str | None, str | None]:
+    """The data set's name in the metadata, which is next to the file, or in its folder's; and what is wrong with it."""
+    for folder in (file.parent, file.parent.parent):
+        with within(folder):  # the user may name the file or its folder
+            table, problem = beside(folder / "metadata.json")
+        if table or problem:
+            name = table.get("dataset_id")
+            return name if isinstance(name, str) else None, problem
+    return None, None
 
 
 def _joined(held: str, name: str | None) -> str:

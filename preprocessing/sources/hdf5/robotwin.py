@@ -26,13 +26,13 @@ from preprocessing.errors import BadEpisode
 from preprocessing.sources.hdf5.kinds import hdf5_files
 from preprocessing.sources.hdf5.streams import action_of, read_streams, short_name
 from preprocessing.sources.scan_cache import Finding, file_digest, findings
-from preprocessing.sources.untrusted.files import contents, within
+from preprocessing.sources.untrusted.files import within
 from preprocessing.sources.untrusted.hdf5 import child, digest_of
+from preprocessing.sources.untrusted.metadata import beside
 
 FPS = round(250 / 15, 2)
 ARMS = ("left_arm", "left_gripper", "right_arm", "right_gripper")  # the order of ``vector``
 VECTOR = "joint_action/vector"
-MAX_INSTRUCTIONS = 2**22  # bytes; a file has 100 sentences
 
 
 def detect(path: Path) -> bool:
@@ -41,12 +41,12 @@ def detect(path: Path) -> bool:
 
 def scan(path: Path) -> Iterator[EpisodeRef]:
     for file, [found] in findings("robotwin", hdf5_files(path, "robotwin"), _read):
-        yield EpisodeRef(str(file.absolute()), "robotwin", 0, _joined(found.digest, _texts(file)), found.problem)
+        yield EpisodeRef(str(file.absolute()), "robotwin", 0, _joined(found.digest, _texts(file)[0]), found.problem)
 
 
 def digest(ref: EpisodeRef) -> str:
     with h5py.File(ref.uri, "r") as file:
-        return _joined(digest_of(file, {}), _texts(Path(ref.uri)))
+        return _joined(digest_of(file, {}), _texts(Path(ref.uri))[0])
 
 
 def load(ref: EpisodeRef) -> Episode:
@@ -76,7 +76,8 @@ def load(ref: EpisodeRef) -> Episode:
     repairs.append(Repair("embodiment", "robot unknown"))
     if seen.has_jpeg or others.has_jpeg:
         repairs.append(Repair("bgr", "RoboTwin writes JPEG files with red and blue swapped; swapped back"))
-    texts = _texts(path)
+    texts, problem = _texts(path)
+    repairs += [Repair("instruction", problem)] if problem else []
     poses = {key: rows for key, rows in others.vectors.items() if key.startswith("endpose/")}
     outside = {key: rows for key, rows in (others.vectors | others.tables).items() if key not in poses}
     return Episode(
@@ -111,20 +112,16 @@ def _layout(widths: dict[str, int], width: int) -> tuple[ActionBlock, ...]:
     )
 
 
-def _texts(file: Path) -> dict[str, str]:
-    """The first sentence of each list beside the episode: ``seen`` in training, and ``unseen``."""
-    sentences = file.parent.parent / "instructions" / f"{file.stem}.json"
-    try:
-        with within(file.parent.parent):  # the user may name the folder of the episodes alone
-            table = json.loads(contents(sentences, MAX_INSTRUCTIONS))
-    except (BadEpisode, OSError, ValueError, RecursionError):
-        return {}
-    lists = {key: table.get(key) for key in ("seen", "unseen")} if isinstance(table, dict) else {}
+def _texts(file: Path) -> tuple[dict[str, str], str | None]:
+    """The first sentence of each list beside the episode, ``seen`` in training and ``unseen``; and what is wrong."""
+    with within(file.parent.parent):  # the user may name the folder of the episodes alone
+        table, problem = beside(file.parent.parent / "instructions" / f"{file.stem}.json")
+    lists = {key: table.get(key) for key in ("seen", "unseen")}
     return {
         key: said[0].strip()
         for key, said in lists.items()
         if isinstance(said, list) and said and isinstance(said[0], str) and said[0].strip()
-    }
+    }, problem
 
 
 def _joined(held: str, texts: dict[str, str]) -> str:

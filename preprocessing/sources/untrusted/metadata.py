@@ -38,6 +38,16 @@ def read_table(file: Path, limit: int = MAX_BYTES) -> dict[str, Any]:
     return table
 
 
+def beside(file: Path) -> tuple[dict[str, Any], str | None]:
+    """Parse a file of one JSON object that may be missing: the object, empty without one, and why it cannot be read."""
+    try:
+        return read_table(file), None
+    except FileNotFoundError:
+        return {}, None
+    except (OSError, ValueError) as error:
+        return {}, f"{file.name} cannot be read ({' '.join(str(error).split())[:200]}); not used"
+
+
 def read_lines(file: Path) -> tuple[list[dict[str, Any]], list[int]]:
     """Parse JSON lines: the objects, and the numbers of the lines that are none. Raises OSError or ValueError."""
     rows, lost = list[dict[str, Any]](), list[int]()

@@ -138,3 +138,15 @@ def test_one_camera_of_the_wrong_length_costs_only_itself(tmp_path, write):
         opened[f"{above}/side"] = numbered(3)
     (episode,) = episodes_of(tmp_path)
     assert "side" not in episode.cameras and any("side has 3 rows" in text for text in said(episode))
+
+
+@pytest.mark.parametrize("damage", ["{broken", "[]", '\ufeff{"dataset_id": ['])
+@pytest.mark.parametrize("write", [write_maniskill, write_minari, write_robotwin])
+def test_a_json_file_beside_that_cannot_be_read_is_named(tmp_path, write, damage):
+    write(tmp_path / ("a.h5" if write is write_maniskill else "a"), moving(LENGTH))
+    [file] = tmp_path.rglob("*.json")
+    assert not any(file.name in text for text in said(episodes_of(tmp_path)[0]))
+    file.write_text(damage)
+    (ref,) = refs_of(tmp_path)
+    assert digest(ref) == ref.digest
+    assert any(f"{file.name} cannot be read" in text for text in said(load(ref)))
