@@ -34,7 +34,7 @@ cluster.shutdown()
 """
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def running() -> Iterator[tuple[str, Path]]:
     """The address and logs of a cluster of two nodes; Ray believes that one has a GPU."""
     command = [sys.executable, "-c", CLUSTER]
@@ -114,20 +114,23 @@ def test_what_is_no_ray_is_given_up_in_seconds(monkeypatch: pytest.MonkeyPatch) 
                 cluster.check_address(address)
 
 
-def test_the_users_way_into_a_cluster_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("RAY_AUTH_MODE", "token"), ("RAY_AUTH_TOKEN", "theirs")):
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
-    with cluster._token_file() as token, cluster._private_start(token):
-        assert "RAY_AUTH_TOKEN" not in os.environ and os.environ["RAY_AUTH_TOKEN_PATH"].startswith("/proc/")
-    assert (os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"]) == ("token", "theirs")
-    assert "RAY_AUTH_TOKEN_PATH" not in os.environ
-    imported = subprocess.run(
-        [sys.executable, "-c", "import os, infra; print(os.environ.get('RAY_AUTH_MODE'))"],
-        env={name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"},
-        capture_output=True,
-        text=True,
-    )
+# In a process of its own: this one may be connected to a cluster, whose token must not be forgotten.
+PRIVATE_START = """
+import os
+from infra import cluster
+with cluster._token_file() as token, cluster._private_start(token):
+    print("RAY_AUTH_TOKEN" in os.environ, os.environ["RAY_AUTH_TOKEN_PATH"].startswith("/proc/"))
+print(os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"], "RAY_AUTH_TOKEN_PATH" in os.environ)
+"""
+
+
+def test_the_users_way_into_a_cluster_is_kept() -> None:
+    users = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
+    theirs = users | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "theirs"}
+    started = subprocess.run([sys.executable, "-c", PRIVATE_START], env=theirs, capture_output=True, text=True)
+    assert started.stdout.splitlines() == ["False True", "token theirs False"], started.stderr
+    asks = "import os, infra; print(os.environ.get('RAY_AUTH_MODE'))"
+    imported = subprocess.run([sys.executable, "-c", asks], env=users, capture_output=True, text=True)
     assert imported.stdout == "None\n", "a cluster's authentication would be switched off"
 
 
