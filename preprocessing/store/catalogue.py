@@ -18,9 +18,7 @@ import zarr
 
 from preprocessing.errors import UserError
 from preprocessing.store.rows import printable
-from preprocessing.store.storage import ANSWER_SECONDS, read_again
-
-zarr.config.set({"async.timeout": ANSWER_SECONDS})  # Icechunk would wait for ever for an answer that never comes
+from preprocessing.store.storage import answered, read_again
 
 LOCATION = pa.struct([("array", pa.string()), ("start", pa.int64()), ("count", pa.int64()), ("checksum", pa.string())])
 NAMED = pa.list_(pa.struct([("name", pa.string()), ("width", pa.int64())]))  # consecutive columns of the steps
@@ -147,17 +145,21 @@ def write_table(store: Any, group: str, part: str, rows: Sequence[Mapping[str, o
     with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
         writer.write_table(table)
     data = np.frombuffer(sink.getvalue(), np.uint8)
-    array = zarr.create_array(
-        store,
-        name=f"{group}/{part}",
-        shape=data.shape,
-        chunks=data.shape,
-        dtype="uint8",
-        compressors=None,
-        attributes={"digest": _digest(data)},
-        overwrite=True,  # a commit that lost a race writes its table again
-    )
-    array[:] = data
+
+    def write() -> None:
+        array = zarr.create_array(
+            store,
+            name=f"{group}/{part}",
+            shape=data.shape,
+            chunks=data.shape,
+            dtype="uint8",
+            compressors=None,
+            attributes={"digest": _digest(data)},
+            overwrite=True,  # a commit that lost a race writes its table again
+        )
+        array[:] = data
+
+    answered(write, size=data.nbytes)
 
 
 def read_tables(store: Any, group: str, columns: Sequence[str] | None = None) -> pa.Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,10 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import zarr
 
+from preprocessing.errors import UserError
 from preprocessing.store.catalogue import KINDS, TABLES, DamagedError, parts, read_table, read_tables
 from preprocessing.store.rows import BriefRow, InstructionRow, LocationRow, QuarantineRow, StatisticsRow, TrainingRow
 from preprocessing.store.statistics import Statistics, merge
-from preprocessing.store.storage import parse, read_again
+from preprocessing.store.storage import answered, parse, read_again
 
 BYTES_AT_ONCE = 32 * 2**20
 
@@ -96,7 +96,7 @@ class Snapshot:
         table = self.episodes()
         if encoder_digest is not None:
             table = table.filter(pc.equal(table["encoder_digest"], encoder_digest))
-        statistics = read_tables(self._store, "statistics")
+        statistics = self.all_statistics()
         of_steps: list[StatisticsRow] = statistics.filter(pc.equal(statistics["array"], "steps")).to_pylist()
         steps = {row["key"]: Statistics.from_row(row) for row in of_steps}
         return [row | {"statistics": steps.get(row["key"])} for row in table.to_pylist()]
@@ -171,6 +171,8 @@ class Snapshot:
         for group, schema in TABLES.items():
             try:
                 names = parts(self._store, group)
+            except UserError:  # a server that does not answer is no damage
+                raise
             except Exception as error:
                 yield f"tables of {group} cannot be listed: {error}"
                 continue
@@ -183,6 +185,8 @@ class Snapshot:
         try:
             if (written := self._tables()) != listed:  # a damaged listing can be too short
                 yield f"{listed} tables are listed, but {written} were written"
+        except UserError:
+            raise
         except Exception as error:
             yield f"snapshot {self.id} cannot be read: {error}"
         gone = {row["id"] for row in tables["removed"]}
@@ -198,21 +202,28 @@ class Snapshot:
         for batch in progress([*_batches(locations)]):
             try:
                 data = self._rows(locations, batch)
+            except UserError:
+                raise
             except Exception:  # the loop below finds the broken chunk
                 data = None
             for i in batch:
                 at, what = places[i]
-                with contextlib.suppress(Exception):  # unreadable counts as different
+                try:
                     start = at["start"] - locations[batch[0]]["start"]
                     rows = self._rows(locations, [i]) if data is None else data[start : start + at["count"]]
                     if checksum(rows) == at["checksum"]:
                         continue
+                except UserError:
+                    raise
+                except Exception:  # unreadable counts as different
+                    pass
                 yield f"{what}, {self._where(at)}"
 
     def _tables(self) -> int:
         """Return the number of tables according to the commit's metadata."""
-        repository = icechunk.Repository.open(parse(self.uri).storage())
-        return next(iter(repository.ancestry(snapshot_id=self.id))).metadata.get("tables", 0)
+        storage = parse(self.uri).storage()
+        history = answered(lambda: icechunk.Repository.open(storage).ancestry(snapshot_id=self.id), self.uri)
+        return answered(lambda: next(iter(history)), self.uri).metadata.get("tables", 0)
 
     def _rows(self, locations: Sequence[LocationRow], batch: list[int]) -> np.ndarray:
         """Return the rows of one array from the first of these locations to the last."""
@@ -237,12 +248,12 @@ class Snapshot:
     def _store(self) -> Any:
         if "_opened" not in self.__dict__:
             self._arrays: dict[str, zarr.Array[Any]] = {}
-            place = parse(self.uri)
+            storage = parse(self.uri).storage()
 
             def open_session() -> Any:
-                return icechunk.Repository.open(place.storage()).readonly_session(snapshot_id=self.id).store
+                return icechunk.Repository.open(storage).readonly_session(snapshot_id=self.id).store
 
-            self._opened = read_again(lambda: place.bounded(open_session))
+            self._opened = read_again(open_session)
         return self._opened
 
     def _array(self, path: str) -> zarr.Array[Any]:

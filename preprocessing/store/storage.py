@@ -38,16 +38,39 @@ T = TypeVar("T")
 Content = Literal["store", "nothing", "something else"]
 TRIES = 3  # to read: what breaks off on its way from a server is not damaged where it lies
 ANSWER_SECONDS = 120.0  # for each step of Icechunk, which itself gives up a request after half a minute of errors
+SLOWEST = 2**18  # bytes a second, of a line that is not given up
 HOW_TO_SIGN_IN = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or sign in with a profile in ~/.aws (AWS_PROFILE)"
 
 
+def answered(step: Callable[[], T], who: str = "the store", size: int = 0) -> T:
+    """Return ``step()``, a call of Icechunk or Zarr: they would wait for ever for an answer that never comes.
+
+    Raises UserError that names ``who`` if it takes longer than ANSWER_SECONDS, and than ``size`` bytes take at SLOWEST.
+    """
+    outcome: list[tuple[bool, Any]] = []
+
+    def run() -> None:
+        try:
+            outcome.append((True, step()))
+        except BaseException as error:  # including Icechunk's panics
+            outcome.append((False, error))
+
+    thread = threading.Thread(target=run, daemon=True)  # nothing can stop it if it hangs
+    thread.start()
+    thread.join(ANSWER_SECONDS + size / SLOWEST)
+    if not outcome:
+        raise UserError(f"{who} has not answered for {ANSWER_SECONDS + size / SLOWEST:.0f} s; is its server up?")
+    done, value = outcome[0]
+    if not done:
+        raise value
+    return value
+
+
 def read_again(read: Callable[[], T]) -> T:
-    """Return ``read()``; if it fails, try twice more. Raises UserError if Zarr has given up waiting for an answer."""
+    """Return ``read()``; if it fails, try twice more. Raises UserError if no answer comes (``answered``)."""
     for number in range(1, TRIES + 1):
         try:
-            return read()
-        except TimeoutError:
-            raise UserError("the store's server has stopped answering; is it up?") from None
+            return answered(read)
         except Exception as error:
             if number == TRIES or isinstance(error, UserError):
                 raise
@@ -85,10 +108,6 @@ class Folder:
 
     def storage(self) -> icechunk.Storage:
         return icechunk.local_filesystem_storage(str(self.path))
-
-    def bounded(self, step: Callable[[], T]) -> T:
-        """Return ``step()``."""
-        return step()
 
     def filesystem(self) -> tuple[pyarrow.fs.FileSystem, str]:
         """Return a file system for plain files, and this place's path in it."""
@@ -131,7 +150,7 @@ class Bucket:
 
     None means boto3's default. Icechunk tries each request ten times, over about half a minute, and reads a chunk again
     if its body breaks off; RepositoryConfig cannot change that, because the client is made before it is read. It would
-    wait forever for an answer that never comes, hence ``bounded``.
+    wait forever for an answer that never comes, hence ``answered``.
     """
 
     name: str
@@ -167,27 +186,6 @@ class Bucket:
             get_credentials=_credentials,
         )
 
-    def bounded(self, step: Callable[[], T]) -> T:
-        """Return ``step()``, a call of Icechunk or Zarr. Raises UserError if it takes longer than ANSWER_SECONDS."""
-        outcome: list[tuple[bool, Any]] = []
-
-        def run() -> None:
-            try:
-                outcome.append((True, step()))
-            except BaseException as error:  # including Icechunk's panics
-                outcome.append((False, error))
-
-        thread = threading.Thread(target=run, daemon=True)  # nothing can stop it if it hangs
-        thread.start()
-        thread.join(ANSWER_SECONDS)
-        if not outcome:
-            where = self.endpoint or "S3"
-            raise UserError(f"{self.uri}: {where} has not answered for {ANSWER_SECONDS:.0f} s; is the server up?")
-        done, value = outcome[0]
-        if not done:
-            raise value
-        return value
-
     def filesystem(self) -> tuple[pyarrow.fs.FileSystem, str]:
         """Return a file system for plain files, and this place's path in it.
 
@@ -214,7 +212,7 @@ class Bucket:
         with self._one_line():
             if not self._list_one().get("KeyCount"):
                 return "nothing"
-            found = self.bounded(lambda: icechunk.Repository.exists(self.storage()))
+            found = answered(lambda: icechunk.Repository.exists(self.storage()), self.uri)
             return "store" if found else "something else"
 
     def now(self) -> datetime.datetime:

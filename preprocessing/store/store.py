@@ -28,7 +28,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 import icechunk
 import numpy as np
@@ -39,10 +39,12 @@ from preprocessing.errors import UserError, only
 from preprocessing.store.catalogue import KINDS, TABLES, parts, write_table
 from preprocessing.store.rows import EpisodeRow, InstructionRow, LocationRow, QuarantineRow, RemovedRow, StatisticsRow
 from preprocessing.store.snapshot import Snapshot, checksum
-from preprocessing.store.storage import Place, parse
+from preprocessing.store.storage import Place, answered, parse
 
 icechunk.set_logs_filter("error")  # it warns of concurrent local commits, which our lock prevents
 warnings.filterwarnings("ignore", module="zarr")  # its notices about unstable dtypes do not concern a user
+
+T = TypeVar("T")
 
 GC_MARGIN = datetime.timedelta(hours=24)  # younger objects may belong to a running ingest
 LARGEST_SKEW = datetime.timedelta(minutes=10)  # Icechunk refuses commits if the clock and the storage's differ by more
@@ -91,7 +93,7 @@ class LatentStore:
                 raise UserError(f"{uri}: no store here; create one with: uwm ingest SOURCE --store {uri}")
             case "something else":
                 raise _not_a_store(uri)
-        store = cls(place, place.bounded(lambda: icechunk.Repository.open(place.storage())))
+        store = cls(place, answered(lambda: icechunk.Repository.open(place.storage()), uri))
         if store.repository.lookup_branch("main") == FIRST_SNAPSHOT:
             raise UserError(f"{uri}: this store is being created, or was left half-made; uwm ingest completes it")
         return store
@@ -127,11 +129,11 @@ class LatentStore:
         Raises UserError if there is none, or if several ids begin so.
         """
         if snapshot_id is None:
-            return Snapshot(self.uri, self.place.bounded(lambda: self.repository.lookup_branch("main")))
-        if snapshot_id in self.repository.list_tags():
-            return Snapshot(self.uri, self.repository.lookup_tag(snapshot_id))
+            return Snapshot(self.uri, self._ask(lambda: self.repository.lookup_branch("main")))
+        if snapshot_id in self._ask(self.repository.list_tags):
+            return Snapshot(self.uri, self._ask(lambda: self.repository.lookup_tag(snapshot_id)))
         try:
-            self.repository.readonly_session(snapshot_id=snapshot_id)
+            self._ask(lambda: self.repository.readonly_session(snapshot_id=snapshot_id))
         except (icechunk.IcechunkError, ValueError):
             try:
                 return Snapshot(self.uri, only(snapshot_id.upper(), self._snapshot_ids(), "snapshots"))
@@ -148,6 +150,9 @@ class LatentStore:
 
     def log(self) -> list[LogEntry]:
         """Return the snapshots from the newest to the first."""
+        return self._ask(self._history)
+
+    def _history(self) -> list[LogEntry]:
         tags: dict[str, list[str]] = {}
         for tag in sorted(self.repository.list_tags()):
             tags.setdefault(self.repository.lookup_tag(tag), []).append(tag)
@@ -177,7 +182,7 @@ class LatentStore:
                     f"{self.uri}: {len(returning)} episodes were removed since {snapshot_id}; choose a later one"
                 )
             try:
-                self.repository.reset_branch("main", target.id, from_snapshot_id=head.id)
+                self._ask(lambda: self.repository.reset_branch("main", target.id, from_snapshot_id=head.id))
             except icechunk.IcechunkError:  # it may have succeeded with the answer lost
                 if self.snapshot().id != target.id:
                     raise
@@ -189,7 +194,7 @@ class LatentStore:
             raise UserError(f"{self.uri}: {name!r} is no name for a tag; {TAG_RULE}")
         target = self.snapshot(snapshot_id).id
         try:
-            self.repository.create_tag(name, target)
+            self._ask(lambda: self.repository.create_tag(name, target))
         except (icechunk.IcechunkError, ValueError) as error:
             taken = name in self.repository.list_tags()
             if taken and self.repository.lookup_tag(name) == target:  # by us, with the answer lost
@@ -202,13 +207,13 @@ class LatentStore:
 
     def untag(self, name: str) -> None:
         """Delete a tag, so that its snapshot may be garbage collected. The name cannot be used again."""
-        if name not in self.repository.list_tags():
+        if name not in self._ask(self.repository.list_tags):
             raise UserError(f"{self.uri}: no tag {name}; list them with: uwm store log {self.uri}")
-        self.repository.delete_tag(name)
+        self._ask(lambda: self.repository.delete_tag(name))
 
     def fork(self) -> icechunk.ForkSession:
         """Return a picklable session for one writer. Its writes are invisible until it is passed to ``commit``."""
-        return self.place.bounded(lambda: self.repository.writable_session("main").fork())
+        return self._ask(lambda: self.repository.writable_session("main").fork())
 
     def commit(
         self,
@@ -336,6 +341,9 @@ class LatentStore:
             freed = self.repository.garbage_collect(now - GC_MARGIN).bytes_deleted
         return len(forgotten), freed
 
+    def _ask(self, step: Callable[[], T]) -> T:
+        return answered(step, self.uri)
+
     def _known(self, head: Snapshot) -> dict[str, str]:
         """Return the episode of every catalogue row by its key, reading only the parts added since the last call."""
         self._keys = {part: self._keys.get(part) or head.ids_by_key(part) for part in head.parts("catalogue")}
@@ -354,7 +362,7 @@ class LatentStore:
         """
         with self.place.commit_lock():
             while True:
-                session = self.repository.writable_session("main")
+                session = self._ask(lambda: self.repository.writable_session("main"))
                 head = Snapshot(self.uri, session.snapshot_id)
                 if any(head.parts(group, name) for group in TABLES):
                     return head
@@ -367,7 +375,7 @@ class LatentStore:
                 counts["tables"] = sum(len(parts(session.store, group)) for group in TABLES)
                 self._wait_for(head)
                 try:
-                    return Snapshot(self.uri, self.place.bounded(partial(session.commit, message, metadata=counts)))
+                    return Snapshot(self.uri, self._ask(partial(session.commit, message, metadata=counts)))
                 except icechunk.ConflictError:
                     continue
                 except icechunk.IcechunkError:
@@ -376,7 +384,7 @@ class LatentStore:
 
     def _wait_for(self, head: Snapshot) -> None:
         """Wait until our clock passes the head's time: Icechunk refuses a commit older than its parent."""
-        info = next(iter(self.repository.ancestry(snapshot_id=head.id)))
+        info = self._ask(lambda: next(iter(self.repository.ancestry(snapshot_id=head.id))))
         ahead = info.written_at - datetime.datetime.now(datetime.UTC)
         if ahead > LARGEST_SKEW:
             self._compare_clocks()
@@ -411,17 +419,21 @@ def write_segments(fork: icechunk.ForkSession, arrays: list[np.ndarray]) -> list
             crc = checksum(joined[start:stop])
             locations[i] = {"array": path, "start": start, "count": stop - start, "checksum": crc}
             start = stop
-        chunks = -(-joined.nbytes // CHUNK_BYTES)
-        array = zarr.create_array(
-            fork.store,
-            name=path,
-            shape=joined.shape,
-            chunks=(-(-len(joined) // chunks), *shape),  # of equal size, so that the last is not half empty
-            dtype=joined.dtype,
-            compressors=None,  # float16 latents do not compress
-        )
-        array[:] = joined
+        answered(partial(_write, fork.store, path, joined), size=joined.nbytes)
     return locations
+
+
+def _write(store: Any, path: str, rows: np.ndarray) -> None:
+    chunks = -(-rows.nbytes // CHUNK_BYTES)
+    array = zarr.create_array(
+        store,
+        name=path,
+        shape=rows.shape,
+        chunks=(-(-len(rows) // chunks), *rows.shape[1:]),  # of equal size, so that the last is not half empty
+        dtype=rows.dtype,
+        compressors=None,  # float16 latents do not compress
+    )
+    array[:] = rows
 
 
 def _not_a_store(uri: str) -> UserError:
@@ -435,9 +447,13 @@ def _places(row: EpisodeRow) -> list[LocationRow]:
 
 def _blank(store: Any, locations: Sequence[LocationRow]) -> None:
     """Overwrite these rows with zeros. zarr deletes chunks that become all zeros."""
+
+    def blank(at: LocationRow) -> None:
+        zarr.open_array(store, path=at["array"])[at["start"] : at["start"] + at["count"]] = 0
+
     for at in locations:
         if at["count"]:
-            zarr.open_array(store, path=at["array"])[at["start"] : at["start"] + at["count"]] = 0
+            answered(partial(blank, at))
 
 
 def _part(store: Any, name: str) -> str:

@@ -19,6 +19,7 @@ from helpers.rows import fill
 from helpers.s3 import ACCESS_KEY, S3, SECRET_KEY, FaultyProxy, Request
 
 from preprocessing.errors import UserError
+from preprocessing.store import storage
 from preprocessing.store.snapshot import Snapshot
 from preprocessing.store.storage import Bucket, Folder, Place, parse
 from preprocessing.store.store import LatentStore
@@ -322,3 +323,25 @@ def test_what_breaks_off_on_its_way_is_read_again(s3: S3, step: str, monkeypatch
         left["failures"] = 2
         assert snapshot.read(rows[0]["cameras"][0]["segments"]).shape == (70, 4, 8, 8)
     assert left["failures"] == 0
+
+
+def test_a_server_that_falls_silent_is_given_up_and_is_no_damage(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FaultyProxy(s3.port) as proxy:
+        store = LatentStore.create(s3.uri("silent", proxy.endpoint))
+        if not store.snapshot().episodes().num_rows:
+            fill(store, ["a"])
+        snapshot, fresh = store.snapshot(), store.snapshot()
+        [row] = snapshot.rows()
+        proxy.inject("silence", seconds=60)
+        monkeypatch.setattr(storage, "ANSWER_SECONDS", 0.3)
+        for step in (
+            fresh.rows,
+            lambda: snapshot.read([row["steps"]]),
+            lambda: list(snapshot.verify()),
+            store.snapshot,
+            store.fork,
+            store.log,
+            lambda: store.tag("pinned"),
+        ):
+            with pytest.raises(UserError, match="has not answered for 0 s; is its server up"):
+                step()

@@ -177,10 +177,10 @@ class _Said:
             "control_mode": kwargs.get("control_mode"),
             "fps": float(rate) if isinstance(rate, int | float) and 0 < rate <= 1000 else None,
         }
-        episodes = table.get("episodes") if isinstance(table.get("episodes"), list) else []
+        listed = table.get("episodes")
         self._each = {
             f"traj_{one.get('episode_id')}": {key: one[key] for key in ("control_mode", "success") if key in one}
-            for one in episodes
+            for one in (listed if isinstance(listed, list) else [])
             if isinstance(one, dict)
         }
 
