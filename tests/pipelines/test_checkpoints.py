@@ -8,19 +8,26 @@ import random
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from helpers.rows import fill
 from helpers.s3 import S3, FaultyProxy
 
 from infra.engine import ParameterSlice
-from pipelines.models import manifest
+from pipelines.models import checkpoint, manifest
+from pipelines.recipe import load_recipe
 from pipelines.train.checkpoint_writer import CheckpointWriter
 from pipelines.train.checkpoints import RunFolder
+from pipelines.train.pretrain import plan
+from pipelines.train.run import RunRecord, _identity, _interrupted_run
 from pipelines.train.state import SavedState, save_state
 from preprocessing.errors import UserError
+from preprocessing.store.store import LatentStore
 
 pytest_plugins = ["helpers.s3"]
+TINY = ["model.width=32", "model.depth=1", "model.heads=2", "model.registers=1", "model.condition_width=16"]
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -197,3 +204,38 @@ def test_a_checkpoint_counts_when_all_workers_have_written(tmp_path: Path) -> No
     [(step, problem), _] = settled()
     assert step is None and problem is not None and problem.startswith("no checkpoint of step 20: ")
     assert list(folder.complete()) == [10] and not list(tmp_path.glob(".step-*"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "missing"])
+def test_a_damaged_record_of_a_run_is_healed_from_its_checkpoint(tmp_path: Path, damage: str) -> None:
+    store = LatentStore.create(str(tmp_path / "store"))
+    fill(store, ["a", "b"])
+    recipe = load_recipe("small", [*TINY, "validation_share=0"])
+    asked: dict[str, str | None] = {"store": store.uri}
+    settings = plan(store.uri, recipe).model_copy(update={"run_id": "0" * 32, "recipe": recipe.model_dump()})
+    home, kept = str(tmp_path / "runs"), RunFolder(str(tmp_path / "runs" / "small-1"))
+    record = RunRecord(identity=_identity("pretrain", asked, recipe.model_dump()), name="small-1", settings=settings)
+    written = settings.model_copy(update={"step": 20})
+    kept.write(20, lambda folder: checkpoint.write(folder, written.build().state_dict(), written))
+
+    def found(**about: Any) -> bytes:
+        kept.commit(20, about)
+        kept.put("run.json", record.dump())
+        whole = _interrupted_run(home, "pretrain", asked, recipe)
+        file = tmp_path / "runs" / "small-1" / "run.json"
+        if damage == "missing":
+            file.unlink()
+        else:
+            content = file.read_bytes()
+            file.write_bytes(content[: len(content) // 2] if damage == "cut" else flipped(content, 4000))
+        again = _interrupted_run(home, "pretrain", asked, recipe)
+        assert whole and again and whole.dump() == record.dump()
+        return again.dump()
+
+    assert found(identity=record.identity) == record.dump()
+    assert _interrupted_run(home, "pretrain", asked, load_recipe("small", [*TINY, "seed=1"])) is None
+    kept.drop(20)
+    assert _interrupted_run(home, "pretrain", asked, recipe) is None
+    kept.write(20, lambda folder: checkpoint.write(folder, written.build().state_dict(), written))
+    with pytest.raises(UserError, match="an earlier version; restore it, or use --new"):
+        found()
