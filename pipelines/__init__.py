@@ -16,16 +16,12 @@ if TYPE_CHECKING:
     from pipelines.models.session import Session as Session
     from pipelines.recipe import load_recipe as load_recipe
 
-__all__ = [
-    "Policy",
-    "Session",
-    "load_recipe",
-]
 _HOMES = {
     "Policy": "pipelines.models.policy",
     "Session": "pipelines.models.session",
     "load_recipe": "pipelines.recipe",
 }
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:

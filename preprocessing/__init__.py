@@ -18,16 +18,6 @@ if TYPE_CHECKING:
     from preprocessing.store.snapshot import Snapshot as Snapshot
     from preprocessing.store.store import LatentStore as LatentStore
 
-__all__ = [
-    "BadEpisode",
-    "DataContract",
-    "Episode",
-    "Interface",
-    "LatentStore",
-    "Snapshot",
-    "UserError",
-    "load_encoder",
-]
 _HOMES = {
     "BadEpisode": "preprocessing.errors",
     "DataContract": "preprocessing.contracts.contract",
@@ -38,6 +28,7 @@ _HOMES = {
     "UserError": "preprocessing.errors",
     "load_encoder": "preprocessing.encoders.vae",
 }
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:

@@ -42,16 +42,6 @@ if TYPE_CHECKING:
     from uwm_model.query import PolicyQuery as PolicyQuery
     from uwm_model.world_model import UnifiedWorldModel as UnifiedWorldModel
 
-__all__ = [
-    "Batch",
-    "DiffusionConfig",
-    "Model",
-    "ModelConfig",
-    "PolicyQuery",
-    "UnifiedWorldModel",
-    "build",
-    "load_published",
-]
 _HOMES = {
     "Batch": "uwm_model.batch",
     "DiffusionConfig": "uwm_model.config",
@@ -62,6 +52,7 @@ _HOMES = {
     "build": "uwm_model.kinds",
     "load_published": "uwm_model.published",
 }
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:

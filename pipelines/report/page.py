@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def write_report(
         curve=_curve,
         stages=stages,
         snapshot=snapshot,
-        store=_Relative([snapshot.uri])(snapshot.uri) if snapshot else "",
+        store=_shortener([snapshot.uri])(snapshot.uri) if snapshot else "",
         commit=_commit(snapshot) if snapshot else None,
     )
     building = path.with_name(f".{path.name}.{os.getpid()}")
@@ -137,7 +137,7 @@ def _data(snapshot: Snapshot) -> dict[str, Any]:
         embodiments.setdefault(row["embodiment"], []).append(row)
         files.setdefault((row["uri"], row["format"]), []).append(row)
     refused = snapshot.quarantine()
-    relative = _Relative([*(uri for uri, _ in files), *(row["uri"] for row in refused)])
+    relative = _shortener([*(uri for uri, _ in files), *(row["uri"] for row in refused)])
     folders: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for (uri, format), members in sorted(files.items())[:FILES]:
         folder, _, name = relative(uri).rpartition("/")
@@ -183,15 +183,11 @@ def _total(rows: Iterable[dict[str, Any]]) -> int:
     return sum(row["frames"] for row in rows)
 
 
-class _Relative:
-    """Shortens local paths to what follows their common parent: a page that is passed on names no home folder."""
-
-    def __init__(self, uris: Iterable[str]):
-        local = [uri for uri in uris if uri.startswith("/")]
-        self._parent = os.path.dirname(os.path.commonpath(local)) if local else ""  # noqa: PTH120
-
-    def __call__(self, uri: str) -> str:
-        return uri.removeprefix(self._parent).lstrip("/") if uri.startswith("/") else uri
+def _shortener(uris: Iterable[str]) -> Callable[[str], str]:
+    """Return what shortens local paths to what follows their common parent: a page, passed on, names no home folder."""
+    local = [uri for uri in uris if uri.startswith("/")]
+    parent = os.path.dirname(os.path.commonpath(local)) if local else ""  # noqa: PTH120
+    return lambda uri: uri.removeprefix(parent).lstrip("/") if uri.startswith("/") else uri
 
 
 def _commit(snapshot: Snapshot) -> LogEntry | None:
