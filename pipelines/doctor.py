@@ -71,7 +71,8 @@ def _extras() -> Iterator[Symptom]:
 def _ray() -> Iterator[Symptom]:
     if not (version := _version("ray")):
         return
-    lacking = [f"{extra} ({_some(gone)})" for extra in ("data", "train", "default") if (gone := _lacking("ray", extra))]
+    uses = {"data": "ingest", "train": "training", "default": "Ray's dashboard and jobs"}
+    lacking = [f"{extra}, for {use} ({_some(gone)})" for extra, use in uses.items() if (gone := _lacking("ray", extra))]
     found = version + (f"; lacks {'; '.join(lacking)}" if lacking else " with data, train, default")
     mend = f"pip install 'ray[data,train,default]=={version}'" if lacking else ""
     yield Symptom("ray", "missing" if lacking else "ok", found, mend)
