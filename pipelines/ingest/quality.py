@@ -33,6 +33,7 @@ SECONDS = 0.5  # after which no further frame of these is decoded: some decoders
 ROUNDS = 3  # stretches of 64 frames to look at, of an embodiment's camera
 SHARE = 0.01  # of the time spent encoding that looking at more than one may take
 SIDE = 256  # pixels; of larger frames the centre is decoded
+SHOWN = 512  # pixels, to which the height of small frames is multiplied in the picture
 SQUARE = 0.1  # relative difference of the sides below which a frame counts as square
 
 
@@ -205,7 +206,9 @@ def _write(folder: Path, row: QualityRow, sample: bytes, episode: str) -> Path:
     told.add_text("episode", episode)
     building = folder / f".{name}.{os.getpid()}"
     with Image.open(io.BytesIO(sample)) as image:
-        image.save(building, "PNG", pnginfo=told)
+        times = max(1, SHOWN // image.height)
+        shown = image.resize((times * image.width, times * image.height), Image.Resampling.NEAREST)
+        shown.save(building, "PNG", pnginfo=told)
     return building.replace(folder / f"{name}.png")
 
 
