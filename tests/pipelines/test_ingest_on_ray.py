@@ -65,7 +65,8 @@ def test_too_many_bad_inputs_stop_the_job_and_keep_what_is_good(
                 return len(now.quarantine()) < 4
             return number in "3456" and not now.episodes(["id"]).num_rows
 
-        while too_early():
+        until = time.monotonic() + 30  # rows wait for a write to fill, which may take those of the waiting episodes
+        while too_early() and time.monotonic() < until:
             time.sleep(0.1)
         yield from decode(batch, **arguments)
 
