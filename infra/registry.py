@@ -17,7 +17,7 @@ from mlflow.models import ModelSignature
 from mlflow.tracking import MlflowClient
 from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
-from infra.tracking import answering, holds_nothing, is_absence
+from infra.tracking import answering, holds_nothing, if_there
 
 NAME = re.compile(r"[\w .-]{1,200}")  # of a model: MLflow refuses / and :, and @ separates an alias
 # MLflow gives "latest" and "v1" a meaning of their own.
@@ -93,16 +93,11 @@ def version_of(name: str, version_or_alias: str) -> tuple[str, str] | None:
     if holds_nothing():
         return None
     client = MlflowClient()
-    try:
-        if version_or_alias.isdigit():
-            found = client.get_model_version(name, version_or_alias)
-        else:
-            found = client.get_model_version_by_alias(name, version_or_alias)
-    except MlflowException as error:
-        if not is_absence(error):
-            raise
-        return None
-    return str(found.version), str(found.run_id)
+    find = client.get_model_version if version_or_alias.isdigit() else client.get_model_version_by_alias
+    with if_there():
+        found = find(name, version_or_alias)
+        return str(found.version), str(found.run_id)
+    return None
 
 
 @answering()
@@ -110,12 +105,9 @@ def embodiment_of(model: str) -> str | None:
     """Return the embodiment that ``models:/...`` was registered for; None if there is no such model."""
     if holds_nothing():
         return None
-    try:
+    with if_there():
         return (_flavor(model).get("config") or {}).get("embodiment")
-    except MlflowException as error:
-        if not is_absence(error):
-            raise
-        return None
+    return None
 
 
 def _flavor(model: str) -> dict[str, Any]:
@@ -147,10 +139,7 @@ def download(model: str) -> Path | None:
     """Download the checkpoint of ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION``; None if there is none."""
     if holds_nothing():
         return None
-    try:
+    with if_there():
         folder = _flavor(model)["artifacts"]["checkpoint"]["path"]  # named like the folder that was registered
         return Path(mlflow.artifacts.download_artifacts(f"{model}/{folder}"))
-    except MlflowException as error:
-        if not is_absence(error):
-            raise
-        return None
+    return None

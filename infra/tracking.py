@@ -70,10 +70,16 @@ def answering() -> Iterator[None]:
         raise ConnectionError(_complaint(error)) from error
 
 
-def is_absence(error: MlflowException) -> bool:
-    """Whether MLflow answered that there is no such thing, or that there can be none of that name."""
-    said_no = error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-    return said_no and not isinstance(error, UnsupportedModelRegistryStoreURIException)
+@contextlib.contextmanager
+def if_there() -> Iterator[None]:
+    """Leave the block if MLflow answers that there is no such thing, or that there can be none of that name."""
+    try:
+        yield
+    except UnsupportedModelRegistryStoreURIException:
+        raise
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
 
 
 def holds_nothing() -> bool:
@@ -186,12 +192,9 @@ def has_run(run_id: str) -> bool:
     connect()
     if holds_nothing():
         return False
-    try:
+    with if_there():
         return bool(MlflowClient().get_run(run_id))
-    except MlflowException as error:
-        if not is_absence(error):
-            raise
-        return False
+    return False
 
 
 @answering()
@@ -230,9 +233,6 @@ def download(run_id: str, name: str) -> Path | None:
     connect()
     if holds_nothing():
         return None
-    try:
+    with if_there():
         return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=name))
-    except MlflowException as error:
-        if not is_absence(error):
-            raise
-        return None
+    return None
