@@ -14,10 +14,12 @@ import psutil
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
-def wait_for(condition: Callable[[], Any], driver: subprocess.Popen[str], seconds: float = 120) -> Any:
+def wait_for(condition: Callable[[], Any], driver: subprocess.Popen[str], seconds: float = 300) -> Any:
+    """Return what ``condition`` first returns that is true. ``seconds`` are many, as a busy machine starts slowly."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
-        assert driver.poll() is None and time.monotonic() < deadline
+        assert driver.poll() is None, f"the process ended with {driver.returncode}"
+        assert time.monotonic() < deadline, f"still waiting after {seconds} s"
         time.sleep(0.02)
     return found
 

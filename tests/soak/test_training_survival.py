@@ -87,7 +87,10 @@ class Training:
 
     def after(self, count: int) -> None:
         """Wait until ``count`` checkpoints were written; older ones may be deleted already."""
-        wait_for(lambda: max(self.checkpoints(), default=0) >= count * EVERY, self.process)
+        try:
+            wait_for(lambda: max(self.checkpoints(), default=0) >= count * EVERY, self.process)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; its stderr: {self.stderr()[-3000:]}") from None
 
     def losses(self) -> dict[tuple[str, int], float]:
         tracking.connect(f"sqlite:///{self.folder}.db")
