@@ -71,12 +71,10 @@ def train(
         meter = actor(Meter)
         with (
             tqdm(total=recipe.steps, desc=recipe.name, unit="step", mininterval=0.5, bar_format=NO_RATE) as bar,
-            # Each poll costs the workers time.
-            watch(lambda: ray.get(meter.read.remote(), timeout=10), ProgressLine(bar, meter), every=1.0),
+            ProgressLine(bar, meter, recipe.workers).shown(),
             _save_on_signals(meter) as stop_requested,
             _silence_stdout(verbose),
         ):
-            bar.set_postfix_str("starting workers")
             _train_to_the_end(recipe, {**config, "meter": meter}, folder, stop_requested)
     final = output / "checkpoint"
     shutil.rmtree(final, ignore_errors=True)
@@ -97,6 +95,7 @@ def _train_to_the_end(
     while (newest := folder.newest()) < recipe.steps or _is_damaged(folder, recipe.steps, config["meter"]):
         if stop_requested.is_set():
             raise Interrupted(f"stopped at step {newest}; run the same command to resume")
+        config["meter"].put.remote(starting=1)
         try:
             _run_workers(recipe, config)
         except TrainingFailedError as error:
@@ -162,8 +161,16 @@ def trainer_of(recipe: Recipe, config: dict[str, Any], scratch: str) -> TorchTra
 class ProgressLine:
     """Shows the progress bar, and above it the workers' messages."""
 
-    def __init__(self, bar: tqdm[Any], meter: Any):
+    def __init__(self, bar: tqdm[Any], meter: Any, workers: int | tuple[int, int]):
         self._bar, self._meter, self._shown = bar, meter, 0
+        low, high = (workers, workers) if isinstance(workers, int) else workers
+        self._who = f"{low} to {high} workers" if low < high else f"{low} worker{'s' if low > 1 else ''}"
+        self._waiting_since: float | None = None
+
+    def shown(self) -> contextlib.AbstractContextManager[None]:
+        """Show the meter's values while the block runs."""
+        read = self._meter.read
+        return watch(lambda: ray.get(read.remote(), timeout=10), self, every=1.0)  # each poll costs the workers time
 
     def __call__(self, values: dict[str, float]) -> None:
         if values.get("said", 0) > self._shown:
@@ -174,14 +181,23 @@ class ProgressLine:
             self._bar.initial = self._bar.n = int(values["first"])
             self._bar.start_t, self._bar.bar_format = time.time(), None
         self._bar.n = max(self._bar.n, int(values.get("step", 0)))
-        if "loss" in values:
+        copied, copying = (values.get(name, 0) for name in ("copied", "copying"))
+        if not values.get("starting"):
+            self._waiting_since = None
+        elif copied == copying:
+            # Ray may hold what a driver that was killed had asked for, up to three minutes.
+            self._waiting_since = self._waiting_since or time.monotonic()
+            self._bar.set_postfix_str(f"starting {self._who}, {time.monotonic() - self._waiting_since:.0f} s")
+            return
+        if copied < copying:
+            done, total = (f"{tqdm.format_sizeof(size)}B" for size in (copied, copying))
+            self._bar.set_postfix_str(f"copying the store to the local cache: {done} of {total}")
+        elif "loss" in values:
             self._bar.set_postfix_str(
                 f"loss {values['loss']:.3f}, {values['rate']:.0f} samples/s, data wait {100 * values['wait']:.1f} %"
             )
-        elif "copying" in values:
-            done, total = (f"{tqdm.format_sizeof(values[name])}B" for name in ("copied", "copying"))
-            copying = f"copying the store to the local cache: {done} of {total}"
-            self._bar.set_postfix_str("waiting for the first steps" if done == total else copying)
+        else:
+            self._bar.set_postfix_str("waiting for the first steps")
 
 
 @contextlib.contextmanager

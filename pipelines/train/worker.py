@@ -134,7 +134,7 @@ class Worker:
         last: FinishedStep | None = None
         following = next(batches)
         if self.rank == 0:
-            self.meter.put.remote(first=self.step)
+            self.meter.put.remote(first=self.step, starting=0)
         waited = time.monotonic() - began
         while self.step < recipe.steps:
             batch, samples = following

@@ -19,7 +19,7 @@ from preprocessing.errors import UserError
 from preprocessing.store.catalogue import KINDS, TABLES, DamagedError, parts, read_table, read_tables
 from preprocessing.store.rows import BriefRow, InstructionRow, LocationRow, QuarantineRow, StatisticsRow, TrainingRow
 from preprocessing.store.statistics import Statistics, merge
-from preprocessing.store.storage import answered, parse, read_again
+from preprocessing.store.storage import answered, parse, read_again, served
 
 BYTES_AT_ONCE = 32 * 2**20
 
@@ -46,34 +46,35 @@ class Snapshot:
 
     def all_rows(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Return the rows of the catalogue in commit order, with those that a later ingest superseded."""
-        table = read_tables(self._store, "catalogue", None if columns is None else [*columns, "id"])
+        table = self._table("catalogue", None if columns is None else [*columns, "id"])
         if gone := self.removed():
             table = table.filter(pc.invert(pc.is_in(table["id"], pa.array(sorted(gone)))))
         return table if columns is None else table.select([*columns])
 
     def parts(self, group: str, commit: str = "") -> list[str]:
         """Return the names of a group's tables in commit order, of one commit if it is named."""
-        return [part for part in parts(self._store, group) if part.endswith(f"-{commit}" if commit else "")]
+        with served(self.uri):
+            names = parts(self._store, group)
+        return [part for part in names if part.endswith(f"-{commit}" if commit else "")]
 
     def keys(self) -> set[str]:
         """Return the keys of all catalogue rows, removed episodes included."""
-        return set(read_tables(self._store, "catalogue", ["key"])["key"].to_pylist())
+        return set(self._table("catalogue", ["key"])["key"].to_pylist())
 
     def ids_by_key(self, part: str) -> dict[str, str]:
         """Return the episode of each catalogue row of one part, by the row's key."""
-        table = read_table(self._store, "catalogue", part, ["key", "id"])
+        with served(self.uri):
+            table = read_table(self._store, "catalogue", part, ["key", "id"])
         return dict(zip(table["key"].to_pylist(), table["id"].to_pylist(), strict=True))
 
     def removed(self) -> set[str]:
         """Return the ids of the removed episodes."""
-        return set(read_tables(self._store, "removed", ["id"])["id"].to_pylist())
+        return set(self._table("removed", ["id"])["id"].to_pylist())
 
     def quarantine(self) -> list[QuarantineRow]:
         """Return the inputs that were refused and not ingested since, one row (QUARANTINE) each."""
         ingested = set(self.episodes(["id"])["id"].to_pylist())
-        latest: dict[str, QuarantineRow] = {
-            row["key"]: row for row in read_tables(self._store, "quarantine").to_pylist()
-        }
+        latest: dict[str, QuarantineRow] = {row["key"]: row for row in self._table("quarantine").to_pylist()}
         return [row for row in latest.values() if row["id"] not in ingested]
 
     def diff(self, older: Snapshot) -> tuple[list[BriefRow], list[BriefRow]]:
@@ -103,7 +104,7 @@ class Snapshot:
 
     def instruction_rows(self) -> list[InstructionRow]:
         """Return the instructions' vectors (INSTRUCTIONS) of every text encoder."""
-        return read_tables(self._store, "sentences").to_pylist()
+        return self._table("sentences").to_pylist()
 
     def instruction_vectors(self, encoder_digest: str) -> dict[str, np.ndarray]:
         """Return one text encoder's vectors, float32 ``[E]``, by instruction."""
@@ -112,19 +113,19 @@ class Snapshot:
 
     def statistics(self, keys: Iterable[str], array: str) -> Statistics | None:
         """Return the statistics of one array ("steps" or a camera) over these catalogue rows; None if none has it."""
-        table, chosen = read_tables(self._store, "statistics"), set(keys)
+        table, chosen = self._table("statistics"), set(keys)
         rows = table.filter(pc.equal(table["array"], array)).to_pylist()
         found = [Statistics.from_row(row) for row in rows if row["key"] in chosen]
         return merge(found) if found else None
 
     def all_statistics(self) -> pa.Table:
         """Return the statistics (STATISTICS) of all catalogue rows."""
-        return read_tables(self._store, "statistics")
+        return self._table("statistics")
 
     def psnr(self) -> dict[tuple[str, str], tuple[float, int]]:
         """Return the measured PSNR in dB and the number of frames, by catalogue row and camera."""
         columns = ("key", "array", "psnr", "psnr_frames")
-        table = read_tables(self._store, "statistics", columns)
+        table = self._table("statistics", columns)
         rows = table.filter(pc.is_valid(table["psnr"])).to_pylist()
         return {(row["key"], row["array"]): (row["psnr"], row["psnr_frames"]) for row in rows}
 
@@ -170,8 +171,8 @@ class Snapshot:
         listed = 0
         for group, schema in TABLES.items():
             try:
-                names = parts(self._store, group)
-            except UserError:  # a server that does not answer is no damage
+                names = self.parts(group)
+            except UserError:  # a server that fails is no damage
                 raise
             except Exception as error:
                 yield f"tables of {group} cannot be listed: {error}"
@@ -179,11 +180,12 @@ class Snapshot:
             listed += len(names)
             for part in names:
                 try:
-                    tables[group] += read_table(self._store, group, part, schema.names).to_pylist()
+                    with served(self.uri):
+                        tables[group] += read_table(self._store, group, part, schema.names).to_pylist()
                 except DamagedError as error:
                     yield str(error)
         try:
-            if (written := self._tables()) != listed:  # a damaged listing can be too short
+            if (written := self._table_count()) != listed:  # a damaged listing can be too short
                 yield f"{listed} tables are listed, but {written} were written"
         except UserError:
             raise
@@ -219,17 +221,23 @@ class Snapshot:
                     pass
                 yield f"{what}, {self._where(at)}"
 
-    def _tables(self) -> int:
+    def _table(self, group: str, columns: Sequence[str] | None = None) -> pa.Table:
+        with served(self.uri):
+            return read_tables(self._store, group, columns)
+
+    def _table_count(self) -> int:
         """Return the number of tables according to the commit's metadata."""
         storage = parse(self.uri).storage()
-        history = answered(lambda: icechunk.Repository.open(storage).ancestry(snapshot_id=self.id), self.uri)
-        return answered(lambda: next(iter(history)), self.uri).metadata.get("tables", 0)
+        with served(self.uri):
+            history = answered(lambda: icechunk.Repository.open(storage).ancestry(snapshot_id=self.id), self.uri)
+            return answered(lambda: next(iter(history)), self.uri).metadata.get("tables", 0)
 
     def _rows(self, locations: Sequence[LocationRow], batch: list[int]) -> np.ndarray:
         """Return the rows of one array from the first of these locations to the last."""
         start = locations[batch[0]]["start"]
         stop = max(locations[i]["start"] + locations[i]["count"] for i in batch)
-        return read_again(lambda: np.asarray(self._array(locations[batch[0]]["array"])[start:stop]))
+        with served(self.uri):
+            return read_again(lambda: np.asarray(self._array(locations[batch[0]]["array"])[start:stop]))
 
     def _where(self, at: LocationRow) -> str:
         stop = at["start"] + at["count"]
@@ -253,7 +261,8 @@ class Snapshot:
             def open_session() -> Any:
                 return icechunk.Repository.open(storage).readonly_session(snapshot_id=self.id).store
 
-            self._opened = read_again(open_session)
+            with served(self.uri):
+                self._opened = read_again(open_session)
         return self._opened
 
     def _array(self, path: str) -> zarr.Array[Any]:

@@ -78,6 +78,23 @@ def read_again(read: Callable[[], T]) -> T:
     raise AssertionError
 
 
+@contextlib.contextmanager
+def served(uri: str) -> Iterator[None]:
+    """Within it, an error whose cause is the server that holds the store is a UserError that says so.
+
+    Icechunk and Zarr raise the same for a missing object, refused credentials and a server that is down, hence the
+    server is asked.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception:
+        if parse(uri).content() == "nothing":
+            raise UserError(f"{uri}: nothing is there any more") from None
+        raise
+
+
 def parse(uri: str) -> Place:
     """Return the place that a URI names. Raises UserError if it names none. Nothing is accessed."""
     if not uri.strip() or not uri.isprintable():

@@ -39,7 +39,7 @@ from preprocessing.errors import UserError, only
 from preprocessing.store.catalogue import KINDS, TABLES, parts, write_table
 from preprocessing.store.rows import EpisodeRow, InstructionRow, LocationRow, QuarantineRow, RemovedRow, StatisticsRow
 from preprocessing.store.snapshot import Snapshot, checksum
-from preprocessing.store.storage import Place, answered, parse
+from preprocessing.store.storage import Place, answered, parse, served
 
 icechunk.set_logs_filter("error")  # it warns of concurrent local commits, which our lock prevents
 warnings.filterwarnings("ignore", module="zarr")  # its notices about unstable dtypes do not concern a user
@@ -342,7 +342,8 @@ class LatentStore:
         return len(forgotten), freed
 
     def _ask(self, step: Callable[[], T]) -> T:
-        return answered(step, self.uri)
+        with served(self.uri):
+            return answered(step, self.uri)
 
     def _known(self, head: Snapshot) -> dict[str, str]:
         """Return the episode of every catalogue row by its key, reading only the parts added since the last call."""

@@ -168,7 +168,7 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(rule.seconds)
         if fault in ("silence", "reset before"):
             return self._reset()
-        if fault in ("500", "503"):
+        if fault in _ERRORS:
             return self._answer(int(fault), {"Content-Length": str(len(_ERRORS[fault]))}, _ERRORS[fault])
         status, answer, content = self._ask(body)
         answer.setdefault("Content-Length", str(len(content)))
@@ -212,6 +212,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 _ERRORS = {
+    "403": b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>",
     "500": b"<Error><Code>InternalError</Code><Message>We encountered an internal error.</Message></Error>",
     "503": b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>",
 }

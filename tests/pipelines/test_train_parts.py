@@ -247,14 +247,18 @@ def test_a_mapping_without_spaces_is_explained(override: str, message: str) -> N
 
 def test_progress_counts_from_where_the_workers_began() -> None:
     with tqdm(total=60, desc="pretrain", unit="step", bar_format=NO_RATE, file=io.StringIO()) as bar:
-        line = ProgressLine(bar, None)
-        bar.set_postfix_str("starting workers")
-        assert str(bar) == "pretrain: 0/60, starting workers"
-        line({"first": 20.0})
+        line = ProgressLine(bar, None, (1, 2))
+        line({"starting": 1})
+        assert str(bar) == "pretrain: 0/60, starting 1 to 2 workers, 0 s"
+        line({"starting": 1, "copied": 1e6, "copying": 3e6})
+        assert str(bar) == "pretrain: 0/60, copying the store to the local cache: 1.00MB of 3.00MB"
+        line({"first": 20.0, "starting": 0})
         assert "20/60" in str(bar) and bar.initial == 20
         bar.start_t -= 10  # seconds
         line({"first": 20.0, "step": 40.0, "loss": 1.0, "rate": 8.0, "wait": 0.0})
         assert "40/60 [00:10<00:10,  2.00step/s" in str(bar)
+        line({"first": 20.0, "step": 40.0, "loss": 1.0, "rate": 8.0, "wait": 0.0, "starting": 1})  # one was lost
+        assert "40/60" in str(bar) and "starting 1 to 2 workers, 0 s" in str(bar)
 
 
 # Weights of samples

@@ -6,6 +6,7 @@ import datetime
 import json
 import multiprocessing
 import pickle
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -345,3 +346,31 @@ def test_a_server_that_falls_silent_is_given_up_and_is_no_damage(s3: S3, monkeyp
         ):
             with pytest.raises(UserError, match="has not answered for 0 s; is its server up"):
                 step()
+
+
+def test_credentials_that_expire_while_a_store_is_read_are_no_damage(s3: S3) -> None:
+    with FaultyProxy(s3.port) as proxy:
+        store = LatentStore.create(s3.uri("expiring", proxy.endpoint))
+        fill(store, ["a"])
+        snapshot, fresh = store.snapshot(), store.snapshot()
+        [row] = snapshot.rows()
+        proxy.inject("403")
+        for step in (
+            fresh.rows,
+            lambda: snapshot.read([row["steps"]]),
+            lambda: list(snapshot.verify()),
+            lambda: list(fresh.verify()),
+            store.log,
+            store.snapshot,
+        ):
+            with pytest.raises(UserError, match=r"the server refuses the credentials \(ExpiredToken\)"):
+                step()
+
+
+def test_a_store_that_vanishes_while_it_is_read_is_told_from_damage(tmp_path: Path) -> None:
+    store = LatentStore.create(str(tmp_path / "store"))
+    fill(store, ["a"])
+    snapshot = store.snapshot()
+    shutil.rmtree(tmp_path / "store")
+    with pytest.raises(UserError, match="nothing is there any more"):
+        list(snapshot.verify())

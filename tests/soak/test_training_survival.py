@@ -120,6 +120,24 @@ def trainings(tmp_path_factory: pytest.TempPathFactory, s3: S3) -> Iterator[Trai
 
 
 @pytest.mark.soak
+def test_a_node_that_dies_and_one_worker_that_resumes_from_s3(trainings: Trainings, s3: S3) -> None:
+    # First in this file: for three minutes Ray does not give to others what a killed driver had asked for.
+    training = trainings.start("node", "workers=[1, 2]", checkpoints=s3.uri("runs"))
+    try:
+        training.after(2)
+        trainings.cluster.remove_node(trainings.node, allow_graceful=False)
+        assert "a worker was lost" in training.finish()
+    finally:
+        trainings.node = trainings.cluster.add_node(num_cpus=1)
+    reference = trainings.reference.losses()
+    assert training.losses() == pytest.approx(reference, abs=1e-4)
+    files, root = parse(training.place).filesystem()
+    [run] = files.get_file_info(pyarrow.fs.FileSelector(root))
+    with files.open_input_stream(f"{run.path}/step-{STEPS:08d}/checkpoint.json") as content:
+        assert json.loads(content.read())["workers"] == 1
+
+
+@pytest.mark.soak
 def test_workers_and_drivers_that_die_or_are_asked_to_stop(trainings: Trainings) -> None:
     first = trainings.start("killed")
     first.after(1)
@@ -171,23 +189,6 @@ def test_drivers_and_workers_killed_again_and_again(trainings: Trainings) -> Non
     training.finish()
     training.assert_equals_reference()
     assert len(list(training.folder.glob("*/run.json"))) == 1
-
-
-@pytest.mark.soak
-def test_a_node_that_dies_and_one_worker_that_resumes_from_s3(trainings: Trainings, s3: S3) -> None:
-    training = trainings.start("node", "workers=[1, 2]", checkpoints=s3.uri("runs"))
-    try:
-        training.after(2)
-        trainings.cluster.remove_node(trainings.node, allow_graceful=False)
-        assert "a worker was lost" in training.finish()
-    finally:
-        trainings.node = trainings.cluster.add_node(num_cpus=1)
-    reference = trainings.reference.losses()
-    assert training.losses() == pytest.approx(reference, abs=1e-4)
-    files, root = parse(training.place).filesystem()
-    [run] = files.get_file_info(pyarrow.fs.FileSelector(root))
-    with files.open_input_stream(f"{run.path}/step-{STEPS:08d}/checkpoint.json") as content:
-        assert json.loads(content.read())["workers"] == 1
 
 
 @pytest.mark.soak
