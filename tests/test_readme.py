@@ -14,7 +14,7 @@ from helpers.command import Uwm
 
 README = Path(__file__).parents[1] / "README.md"
 SMALL = ["model.width=32", "model.depth=1", "model.heads=2"]
-QUICK = ["steps=2", "batch_size=8", "validation_share=0.5"]
+QUICK = ["steps=2", "batch_size=8", "validation_share=0.5", "workers=1"]
 APPENDED = {  # to a verb's own arguments, for speed
     "record": ["--task", "drawer-close", "--image-size", "64"],
     "pretrain": ["--json", *SMALL, *QUICK],
