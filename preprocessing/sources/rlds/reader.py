@@ -36,6 +36,7 @@ from preprocessing.sources.rlds.tfrecord import Feature, is_tfrecord, parse_exam
 from preprocessing.sources.scan_cache import findings
 from preprocessing.sources.untrusted.files import files_in
 from preprocessing.sources.vectors import as_vectors
+from preprocessing.video.arrays import array_video
 from preprocessing.video.frames import decode_image, images_video
 
 BLACK = 8  # JPEG noise around zero stays below this level
@@ -97,7 +98,10 @@ def _episode(ref: EpisodeRef, features: dict[str, Feature], leaves: dict[str, Le
     features = {key: values for key, values in features.items() if key not in misfits}
     repairs += [Repair("streams", f"{text}; left out") for text in misfits.values()]
     images, dropped = _images(features, leaves, steps)
+    arrays, mended, no_cameras = _arrays(features, leaves, steps)
+    dropped |= no_cameras
     repairs += [Repair("streams", f"camera {camera} is dropped: {why}") for camera, why in dropped.items()]
+    repairs += mended
     repairs += _unread(features, leaves)
     for camera, files in sorted(images.items()):
         flag = features.get(f"episode_metadata/has_{camera}")
@@ -114,7 +118,7 @@ def _episode(ref: EpisodeRef, features: dict[str, Feature], leaves: dict[str, Le
     instruction, changes = _instruction(every_text)
     if changes:
         repairs.append(Repair("instruction", "the instruction changes within the episode; the first one is kept"))
-    cameras: dict[str, Video] = {camera: images_video(files) for camera, files in images.items()}
+    cameras = {camera: images_video(files) for camera, files in images.items()} | arrays
     return Episode(
         ref=ref,
         fps=10.0,
@@ -203,6 +207,37 @@ def _images(
     return images, dropped
 
 
+def _arrays(
+    features: dict[str, Feature], leaves: dict[str, Leaf], steps: int
+) -> tuple[dict[str, Video], list[Repair], dict[str, str]]:
+    """Pictures that are stored as numbers, what was mended of them, and those that are left out, with the reason."""
+    cameras, repairs, dropped = dict[str, Video](), list[Repair](), dict[str, str]()
+    for key, leaf in sorted(leaves.items()):
+        if not (leaf.is_picture and key.startswith("steps/") and len(features.get(key, []))):
+            continue
+        camera = _name(key)
+        if not key.startswith(OBSERVATIONS) and NOT_SEEN.search(camera):
+            dropped[camera] = "it is not an observation"
+            continue
+        try:
+            rows = _pixels(features[key], leaf, steps)
+            cameras[camera], mended = array_video(camera, rows.shape[1:], rows.dtype, lambda rows=rows: [rows])
+            repairs += mended
+        except BadEpisode as error:
+            dropped[camera] = str(error)
+    return cameras, repairs, dropped
+
+
+def _pixels(values: Feature, leaf: Leaf, steps: int) -> np.ndarray:
+    """The pictures ``[T, *shape]``, from a list of numbers or from the bytes of each."""
+    shape = (steps, *(leaf.shape or ()))
+    try:
+        numbers = np.frombuffer(b"".join(values), leaf.dtype) if isinstance(values, list) else values
+        return numbers.reshape(shape)
+    except ValueError:
+        raise BadEpisode(f"it does not hold the numbers of {steps} pictures {leaf.shape}") from None
+
+
 def _unread(features: dict[str, Feature], leaves: dict[str, Leaf]) -> Iterator[Repair]:
     """What a record holds for each step that is neither a picture nor a vector nor text."""
     for key, values in sorted(features.items()):
@@ -211,7 +246,7 @@ def _unread(features: dict[str, Feature], leaves: dict[str, Leaf]) -> Iterator[R
         leaf = leaves.get(key)
         if leaf is None:
             yield Repair("streams", f"{key} is recorded, but not in features.json; left out")
-        elif leaf.kind == "Image" or leaf.is_text or "embed" in key or key.endswith("/instruction"):
+        elif leaf.kind == "Image" or leaf.is_picture or leaf.is_text or "embed" in key or key.endswith("/instruction"):
             continue
         elif not leaf.size:
             yield Repair("streams", f"{key} is {leaf.dtype or 'unknown'}, not numbers of one shape; left out")

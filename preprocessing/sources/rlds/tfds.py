@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from preprocessing.errors import BadEpisode
 from preprocessing.sources.untrusted.files import contents
 from preprocessing.sources.untrusted.metadata import read_table, text_of
+from preprocessing.video.arrays import is_picture
 
 MAX_METADATA = 2**24  # bytes; published files have 10**4
 SHARD = re.compile(r"\.tfrecord(-(\d+)-of-(\d+))?$")
@@ -41,6 +44,15 @@ class Leaf:
     def width(self) -> int:
         """How many numbers it has per step; 0 if it is not one vector of numbers per step."""
         return self.size if len(self.shape or ()) <= 1 else 0
+
+    @property
+    def is_picture(self) -> bool:
+        """Whether it holds the numbers of a picture per step, one by one or as bytes."""
+        if self.kind != "Tensor" or self.encoding not in ("none", "bytes") or self.shape is None:
+            return False
+        return bool(re.fullmatch("float(16|32|64)|u?int(8|16|32|64)", self.dtype)) and is_picture(
+            self.shape, np.dtype(self.dtype)
+        )
 
     @property
     def is_text(self) -> bool:

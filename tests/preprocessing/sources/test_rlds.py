@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import shutil
 import struct
@@ -112,6 +113,44 @@ def test_rlds_images_and_actions_of_other_kinds(tmp_path, fields, changed, old, 
     file.write_text(file.read_text().replace(old, new))
     with pytest.raises(BadEpisode, match=says):
         episodes_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "stored", "mended"),
+    [
+        ("uint8 32 32 3", lambda pictures: pictures, ""),
+        ("uint8 3 32 32", lambda pictures: pictures.transpose(0, 3, 1, 2), "has its channels first; moved last"),
+        ("float32 32 32 3", lambda pictures: pictures / 255, "is recorded from 0 to 1; scaled to 0 to 255"),
+        ("uint8 32 32 3 bytes", lambda pictures: [picture.tobytes() for picture in pictures], ""),
+    ],
+)
+def test_rlds_pictures_stored_as_numbers(tmp_path, kind, stored, mended):
+    pictures = np.stack([quadrants(32), quadrants(32)[::-1], quadrants(32)[:, ::-1]])
+    *kind, encoded = kind.partition(" bytes")[:2]
+    changed = {"steps/observation/wrist": stored(pictures), "steps/observation/image": [jpeg(quadrants(32))] * 3}
+    file = write_tfds(tmp_path, "toy", TOY | {"steps/observation/wrist": kind[0]}, [toy_episode(**changed)])
+    if encoded:
+        table = json.loads((file / "features.json").read_text())
+        steps = table["featuresDict"]["features"]["steps"]["sequence"]["feature"]["featuresDict"]["features"]
+        steps["observation"]["featuresDict"]["features"]["wrist"]["tensor"]["encoding"] = "bytes"
+        (file / "features.json").write_text(json.dumps(table))
+    (episode,) = episodes_of(tmp_path)
+    assert set(episode.cameras) == {"image", "wrist"} and np.array_equal(frames_of(episode, "wrist"), pictures)
+    told = " ".join(said(episode))
+    assert f"wrist {mended}".strip() in told if mended else "wrist" not in told
+
+
+def test_rlds_pictures_that_are_no_colours_are_left_out_by_name(tmp_path):
+    fields = TOY | {"steps/observation/depth": "uint16 32 32 1", "steps/observation/odd": "float32 32 32 3"}
+    changed = {
+        "steps/observation/depth": np.ones((3, 32, 32, 1)),
+        "steps/observation/odd": np.full((3, 32, 32, 3), -1.0),
+    }
+    (episode,) = episodes_of(write_tfds(tmp_path, "toy", fields, [toy_episode(**changed)]))
+    assert set(episode.cameras) == {"image"}
+    told = " ".join(said(episode))
+    assert "camera depth is dropped: depth is" in told and "a single channel" in told
+    assert "camera odd is dropped: " in told and "ranges from -1 to -1" in told
 
 
 def test_rlds_reports_a_changing_instruction(tmp_path):
