@@ -1,21 +1,26 @@
-"""Cameras in a table's columns: JPEG or PNG files that it holds, or names by a path inside of the data set.
+"""Cameras in a table's columns: JPEG or PNG files that it holds, or names by a path inside of the data set, or numbers.
 
 A column is a structure of ``bytes`` and ``path``, as Hugging Face's data sets write images, or plain bytes, or plain
-paths. A path may begin on the machine that wrote it: the longest end of it that is a file of the data set counts.
+paths, or lists of the pictures' numbers. A path may begin on the machine that wrote it: the longest end of it that is a
+file of the data set counts.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from preprocessing.episode import Video
+from preprocessing.episode import Repair, Video
 from preprocessing.errors import BadEpisode
 from preprocessing.sources.lerobot.meta import Meta, is_text
+from preprocessing.video.arrays import array_video, is_picture, rows_at_once
 from preprocessing.video.frames import decode_image, indexed_images_video
 
 MAX_PARTS = 32  # of a path
@@ -34,6 +39,44 @@ def picture_video(column: pa.ChunkedArray, key: str, meta: Meta, index: int) -> 
 
     decode_image(read(0))
     return indexed_images_video(len(pictures), read)
+
+
+def pixels_of(column: pa.ChunkedArray, feature: dict[str, Any]) -> tuple[tuple[int, ...], np.dtype[Any]] | None:
+    """The shape and type of the pictures whose numbers a column of lists holds; None if it holds something else.
+
+    Lists in lists have a shape; of a flat list info.json tells it (``feature``).
+    """
+    values, sizes = column.slice(0, 1).combine_chunks(), list[int]()
+    while pa.types.is_nested(values.type) and not pa.types.is_struct(values.type) and len(values):
+        inner = values.flatten()
+        sizes.append(len(inner) // len(values))
+        values = inner
+    if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
+        return None
+    told = feature.get("shape")
+    if len(sizes) == 1 and isinstance(told, list) and all(type(size) is int for size in told):
+        sizes = told if math.prod(told) == sizes[0] else sizes
+    dtype = np.dtype(values.type.to_pandas_dtype())
+    return (tuple(sizes), dtype) if is_picture(tuple(sizes), dtype) else None
+
+
+def pixels_video(
+    column: pa.ChunkedArray, camera: str, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> tuple[Video, list[Repair]]:
+    """The camera in a column of lists of numbers, and what was mended of it. Raises BadEpisode."""
+    step = rows_at_once(shape, dtype)
+
+    def pieces() -> Iterator[np.ndarray]:
+        for start in range(0, len(column), step):
+            rows = column.slice(start, step)
+            values = rows.combine_chunks()
+            while pa.types.is_nested(values.type):
+                values = values.flatten()
+            if len(values) != len(rows) * math.prod(shape):
+                raise BadEpisode(f"not every row holds the numbers of a picture {shape}")
+            yield values.to_numpy(zero_copy_only=False).reshape(len(rows), *shape)
+
+    return array_video(camera, shape, dtype, pieces)
 
 
 def named_files(table: Path, meta: Meta, index: int, joined: bool = False) -> list[Path]:

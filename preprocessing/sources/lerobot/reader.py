@@ -34,7 +34,7 @@ from preprocessing.sources.lerobot.meta import (
     short,
     texts_of,
 )
-from preprocessing.sources.lerobot.pictures import picture_video
+from preprocessing.sources.lerobot.pictures import picture_video, pixels_of, pixels_video
 from preprocessing.sources.lerobot.v2 import FilesV2
 from preprocessing.sources.lerobot.v3 import FilesV3
 from preprocessing.sources.untrusted.files import contents
@@ -94,8 +94,9 @@ def load(ref: EpisodeRef) -> Episode:
     if commands not in (None, ACTION):
         told.append(Repair("action", f"no column action; {commands} is read as the action"))
     action = matrix(table, commands) if commands else None
-    proprio, lost, of_proprio = _proprio(meta, table)
-    used = {*PLACES, *proprio, *([commands] if commands else []), *(key for key, _ in _picture_columns(meta, table))}
+    shown = {key for key, _ in _picture_columns(meta, table)}
+    proprio, lost, of_proprio = _proprio(meta, table.drop_columns([*shown]))
+    used = {*PLACES, *proprio, *([commands] if commands else []), *shown}
     signals, left_out = _signals(table, {*used, *lost})
     layout, of_layout = meta.action_layout(action.shape[1]) if action is not None else ((), [])
     found = [*_repairs(meta, table, signals.get("timestamp"), chosen)]
@@ -124,10 +125,14 @@ def _cameras(
 ) -> tuple[dict[str, Video], int, list[Repair]]:
     """The cameras that can be used, the steps that they share with the table, and repairs. Raises BadEpisode."""
     videos, lost = files.videos(index)
-    pictures = dict[str, Video]()
+    pictures, of_pixels = dict[str, Video](), list[Repair]()
     for key, camera in _picture_columns(meta, table):
         try:
-            pictures[camera] = picture_video(table[key], key, meta, index)
+            if pixels := pixels_of(table[key], meta.features.get(key, {})):
+                pictures[camera], mended = pixels_video(table[key], camera, *pixels)
+                of_pixels += mended
+            else:
+                pictures[camera] = picture_video(table[key], key, meta, index)
         except BadEpisode as error:
             lost[camera] = f"camera {camera}: {error}"
     for camera, video in list(videos.items()):
@@ -145,7 +150,7 @@ def _cameras(
     )
     if mismatch and skips:
         raise BadEpisode(f"{mismatch}, and frame_index skips: rows are lost in the middle")
-    known, repairs = {*videos, *pictures, *lost}, list[Repair]()
+    known, repairs = {*videos, *pictures, *lost}, of_pixels
     for key, camera in meta.cameras("video"):
         if camera not in known:
             text = f"camera {camera} is named in info.json, but has no file; dropped"
@@ -154,7 +159,7 @@ def _cameras(
             repairs.append(Repair("cameras", f"camera {camera} is not named in info.json, but has films; read"))
     images = dict(meta.cameras("image"))
     for key, camera in _picture_columns(meta, table):
-        if key not in images and camera in pictures:
+        if key not in images and key not in meta.features and camera in pictures:
             repairs.append(Repair("cameras", f"camera {camera} is not named in info.json, but has a column; read"))
     for key, camera in images.items():
         if key not in table.column_names:
@@ -175,6 +180,7 @@ def _picture_columns(meta: Meta, table: pa.Table) -> list[tuple[str, str]]:
     pictures = [field.name for field in table.schema if is_picture(field.type)]
     texts = [field.name for field in table.schema if is_text(field.type)]
     taken = {*named.values(), *(camera for _, camera in meta.cameras("video"))}
+    pictures += [key for key in table.column_names if pixels_of(table[key], meta.features.get(key, {}))]
     others = [key for key in pictures if key not in named and not is_depth(meta.features.get(key, {}))]
     return [
         *((key, camera) for key, camera in named.items() if key in (*pictures, *texts)),

@@ -18,6 +18,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -221,7 +222,7 @@ def _arrays(
             continue
         try:
             rows = _pixels(features[key], leaf, steps)
-            cameras[camera], mended = array_video(camera, rows.shape[1:], rows.dtype, lambda rows=rows: [rows])
+            cameras[camera], mended = array_video(camera, rows.shape[1:], rows.dtype, partial(list, (rows,)))
             repairs += mended
         except BadEpisode as error:
             dropped[camera] = str(error)

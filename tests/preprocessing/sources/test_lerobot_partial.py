@@ -298,3 +298,45 @@ def test_two_episodes_that_claim_the_same_are_both_refused(tmp_path, spans, refu
             assert f"episode {refused[ref.index]} claims the same {what}" in str(ref.problem)
         else:
             assert ref.problem is None
+
+
+# ----------------------------------------------------------------------------------------- pictures as numbers
+
+
+def with_pixels(folder: Path, values: np.ndarray, told: list[int] | None, flat: bool = False) -> Path:
+    """Add the pictures [T, ...] as lists in lists, or as one flat list a row."""
+    kind = pa.from_numpy_dtype(values.dtype)
+    for _ in range(1 if flat else values.ndim - 1):
+        kind = pa.list_(kind)
+    rows = [row.ravel().tolist() if flat else row.tolist() for row in values]
+    edit_table(folder, with_column("observation.wrist", pa.array(rows, kind)))
+    if told:
+        feature = {"dtype": str(values.dtype), "shape": told}
+        edit_info(folder, lambda info: info["features"].update({"observation.wrist": feature}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("stored", "flat", "mended"),
+    [
+        (lambda pictures: pictures, False, []),
+        (lambda pictures: pictures, True, []),
+        (lambda pictures: pictures.transpose(0, 3, 1, 2), False, ["wrist has its channels first; moved last"]),
+        (lambda pictures: pictures / np.float32(255), True, ["wrist is recorded from 0 to 1; scaled to 0 to 255"]),
+    ],
+)
+def test_pictures_in_a_column_of_numbers(tmp_path, stored, flat, mended):
+    pictures = np.random.default_rng(0).integers(0, 256, (12, 16, 24, 3)).astype(np.uint8)
+    pictures[0, 0, 0] = 0, 128, 255
+    values = stored(pictures)
+    folder = with_pixels(write_lerobot(tmp_path / "x", episodes=1), values, [*values.shape[1:]], flat)
+    [episode] = episodes_of(folder)
+    assert set(episode.cameras) == {"top", "wrist"} and np.array_equal(frames_of(episode, "wrist"), pictures)
+    assert said(episode) == mended
+
+
+def test_a_column_of_numbers_that_are_no_colours_is_left_out_with_the_reason(tmp_path):
+    folder = with_pixels(write_lerobot(tmp_path / "x", episodes=1), np.full((12, 16, 16, 1), 7, np.uint16), None)
+    [episode] = episodes_of(folder)
+    assert set(episode.cameras) == {"top"}
+    assert any("a single channel (depth, a mask or grey), not colours; left out" in line for line in said(episode))
