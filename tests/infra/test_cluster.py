@@ -60,7 +60,9 @@ def test_an_ingest_runs_on_the_cluster_at_ray_address(running: tuple[str, Path],
 
 @pytest.mark.slow
 @pytest.mark.parametrize("without_ray", [60, 0])
-def test_ctrl_c_ends_an_ingest_with_one_line_and_nothing_half_written(tmp_path: Path, without_ray: int) -> None:
+def test_an_ingest_listens_to_this_machine_alone_and_ctrl_c_leaves_nothing_half_written(
+    tmp_path: Path, without_ray: int
+) -> None:
     write_video(tmp_path / "video.mp4", moving(3000))
     store, log = tmp_path / "store", tmp_path / "log"
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
@@ -77,6 +79,8 @@ def test_ctrl_c_ends_an_ingest_with_one_line_and_nothing_half_written(tmp_path: 
     while not re.search(r"[1-9]\d* images", text := log.read_text()):
         assert process.poll() is None and time.monotonic() < deadline, text
         time.sleep(0.2)
+    sockets = listening(process.pid)
+    assert (len(sockets) > 4) == (not without_ray) and {address for _, address in sockets} <= LOOPBACK, sockets
     os.killpg(process.pid, signal.SIGINT)  # to the whole foreground group, as a terminal does
     assert process.wait(60) == 130
     assert log.read_text().splitlines()[-1].startswith("interrupted")

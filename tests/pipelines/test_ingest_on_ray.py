@@ -83,7 +83,7 @@ def test_too_many_bad_inputs_stop_the_job_and_keep_what_is_good(
 def test_a_store_that_takes_no_commits_stops_a_long_job_early(
     tmp_path: Path, eager: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for number, frames in enumerate((100, 1500, 1500, 1500)):
+    for number, frames in enumerate((100, 900, 900, 900)):
         write_video(tmp_path / f"{number}.mp4", quadrants(64)[None].repeat(frames, 0) - np.uint8(number))
     attempts = []
 

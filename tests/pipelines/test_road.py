@@ -232,7 +232,7 @@ def test_real_robot_logs_and_videos_go_into_one_store_and_one_run(
     assert {row["action_dim"] for row in episodes} == {7, 44, 0}
     assert max(len(row["cameras"]) for row in episodes) == 3  # of Bridge's four, one is black
     code, trained, err = uwm(
-        "pretrain", "--store", store, "--output", tmp_path / "runs", "--json", "steps=4", *SMALL, *TINY
+        "pretrain", "--store", store, "--output", tmp_path / "runs", "--json", "steps=4", *SMALL, *TINY, "workers=1"
     )
     assert code == 0, err
     settings = checkpoint.load_settings(Path(trained["checkpoint"]))
