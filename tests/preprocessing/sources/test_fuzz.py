@@ -209,10 +209,11 @@ def falsify(files: list[Path], wrong: tuple[int, list[tuple[int, str, object]], 
 
 
 def _falsified(root: Any, changes: list[tuple[int, str, object]]) -> Any:
-    for which, how, value in deepcopy(changes):  # else a table could end up within itself
+    for which, how, value in changes:
         places: list[tuple[Any, Any]] = [*_places(root)]
         if not places:
             return value
+        value = deepcopy(value)  # else it could end up within itself
         holder, key = places[which % len(places)]
         if how == "replace" or not isinstance(holder, dict):
             holder[key] = value
