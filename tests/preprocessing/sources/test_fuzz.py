@@ -50,7 +50,7 @@ from test_webdataset import shard
 
 from preprocessing import limits
 from preprocessing.errors import BadEpisode, UserError
-from preprocessing.sources import find, load, scan
+from preprocessing.sources import episodes, load, survey
 
 EXAMPLES = int(os.environ.get("UWM_FUZZ_EXAMPLES", "40"))
 SECONDS = 20  # per data set; the slowest take one
@@ -79,6 +79,15 @@ def write(name: str, folder: Path) -> None:
         write_minari(where / "a", images[:3])
         write_robotwin(where / "b", images[:3])
 
+    def packed(kind: str) -> Callable[[Path], object]:
+        def write(where: Path) -> None:
+            inside = where.with_name("inside")
+            write_demos(inside / "robot" / "a.hdf5", demos=1, steps=3)
+            write_video(inside / "a.mp4", images)
+            shutil.make_archive(str(where / "a"), kind, inside)
+
+        return write
+
     def video_writer(suffix: str, codec: str = "libx264", pix_fmt: str = "yuv420p") -> Callable[[Path], object]:
         return lambda where: write_video(where / f"a.{suffix}", images, codec=codec, pix_fmt=pix_fmt)
 
@@ -104,6 +113,8 @@ def write(name: str, folder: Path) -> None:
         "avi": video_writer("avi", "mjpeg", "yuvj420p"),
         "ts": video_writer("ts"),
         "gif": video_writer("gif", "gif", "rgb8"),
+        "zip": packed("zip"),
+        "tar.gz": packed("gztar"),
     }
     folder.mkdir()
     writers[name](folder)
@@ -111,6 +122,7 @@ def write(name: str, folder: Path) -> None:
 
 FORMATS = ["rlds", "lerobot_v2", "lerobot_v3", "hdf5", "aloha", "droid", "bridge", "calvin", "mcap", "bag2"]
 FORMATS += ["bag1", "zarr", "zarr_zip", "webdataset", "mp4", "mkv", "avi", "ts", "gif", "simulators"]
+ARCHIVES = ["zip", "tar.gz"]
 WITH_METADATA = ["rlds", "lerobot_v3", "pictures", "droid", "bag2", "zarr"]
 NUMBERS = [(2**31 - 1).to_bytes(4, "little"), (2**40).to_bytes(8, "little"), (2**40).to_bytes(8, "big")]
 HOSTILE = [*NUMBERS, b"\xff" * 8, b"\0" * 8, b"-1", b"9" * 12]
@@ -236,11 +248,11 @@ def _places(node: Any) -> Iterator[tuple[Any, Any]]:
 def read(folder: Path) -> int:
     """How many episodes are read completely."""
     try:
-        found = find(folder)
+        refs = [ref for _, ref in episodes(survey(folder), lambda _: None)]
     except UserError:  # no format is recognised any more
         return 0
     whole = 0
-    for ref in (ref for format, path in found for ref in scan(format, path)):
+    for ref in refs:
         try:
             for video in load(ref).cameras.values():
                 for _ in video.frames(32):
@@ -276,13 +288,14 @@ def attack(name: str, top: Path, wrong_values: bool = False) -> None:
         finally:
             signal.alarm(0)
             shutil.rmtree(top / "hurt")
+            shutil.rmtree(top / "cache", ignore_errors=True)  # of archives
 
     once()
     more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - usual) / 1024
     assert more < MORE_MEMORY, f"{more:.0f} MiB more than undamaged data take"
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [*FORMATS, *ARCHIVES])
 def test_damaged_bytes_cost_only_their_episode(name: str, tmp_path: Path) -> None:
     run_apart(name, tmp_path)
 
@@ -294,7 +307,8 @@ def test_wrong_metadata_costs_only_its_data_set(name: str, tmp_path: Path) -> No
 
 def run_apart(name: str, tmp_path: Path, *how: str) -> None:
     command, path = [sys.executable, __file__, name, str(tmp_path), *how], os.pathsep.join(sys.path)
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONPATH": path, "UWM_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     last = (tmp_path / "last").read_text() if (tmp_path / "last").exists() else "none"
     assert done.returncode == 0, f"exit {done.returncode} after the damage {last}\n{done.stderr[-4000:]}"
 
