@@ -200,7 +200,12 @@ def read_table(store: Any, group: str, part: str, columns: Sequence[str]) -> pa.
     except UserError:  # a server that does not answer
         raise
     except Exception as error:  # zarr, Icechunk and Arrow each raise their own
-        raise DamagedError(f"table {group}/{part} is not as it was written: {error}") from None
+        raise DamagedError(f"table {group}/{part} is not as it was written: {one_line(error)}") from None
+
+
+def one_line(error: Exception) -> str:
+    """Return an error's text without the line breaks and the trace that Icechunk puts in it."""
+    return " ".join(str(error).partition("|")[0].split()).removeprefix("x ")
 
 
 def _digest(data: np.ndarray) -> str:

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import zarr
 
 from preprocessing.errors import UserError
-from preprocessing.store.catalogue import KINDS, TABLES, DamagedError, parts, read_table, read_tables
+from preprocessing.store.catalogue import KINDS, TABLES, DamagedError, one_line, parts, read_table, read_tables
 from preprocessing.store.rows import BriefRow, InstructionRow, LocationRow, QuarantineRow, StatisticsRow, TrainingRow
 from preprocessing.store.statistics import Statistics, merge
 from preprocessing.store.storage import answered, parse, read_again, served
@@ -175,7 +175,7 @@ class Snapshot:
             except UserError:  # a server that fails is no damage
                 raise
             except Exception as error:
-                yield f"tables of {group} cannot be listed: {error}"
+                yield f"tables of {group} cannot be listed: {one_line(error)}"
                 continue
             listed += len(names)
             for part in names:
@@ -190,7 +190,7 @@ class Snapshot:
         except UserError:
             raise
         except Exception as error:
-            yield f"snapshot {self.id} cannot be read: {error}"
+            yield f"snapshot {self.id} cannot be read: {one_line(error)}"
         gone = {row["id"] for row in tables["removed"]}
         places: list[tuple[LocationRow, str]] = []
         for row in tables["catalogue"]:

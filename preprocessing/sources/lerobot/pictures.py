@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from preprocessing.episode import Repair, Video
 from preprocessing.errors import BadEpisode
-from preprocessing.sources.lerobot.meta import Meta, is_text
+from preprocessing.sources.lerobot.meta import WIDEST, Meta, is_text
 from preprocessing.video.arrays import array_video, is_picture, rows_at_once
 from preprocessing.video.frames import decode_image, indexed_images_video
 
@@ -56,8 +56,8 @@ def pixels_of(column: pa.ChunkedArray, feature: dict[str, Any]) -> tuple[tuple[i
     told = feature.get("shape")
     if len(sizes) == 1 and isinstance(told, list) and all(type(size) is int for size in told):
         sizes = told if math.prod(told) == sizes[0] else sizes
-    dtype = np.dtype(values.type.to_pandas_dtype())
-    return (tuple(sizes), dtype) if is_picture(tuple(sizes), dtype) else None
+    shape, dtype = tuple(sizes), np.dtype(values.type.to_pandas_dtype())
+    return (shape, dtype) if math.prod(shape) > WIDEST and is_picture(shape, dtype) else None  # less is a vector
 
 
 def pixels_video(

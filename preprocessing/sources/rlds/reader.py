@@ -216,6 +216,8 @@ def _arrays(
     for key, leaf in sorted(leaves.items()):
         if not (leaf.is_picture and key.startswith("steps/") and len(features.get(key, []))):
             continue
+        if 0 < leaf.size <= WIDEST:  # a vector: a small table, of touch for instance
+            continue
         camera = _name(key)
         if not key.startswith(OBSERVATIONS) and NOT_SEEN.search(camera):
             dropped[camera] = "it is not an observation"

@@ -336,7 +336,15 @@ def test_pictures_in_a_column_of_numbers(tmp_path, stored, flat, mended):
 
 
 def test_a_column_of_numbers_that_are_no_colours_is_left_out_with_the_reason(tmp_path):
-    folder = with_pixels(write_lerobot(tmp_path / "x", episodes=1), np.full((12, 16, 16, 1), 7, np.uint16), None)
+    folder = with_pixels(write_lerobot(tmp_path / "x", episodes=1), np.full((12, 40, 40, 1), 7, np.uint16), None)
     [episode] = episodes_of(folder)
     assert set(episode.cameras) == {"top"}
     assert any("a single channel (depth, a mask or grey), not colours; left out" in line for line in said(episode))
+
+
+def test_a_small_table_of_numbers_is_proprioception_and_no_picture(tmp_path):
+    touch = np.random.default_rng(0).normal(size=(12, 16, 16)).astype(np.float32)
+    folder = with_pixels(write_lerobot(tmp_path / "x", episodes=1), touch, [16, 16])
+    [episode] = episodes_of(folder)
+    assert set(episode.cameras) == {"top"} and np.array_equal(episode.proprio["wrist"], touch.reshape(12, -1))
+    assert said(episode) == []

@@ -140,6 +140,14 @@ def test_rlds_pictures_stored_as_numbers(tmp_path, kind, stored, mended):
     assert f"wrist {mended}".strip() in told if mended else "wrist" not in told
 
 
+def test_rlds_small_tables_of_numbers_are_signals_and_no_pictures(tmp_path):
+    touch = np.arange(3 * 256.0).reshape(3, 16, 16)
+    fields = TOY | {"steps/observation/touch": "float32 16 16"}
+    (episode,) = episodes_of(write_tfds(tmp_path, "toy", fields, [toy_episode(**{"steps/observation/touch": touch})]))
+    assert np.array_equal(episode.signals["observation/touch"], touch.reshape(3, -1))
+    assert "touch is dropped" not in " ".join(said(episode))
+
+
 def test_rlds_pictures_that_are_no_colours_are_left_out_by_name(tmp_path):
     fields = TOY | {"steps/observation/depth": "uint16 32 32 1", "steps/observation/odd": "float32 32 32 3"}
     changed = {
